@@ -1,0 +1,85 @@
+"""Every error aoconvert raises on purpose: one root, and each class carries its exit code.
+
+The exit codes are a contract (see ``README.md``): 1 a known failure, 2 wrong usage, 3 refused before any work,
+4 verification failed, 5 the Hub or authentication, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class AoconvertError(Exception):
+    """Root of all errors: one line that says what is wrong and where, and what to do next.
+
+    Attributes:
+        message: one line, no trailing full stop needed.
+        hint: the next thing to do, or ``None`` where there is nothing sensible to say.
+        exit_code: what the command line exits with.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(AoconvertError):
+    """The call itself is wrong: an unknown name, options that exclude each other."""
+
+    exit_code = 2
+
+
+class UnknownSchemeError(UsageError):
+    """No scheme has this name; the hint holds the nearest ones."""
+
+
+class SourceError(AoconvertError):
+    """The source cannot be used: missing, incomplete, damaged, or of an unknown kind. Nothing has been written."""
+
+    exit_code = 3
+
+
+class PlanError(AoconvertError):
+    """The plan was refused. ``problems`` lists everything that is wrong, not only the first."""
+
+    exit_code = 3
+
+    def __init__(self, problems: Iterable[str], *, hint: str | None = None) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__(f"{head}: " + "; ".join(self.problems), hint=hint)
+
+
+class ReadError(AoconvertError):
+    """Reading a tensor failed in the middle of the work (a damaged file, a disk error)."""
+
+
+class WriteError(AoconvertError):
+    """Writing the result failed (disk full, no permission). The unfinished output was removed."""
+
+
+class QuantizeError(AoconvertError):
+    """torchao could not quantize a tensor that the plan said it could."""
+
+
+class VerificationError(AoconvertError):
+    """The written checkpoint did not pass its checks."""
+
+    exit_code = 4
+
+
+class HubError(AoconvertError):
+    """The Hugging Face Hub said no, or could not be reached."""
+
+    exit_code = 5
+
+
+class Interrupted(AoconvertError):
+    """Ctrl-C or SIGTERM. The unfinished output was removed."""
+
+    exit_code = 130
