@@ -1,0 +1,6 @@
+"""``python -m aoconvert``."""
+
+from aoconvert.cli.main import main
+
+if __name__ == "__main__":
+    main()

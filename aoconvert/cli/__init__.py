@@ -1,0 +1,1 @@
+"""The command line: one module a command, one for shared options, one for output."""

@@ -1,0 +1,102 @@
+"""The entry point: commands are found by name and imported when they are needed, errors become one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from aoconvert.cli.output import Output
+from aoconvert.errors import AoconvertError, Interrupted
+from aoconvert.version import __version__
+
+# name → one-line help; the module of the same name in this package holds the command
+_COMMANDS = {
+    "quantize": "Quantize a checkpoint into a torchao checkpoint.",
+    "plan": "Show what quantize would do, and write nothing.",
+    "schemes": "List the quantization schemes, or show one.",
+    "demo": "Build, quantize and reload a tiny pipeline; needs no network.",
+}
+
+
+class _Commands(click.Group):
+    """Imports a command's module when it is called; ``--help`` imports none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"aoconvert.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 refused before any work, 4 verification failed, "
+    "5 Hub or authentication, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="aoconvert")
+def cli() -> None:
+    """Turn a diffusers or transformers checkpoint into a torchao checkpoint, one tensor at a time."""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit. ``AOCONVERT_DEBUG=1`` shows tracebacks."""
+    arguments = sys.argv[1:] if argv is None else argv
+    out = Output.from_flags(json_mode="--json" in arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = os.environ.get("AOCONVERT_DEBUG") == "1"
+    try:
+        code = cli.main(args=arguments, prog_name="aoconvert", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Abort:
+        _fail(out, Interrupted("interrupted"))
+    except click.ClickException as error:
+        if out.mode == "json":
+            out.error(type(error).__name__, error.format_message(), None, error.exit_code)
+        else:
+            error.show()
+        sys.exit(error.exit_code)
+    except AoconvertError as error:
+        if debug:
+            raise
+        _fail(out, error)
+    except KeyboardInterrupt:
+        _fail(out, Interrupted("interrupted"))
+    except BrokenPipeError:  # the reader of our stdout has had enough, e.g. `| head`
+        sys.stdout = None
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(
+            out,
+            AoconvertError(
+                f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                hint="AOCONVERT_DEBUG=1 shows the traceback; please report it",
+            ),
+        )
+
+
+def _fail(out: Output, error: AoconvertError) -> NoReturn:
+    problems = getattr(error, "problems", None)
+    out.error(type(error).__name__, error.message, error.hint, error.exit_code, problems=problems)
+    sys.exit(error.exit_code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM takes the same way out as Ctrl-C: what is unfinished is removed."""
+    raise KeyboardInterrupt

@@ -1,0 +1,126 @@
+"""Options that several commands share, spelled once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from aoconvert.cli.output import Output
+from aoconvert.errors import UsageError
+from aoconvert.options import DTYPES, QuantizeOptions, parse_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def common(function: F) -> F:
+    """``--json``, ``-q/--quiet``, ``--no-progress``; the command receives an ``Output`` as ``out``."""
+
+    @click.option("--json", "json_mode", is_flag=True, help="One JSON document on stdout, nothing else there.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only the essential value.")
+    @click.option("--no-progress", is_flag=True, help="No progress bar (there is none without a terminal).")
+    @functools.wraps(function)
+    def wrapped(*args: Any, json_mode: bool, quiet: bool, no_progress: bool, **kwargs: Any) -> Any:
+        if json_mode and quiet:
+            raise click.UsageError("--json and --quiet exclude each other")
+        out = Output.from_flags(json_mode=json_mode, quiet=quiet, no_progress=no_progress)
+        return function(*args, out=out, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def conversion(function: F) -> F:
+    """Everything ``quantize`` and ``plan`` take; the command receives ``options: QuantizeOptions``."""
+    decorators = [
+        click.argument("source", metavar="SOURCE"),
+        click.option("--scheme", required=True, metavar="NAME", help="What to quantize to; see 'aoconvert schemes'."),
+        click.option("--group-size", type=click.IntRange(min=1), help="Values per scale, where the scheme has groups."),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the torchao config."),
+        click.option(
+            "--skip",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave these unquantized: a tensor's or module's name, or re:REGEX (full match). Repeatable.",
+        ),
+        click.option(
+            "--component",
+            "components",
+            multiple=True,
+            metavar="NAME[=SCHEME]",
+            help="Part of a pipeline to quantize. Repeatable. Default: the denoiser.",
+        ),
+        click.option("--component-only", is_flag=True, help="Write just that component, not the pipeline."),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="bfloat16",
+            show_default=True,
+            help="Of what is not quantized, and the base of what is; auto keeps the source's.",
+        ),
+        click.option(
+            "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N|xpu", help="Where to quantize."
+        ),
+        click.option(
+            "--max-shard-size",
+            metavar="SIZE",
+            help="Tensor bytes a file, e.g. 5GB. Default: 45GB for diffusers (one file), 10GB for transformers.",
+        ),
+        click.option(
+            "--min-quantized",
+            type=click.FloatRange(0, 1),
+            default=0.5,
+            show_default=True,
+            help="Refuse when a smaller fraction of the parameters outside embeddings would be quantized.",
+        ),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path),
+            default=Path("out"),
+            show_default=True,
+            help="Folder for the result.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace an earlier result of aoconvert there."),
+        click.option("--revision", help="Branch, tag or commit of a Hub repo."),
+        click.option("--subfolder", help="Folder inside the source to start from."),
+        click.option("--variant", help="Weights variant, e.g. fp16."),
+        click.option("--token", envvar="HF_TOKEN", help="Hub token; never stored."),
+        click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder."),
+        click.option("--local-files-only", is_flag=True, help="Use the Hub cache, touch no network."),
+        click.option("--trust-remote-code", is_flag=True, help="Run model code that is inside the checkpoint."),
+    ]
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, source: str, out: Output, **values: Any) -> Any:
+        extra = {name: values.pop(name) for name in list(values) if name not in _FIELDS}
+        return function(*args, source=source, options=_options(values), out=out, **extra)
+
+    for decorate in reversed(decorators):
+        wrapped = decorate(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+_FIELDS = frozenset(QuantizeOptions.__dataclass_fields__)
+
+
+def _options(values: dict[str, Any]) -> QuantizeOptions:
+    settings = {}
+    for item in values.pop("settings"):
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {item!r} is not KEY=VALUE")
+        settings[key] = value
+    components: dict[str, str | None] = {}
+    for item in values.pop("components"):
+        name, _, scheme = item.partition("=")
+        components[name] = scheme or None
+    shard = values.pop("max_shard_size")
+    return QuantizeOptions(
+        settings=settings,
+        components=components,
+        max_shard_size=parse_size(shard) if shard is not None else None,
+        **values,
+    )

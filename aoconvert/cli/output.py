@@ -1,0 +1,83 @@
+"""What the terminal sees: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from aoconvert.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Mode = Literal["human", "json", "quiet"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One call renders a result for people, for programs (``--json``) or in one word (``--quiet``)."""
+
+    mode: Mode
+    progress: bool = True
+
+    @classmethod
+    def from_flags(cls, *, json_mode: bool = False, quiet: bool = False, no_progress: bool = False) -> Output:
+        """By the options that every command has."""
+        return cls("json" if json_mode else "quiet" if quiet else "human", progress=not (no_progress or quiet))
+
+    def result(self, human: Callable[[], RenderableType], data: Any, essential: str) -> None:
+        """Print a result; ``human`` is only called where it is shown."""
+        if self.mode == "json":
+            sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
+        elif self.mode == "quiet":
+            sys.stdout.write(essential + "\n")
+        else:
+            from rich.console import Console
+
+            console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+            console.print(human())
+
+    def warning(self, message: str) -> None:
+        """A warning on stderr; not in quiet mode."""
+        if self.mode != "quiet":
+            self._line("warning", message, "33")
+
+    def error(
+        self, kind: str, message: str, hint: str | None, exit_code: int, *, problems: Sequence[str] | None = None
+    ) -> None:
+        """An error: JSON on stdout, or one line (and one for each further problem) and the hint on stderr."""
+        if self.mode == "json":
+            values: dict[str, Any] = {"type": kind, "message": message, "hint": hint, "exit_code": exit_code}
+            if problems is not None:
+                values["problems"] = list(problems)
+            sys.stdout.write(json.dumps({"error": values}, ensure_ascii=False) + "\n")
+            return
+        for line in problems if problems else [message]:
+            self._line("error", line, "31")
+        if hint:
+            self._line("hint", hint, "2")
+
+    def _line(self, label: str, text: str, color: str) -> None:
+        text = " ".join(text.split())
+        head = f"\033[{color}m{label}:\033[0m" if sys.stderr.isatty() else f"{label}:"
+        sys.stderr.write(f"{head} {text}\n")
+
+    def watch(self) -> Progress:
+        """A progress display on stderr; silent without a terminal or with ``--no-progress``."""
+        if not self.progress or not sys.stderr.isatty():
+            return Silent()
+        from aoconvert.cli.bar import Bar
+
+        return Bar()
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError

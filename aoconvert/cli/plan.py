@@ -1,0 +1,119 @@
+"""``aoconvert plan``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from aoconvert.cli.options import common, conversion
+from aoconvert.cli.output import Output, size
+from aoconvert.options import QuantizeOptions
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from aoconvert.plan import ComponentPlan, Plan
+
+EXAMPLES = """\b
+Examples:
+  aoconvert plan THUDM/CogVideoX-5b --scheme int8wo
+  aoconvert plan ./my-model --scheme int4dq --tensors
+  aoconvert plan meta-llama/Llama-3.1-8B --scheme int8wo --json > plan.json
+"""
+
+
+@click.command("plan", epilog=EXAMPLES)
+@conversion
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@common
+def command(*, source: str, options: QuantizeOptions, out: Output, tensors: bool) -> None:
+    """Show what quantize would do with SOURCE: every decision, and the exact sizes. Nothing is written.
+
+    Reads configs and headers, never weights. Of a Hub repo only those are fetched. A folder with nothing but its
+    config.json can be planned too.
+    """
+    show(source, options, out, tensors=tensors)
+
+
+def show(source: str, options: QuantizeOptions, out: Output, *, tensors: bool) -> None:
+    """Make the plan and print it."""
+    from aoconvert import api
+
+    made = api.plan_options(source, options)
+    for line in made.warnings:
+        out.warning(line)
+    out.result(lambda: _render(made, tensors=tensors), made.to_dict(), str(sum(file.size for file in _files(made))))
+
+
+def _files(plan: Plan) -> list[object]:
+    return [file for item in plan.components for file in item.files]
+
+
+def _render(plan: Plan, *, tensors: bool) -> RenderableType:
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for item in plan.components:
+        totals = item.totals
+        parts.append(Text(f"{item.component.title} ({item.component.class_name}) → {item.scheme.name}", style="bold"))
+        parts.append(
+            Text(
+                f"  {size(totals.bytes_in)} → {size(totals.bytes_out)}, {totals.bits_per_weight:.2f} bits a weight, "
+                f"{totals.quantized_fraction:.1%} of the parameters outside embeddings quantized "
+                f"({totals.parameters:,} parameters)"
+            )
+        )
+        parts.append(Padding(_tensor_table(item) if tensors else _reason_table(item), (0, 0, 0, 2)))
+        parts += [Text(f"  {file.path}  {size(file.size)}") for file in item.files]
+    if plan.copied:
+        parts.append(Text(f"taken over unchanged: {len(plan.copied)} files, {size(sum(c.size for c in plan.copied))}"))
+    needs = plan.needs
+    device = f", {size(needs.device_peak_bytes)} on {plan.device}" if needs.device_peak_bytes else ""
+    parts.append(Text(f"needs {size(needs.disk_bytes)} of disk, about {size(needs.host_peak_bytes)} of memory{device}"))
+    return Group(*parts)
+
+
+def _reason_table(plan: ComponentPlan) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("action", "why", "example"):
+        table.add_column(title, overflow="fold")
+    for title in ("tensors", "parameters", "in", "out"):
+        table.add_column(title, justify="right", no_wrap=True)
+    groups: dict[tuple[str, str], list[int]] = {}
+    example: dict[tuple[str, str], str] = {}
+    for tensor in plan.tensors:
+        key = (tensor.action, tensor.reason or "")
+        counts = groups.setdefault(key, [0, 0, 0, 0])
+        for place, value in enumerate((1, tensor.numel, tensor.bytes_in, tensor.bytes_out)):
+            counts[place] += value
+        example.setdefault(key, tensor.name)
+    for key, (count, numel, bytes_in, bytes_out) in sorted(groups.items(), key=lambda item: -item[1][1]):
+        table.add_row(*key, example[key], str(count), f"{numel:,}", size(bytes_in), size(bytes_out))
+    return table
+
+
+def _tensor_table(plan: ComponentPlan) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("tensor", "shape", "dtype", "action", "why"):
+        table.add_column(title, overflow="fold")
+    for title in ("in", "out"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for tensor in plan.tensors:
+        shape = "×".join(str(side) for side in tensor.shape) or "scalar"
+        table.add_row(
+            tensor.name,
+            shape,
+            tensor.dtype,
+            tensor.action,
+            tensor.reason or "",
+            size(tensor.bytes_in),
+            size(tensor.bytes_out),
+        )
+    return table

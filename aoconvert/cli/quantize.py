@@ -1,0 +1,70 @@
+"""``aoconvert quantize``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from aoconvert.cli import plan as plan_command
+from aoconvert.cli.options import common, conversion
+from aoconvert.cli.output import Output, size
+from aoconvert.options import QuantizeOptions
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from aoconvert.engine.run import QuantizeResult
+
+EXAMPLES = """\b
+Examples:
+  aoconvert quantize THUDM/CogVideoX-5b --scheme int8wo
+  aoconvert quantize ./my-model --scheme float8wo -o ./my-model-fp8
+  aoconvert quantize ./my-model --scheme int4dq --group-size 64 --skip 're:.*\\.proj_out'
+  aoconvert quantize black-forest-labs/FLUX.1-dev --scheme int8wo --component transformer --component text_encoder_2
+"""
+
+
+@click.command("quantize", epilog=EXAMPLES)
+@conversion
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing, like 'aoconvert plan'.")
+@common
+def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool) -> None:
+    """Quantize SOURCE, a Hub repo id or a folder, into a torchao checkpoint.
+
+    Reads a diffusers pipeline, a diffusers model or a transformers model one tensor at a time, quantizes with
+    torchao's own code and streams the result into .bin files that from_pretrained opens, with a manifest.
+    """
+    if dry_run:
+        plan_command.show(source, options, out, tensors=False)
+        return
+    from aoconvert import api
+
+    result = api.quantize_options(source, options, progress=out.watch())
+    for line in result.warnings:
+        out.warning(line)
+    out.result(lambda: _summary(result), result.to_dict(), str(result.output))
+
+
+def _summary(result: QuantizeResult) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for item in result.manifest.components:
+        totals = item.totals
+        worst = "" if totals.worst_sqnr_db is None else f", worst SQNR {totals.worst_sqnr_db:.1f} dB"
+        table.add_row(
+            item.name or item.class_name,
+            f"{item.scheme}: {size(totals.bytes_in)} → {size(totals.bytes_out)}, "
+            f"{totals.quantized_fraction:.1%} of {totals.parameters / 1e9:.2f} B parameters quantized{worst}",
+        )
+    table.add_row("time", f"{result.seconds:.1f} s, peak memory {size(result.peak_host_bytes)}")
+    if result.peak_device_bytes:
+        table.add_row("device", f"peak {size(result.peak_device_bytes)}")
+    if result.skipped:
+        table.add_row("not quantized", f"{len(result.skipped)} matrices; aoconvert.json has the reasons")
+    table.add_row("output", str(result.output))
+    return table
+

@@ -1,0 +1,1 @@
+"""The engine: read → quantize → write, one tensor at a time."""

@@ -1,0 +1,42 @@
+"""Host memory: a predictable allocator, and the peak of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import resource
+import sys
+
+_M_MMAP_THRESHOLD = -3  # glibc malloc.h
+_M_TRIM_THRESHOLD = -1
+_BIG = 1 << 20
+
+
+def steady_allocator() -> None:
+    """Make glibc give large buffers back to the system as soon as they are freed.
+
+    By default it raises its mmap threshold with every freed buffer (up to 32 MiB) and keeps what it frees in arenas:
+    the process then grows by the size of the output although nothing is referenced. Does nothing on other systems.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _BIG)
+        libc.mallopt(_M_TRIM_THRESHOLD, _BIG)
+
+
+def peak_host_bytes() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes(device: str) -> int:
+    """Largest number of bytes allocated on ``device`` so far; 0 for the CPU."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    backend = getattr(torch, torch.device(device).type)
+    return int(backend.max_memory_allocated(device))

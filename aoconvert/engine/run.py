@@ -1,0 +1,272 @@
+"""Carry out a plan: stream every component, take over the rest, write the manifest last."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aoconvert import __version__, manifest
+from aoconvert.engine.memory import peak_device_bytes, peak_host_bytes, steady_allocator
+from aoconvert.engine.output import Stage, model_config, quantization_config
+from aoconvert.engine.reading import ComponentReading
+from aoconvert.engine.stream import ComponentResult, Seconds, run_component
+from aoconvert.environment import device_facts, platform_name, versions
+from aoconvert.errors import Interrupted
+from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry
+from aoconvert.models import join
+from aoconvert.plan import ComponentPlan, Plan
+from aoconvert.plan.files import index_name
+from aoconvert.plan.types import layout_dict, vars_of
+from aoconvert.progress import Progress
+from aoconvert.writers.index import write_index
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a run did; ``to_dict`` is what ``aoconvert quantize --json`` prints. Bytes, seconds."""
+
+    output: Path
+    manifest: Manifest
+    seconds: float
+    bytes_in: int
+    bytes_out: int
+    parameters: int
+    quantized_parameters: int
+    quantized_fraction: float
+    peak_host_bytes: int
+    peak_device_bytes: int
+    skipped: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keys are a contract (``cli.md``)."""
+        return {
+            "output": str(self.output),
+            "manifest": str(self.output / manifest.MANIFEST_NAME),
+            "seconds": round(self.seconds, 3),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "parameters": self.parameters,
+            "quantized_parameters": self.quantized_parameters,
+            "quantized_fraction": self.quantized_fraction,
+            "peak_host_bytes": self.peak_host_bytes,
+            "peak_device_bytes": self.peak_device_bytes,
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+            "warnings": list(self.warnings),
+        }
+
+
+def run(plan: Plan, progress: Progress, *, command: str) -> QuantizeResult:
+    """Carry out ``plan``. The output appears under its name only when it is whole.
+
+    Args:
+        plan: made with the same versions, its source's files local.
+        progress: is told what happens.
+        command: the command line that makes the result again, for the manifest.
+
+    Raises:
+        AoconvertError: the unfinished output is removed.
+    """
+    steady_allocator()
+    began = time.perf_counter()
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    stage = Stage(plan.output)
+    try:
+        entries, digests, seconds = _components(plan, stage, progress)
+        progress.start("copy", sum(item.size for item in plan.copied))
+        copied = stage.take_over(plan.source, plan.copied, progress)
+        progress.finish()
+        elapsed = time.perf_counter() - began
+        result = Manifest(
+            schema_version=manifest.SCHEMA_VERSION,
+            tool=manifest.Tool(name="aoconvert", version=__version__),
+            source=_source_entry(plan, digests),
+            environment=_environment(plan),
+            components=entries,
+            copied=copied,
+            run=manifest.RunEntry(
+                command=command,
+                started=started,
+                seconds=round(elapsed, 3),
+                peak_host_bytes=peak_host_bytes(),
+                peak_device_bytes=peak_device_bytes(plan.device),
+                reader_seconds=round(seconds.reader, 3),
+                quantize_seconds=round(seconds.quantize, 3),
+                writer_seconds=round(seconds.writer, 3),
+            ),
+        )
+        stage.write_text(manifest.MANIFEST_NAME, manifest.dump(result))
+        stage.place()
+    except KeyboardInterrupt:
+        stage.discard()
+        raise Interrupted("interrupted; the unfinished output was removed") from None
+    except BaseException:
+        stage.discard()
+        raise
+    return _result(plan, result)
+
+
+def _components(
+    plan: Plan, stage: Stage, progress: Progress
+) -> tuple[list[ComponentEntry], dict[str, FileEntry], Seconds]:
+    entries, digests, seconds = [], {}, Seconds()
+    progress.start("quantize", sum(item.totals.bytes_in for item in plan.components))
+    for component in plan.components:
+        with ComponentReading(component, plan, stage.root) as reading:
+            done = run_component(component, reading, stage.root, plan.device, progress)
+            for path, digest in reading.digests().items():
+                digests[path] = FileEntry(path=path, size=plan.source.files()[path].size, sha256=digest)
+        seconds += done.seconds
+        extra = [
+            stage.write_text(
+                join(component.folder, "config.json"),
+                model_config(
+                    component.component.library,
+                    component.component.config,
+                    quantization_config(component.component.library, component.scheme.config, component.skip_modules),
+                    plan.dtype,
+                ),
+            )
+        ]
+        if len(component.files) > 1:
+            extra.append(_write_index(component, stage))
+        entries.append(_component_entry(component, done, extra, plan))
+    progress.finish()
+    return entries, digests, seconds
+
+
+def _write_index(component: ComponentPlan, stage: Stage) -> FileEntry:
+    path = join(component.folder, index_name(component.component))
+    where = {t.name: Path(t.file).name for t in component.tensors if t.file is not None}
+    write_index(stage.root / path, where, sum(t.bytes_out for t in component.tensors))
+    content = (stage.root / path).read_text(encoding="utf-8")
+    return stage.write_text(path, content)
+
+
+def _component_entry(
+    plan: ComponentPlan, done: ComponentResult, extra: list[FileEntry], whole: Plan
+) -> ComponentEntry:
+    tensors = []
+    for tensor in plan.tensors:
+        result = done.tensors.get(tensor.name)
+        tensors.append(
+            manifest.TensorEntry(
+                name=tensor.name,
+                shape=list(tensor.shape),
+                dtype=tensor.dtype,
+                action=tensor.action,
+                reason=tensor.reason,
+                class_name=result.written.class_name if result else "torch.Tensor",
+                data_names=list(result.written.data_names) if result else [],
+                bytes_in=tensor.bytes_in,
+                bytes_out=result.written.nbytes if result else 0,
+                sqnr_db=result.sqnr_db if result else None,
+                max_abs_error=result.max_abs_error if result else None,
+                file=tensor.file,
+                sha256=result.written.sha256 if result else None,
+            )
+        )
+    sealed = [FileEntry(path=path, size=file.size, sha256=file.sha256) for path, file in done.files.items()]
+    names = sorted({name for file in done.files.values() for name in file.globals})
+    worst = [entry.sqnr_db for entry in tensors if entry.sqnr_db is not None and math.isfinite(entry.sqnr_db)]
+    return ComponentEntry(
+        name=plan.component.name,
+        path=plan.folder,
+        library=plan.component.library,
+        class_name=plan.component.class_name,
+        scheme=plan.scheme.name,
+        config=plan.scheme.config_dict,
+        dtype=whole.dtype,
+        layout=manifest.LayoutEntry(**layout_dict(plan.scheme)),
+        format="bin",
+        files=sealed + extra,
+        safe_globals=[name for name in names if name.partition(".")[0] not in ("torch", "collections", "builtins")],
+        imports=["torchao"],
+        load=manifest.LoadEntry(
+            strategy="from_pretrained", class_name=plan.component.class_name, kwargs=_load_kwargs(plan, whole)
+        ),
+        loads_with={"torchao": f">={plan.scheme.min_torchao}", "torch": ">=2.6"},
+        tensors=tensors,
+        totals=manifest.Totals(**vars_of(plan.totals), worst_sqnr_db=min(worst, default=None)),
+    )
+
+
+def _load_kwargs(plan: ComponentPlan, whole: Plan) -> dict[str, Any]:
+    """diffusers' default dtype is float32 beside a quantized model, and it finds a sharded .bin only when told."""
+    if plan.component.library == "transformers":
+        return {}
+    kwargs: dict[str, Any] = {}
+    if whole.dtype != "auto":
+        kwargs["torch_dtype"] = whole.dtype
+    if len(plan.files) > 1:
+        kwargs["use_safetensors"] = False
+    return kwargs
+
+
+def _source_entry(plan: Plan, digests: Mapping[str, FileEntry]) -> SourceEntry:
+    return SourceEntry(
+        kind=plan.source.kind,
+        repo_id=plan.source.repo_id,
+        revision=plan.source.revision,
+        subfolder=plan.subfolder,
+        license=_license(plan),
+        base_model=plan.source.repo_id,
+        files=[digests[path] for path in sorted(digests)],
+    )
+
+
+def _license(plan: Plan) -> str | None:
+    """What the source's card declares; nothing is guessed."""
+    if not plan.source.has("README.md"):
+        return None
+    from huggingface_hub import metadata_load
+
+    try:
+        card = metadata_load(plan.source.local("README.md")) or {}
+    except Exception:  # a card with broken YAML says nothing
+        return None
+    value = card.get("license")
+    return value if isinstance(value, str) else None
+
+
+def _environment(plan: Plan) -> manifest.EnvironmentEntry:
+    device = device_facts(plan.device)
+    return manifest.EnvironmentEntry(
+        **versions(),
+        platform=platform_name(),
+        device=manifest.DeviceEntry(
+            type=device.type,
+            name=device.name,
+            capability=list(device.capability) if device.capability else None,
+        ),
+    )
+
+
+def _result(plan: Plan, written: Manifest) -> QuantizeResult:
+    totals = [component.totals for component in written.components]
+    outside = sum(t.quantized_parameters / t.quantized_fraction for t in totals if t.quantized_fraction)
+    quantized = sum(t.quantized_parameters for t in totals)
+    named = len(plan.components) > 1
+    return QuantizeResult(
+        output=plan.output,
+        manifest=written,
+        seconds=written.run.seconds,
+        bytes_in=sum(t.bytes_in for t in totals),
+        bytes_out=sum(t.bytes_out for t in totals),
+        parameters=sum(t.parameters for t in totals),
+        quantized_parameters=quantized,
+        quantized_fraction=quantized / outside if outside else 0.0,
+        peak_host_bytes=written.run.peak_host_bytes,
+        peak_device_bytes=written.run.peak_device_bytes,
+        skipped=tuple(
+            (f"{item.component.name}.{tensor.name}" if named else tensor.name, tensor.reason or "")
+            for item in plan.components
+            for tensor in item.skipped
+        ),
+        warnings=plan.warnings,
+    )

@@ -1,0 +1,198 @@
+"""What this process runs on: versions, the platform, the device, and imports without known noise.
+
+No function here returns a host name, a user name or a path: all of it may go into a manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from aoconvert.errors import PlanError, UsageError
+from aoconvert.version import __version__
+
+PACKAGES = ("torch", "torchao", "diffusers", "transformers", "accelerate", "huggingface_hub")
+ACCELERATORS = ("cuda", "xpu")
+
+# Logger -> how the message starts or what it holds. Each of them is harmless and printed at every import (torchao
+# 0.18: extension modules for other Pythons and GPUs; torch 2.13: torchao registers an Enum; diffusers 0.42: classes
+# of torchao < 0.17).
+_NOISE = {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "is an Enum subclass and is now natively supported by torch.compile",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as the manifest names it.
+
+    Attributes:
+        type: ``cpu``, ``cuda`` or ``xpu``.
+        name: the model, such as ``NVIDIA H100 80GB HBM3`` or ``Intel(R) Xeon(R) Platinum 8481C``.
+        capability: CUDA's compute capability, such as ``(9, 0)``; ``None`` where there is no such thing.
+    """
+
+    type: str
+    name: str
+    capability: tuple[int, int] | None
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution, or ``None``. Imports nothing of it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, aoconvert and every package that shapes the result; absent packages are left out."""
+    found = {"python": platform.python_version()}
+    found.update((package, version) for package in PACKAGES if (version := version_of(package)) is not None)
+    return {**found, "aoconvert": __version__}
+
+
+def version_at_least(package: str, minimum: str) -> bool:
+    """Whether ``package`` is installed in version ``minimum`` or newer, by PEP 440 (``0.9 < 0.18``)."""
+    version = version_of(package)
+    return version is not None and Version(version) >= Version(minimum)
+
+
+def platform_name() -> str:
+    """Operating system, machine and C library, such as ``Linux x86_64 glibc 2.36``; no host name, no kernel build."""
+    return " ".join(part for part in (platform.system(), platform.machine(), *platform.libc_ver()) if part)
+
+
+def choose_device(requested: str) -> str:
+    """The torch device to quantize on: ``auto`` becomes the best that is here, anything else is checked.
+
+    Args:
+        requested: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``xpu`` or ``xpu:N``.
+
+    Raises:
+        UsageError: not a device name.
+        PlanError: a device that this machine, or this build of torch, does not have.
+    """
+    if requested == "auto":
+        return next((kind for kind in ACCELERATORS if _device_count(kind)), "cpu")
+    kind, index = _split(requested)
+    if kind in ACCELERATORS and (count := _device_count(kind)) <= (index or 0):
+        here = "; ".join((_count_text(kind, count), *_cpu_build(kind)))
+        raise PlanError([f"device {requested} is not here: {here}"], hint="--device auto takes what is there")
+    return requested
+
+
+def device_facts(device: str) -> Device:
+    """What ``device`` (a name that :func:`choose_device` returned) is.
+
+    Raises:
+        UsageError, PlanError: as :func:`choose_device`.
+    """
+    kind, index = _split(choose_device(device))
+    if kind == "cpu":
+        return Device("cpu", _cpu_name(), None)
+    import torch
+
+    if kind == "cuda":
+        return Device("cuda", torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+    return Device("xpu", torch.xpu.get_device_name(index), None)
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Drop the known, harmless messages that torchao and diffusers log while they are imported; keep all others."""
+    filters = [(logging.getLogger(name), _Drop(text)) for name, text in _NOISE.items()]
+    for logger, drop in filters:
+        logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        for logger, drop in filters:
+            logger.removeFilter(drop)
+
+
+def import_torchao() -> Any:
+    """``torchao`` with ``torchao.quantization``, imported without its noise.
+
+    Raises:
+        ImportError: torchao is not installed, or does not fit the installed torch.
+    """
+    with quiet_imports():
+        import torchao
+        import torchao.quantization
+    return torchao
+
+
+def import_diffusers() -> Any:
+    """``diffusers``, with the quantizer that loads torchao checkpoints, imported without its noise.
+
+    Raises:
+        ImportError: diffusers is not installed, or does not fit what is.
+    """
+    with quiet_imports():
+        import diffusers
+        import diffusers.quantizers
+    return diffusers
+
+
+class _Drop(logging.Filter):
+    """Refuses records whose message contains a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for the one message, True for everything else."""
+        return self._text not in record.getMessage()
+
+
+def _split(device: str) -> tuple[str, int | None]:
+    """``cuda:1`` -> ``("cuda", 1)``, ``cuda`` -> ``("cuda", None)``."""
+    kind, colon, number = device.partition(":")
+    known = kind in ACCELERATORS or (kind == "cpu" and not colon)
+    if not known or (colon and not (number.isascii() and number.isdigit())):
+        raise UsageError(f"{device!r} is not a device", hint="use auto, cpu, cuda, cuda:N, xpu or xpu:N")
+    return kind, int(number) if colon else None
+
+
+def _device_count(kind: str) -> int:
+    import torch
+
+    module = torch.cuda if kind == "cuda" else torch.xpu
+    return module.device_count() if module.is_available() else 0
+
+
+def _count_text(kind: str, count: int) -> str:
+    if not count:
+        return f"torch sees no {kind} device"
+    return f"torch sees {count} {kind} device{'s' if count > 1 else ''}, {kind}:0 to {kind}:{count - 1}"
+
+
+def _cpu_build(kind: str) -> tuple[str, ...]:
+    """The commonest reason for a missing CUDA device: a torch that was built without it."""
+    import torch
+
+    no_cuda = kind == "cuda" and torch.version.cuda is None and torch.version.hip is None
+    return (f"torch {torch.__version__} is built without CUDA",) if no_cuda else ()
+
+
+def _cpu_name() -> str:
+    """The processor's model; falls back to the machine type (``platform.processor`` is often empty on Linux)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip().lower() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()

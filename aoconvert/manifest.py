@@ -1,0 +1,235 @@
+"""The manifest, ``aoconvert.json``: the contract between the one who quantized and everyone who comes after.
+
+The JSON Schema in ``manifests/manifest.v1.schema.json`` is generated from these models (``python -m
+aoconvert.manifest``). Unknown keys are kept on reading, so that a newer writer does not break an older reader.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from aoconvert.errors import SourceError
+
+MANIFEST_NAME = "aoconvert.json"
+SCHEMA_VERSION = 1
+SCHEMA_PATH = Path("manifests") / "manifest.v1.schema.json"
+
+
+def _inside(path: str) -> str:
+    """Refuse a path that could leave the folder, before anything is opened."""
+    parts = PurePosixPath(path).parts
+    if not path or "\\" in path or "\0" in path or path.startswith("/") or ".." in parts or re.match(r"^[A-Za-z]:", path):
+        raise ValueError(f"{path!r} is not a path inside the folder")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside), Field(description="relative, '/'-separated, inside the folder")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Action = Literal["quantize", "cast", "keep", "tied"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Tool(_Model):
+    """Who wrote the manifest."""
+
+    name: str
+    version: str
+
+
+class FileEntry(_Model):
+    """A file: size in bytes and SHA-256 of its content."""
+
+    path: RelativePath
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+
+class SourceEntry(_Model):
+    """What was quantized. ``files`` are the weights files that were read."""
+
+    kind: Literal["hub", "folder", "file"]
+    repo_id: str | None = None
+    revision: str | None = Field(default=None, description="commit hash")
+    subfolder: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+    files: list[FileEntry]
+
+
+class DeviceEntry(_Model):
+    """The device that quantized."""
+
+    type: str
+    name: str
+    capability: list[int] | None = None
+
+
+class EnvironmentEntry(_Model):
+    """Versions of everything that has a say in the bytes that were written."""
+
+    python: str
+    torch: str
+    torchao: str
+    diffusers: str
+    transformers: str
+    accelerate: str
+    huggingface_hub: str
+    aoconvert: str
+    platform: str
+    device: DeviceEntry
+
+
+class LayoutEntry(_Model):
+    """Where the packed layout can be used: ``any`` for plain ones."""
+
+    device: Literal["any", "cpu", "cuda", "xpu"]
+    packing: str
+    min_capability: list[int] | None = None
+    requires: list[str] = Field(default_factory=list, description="package>=version")
+
+
+class LoadEntry(_Model):
+    """How the component is opened: ``class_name.from_pretrained(folder, **kwargs)``, or by assignment."""
+
+    strategy: Literal["from_pretrained", "assign"]
+    class_name: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class TensorEntry(_Model):
+    """One state-dict entry, as it was written.
+
+    ``sha256`` is over the bytes of the inner tensors in ``data_names`` order (a plain tensor: its own bytes).
+    ``sqnr_db`` is 20·log10(‖w‖ / ‖w − dequantized‖), against the source's weight.
+    """
+
+    name: str
+    shape: list[int]
+    dtype: str
+    action: Action
+    reason: str | None = None
+    class_name: str
+    data_names: list[str] = Field(default_factory=list)
+    bytes_in: int
+    bytes_out: int
+    sqnr_db: float | None = None
+    max_abs_error: float | None = None
+    file: RelativePath | None = None
+    sha256: Sha256 | None = None
+
+
+class Totals(_Model):
+    """Sums over a component. ``quantized_fraction`` is of the parameters outside embeddings."""
+
+    tensors: int
+    parameters: int
+    quantized_parameters: int
+    quantized_fraction: float
+    bytes_in: int
+    bytes_out: int
+    bits_per_weight: float
+    worst_sqnr_db: float | None = None
+
+
+class ComponentEntry(_Model):
+    """One quantized model."""
+
+    name: str
+    path: str = Field(description="its folder, '' for the root")
+    library: Literal["diffusers", "transformers"]
+    class_name: str
+    scheme: str
+    config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict")
+    dtype: str = Field(description="of what is not quantized, and the base of what is")
+    layout: LayoutEntry
+    format: Literal["bin", "safetensors"]
+    files: list[FileEntry]
+    safe_globals: list[str] = Field(description="names in the pickles beyond torch's own")
+    imports: list[str] = Field(description="modules to import before loading")
+    load: LoadEntry
+    loads_with: dict[str, str]
+    tensors: list[TensorEntry]
+    totals: Totals
+
+
+class RunEntry(_Model):
+    """The only part that differs between two equal runs. Times in seconds, peaks in bytes."""
+
+    command: str
+    started: str
+    seconds: float
+    peak_host_bytes: int
+    peak_device_bytes: int
+    reader_seconds: float
+    quantize_seconds: float
+    writer_seconds: float
+
+
+class Manifest(_Model):
+    """``aoconvert.json``."""
+
+    schema_version: Literal[1]
+    tool: Tool
+    source: SourceEntry
+    environment: EnvironmentEntry
+    components: list[ComponentEntry]
+    copied: list[FileEntry]
+    run: RunEntry
+
+    def files(self) -> Iterator[FileEntry]:
+        """Every file that the manifest vouches for."""
+        for component in self.components:
+            yield from component.files
+        yield from self.copied
+
+
+def dump(manifest: Manifest) -> str:
+    """The manifest as JSON text, the same for the same values."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def load(folder: Path) -> Manifest:
+    """Read and check the manifest of a folder.
+
+    Raises:
+        SourceError: there is none, it is not valid, or it is of a newer schema.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{folder} has no {MANIFEST_NAME}", hint="is it the output of aoconvert quantize?") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read: {error}", hint="make the checkpoint again") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise SourceError(
+            f"{path} has schema_version {version!r}; this aoconvert reads {SCHEMA_VERSION}", hint="upgrade aoconvert"
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SourceError(f"{path} is not a valid manifest: {where}: {first['msg']}") from error
+
+
+def json_schema() -> str:
+    """The JSON Schema text that ``manifests/`` holds."""
+    schema = Manifest.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"aoconvert manifest, version {SCHEMA_VERSION}"
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    SCHEMA_PATH.write_text(json_schema(), encoding="utf-8")

@@ -1,0 +1,173 @@
+"""What a model is made of, read from its config alone: components, and every tensor of each component's state dict."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Library = Literal["diffusers", "transformers"]
+Kind = Literal["linear", "embedding", "other"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a checkpoint: the whole of it, or one part of a diffusers pipeline.
+
+    Attributes:
+        name: ``"transformer"`` in a pipeline, ``""`` where the checkpoint is a single model.
+        folder: where its config and weights are in the source, relative, ``""`` for the root.
+        library: the library whose class it is.
+        class_name: the model class, e.g. ``"CogVideoXTransformer3DModel"``.
+        config: its ``config.json``.
+    """
+
+    name: str
+    folder: str
+    library: Library
+    class_name: str
+    config: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """How messages call it."""
+        return self.name or self.class_name
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One entry of a model's state dict, as its class defines it.
+
+    Attributes:
+        name: state-dict key.
+        shape: its shape.
+        floating: whether its dtype is a floating one (the others are never cast).
+        dtype: dtype in a freshly built model; what it is stored as where ``floating`` is false.
+        module: name of the owning module.
+        module_class: class name of the owning module, e.g. ``"Linear"``.
+        parameter: a parameter, not a buffer.
+        kind: ``linear`` for the weight torchao's ``quantize_`` takes, ``embedding`` for an embedding table.
+        tied_to: name of the tensor that this one shares its memory with, or ``None``.
+        keep_fp32: the class asks for float32 whatever the model's dtype.
+        output_head: weight of the output embeddings (``lm_head``).
+        single_row: its layer sees one row per sample (modulation, timestep, pooled projection).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    floating: bool
+    dtype: torch.dtype
+    module: str
+    module_class: str
+    kind: Kind
+    parameter: bool = True
+    tied_to: str | None = None
+    keep_fp32: bool = False
+    output_head: bool = False
+    single_row: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A component's empty model and what it is made of. ``model`` has its parameters on ``meta``."""
+
+    component: Component
+    model: nn.Module = field(repr=False)
+    tensors: tuple[TensorSpec, ...] = field(repr=False)
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        return iter(self.tensors)
+
+
+# Layers that see one row per sample. torchao's int8 dynamic path ends in torch._int_mm, which wants more rows
+# (unslothai/unsloth#6716). Found by class and by name; tests/models/ checks the rules against real forward passes.
+_SINGLE_ROW_CLASSES = re.compile(
+    r"Ada\w*Norm\w*|\w*(?:Layer|RMS)Norm(?:Zero|Continuous)\w*|\w*Modulation\w*"
+    r"|TimestepEmbedding|CombinedTimestep(?:Text|Guidance|Label|Size)\w*|PixArtAlphaCombinedTimestep\w*"
+    r"|\w*Pooler|\w*ClassificationHead"
+)
+_SINGLE_ROW_NAMES = re.compile(r"(?:.*\.)?(?:time_emb_proj|time_proj|\w*_mod\.\d+|adaLN_modulation\.\d+)")
+
+
+def single_row_modules(model: nn.Module) -> frozenset[str]:
+    """Names of the linear layers of ``model`` that see one row per sample in a forward pass.
+
+    A rule by class name (of the layer or anything around it) and by module name. ``TimestepEmbedding`` inside a
+    text embedder does not occur; a projection of a token sequence is never matched.
+    """
+    from torch import nn
+
+    inside = {name for name, module in model.named_modules() if _SINGLE_ROW_CLASSES.fullmatch(type(module).__name__)}
+    found = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        parents = {name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)}
+        if parents & inside or _SINGLE_ROW_NAMES.fullmatch(name):
+            found.add(name)
+    return frozenset(found)
+
+
+def describe_tensors(
+    model: nn.Module,
+    *,
+    tied: Mapping[str, str],
+    keep_fp32: frozenset[str],
+    output_head: str | None,
+) -> tuple[TensorSpec, ...]:
+    """Every tensor of ``model.state_dict()``, in its order.
+
+    Args:
+        model: a model with its parameters on ``meta``.
+        tied: state-dict key → the key it shares its memory with.
+        keep_fp32: keys that stay in float32.
+        output_head: name of the output-embedding module, if any.
+    """
+    from torch import nn
+
+    modules = dict(model.named_modules())
+    single_row = single_row_modules(model)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    specs = []
+    for name, tensor in model.state_dict().items():
+        owner = name.rpartition(".")[0]
+        module = modules[owner] if owner in modules else model
+        kind: Kind = "other"
+        if name.endswith("weight") and tensor.dim() == 2:
+            # torchao's own filter: NonDynamicallyQuantizableLinear is nn.MultiheadAttention's output projection
+            if isinstance(module, nn.Linear) and not isinstance(
+                module, nn.modules.linear.NonDynamicallyQuantizableLinear
+            ):
+                kind = "linear"
+            elif isinstance(module, nn.Embedding):
+                kind = "embedding"
+        specs.append(
+            TensorSpec(
+                name=name,
+                shape=tuple(tensor.shape),
+                floating=tensor.dtype.is_floating_point,
+                dtype=tensor.dtype,
+                module=owner,
+                module_class=type(module).__name__,
+                kind=kind,
+                parameter=name in parameters,
+                tied_to=tied.get(name),
+                keep_fp32=name in keep_fp32,
+                output_head=bool(output_head) and owner == output_head,
+                single_row=owner in single_row,
+            )
+        )
+    return tuple(specs)

@@ -1,0 +1,74 @@
+"""Empty diffusers models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from aoconvert.environment import import_diffusers
+from aoconvert.errors import SourceError
+from aoconvert.models.base import Component, Skeleton, describe_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def model_class(component: Component) -> Any:
+    """The class named in ``_class_name``.
+
+    Raises:
+        SourceError: diffusers has no such model class.
+    """
+    diffusers = import_diffusers()
+    cls = getattr(diffusers, component.class_name, None)
+    if cls is None or not hasattr(cls, "from_config") or not hasattr(cls, "_keep_in_fp32_modules"):
+        raise SourceError(
+            f"{component.title}: diffusers {diffusers.__version__} has no model class {component.class_name!r}",
+            hint="check _class_name in its config.json, or upgrade diffusers",
+        )
+    return cls
+
+
+def empty_model(component: Component) -> nn.Module:
+    """Build the model with its parameters on ``meta``; buffers that are not saved stay real.
+
+    Raises:
+        SourceError: the class does not exist, or does not take this config.
+    """
+    from accelerate import init_empty_weights
+
+    cls = model_class(component)
+    try:
+        with init_empty_weights():
+            model: nn.Module = cls.from_config(dict(component.config))
+    except Exception as error:  # any class may fail in its own way on a bad config
+        raise SourceError(
+            f"{component.title}: {component.class_name} does not take its config.json: {error}".splitlines()[0],
+            hint="check the config against the class, or upgrade diffusers",
+        ) from error
+    return model
+
+
+def skeleton(component: Component, dtype: torch.dtype) -> Skeleton:
+    """The empty model and its tensors. ``dtype`` is what floating tensors will be cast to.
+
+    diffusers keeps ``_keep_in_fp32_modules`` in float32 for every dtype, and matches them against the parts of the
+    parameter's name (``load_model_dict_into_meta``).
+    """
+    model = empty_model(component)
+    wanted = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    keep = frozenset(name for name in model.state_dict() if wanted & set(name.split(".")))
+    return Skeleton(component, model, describe_tensors(model, tied={}, keep_fp32=keep, output_head=None))
+
+
+def source_names(skeleton: Skeleton, checkpoint: Iterable[str], *, sharded: bool) -> Mapping[str, str]:
+    """State-dict key → the checkpoint's name of that tensor.
+
+    They are the same, except for attention blocks that diffusers renamed before it had sharded checkpoints.
+    """
+    names = {name: name for name in checkpoint}
+    rename = getattr(skeleton.model, "_fix_state_dict_keys_on_load", None)
+    if rename is not None and not sharded:
+        rename(names)
+    return names

@@ -1,0 +1,154 @@
+"""What a source holds: a diffusers pipeline, a diffusers model or a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from aoconvert.errors import SourceError
+from aoconvert.models.base import Component, Skeleton
+
+if TYPE_CHECKING:
+    import torch
+
+    from aoconvert.sources import Source
+
+# the parts of a pipeline that denoise: they hold nearly all of the compute, and are what people quantize
+DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """A source's models.
+
+    Attributes:
+        kind: what ``from_pretrained`` of the folder gives.
+        folder: where in the source it starts, ``""`` for the root.
+        class_name: pipeline class, or the model's.
+        components: the models in it; one, named ``""``, where ``kind`` is not ``pipeline``.
+        parts: folders of a pipeline's other parts (schedulers, tokenizers, …).
+    """
+
+    kind: Literal["pipeline", "diffusers", "transformers"]
+    folder: str
+    class_name: str
+    components: tuple[Component, ...]
+    parts: tuple[str, ...] = field(default=())
+
+    def component(self, name: str) -> Component | None:
+        """The component of that name, or ``None``."""
+        return next((item for item in self.components if item.name == name), None)
+
+    @property
+    def default_components(self) -> tuple[Component, ...]:
+        """What is quantized when nobody says otherwise: the denoiser of a pipeline, or the model."""
+        if self.kind != "pipeline":
+            return self.components
+        return tuple(item for item in self.components if item.name in DENOISERS)
+
+
+def join(folder: str, path: str) -> str:
+    """``folder/path``, where the folder may be the root ``""``."""
+    return f"{folder}/{path}" if folder else path
+
+
+def _single(source: Source, folder: str, config: Mapping[str, Any], name: str = "") -> Component | None:
+    where = join(folder, "config.json")
+    declared = config.get("_class_name")
+    if isinstance(declared, str):
+        return Component(name, folder, "diffusers", declared, config)
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+        return Component(name, folder, "transformers", architectures[0], config)
+    if "model_type" in config:
+        raise SourceError(
+            f"{source.label}: {where} names no architectures, so the model class is unknown",
+            hint='add "architectures": ["<class name>"] to it',
+        )
+    return None
+
+
+def _pipeline(source: Source, folder: str, index: Mapping[str, Any]) -> ModelLayout:
+    components, parts = [], []
+    for name, entry in index.items():
+        if name.startswith("_") or not (isinstance(entry, list) and len(entry) == 2):
+            continue
+        library, class_name = entry
+        if library is None or class_name is None:
+            continue  # an optional part that this pipeline does not have
+        part = join(folder, name)
+        if "/" in name or name in (".", "..") or not any(path.startswith(f"{part}/") for path in source.files()):
+            raise SourceError(
+                f"{source.label}: {join(folder, 'model_index.json')} names the part {name!r}, which is not there",
+                hint="download the whole pipeline again",
+            )
+        parts.append(name)
+        config = join(part, "config.json")
+        if not source.has(config):
+            continue
+        values = _mapping(source, config)
+        if library == "diffusers" and "_class_name" in values:
+            components.append(Component(name, part, "diffusers", str(class_name), values))
+        elif library == "transformers" and "model_type" in values:
+            components.append(Component(name, part, "transformers", str(class_name), values))
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str):
+        raise SourceError(f"{source.label}: model_index.json has no _class_name", hint="is this a diffusers pipeline?")
+    return ModelLayout("pipeline", folder, class_name, tuple(components), tuple(parts))
+
+
+def identify(source: Source, subfolder: str | None = None) -> ModelLayout:
+    """Find out what the source (or its ``subfolder``) holds.
+
+    Raises:
+        SourceError: no config, or one that names no class; already quantized.
+    """
+    folder = (subfolder or "").strip("/")
+    if folder and not any(path.startswith(f"{folder}/") for path in source.files()):
+        raise SourceError(f"{source.label} has no folder {folder!r}", hint="check --subfolder")
+    index = join(folder, "model_index.json")
+    if source.has(index):
+        return _pipeline(source, folder, _mapping(source, index))
+    config = join(folder, "config.json")
+    if not source.has(config):
+        raise SourceError(
+            f"{source.label}{'/' + folder if folder else ''} has no config.json and no model_index.json",
+            hint="give the folder of a diffusers pipeline, a diffusers model or a transformers model",
+        )
+    component = _single(source, folder, _mapping(source, config))
+    if component is None:
+        raise SourceError(
+            f"{source.label}: {config} has neither _class_name (diffusers) nor architectures (transformers)",
+            hint="give the folder of a model, not of one of its parts",
+        )
+    return ModelLayout(component.library, folder, component.class_name, (component,))
+
+
+def _mapping(source: Source, path: str) -> Mapping[str, Any]:
+    values = source.read_json(path)
+    if not isinstance(values, dict):
+        raise SourceError(f"{source.label}: {path} is not a JSON object", hint="download it again")
+    return values
+
+
+def build_skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
+    """The empty model of a component, by its library.
+
+    Raises:
+        SourceError: the class is unknown, does not take the config, or the weights are quantized already.
+    """
+    quantized = component.config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise SourceError(
+            f"{component.title} is already quantized ({method})", hint="start from the original, unquantized model"
+        )
+    if component.library == "diffusers":
+        from aoconvert.models import diffusers
+
+        return diffusers.skeleton(component, dtype)
+    from aoconvert.models import transformers
+
+    return transformers.skeleton(component, dtype, code_root=code_root)

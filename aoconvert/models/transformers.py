@@ -1,0 +1,234 @@
+"""Empty transformers models, and the checkpoint's tensors under the model's own names.
+
+transformers 5 renames, splits and merges the tensors of many checkpoints while it loads them. Renamed ones are
+resolved here with the library's own rules and read from the original file. Where tensors must be merged (experts of
+a mixture), the official loader does it with disk offload and holds no weights (see ``merged_reader_index``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aoconvert.errors import SourceError
+from aoconvert.models.base import Component, Skeleton, describe_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def model_class(component: Component, *, code_root: Path | None = None) -> Any:
+    """The class named in ``architectures`` (or in a pipeline's ``model_index.json``).
+
+    Args:
+        component: the component.
+        code_root: folder with the checkpoint's own code; only given with ``--trust-remote-code``.
+
+    Raises:
+        SourceError: transformers has no such class, or the checkpoint needs its own code.
+    """
+    import transformers
+
+    cls = getattr(transformers, component.class_name, None)
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        return cls
+    auto_map = component.config.get("auto_map") or {}
+    own = {reference.rpartition(".")[2]: reference for reference in auto_map.values() if isinstance(reference, str)}
+    if component.class_name in own:
+        if code_root is None:
+            raise SourceError(
+                f"{component.title}: {component.class_name} is code inside the checkpoint",
+                hint="read that code, then use --trust-remote-code to run it",
+            )
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(own[component.class_name], str(code_root))
+    raise SourceError(
+        f"{component.title}: transformers {transformers.__version__} has no model class {component.class_name!r}",
+        hint="check architectures in its config.json, or upgrade transformers",
+    )
+
+
+def _config(component: Component, code_root: Path | None) -> Any:
+    from transformers import AutoConfig
+
+    values = dict(component.config)
+    model_type = values.pop("model_type", None)
+    if code_root is not None and (values.get("auto_map") or {}).get("AutoConfig"):
+        return AutoConfig.from_pretrained(code_root, trust_remote_code=True, local_files_only=True)
+    if not isinstance(model_type, str):
+        raise SourceError(f"{component.title}: its config.json has no model_type", hint="complete the config")
+    return AutoConfig.for_model(model_type, **values)
+
+
+def empty_model(component: Component, *, code_root: Path | None = None) -> nn.Module:
+    """Build the model with its parameters on ``meta``; buffers that are not saved stay real.
+
+    Raises:
+        SourceError: the class does not exist, or does not take this config.
+    """
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    cls = model_class(component, code_root=code_root)
+    try:
+        with init_empty_weights(), no_init_weights():
+            model: nn.Module = cls(_config(component, code_root))
+    except SourceError:
+        raise
+    except Exception as error:  # any class may fail in its own way on a bad config
+        raise SourceError(
+            f"{component.title}: {component.class_name} does not take its config.json: {error}".splitlines()[0],
+            hint="check the config against the class, or upgrade transformers",
+        ) from error
+    return model
+
+
+def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
+    """The empty model and its tensors. ``dtype`` is what floating tensors will be cast to.
+
+    transformers keeps ``_keep_in_fp32_modules_strict`` in float32 below float32, and ``_keep_in_fp32_modules`` only
+    below float16; its own plan for ``dtype`` is asked.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    model: Any = empty_model(component, code_root=code_root)
+    names = list(model.state_dict())
+    plan = model._get_dtype_plan(dtype)
+    keep: frozenset[str] = frozenset()
+    if plan:
+        pattern, _, _ = build_glob_alternation(list(plan))
+        keep = frozenset(name for name in names if pattern.search(name))
+    head = model.get_output_embeddings()
+    head_name = next((name for name, module in model.named_modules() if head is not None and module is head), None)
+    tied = {name: target for name, target in model.all_tied_weights_keys.items() if name in set(names)}
+    return Skeleton(component, model, describe_tensors(model, tied=tied, keep_fp32=keep, output_head=head_name))
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where each tensor of the model comes from.
+
+    Attributes:
+        direct: state-dict key → the checkpoint's name of the same tensor.
+        merged: state-dict keys that transformers builds from several tensors, or by an operation on one.
+    """
+
+    direct: Mapping[str, str]
+    merged: frozenset[str]
+
+
+def source_names(skeleton: Skeleton, checkpoint: Iterable[str]) -> Names:
+    """Resolve the checkpoint's names with transformers' own renaming rules, reading nothing.
+
+    The same steps as ``transformers.core_model_loading.convert_and_load_state_dict_in_model`` takes for a key.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model: Any = skeleton.model
+    wanted = model.state_dict()
+    prefix = model.base_model_prefix
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    direct: dict[str, str] = {}
+    merged: set[str] = set()
+    for name in checkpoint:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
+        if target not in wanted:
+            continue
+        if pattern is not None:
+            merged.add(target)
+            converter = next(c for c in converters if pattern in c.source_patterns)
+            # one tensor split into several: the first target stands for all of them
+            for other in converter.target_patterns[1:]:
+                merged.add(target.replace(converter.target_patterns[0], other))
+        else:
+            direct[target] = name
+    return Names({k: v for k, v in direct.items() if k not in merged}, frozenset(merged & set(wanted)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars and reports on stderr; the plan has said what matters."""
+    from transformers.utils import logging as hf_logging
+
+    bars = hf_logging.is_progress_bar_enabled()
+    level = hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity(logging.ERROR)
+    accelerate_log = logging.getLogger("accelerate.big_modeling")
+    before = accelerate_log.level
+    accelerate_log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        accelerate_log.setLevel(before)
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def merged_reader_index(
+    component: Component,
+    folder: Path,
+    scratch: Path,
+    dtype: torch.dtype,
+    *,
+    variant: str | None = None,
+    code_root: Path | None = None,
+) -> Mapping[str, tuple[Path, str]]:
+    """Let transformers' own loader build the merged tensors; state-dict key → (safetensors file, name in it).
+
+    The loader keeps every weight on disk (``device_map={"": "disk"}``): tensors that it only renames stay in the
+    checkpoint's files, merged ones are written to ``scratch``, one file each. That costs a second copy of them on
+    disk.
+
+    Raises:
+        SourceError: the loader refused the checkpoint.
+    """
+    import torch
+
+    cls = model_class(component, code_root=code_root)
+    try:
+        with _quiet():
+            model = cls.from_pretrained(
+                folder,
+                device_map={"": "disk"},
+                offload_folder=scratch,
+                dtype=dtype,
+                variant=variant,
+                local_files_only=True,
+                trust_remote_code=code_root is not None,
+            )
+    except Exception as error:
+        raise SourceError(
+            f"{component.title}: transformers could not load the checkpoint: {error}".splitlines()[0],
+            hint="does from_pretrained open it?",
+        ) from error
+    index: dict[str, tuple[Path, str]] = {}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        weights = getattr(hook, "weights_map", None)
+        if weights is None:
+            continue
+        loader = getattr(weights, "dataset", weights)
+        for name, entry in loader.index.items():
+            if entry.get("safetensors_file"):
+                index[name] = (Path(entry["safetensors_file"]), entry.get("weight_name", name))
+        break
+    del model
+    if not index:
+        raise SourceError(
+            f"{component.title}: transformers {torch.__name__} offload left no index of its weights",
+            hint="report this with the model's name",
+        )
+    return index

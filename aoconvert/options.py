@@ -1,0 +1,88 @@
+"""What the user asked for: one frozen value that the command line and the Python API both fill in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aoconvert.errors import UsageError
+
+DTYPES = ("bfloat16", "float16", "float32", "auto")
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Everything ``quantize`` and ``plan`` can be told.
+
+    Attributes:
+        scheme: scheme name, see ``aoconvert schemes``.
+        group_size: values per scale along in_features, where the scheme has groups.
+        settings: fields of the torchao config, as text.
+        skip: exact tensor or module names, or ``re:`` patterns that match one fully; not quantized.
+        components: pipeline parts to quantize → scheme name, or ``None`` for ``scheme``. Empty: the denoiser.
+        component_only: write only that component, not the pipeline.
+        dtype: of what is not quantized and the base of what is; ``auto`` keeps the source's.
+        device: where to quantize: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``xpu``.
+        max_shard_size: bytes of tensors a file, or ``None`` for the library's default.
+        min_quantized: least fraction of the parameters outside embeddings that must be quantized.
+        output: folder that will hold the result.
+        overwrite: replace an earlier result there.
+        revision: branch, tag or commit of a Hub repo.
+        subfolder: folder inside the source to start from.
+        variant: weights variant, e.g. ``fp16``.
+        token: Hub token; never stored, never shown.
+        cache_dir: Hub cache.
+        local_files_only: do not touch the network.
+        trust_remote_code: run the model code inside the checkpoint.
+    """
+
+    scheme: str
+    group_size: int | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    components: Mapping[str, str | None] = field(default_factory=dict)
+    component_only: bool = False
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    max_shard_size: int | None = None
+    min_quantized: float = 0.5
+    output: Path = Path("out")
+    overwrite: bool = False
+    revision: str | None = None
+    subfolder: str | None = None
+    variant: str | None = None
+    token: str | None = field(default=None, repr=False)
+    cache_dir: Path | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not 0 <= self.min_quantized <= 1:
+            raise UsageError(f"min_quantized {self.min_quantized} is not a fraction between 0 and 1")
+        if self.max_shard_size is not None and self.max_shard_size <= 0:
+            raise UsageError("max_shard_size must be positive")
+        for pattern in self.skip:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise UsageError(f"--skip {pattern!r} is not a regular expression: {error}") from None
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``5GB``, ``500MB``, ``2GiB`` or a plain number (powers of ten, like the Hub's tools).
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise UsageError(f"{text!r} is not a size", hint="write 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,242 @@
+"""The plan: frozen values that say everything that will happen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from aoconvert.models import Component, ModelLayout, Skeleton
+    from aoconvert.schemes import Scheme
+    from aoconvert.sources import Source
+    from aoconvert.sources.weights import WeightFiles
+
+Action = Literal["quantize", "cast", "keep", "tied"]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one state-dict entry.
+
+    Attributes:
+        name: state-dict key.
+        shape: its shape.
+        dtype: dtype it will have; for a quantized one the dtype it dequantizes to.
+        source_dtype: dtype in the checkpoint.
+        action: ``quantize``, ``cast`` (to ``dtype``), ``keep`` (same bytes) or ``tied`` (not written).
+        reason: why it is not quantized; ``None`` where it is.
+        candidate: a matrix that somebody could expect to be quantized (embeddings not counted).
+        parameter: a parameter, not a buffer.
+        embedding: an embedding table.
+        bytes_in: bytes in the checkpoint.
+        bytes_out: bytes of the tensor's data in the output, all inner tensors together.
+        file: file of the output that holds it, relative; ``None`` where it is tied.
+        origin: (file, name) in the source; ``None`` where transformers merges it from several, or there are no weights.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    source_dtype: str
+    action: Action
+    reason: str | None
+    candidate: bool
+    parameter: bool
+    embedding: bool
+    bytes_in: int
+    bytes_out: int
+    file: str | None = None
+    origin: tuple[str, str] | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A weights file of the output and its size in bytes, exact for the versions installed here."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """A file that is taken over: ``source`` and ``path`` are relative to source and output.
+
+    ``drop`` is the weights variant that its name has lost; an index of shards loses it inside, too.
+    """
+
+    source: str
+    path: str
+    size: int
+    drop: str | None = None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a component; ``quantized_fraction`` is of the parameters outside embeddings."""
+
+    tensors: int
+    parameters: int
+    quantized_parameters: int
+    quantized_fraction: float
+    bytes_in: int
+    bytes_out: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """Everything about one model that will be quantized.
+
+    Attributes:
+        folder: its folder in the output, ``""`` for the root.
+        tensors: in state-dict order.
+        order: their names in the order they are read and written, file by file.
+        skip_modules: linear modules that stay as they are, for ``modules_to_not_convert``.
+        unused: tensors of the checkpoint that the model class does not have.
+        merged: transformers must build some tensors from several (their ``origin`` is ``None``).
+    """
+
+    component: Component
+    scheme: Scheme
+    folder: str
+    tensors: tuple[TensorPlan, ...]
+    order: tuple[str, ...]
+    files: tuple[FilePlan, ...]
+    skip_modules: tuple[str, ...]
+    unused: tuple[str, ...]
+    merged: bool
+    weights: WeightFiles | None
+    skeleton: Skeleton = field(repr=False, compare=False)
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over the tensors."""
+        written = [tensor for tensor in self.tensors if tensor.action != "tied"]
+        parameters = sum(t.numel for t in written if t.parameter)
+        outside = sum(t.numel for t in written if t.parameter and not t.embedding)
+        quantized = sum(t.numel for t in written if t.action == "quantize")
+        quantized_outside = sum(t.numel for t in written if t.action == "quantize" and not t.embedding)
+        bytes_out = sum(t.bytes_out for t in written)
+        return Totals(
+            tensors=len(self.tensors),
+            parameters=parameters,
+            quantized_parameters=quantized,
+            quantized_fraction=quantized_outside / outside if outside else 0.0,
+            bytes_in=sum(t.bytes_in for t in written),
+            bytes_out=bytes_out,
+            bits_per_weight=8 * bytes_out / parameters if parameters else 0.0,
+        )
+
+    @property
+    def skipped(self) -> tuple[TensorPlan, ...]:
+        """Matrices that are not quantized, with their reasons."""
+        return tuple(t for t in self.tensors if t.candidate and t.action in ("cast", "keep"))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the run will take, in bytes."""
+
+    disk_bytes: int
+    device_peak_bytes: int
+    host_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision, before the first byte moves.
+
+    Attributes:
+        fetch: files of the source that must be local before the work starts.
+        warnings: things that are not wrong but that the user should know.
+    """
+
+    source: Source
+    layout: ModelLayout
+    output: Path
+    device: str
+    dtype: str
+    components: tuple[ComponentPlan, ...]
+    copied: tuple[CopyPlan, ...]
+    fetch: tuple[str, ...]
+    needs: Needs
+    warnings: tuple[str, ...]
+    subfolder: str | None = None
+    variant: str | None = None
+    trust_remote_code: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that ``aoconvert plan --json`` prints (see ``cli.md``: keys are a contract)."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": {
+                "kind": self.source.kind,
+                "repo_id": self.source.repo_id,
+                "revision": self.source.revision,
+                "label": self.source.label,
+                "subfolder": self.subfolder,
+            },
+            "components": [_component_dict(item) for item in self.components],
+            "copied": [{"path": item.path, "size": item.size} for item in self.copied],
+            "needs": {
+                "disk_bytes": self.needs.disk_bytes,
+                "device_peak_bytes": self.needs.device_peak_bytes,
+                "host_peak_bytes": self.needs.host_peak_bytes,
+            },
+            "warnings": list(self.warnings),
+            "problems": [],
+        }
+
+
+def _component_dict(plan: ComponentPlan) -> dict[str, Any]:
+    return {
+        "name": plan.component.name,
+        "library": plan.component.library,
+        "class": plan.component.class_name,
+        "scheme": plan.scheme.name,
+        "config": plan.scheme.config_dict,
+        "layout": layout_dict(plan.scheme),
+        "tensors": [
+            {
+                "name": t.name,
+                "shape": list(t.shape),
+                "dtype": t.dtype,
+                "action": t.action,
+                "reason": t.reason,
+                "bytes_in": t.bytes_in,
+                "bytes_out": t.bytes_out,
+                "file": t.file,
+            }
+            for t in plan.tensors
+        ],
+        "files": [{"path": item.path, "size": item.size} for item in plan.files],
+        "totals": vars_of(plan.totals),
+    }
+
+
+def vars_of(totals: Totals) -> dict[str, Any]:
+    """The totals as a plain dict, in field order."""
+    return {name: getattr(totals, name) for name in totals.__dataclass_fields__}
+
+
+def layout_dict(scheme: Scheme) -> Mapping[str, Any]:
+    """The scheme's packed layout, with the manifest's keys."""
+    layout = scheme.layout
+    return {
+        "device": layout.device,
+        "packing": layout.packing,
+        "min_capability": list(layout.min_capability) if layout.min_capability else None,
+        "requires": list(layout.requires),
+    }

@@ -1,0 +1,1 @@
+"""Files -> one tensor at a time."""

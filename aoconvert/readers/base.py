@@ -1,0 +1,104 @@
+"""What every reader gives: tensor facts without data, and one tensor at a time in memory of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from aoconvert.errors import ReadError, SourceError
+
+DAMAGED_HINT = "download the file again, or point aoconvert at an intact copy"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor.
+
+    Attributes:
+        name: its key in the file.
+        dtype: as stored.
+        shape: of the tensor.
+        nbytes: of its elements.
+        file: the file that holds it.
+        offset: absolute byte offset of its data in the file.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+    offset: int
+
+
+class TensorReader(Protocol):
+    """A file of named tensors."""
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """The tensors by name, without reading data."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One contiguous CPU tensor that owns its memory.
+
+        Raises:
+            ReadError: the data could not be read.
+        """
+
+    def close(self) -> None:
+        """Release the file. Reading is over."""
+
+
+def open_file(path: Path) -> int:
+    """A read-only descriptor of a regular file, advised for sequential reading.
+
+    Raises:
+        SourceError: no such file, a folder, no permission.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be opened: {error.strerror}", hint="check the path") from error
+    if not path.is_file():
+        os.close(descriptor)
+        raise SourceError(f"{path}: is not a file", hint="name a weights file, .safetensors, .bin or .pt")
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return descriptor
+
+
+def read_bytes(descriptor: int, offset: int, nbytes: int, where: str) -> torch.Tensor:
+    """``nbytes`` bytes at ``offset`` as a fresh uint8 tensor.
+
+    Read, not mapped: mapped pages count as resident memory, and the kernel refuses a private mapping larger than RAM.
+    The pages are dropped from the page cache afterwards; each tensor is read once.
+
+    Args:
+        descriptor: of the open file.
+        offset: absolute, in bytes.
+        nbytes: how many.
+        where: file and tensor, for the error.
+
+    Raises:
+        ReadError: the disk fails, or the file ends early.
+    """
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    view, done = data.numpy().data, 0
+    while done < nbytes:
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            raise ReadError(f"{where}: {error.strerror}", hint="check the disk that holds the source") from error
+        if count == 0:
+            raise ReadError(
+                f"{where}: the file ended after {done} of {nbytes} bytes; it changed while it was being read",
+                hint=DAMAGED_HINT,
+            )
+        done += count
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    return data

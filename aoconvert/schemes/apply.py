@@ -1,0 +1,42 @@
+"""torchao's own quantization of one weight. No arithmetic of ours: a weight goes in a bare linear layer, and
+``torchao.quantization.quantize_`` does the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from aoconvert.environment import import_torchao
+
+if TYPE_CHECKING:
+    import torch
+
+    from aoconvert.schemes.base import Scheme
+
+
+def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Quantize one weight of a linear layer.
+
+    Args:
+        weight: floating tensor of shape (out_features, in_features), on any device; on ``meta`` the result has the
+            real class and the real inner shapes, at no cost.
+        scheme: what to quantize it to.
+
+    Returns:
+        torchao's tensor subclass of the same shape on the same device. Where torchao declines to quantize, the weight
+        itself: compare the types.
+    """
+    import_torchao()
+    import torch
+    from torch import nn
+    from torchao.quantization import quantize_
+
+    config = scheme.meta_config if weight.is_meta else scheme.config
+    if getattr(config, "set_inductor_config", False):
+        # it only sets process-wide compiler flags, and imports the compiler (70 MB, seconds) to do so
+        config = dataclasses.replace(config, set_inductor_config=False)
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    with torch.no_grad():
+        quantize_(linear, config)
+    return linear.weight.detach()

@@ -1,0 +1,73 @@
+"""What a scheme is: values only. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the stored weights are made for.
+
+    Attributes:
+        device: ``any``, or the one device type that can use the packed weights.
+        packing: torchao's packing format; ``plain`` is one value after the other.
+        min_capability: lowest CUDA compute capability that can use it, ``None`` for no demand.
+        requires: what has to be installed to load it, as PEP 508 requirements.
+    """
+
+    device: str
+    packing: str
+    min_capability: tuple[int, int] | None
+    requires: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A scheme with its settings: everything that planning, quantizing and the manifest need to know.
+
+    Attributes:
+        name: canonical name.
+        config: torchao's config.
+        config_dict: the same as ``torchao.core.config.config_to_dict`` gives it, for config.json and the manifest.
+        meta_config: a config whose result has the same class, shapes and dtypes, and that also works on the ``meta``
+            device (HQQ looks at values, so it does not); equal to ``config`` otherwise.
+        tensor_class: torchao's class of a quantized weight.
+        weight_dtype: what a weight becomes, such as ``int4``.
+        activation: what activations become at run time (``int8 per token, dynamic``), ``None`` for weight-only.
+        granularity: what shares one scale: ``per row``, ``per group of 32``, ``per tensor``.
+        group_size: ``in_features`` must be a multiple of it; ``None`` where there are no groups.
+        rowwise: every output row is quantized on its own: blocks of rows, quantized one by one and concatenated along
+            dimension 0, are bit for bit the whole.
+        needs_rows: dies at run time (``torch._int_mm``) in layers that see a single row of input.
+        single_values: a row of a single value can be quantized.
+        ranks: how many dimensions a weight may have.
+        layout: what the stored weights are made for.
+        min_torchao: oldest torchao that loads it and computes the right thing.
+        summary: one line, when to choose it.
+        bits: stored bits a weight, without scales and zero points (8 for every intx).
+        notes: what whoever chooses it should know first.
+    """
+
+    name: str
+    config: AOBaseConfig
+    config_dict: dict[str, Any]
+    meta_config: AOBaseConfig
+    tensor_class: str
+    weight_dtype: str
+    activation: str | None
+    granularity: str
+    group_size: int | None
+    rowwise: bool
+    needs_rows: bool
+    single_values: bool
+    ranks: tuple[int, ...]
+    layout: Layout
+    min_torchao: str
+    summary: str
+    bits: float
+    notes: tuple[str, ...]

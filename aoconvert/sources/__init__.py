@@ -1,0 +1,83 @@
+"""A model reference → pinned files: a folder on this machine, or a repo on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aoconvert.errors import SourceError, UsageError
+from aoconvert.sources.base import FetchProgress, Source, SourceFile, show
+from aoconvert.sources.folder import FolderSource
+from aoconvert.sources.hub import open_hub
+from aoconvert.sources.references import parse_repo
+from aoconvert.sources.weights import WeightFiles, find_weights
+
+__all__ = ["FetchProgress", "Source", "SourceFile", "WeightFiles", "find_weights", "resolve"]
+
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"})
+
+
+def resolve(
+    reference: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Source:
+    """Find what a model reference means. A folder that exists wins over a repo of the same name.
+
+    Args:
+        reference: a folder, ``user/repo``, ``user/repo@revision``, ``hf://user/repo[@revision]``, or the address of a
+            model page.
+        revision: branch, tag or commit hash of a Hub repo; ``None`` for the default branch.
+        token: for a private or gated repo; ``None`` uses what the Hub client finds.
+        cache_dir: the Hub cache; ``None`` uses the Hub client's.
+        local_files_only: never use the network.
+        trust_remote_code: also fetch the repo's ``.py`` files.
+
+    Raises:
+        UsageError: a revision for a folder, or two revisions.
+        SourceError: no such folder, a single file, or neither a folder nor a repo id.
+        HubError: the Hub refused or could not be reached.
+    """
+    place = _local_place(reference)
+    if place is not None and place.is_dir():
+        if revision is not None:
+            raise UsageError(
+                f"{show(reference)} is a folder, and a folder has no revision", hint="leave out --revision"
+            )
+        return FolderSource(place)
+    if place is not None:
+        if place.suffix.lower() in WEIGHT_SUFFIXES:
+            raise SourceError(
+                f"{show(reference)} is a single weights file, which is not supported yet",
+                hint="give the folder that holds the file and its config.json",
+            )
+        raise SourceError(f"{show(reference)} is a file", hint="give the folder that holds the model")
+    repo_id, named_revision = parse_repo(reference)
+    if revision is not None and named_revision not in (None, revision):
+        raise UsageError(
+            f"two revisions are given: {show(named_revision or '')} in {show(reference)}, and {show(revision)}",
+            hint="leave out one",
+        )
+    return open_hub(
+        repo_id,
+        revision=revision if revision is not None else named_revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _local_place(reference: str) -> Path | None:
+    """The existing file or folder a reference names; ``~`` is the home folder."""
+    if not reference:
+        return None
+    try:
+        place = Path(reference).expanduser()
+        return place if place.exists() else None
+    except (OSError, ValueError, RuntimeError):
+        # A name too long, a NUL, an unknown user: nothing that exists.
+        return None

@@ -1,0 +1,144 @@
+"""What a source is: pinned files of one model repo or folder, and how they are read.
+
+Two kinds exist, :class:`aoconvert.sources.folder.FolderSource` and :class:`aoconvert.sources.hub.HubSource`. A path is
+always relative to the root of the repo or folder and separated by ``/``; a subfolder is a longer path, nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from aoconvert.errors import SourceError
+from aoconvert.sources.headers import read_local_header
+
+FetchProgress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all); from several threads, but never from two at once."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    Attributes:
+        path: relative to the source's root, ``/``-separated.
+        size: bytes.
+        sha256: hex digest as the Hub's LFS metadata name it; ``None`` for folders and for files outside LFS.
+    """
+
+    path: str
+    size: int
+    sha256: str | None = None
+
+
+class Source(ABC):
+    """One model repo or folder, possibly a whole diffusers pipeline.
+
+    Attributes:
+        kind: ``"hub"`` or ``"folder"``.
+        label: what messages and the manifest call it: the repo id, or the folder's base name, never an absolute path.
+        repo_id: ``None`` for folders.
+        revision: the commit hash (40 hex digits); ``None`` for folders.
+        root: the folder on this machine below which fetched files lie.
+    """
+
+    kind: Literal["hub", "folder"]
+    label: str
+    repo_id: str | None
+    revision: str | None
+    root: Path
+
+    @abstractmethod
+    def files(self) -> Mapping[str, SourceFile]:
+        """Every file the source holds, fetched or not, by path."""
+
+    @abstractmethod
+    def local(self, path: str) -> Path:
+        """Where the file lies on this machine.
+
+        Raises:
+            SourceError: it is not in the source, not fetched yet, or leaves the source.
+        """
+
+    @abstractmethod
+    def fetch(self, paths: Sequence[str], progress: FetchProgress | None = None) -> None:
+        """Make these files local; a folder only checks that they are there.
+
+        Raises:
+            SourceError: one of them is not in the source.
+            HubError: the Hub refused, or the connection broke.
+        """
+
+    def has(self, path: str) -> bool:
+        """Whether the source holds this file."""
+        return path in self.files()
+
+    def is_local(self, path: str) -> bool:
+        """Whether the file lies on this machine already."""
+        return self.has(path) and (self.root / path).is_file()
+
+    def require(self, path: str) -> SourceFile:
+        """The file's entry, without opening it.
+
+        Raises:
+            SourceError: the path is not a plain relative one, or the file is not in the source.
+        """
+        if not is_safe_path(path):
+            raise SourceError(f"{self.label}: {show(path)} is not a path inside the source")
+        if not self.has(path):
+            raise SourceError(f"{self.label} has no file {path}")
+        return self.files()[path]
+
+    def read_text(self, path: str) -> str:
+        """The file's text (UTF-8).
+
+        Raises:
+            SourceError: not there, not fetched, unreadable, or not UTF-8.
+        """
+        try:
+            return self.local(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{self.label}: {path} is not UTF-8 text (byte {error.start})") from error
+        except OSError as error:
+            raise SourceError(f"{self.label}: {path} cannot be read: {error.strerror}") from error
+
+    def read_json(self, path: str) -> Any:
+        """The file's JSON value.
+
+        Raises:
+            SourceError: as :meth:`read_text`, or the text is not valid JSON.
+        """
+        try:
+            return json.loads(self.read_text(path))
+        except json.JSONDecodeError as error:
+            raise SourceError(f"{self.label}: {path} is not valid JSON (line {error.lineno})") from error
+        except RecursionError as error:
+            raise SourceError(f"{self.label}: {path} is not usable JSON (nested too deeply)") from error
+
+    def safetensors_header(self, path: str) -> dict[str, dict[str, Any]]:
+        """What a safetensors file holds, read from its header alone.
+
+        Returns:
+            ``{tensor name: {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [begin, end]}}`` with byte
+            offsets into the data section, without ``__metadata__``.
+
+        Raises:
+            SourceError: the file is missing, truncated, or not a safetensors file.
+        """
+        return read_local_header(self.local(path), f"{self.label}: {path}")
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether a path is relative, ``/``-separated and stays inside its root whatever the platform."""
+    if not path or "\\" in path or not path.isprintable() or path[1:2] == ":":
+        return False
+    return all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+def show(text: str) -> str:
+    """Text from outside, fit for one line of a message: quoted, control characters escaped, cut at 200 characters."""
+    return repr(text if len(text) <= 200 else text[:200] + "…")

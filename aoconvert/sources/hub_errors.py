@@ -1,0 +1,198 @@
+"""What the Hub client raises, in one line each.
+
+huggingface_hub 2.x raises its own errors, raw httpx2 errors (a reset, a refused connection, TLS), ``RuntimeError`` and
+``builtins.ConnectionError`` (Xet), ``ValueError`` and ``OSError``; where it looks into its cache after a failure, it
+hides the failure behind ``LocalEntryNotFoundError`` or ``RevisionResolutionError``. No message quotes request headers,
+because the token is in them.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from aoconvert.errors import AoconvertError, HubError
+
+LOGIN_HINT = "log in with `hf auth login`, or give a token with --token or HF_TOKEN"
+RETRY_HINT = "try again; files that have arrived are kept in the cache"
+_SECRET = re.compile(r"hf_\w{4,}|(?<=Bearer )[^\s'\"]+")
+
+
+@contextmanager
+def translated(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn whatever the Hub client raises into a :class:`HubError`; put nothing but calls to the client inside."""
+    try:
+        yield
+    except AoconvertError:
+        raise
+    except Exception as error:
+        raise hub_error(error, repo_id, revision) from error
+
+
+def hub_error(error: BaseException, repo_id: str, revision: str | None) -> HubError:
+    """The error that tells the user what happened.
+
+    Args:
+        error: what the Hub client raised.
+        repo_id: ``user/repo``, the repo that was asked for.
+        revision: branch, tag or commit hash that was asked for; ``None`` for the default branch.
+    """
+    from huggingface_hub import errors
+
+    name = repo_id if revision is None else f"{repo_id} (revision {revision[:12]})"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.RevisionResolutionError):
+        if error.__cause__ is not None and not isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            return hub_error(error.__cause__, repo_id, revision)
+        return not_cached(name)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return not_cached(name)
+    if isinstance(error, errors.HfHubHTTPError):
+        return _http_error(error, repo_id, revision)
+    return _network_error(error, name) or _disk_error(error, name) or _other_error(error, name)
+
+
+def not_cached(what: str) -> HubError:
+    """The error for something that is not in the cache while the network may not be used."""
+    return HubError(
+        f"{what} is not in the cache, and the network may not be used",
+        hint="run once without --local-files-only and HF_HUB_OFFLINE, or point --cache-dir at the right cache",
+    )
+
+
+def _http_error(error: BaseException, repo_id: str, revision: str | None) -> HubError:
+    """An answer of the Hub with a status of 400 or more."""
+    from huggingface_hub import errors
+
+    assert isinstance(error, errors.HfHubHTTPError)
+    status = error.response.status_code
+    page = f"{_endpoint()}/{repo_id}"
+    # From the narrow class to the wide one: GatedRepoError is a RepositoryNotFoundError.
+    if isinstance(error, errors.GatedRepoError):
+        return HubError(
+            f"{repo_id} is gated, and this account has no access to it",
+            hint=f"ask for access at {page}, then {LOGIN_HINT}",
+        )
+    if isinstance(error, errors.DisabledRepoError):
+        return HubError(f"{repo_id} has been disabled", hint=f"see {page}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return HubError(
+            f"there is no model {repo_id} on the Hub, or it is private (and no such folder here)",
+            hint=f"check the spelling; for a private model {LOGIN_HINT}",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return HubError(
+            f"{repo_id} has no revision {revision}",
+            hint=f"give a branch, a tag or a full commit hash; {page}/commits/main lists them",
+        )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        file = error.response.url.path.partition("/resolve/")[2].partition("/")[2]
+        return HubError(f"{repo_id} has no file {file}" if file else f"{repo_id}: the Hub does not find a file")
+    if status == 401:
+        return HubError(f"{repo_id}: the Hub does not accept the token (401)", hint=LOGIN_HINT)
+    if status == 403:
+        return HubError(
+            f"{repo_id}: the token may not read this (403)", hint="give a token with read access to the repo"
+        )
+    if status == 429:
+        wait = _retry_after(error.response.headers)
+        when = f"in {wait} s" if wait else "later"
+        return HubError(
+            f"{repo_id}: too many requests, the Hub asks to wait (429)", hint=f"try again {when}; {LOGIN_HINT}"
+        )
+    if status >= 500:
+        return HubError(
+            f"{repo_id}: the Hub failed ({status})", hint="try again later; see https://status.huggingface.co"
+        )
+    said = _one_line(error.server_message or error.response.reason_phrase)
+    return HubError(f"{repo_id}: the Hub answered {status} {said}".rstrip())
+
+
+def _network_error(error: BaseException, name: str) -> HubError | None:
+    """The Hub did not answer at all, or not to the end."""
+    import httpx2
+    from huggingface_hub import errors
+
+    host = _endpoint()
+    tls = next((link for link in _chain(error) if isinstance(link, ssl.SSLError)), None)
+    if tls is not None:
+        reason = getattr(tls, "verify_message", None) or tls.reason or "no reason given"
+        return HubError(
+            f"{name}: no secure connection to {host}: {_one_line(str(reason))}",
+            hint="check the clock, the proxy and the certificates (SSL_CERT_FILE)",
+        )
+    if isinstance(error, httpx2.ProxyError):
+        return HubError(f"{name}: the proxy refused the connection to {host}", hint="check HTTPS_PROXY and NO_PROXY")
+    if isinstance(error, httpx2.TimeoutException):
+        return HubError(f"{name}: {host} did not answer in time", hint=RETRY_HINT)
+    if isinstance(error, httpx2.ConnectError):
+        return HubError(
+            f"{name}: cannot connect to {host}",
+            hint="check the network and HF_ENDPOINT; --local-files-only uses what is in the cache",
+        )
+    broken = (httpx2.TransportError, ConnectionError, errors.XetDownloadError)
+    if isinstance(error, broken) or "Consistency check failed" in str(error):
+        return HubError(f"{name}: the connection to {host} broke", hint=RETRY_HINT)
+    if isinstance(error, errors.FileMetadataError):
+        return HubError(f"{name}: {host} does not answer like a Hub", hint="check HF_ENDPOINT and the proxy")
+    return None
+
+
+def _disk_error(error: BaseException, name: str) -> HubError | None:
+    """The cache cannot be written."""
+    for link in _chain(error):
+        full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(link):
+            return HubError(f"{name}: the disk of the cache is full", hint=SPACE_HINT)
+    if isinstance(error, OSError) and error.errno is not None:
+        return HubError(
+            f"{name}: the cache cannot be written: {error.strerror}",
+            hint="check --cache-dir, HF_HOME and its permissions",
+        )
+    return None
+
+
+SPACE_HINT = "free some space (`hf cache prune`), or give another cache with --cache-dir or HF_HOME"
+
+
+def _other_error(error: BaseException, name: str) -> HubError:
+    detail = _one_line(str(error))
+    return HubError(
+        f"{name}: the Hub client failed ({type(error).__name__}{': ' if detail else ''}{detail})",
+        hint="check HF_ENDPOINT; AOCONVERT_DEBUG=1 shows the traceback",
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, at most ten deep (a chain can be cyclic)."""
+    link: BaseException | None = error
+    for _ in range(10):
+        if link is None:
+            return
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _retry_after(headers: object) -> int | None:
+    """Seconds to wait, from ``Retry-After`` or the ``RateLimit`` header (IETF httpapi-ratelimit-headers draft)."""
+    get = getattr(headers, "get", dict[str, str]().get)
+    value = str(get("retry-after") or "").strip()
+    if value.isdigit():
+        return int(value)
+    match = re.search(r"\bt=(\d+)", str(get("ratelimit") or ""))
+    return int(match[1]) if match else None
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    # A mirror's address may hold a password.
+    return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
+
+
+def _one_line(text: str) -> str:
+    """The first line of a text from outside, secrets blotted out, at most 200 characters."""
+    lines = text.strip().splitlines()
+    return _SECRET.sub("***", lines[0])[:200] if lines else ""

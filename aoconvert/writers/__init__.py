@@ -1,0 +1,1 @@
+"""One tensor at a time -> files and their index."""

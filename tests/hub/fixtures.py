@@ -1,0 +1,102 @@
+"""How tests use the loopback Hub.
+
+``HF_ENDPOINT``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` are read when huggingface_hub is imported, so a test runs a small
+script in a process of its own, with a fresh ``HF_HOME``. A ``conftest.py`` takes the fixture over::
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))   # the tests folder, so that `hub` is found
+    from hub.fixtures import hub_client                   # a pytest fixture: a running Hub and a client for it
+
+and a test says::
+
+    def test_pin(hub_client):
+        hub_client.hub.state.create_repo("user/model")
+        sha = hub_client.hub.state.commit("user/model", {"config.json": b"{}"})
+        assert hub_client.run("result = resolve('user/model').revision") == sha
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub.server import LoopbackHub
+
+REPO = Path(__file__).parents[2]
+
+# What every script can use: resolve, find_weights, and attempt(), which turns an error into a dict.
+PRELUDE = """
+import json, sys, traceback
+from aoconvert.errors import AoconvertError
+from aoconvert.sources import find_weights, resolve
+
+def attempt(call):
+    try:
+        return {"value": call()}
+    except AoconvertError as error:
+        return {"error": type(error).__name__, "message": error.message, "hint": error.hint,
+                "exit_code": error.exit_code, "traceback": traceback.format_exc()}
+
+result = None
+"""
+
+
+@dataclass
+class HubClient:
+    """A running Hub, and processes that use it through one cache.
+
+    Attributes:
+        hub: the server, its state, log and faults.
+        home: ``HF_HOME`` of the client processes.
+        stderr: what the last process wrote there.
+    """
+
+    hub: LoopbackHub
+    home: Path
+    stderr: str = field(default="")
+
+    def run(
+        self, script: str, *, env: dict[str, str] | None = None, prefix: Sequence[str] = (), stdin: str = ""
+    ) -> Any:
+        """Run a script after the prelude; returns what it left in ``result``, by way of JSON.
+
+        Args:
+            env: changes to the environment.
+            prefix: a command that runs the process, such as ``unshare``.
+            stdin: what the script can read, for secrets.
+        """
+        code = f"{PRELUDE}\n{script}\nprint('\\n' + json.dumps(result))"
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        ours = {
+            "HF_ENDPOINT": self.hub.endpoint,
+            "HF_HOME": str(self.home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(REPO),
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+        done = subprocess.run(
+            [*prefix, sys.executable, "-c", code],
+            input=stdin,
+            env={**clean, **ours, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        self.stderr = done.stderr
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def hub_client(tmp_path: Path) -> Iterator[HubClient]:
+    """A Hub without repos, and a client with an empty cache."""
+    with LoopbackHub(tmp_path / "hub") as hub:
+        yield HubClient(hub, tmp_path / "hf_home")

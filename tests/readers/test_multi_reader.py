@@ -1,0 +1,88 @@
+"""Several files as one mapping."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from aoconvert.errors import SourceError
+from aoconvert.readers.multi import CheckpointReader, open_reader
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_file({"z": torch.ones(2), "a": torch.ones(3, dtype=torch.float64)}, tmp_path / "one.safetensors")
+    torch.save({"m": torch.full((2,), 5.0), "b": torch.full((4,), 6.0)}, tmp_path / "two.bin")
+    (tmp_path / "deep").mkdir()
+    torch.save({"k": torch.full((1,), 7.0)}, tmp_path / "deep" / "three.pt")
+    return tmp_path
+
+
+FILES = ["two.bin", "one.safetensors", "deep/three.pt"]
+
+
+def test_all_kinds_as_one(folder):
+    reader = CheckpointReader(folder, FILES)
+    names = reader.names_in_order()
+    assert names[:2] == ("m", "b")
+    assert set(names[2:4]) == {"a", "z"}
+    assert names[4:] == ("k",)
+    infos = reader.infos()
+    assert [infos[name].file for name in names] == [FILES[0]] * 2 + [FILES[1]] * 2 + [FILES[2]]
+    assert infos[names[2]].offset < infos[names[3]].offset
+    for name in (*names, *reversed(names)):
+        tensor = reader.read(name)
+        assert (tensor.dtype, tuple(tensor.shape)) == (infos[name].dtype, infos[name].shape)
+    assert torch.equal(reader.read("b"), torch.full((4,), 6.0))
+    reader.close()
+    assert torch.equal(reader.read("k"), torch.full((1,), 7.0))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_at_most_one_file_is_open(folder):
+    def opened():
+        return {link.name for fd in Path("/proc/self/fd").iterdir() if (link := fd.resolve()).is_relative_to(folder)}
+
+    reader = CheckpointReader(folder, FILES)
+    assert opened() == set()
+    reader.read("m")
+    assert opened() == {"two.bin"}
+    reader.read("z")
+    assert opened() == {"one.safetensors"}
+    reader.close()
+    assert opened() == set()
+
+
+def test_a_name_in_two_files(folder):
+    torch.save({"z": torch.zeros(9), "new": torch.zeros(1)}, folder / "four.bin")
+    files = [*FILES, "four.bin"]
+    with pytest.raises(SourceError, match=r"'z' is in both one\.safetensors and four\.bin") as caught:
+        CheckpointReader(folder, files)
+    assert caught.value.hint
+    for file, length in (("four.bin", 9), ("one.safetensors", 2)):
+        reader = CheckpointReader(folder, files, {"z": file})
+        assert reader.infos()["z"].shape == (length,)
+        assert "new" in reader.infos()
+        assert len(reader.read("z")) == length
+
+
+@pytest.mark.parametrize(
+    ("index", "what"),
+    [
+        ({"q": "two.bin"}, "the index puts tensor 'q' in two.bin, which holds no such tensor"),
+        ({"m": "six.bin"}, "the index puts tensor 'm' in six.bin, which is not among the checkpoint's files"),
+    ],
+)
+def test_an_index_that_does_not_fit(folder, index, what):
+    with pytest.raises(SourceError) as caught:
+        CheckpointReader(folder, FILES, index)
+    assert what in caught.value.message
+    assert caught.value.hint
+
+
+def test_unknown_and_missing_files(folder):
+    with pytest.raises(SourceError, match=r"model\.gguf: unknown kind of weights file"):
+        open_reader(folder / "model.gguf")
+    with pytest.raises(SourceError, match=r"none\.safetensors: cannot be opened"):
+        CheckpointReader(folder, ["none.safetensors"])
