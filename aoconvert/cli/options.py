@@ -94,9 +94,9 @@ def conversion(function: F) -> F:
     ]
 
     @functools.wraps(function)
-    def wrapped(*args: Any, source: str, out: Output, **values: Any) -> Any:
-        extra = {name: values.pop(name) for name in list(values) if name not in _FIELDS}
-        return function(*args, source=source, options=_options(values), out=out, **extra)
+    def wrapped(*args: Any, **values: Any) -> Any:
+        rest = {name: values.pop(name) for name in list(values) if name not in _FIELDS}
+        return function(*args, options=_options(values), **rest)
 
     for decorate in reversed(decorators):
         wrapped = decorate(wrapped)

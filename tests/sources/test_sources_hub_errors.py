@@ -98,10 +98,11 @@ FETCH = "s = resolve('user/model'); result = attempt(lambda: s.fetch(['model.saf
 
 
 def test_fetch_recovers_from_a_cut_connection(client: HubClient) -> None:
-    client.hub.faults.append(Fault("^/lfs/", method="GET", cut_after=100_000, times=1))
+    """The client reads 10 MiB at a time, and resumes after the last whole one."""
+    client.hub.state.commit("user/model", {"model.safetensors": header_only(12 << 20)})
+    client.hub.faults.append(Fault("^/lfs/", method="GET", cut_after=11 << 20, times=1))
     assert client.run(FETCH) == {"value": None}
-    ranges = [entry.range for entry in client.hub.requests("^/lfs/", method="GET")]
-    assert ranges == [None, "bytes=100000-"]
+    assert [entry.range for entry in client.hub.requests("^/lfs/")] == [None, f"bytes={10 << 20}-"]
 
 
 def test_reset_during_a_fetch(client: HubClient) -> None:

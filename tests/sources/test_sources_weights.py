@@ -82,6 +82,7 @@ def test_sharded(tmp_path: Path, library: Library, variant: str | None, index: s
         format_,  # type: ignore[arg-type]
         (f"te/{one}", f"te/{two}"),
         {"b": f"te/{two}", "a": f"te/{one}", "c": f"te/{two}"},
+        f"te/{index}",
     )
     if variant is not None:
         with pytest.raises(SourceError, match=r"source/te holds its weights only as variants: fp16") as caught:

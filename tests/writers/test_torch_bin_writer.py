@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from torchao.quantization import (
 )
 
 from aoconvert.errors import WriteError
-from aoconvert.writers.pickle_tree import is_wrapper
+from aoconvert.writers.pickle_tree import Call, Global, describe, is_wrapper
 from aoconvert.writers.torch_bin import TorchBinWriter, content_sha256, data_names, predict_size
 
 INTX = {
@@ -148,6 +149,7 @@ def test_quantized_tensor(name, tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_a_model_of_every_class_and_its_size_from_meta(tmp_path):
     def model(device):
         tensors = {f"blocks.{name}.weight": quantized(name, device) for name in CONFIGS}
@@ -269,7 +271,17 @@ def test_another_process_loads_it_with_only_torchao_imported_and_hashes_agree(tm
         assert loaded[tensor.name] == [tensor.class_name, total]
 
 
+class Old(Enum):
+    """Reduced as Python 3.11.2 reduces every enum."""
+
+    RED = "red"
+
+    def __reduce_ex__(self, protocol):
+        return getattr, (type(self), self.name)
+
+
 def test_enums_are_not_pickled_through_getattr(tmp_path):
+    assert describe(Old.RED, store=None) == Call(Global(__name__, "Old"), ("red",))
     sealed, _ = save(tmp_path / "a.bin", {"a": quantized("int8dq"), "b": quantized("fp8wo-e4m3")})
     assert not [name for name in sealed.globals if "getattr" in name]
     assert "torchao.quantization.quant_primitives.MappingType" in sealed.globals
