@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from aoconvert.errors import SourceError
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +84,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A component's empty model and what it is made of. ``model`` has its parameters on ``meta``."""
+    """A component's empty model and what it is made of. ``model`` is on ``meta`` as a whole."""
 
     component: Component
     model: nn.Module = field(repr=False)
@@ -90,6 +92,38 @@ class Skeleton:
 
     def __iter__(self) -> Iterator[TensorSpec]:
         return iter(self.tensors)
+
+
+def build_empty(component: Component, build: Callable[[], nn.Module]) -> nn.Module:
+    """Run ``build`` so that the model has everything on ``meta``.
+
+    Buffers too: the position tables of a video model are larger than its largest weight. A class whose ``__init__``
+    looks at values cannot be built so; it is built with real buffers, which are dropped then.
+
+    Raises:
+        SourceError: the class does not take its config.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        try:
+            with init_empty_weights(include_buffers=True):
+                return build()
+        except (RuntimeError, NotImplementedError):
+            with init_empty_weights(include_buffers=False):
+                model = build()
+    except SourceError:
+        raise
+    except Exception as error:  # any class may fail in its own way on a bad config
+        raise SourceError(
+            f"{component.title}: {component.class_name} does not take its config.json: {error}".splitlines()[0],
+            hint=f"check the config against the class, or upgrade {component.library}",
+        ) from error
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to("meta")
+    return model
 
 
 # Layers that see one row per sample. torchao's int8 dynamic path ends in torch._int_mm, which wants more rows

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert.environment import import_diffusers
 from aoconvert.errors import SourceError
-from aoconvert.models.base import Component, Skeleton, describe_tensors
+from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -31,23 +31,13 @@ def model_class(component: Component) -> Any:
 
 
 def empty_model(component: Component) -> nn.Module:
-    """Build the model with its parameters on ``meta``; buffers that are not saved stay real.
+    """Build the model on ``meta``.
 
     Raises:
         SourceError: the class does not exist, or does not take this config.
     """
-    from accelerate import init_empty_weights
-
     cls = model_class(component)
-    try:
-        with init_empty_weights():
-            model: nn.Module = cls.from_config(dict(component.config))
-    except Exception as error:  # any class may fail in its own way on a bad config
-        raise SourceError(
-            f"{component.title}: {component.class_name} does not take its config.json: {error}".splitlines()[0],
-            hint="check the config against the class, or upgrade diffusers",
-        ) from error
-    return model
+    return build_empty(component, lambda: cls.from_config(dict(component.config)))
 
 
 def skeleton(component: Component, dtype: torch.dtype) -> Skeleton:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
-from aoconvert.models.base import Component, Skeleton, describe_tensors
+from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -67,26 +67,16 @@ def _config(component: Component, code_root: Path | None) -> Any:
 
 
 def empty_model(component: Component, *, code_root: Path | None = None) -> nn.Module:
-    """Build the model with its parameters on ``meta``; buffers that are not saved stay real.
+    """Build the model on ``meta``.
 
     Raises:
         SourceError: the class does not exist, or does not take this config.
     """
-    from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
     cls = model_class(component, code_root=code_root)
-    try:
-        with init_empty_weights(), no_init_weights():
-            model: nn.Module = cls(_config(component, code_root))
-    except SourceError:
-        raise
-    except Exception as error:  # any class may fail in its own way on a bad config
-        raise SourceError(
-            f"{component.title}: {component.class_name} does not take its config.json: {error}".splitlines()[0],
-            hint="check the config against the class, or upgrade transformers",
-        ) from error
-    return model
+    with no_init_weights():
+        return build_empty(component, lambda: cls(_config(component, code_root)))
 
 
 def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:

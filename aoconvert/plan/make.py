@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Measured: the process with torch, torchao, diffusers and transformers imported (tests/benchmarks/README.md)
 _IMPORTS_BYTES = 480 * 10**6
-READ_AHEAD_BYTES = 64 * 2**20
+READ_AHEAD_BYTES = 32 * 2**20
 
 
 def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False) -> Plan:

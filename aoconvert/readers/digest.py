@@ -35,7 +35,7 @@ class FileDigest:
             return
         self._read_to(offset)
         if data.numel():
-            view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+            view = data.reshape(-1).view(torch.uint8).numpy().data
             self._digest.update(view)
             self._position += view.nbytes
 

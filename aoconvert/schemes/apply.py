@@ -39,4 +39,8 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     with torch.no_grad():
         quantize_(linear, config)
-    return linear.weight.detach()
+    result = linear.weight.detach()
+    # torchao gives the module an extra_repr bound to itself: a cycle that would keep every weight until the next
+    # garbage collection
+    linear.__dict__.pop("extra_repr", None)
+    return result
