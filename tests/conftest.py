@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny source checkpoints by family name, each built once a session. Do not write to them."""
+    import tiny
+    import torch
+
+    built: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in built:
+            folder = tmp_path_factory.mktemp("source") / name
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                tiny.FAMILIES[name].build(folder)
+            built[name] = folder
+        return built[name]
+
+    return get
