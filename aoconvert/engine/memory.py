@@ -9,7 +9,8 @@ import sys
 
 _M_MMAP_THRESHOLD = -3  # glibc malloc.h
 _M_TRIM_THRESHOLD = -1
-_BIG = 8 << 20
+_BIG = 4 << 20
+_SPARE = 16 << 20
 
 
 def steady_allocator() -> None:
@@ -23,7 +24,7 @@ def steady_allocator() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _BIG)
-        libc.mallopt(_M_TRIM_THRESHOLD, 8 * _BIG)
+        libc.mallopt(_M_TRIM_THRESHOLD, _SPARE)
 
 
 def peak_host_bytes() -> int:

@@ -127,15 +127,18 @@ def quantize_tensor(
             result = quantized.to("cpu")
         else:
             assembly.put(start, stop, quantized)
-    _check_finite(name, error, scheme)
+    if not math.isfinite(error.signal + error.noise):
+        raise _not_finite(name, weight, dtype, error, scheme)
     return Quantized(result if result is not None else assembly.result(), error.sqnr_db, error.largest)
 
 
-def _check_finite(name: str, error: _Error, scheme: Scheme) -> None:
+def _not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: _Error, scheme: Scheme) -> QuantizeError:
+    """Say where the NaN or infinity comes from: the source, the cast, or the scheme."""
     if not math.isfinite(error.signal):
-        raise QuantizeError(f"{name} holds NaN or infinity", hint="repair the source, or leave it out with --skip")
-    if not math.isfinite(error.noise):
-        raise QuantizeError(
-            f"{name}: {scheme.name} gives NaN for it (a row of zeros has no float8 scale)",
-            hint=f"--skip {name}, or choose int8wo",
-        )
+        return QuantizeError(f"{name} holds NaN or infinity", hint="repair the source, or leave it out with --skip")
+    if not bool(weight.to(dtype).isfinite().all()):
+        return QuantizeError(f"{name} overflows {str(dtype).removeprefix('torch.')}", hint="choose --dtype bfloat16")
+    return QuantizeError(
+        f"{name}: {scheme.name} gives NaN for it (a row of zeros has no float8 scale)",
+        hint=f"--skip {name}, or choose int8wo",
+    )

@@ -152,6 +152,7 @@ class _Stream:
             data = self.reading.read(tensor)
             self.seconds.reader += time.perf_counter() - began
             out.put((tensor, data), tensor.bytes_in)
+            del data  # or it would live until the next one is read
         out.end()
 
     def _quantize(self, source: Channel[tuple[TensorPlan, torch.Tensor]], out: Channel[_Done]) -> None:

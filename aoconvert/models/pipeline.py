@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from aoconvert.environment import quiet_imports
 from aoconvert.errors import SourceError
 from aoconvert.models.base import Component, Skeleton
 
@@ -151,4 +152,5 @@ def build_skeleton(component: Component, dtype: torch.dtype, *, code_root: Path 
         return diffusers.skeleton(component, dtype)
     from aoconvert.models import transformers
 
-    return transformers.skeleton(component, dtype, code_root=code_root)
+    with quiet_imports():  # a model class imports transformers' quantizers, and those more of torchao
+        return transformers.skeleton(component, dtype, code_root=code_root)

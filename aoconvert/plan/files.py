@@ -52,7 +52,8 @@ def assign(tensors: Sequence[TensorPlan], order: Sequence[str], limit: int) -> l
     """
     sizes = {tensor.name: tensor.bytes_out for tensor in tensors if tensor.action != "tied"}
     names = [name for name in order if name in sizes]
-    names += [name for name in sizes if name not in set(names)]
+    ordered = set(names)
+    names += [name for name in sizes if name not in ordered]
     files: list[list[str]] = [[]]
     used = 0
     for name in names:

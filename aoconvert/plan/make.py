@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aoconvert import schemes
@@ -72,7 +73,9 @@ def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False
             source, layout, chosen, only=_only(layout, options), variant=options.variant, code=options.trust_remote_code
         )
     needs = _needs(plans, copied, device)
-    problems += _output_problems(source, options, needs)
+    problems += _output_problems(source, options)
+    # a plan is worth seeing on a machine that could not carry it out
+    (problems if need_weights else warnings).extend(_space_problems(options, needs))
     if problems:
         raise PlanError(problems)
     fetch = [path for item in plans if item.weights for path in item.weights.paths]
@@ -261,10 +264,15 @@ def _needs(plans: Sequence[ComponentPlan], copied: Sequence[CopyPlan], device: s
     return Needs(disk_bytes=disk, device_peak_bytes=on_device, host_peak_bytes=host)
 
 
-def _output_problems(source: Source, options: QuantizeOptions, needs: Needs) -> list[str]:
+def _output_problems(source: Source, options: QuantizeOptions) -> list[str]:
     """What is wrong with the place the result shall go to."""
     problems = []
     output = options.output
+    try:
+        output.lstat()
+    except (OSError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            return [f"output {output}: {getattr(error, 'strerror', None) or error}"]
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         problems.append(f"output {output} exists and is not a folder")
     elif output.is_dir() and any(output.iterdir()):
@@ -279,15 +287,27 @@ def _output_problems(source: Source, options: QuantizeOptions, needs: Needs) -> 
             problems.append(f"output {output} would replace the source")
         elif root in place.parents:
             problems.append(f"output {output} is inside the source")
-    parent = next(folder for folder in place.parents if folder.exists())
-    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+    parent = _existing_parent(output)
+    if not parent.is_dir():
+        problems.append(f"output {output}: {parent} is not a folder")
+    elif not os.access(parent, os.W_OK | os.X_OK):
         problems.append(f"output {output}: no permission to write in {parent}")
-    free = shutil.disk_usage(parent).free
-    if free < needs.disk_bytes:
-        problems.append(
-            f"output {output}: {_size(needs.disk_bytes)} needed, {_size(free)} free on that disk"
-        )
     return problems
+
+
+def _space_problems(options: QuantizeOptions, needs: Needs) -> list[str]:
+    """Whether the result fits on the disk it shall go to."""
+    try:
+        free = shutil.disk_usage(_existing_parent(options.output)).free
+    except (OSError, ValueError):  # not a place at all, which is a problem of its own
+        return []
+    if free >= needs.disk_bytes:
+        return []
+    return [f"output {options.output}: {_size(needs.disk_bytes)} needed, {_size(free)} free on that disk"]
+
+
+def _existing_parent(output: Path) -> Path:
+    return next(folder for folder in output.resolve().parents if folder.exists())
 
 
 def _size(count: int) -> str:

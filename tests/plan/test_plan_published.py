@@ -45,8 +45,8 @@ def test_llama_405b(tmp_path: Path) -> None:
         rows, columns = (*tensor["shape"], 1)[:2]
         quantized = "_proj." in tensor["name"]
         assert tensor["action"] == ("quantize" if quantized else "keep"), tensor
-        # int8wo: one byte a value, one bfloat16 scale a row
-        size = rows * columns + 2 * rows if quantized else 2 * rows * columns
+        # int8wo: one byte a value; a float32 scale and an int8 zero point a row
+        size = rows * columns + 5 * rows if quantized else 2 * rows * columns
         assert tensor["bytes_out"] == size, tensor
         expected += size
     reasons = {t["name"]: t["reason"] for t in component["tensors"]}
@@ -83,7 +83,7 @@ def test_flux_dev(tmp_path: Path) -> None:
     # 19 double blocks of 14 matrices, 38 single blocks of 6, and 10 around them
     assert len(matrices) == 19 * 14 + 38 * 6 + 10
     quantized = sum(t["shape"][0] * t["shape"][1] for t in matrices)
-    scales = sum(2 * t["shape"][0] for t in matrices)
+    scales = sum(5 * t["shape"][0] for t in matrices)
     assert totals["quantized_parameters"] == quantized
     assert totals["bytes_out"] == quantized + scales + 2 * (11_901_408_320 - quantized)
     assert [item["path"] for item in component["files"]] == ["diffusion_pytorch_model.bin"]

@@ -1,0 +1,130 @@
+"""The output folder: it appears whole or not at all, and what it takes over is linked, copied and hashed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import aoconvert
+from aoconvert.engine.output import Stage
+from aoconvert.errors import PlanError, WriteError
+
+
+def test_nothing_under_the_name_before_it_is_placed(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "out")
+    entry = stage.write_text("sub/config.json", "{}")
+    assert not (tmp_path / "out").exists()
+    stage.place()
+    assert (tmp_path / "out/sub/config.json").read_text() == "{}"
+    assert (entry.size, entry.sha256) == (2, hashlib.sha256(b"{}").hexdigest())
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_discard_leaves_nothing(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "deep" / "out")
+    stage.write_text("config.json", "{}")
+    stage.discard()
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_an_earlier_result_stays_until_the_new_one_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    stage = Stage(out)
+    stage.write_text("new", "new")
+    assert (out / "old").exists()
+    stage.place()
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".out.aoconvert-partial"
+    (left / "transformer").mkdir(parents=True)
+    (left / "transformer" / "half.bin").write_bytes(b"half")
+    stage = Stage(tmp_path / "out")
+    assert list(stage.root.iterdir()) == []
+    stage.discard()
+
+
+def test_a_living_run_is_not_disturbed(tmp_path: Path) -> None:
+    first = Stage(tmp_path / "out")
+    first.write_text("config.json", "{}")
+    with pytest.raises(PlanError, match="another aoconvert is writing"):
+        Stage(tmp_path / "out")
+    assert (first.root / "config.json").exists()
+    first.discard()
+    Stage(tmp_path / "out").discard()
+
+
+def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
+    """A lock of the kernel: a killed owner holds nothing."""
+    stage = Stage(tmp_path / "out")
+    handle = os.open(stage.root, os.O_RDONLY)
+    with pytest.raises(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+    stage.discard()
+
+
+def test_no_place_to_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="file"):
+        Stage(tmp_path / "file" / "out")
+
+
+def test_weights_are_linked_and_configs_copied(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("cogvideox"), source)
+    big = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    result = aoconvert.quantize(
+        source, "int8wo", output=tmp_path / "out", device="cpu", components=["text_encoder"]
+    )
+    same = tmp_path / "out/transformer/diffusion_pytorch_model.safetensors"
+    assert big.stat().st_size > 1 << 20
+    assert same.stat().st_ino == big.stat().st_ino
+    assert (tmp_path / "out/vae/config.json").stat().st_ino != (source / "vae/config.json").stat().st_ino
+    for entry in result.manifest.files():
+        content = (tmp_path / "out" / entry.path).read_bytes()
+        assert (entry.size, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest()), entry.path
+    [weights] = result.manifest.source.files
+    assert weights.sha256 == hashlib.sha256((source / weights.path).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("family", "library"), [("wan", "diffusers"), ("llama-tied", "transformers")])
+def test_quantization_config_is_canonical(
+    family: str, library: str, checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Both libraries read it back, and quantizing on the fly from it gives the same weights."""
+    import tiny
+
+    aoconvert.quantize(checkpoints(family), "int4dq", output=tmp_path / "out", device="cpu")
+    folder = tmp_path / "out" / ("transformer" if library == "diffusers" else "")
+    config = json.loads((folder / "config.json").read_text())
+    module = tiny.diffusers if library == "diffusers" else tiny.transformers
+    parsed = module.TorchAoConfig.from_dict(config["quantization_config"])
+    assert parsed.to_dict()["quant_type"] == config["quantization_config"]["quant_type"]
+    source = checkpoints(family)
+    if library == "diffusers":
+        fresh = tiny.diffusers.WanTransformer3DModel.from_pretrained(
+            source, subfolder="transformer", torch_dtype=torch.bfloat16, quantization_config=parsed
+        )
+    else:
+        fresh = tiny.transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.bfloat16, quantization_config=parsed
+        )
+    written = torch.load(next(folder.glob("*.bin")), weights_only=True)
+    expected = fresh.state_dict()
+    for name, tensor in written.items():
+        assert type(tensor) is type(expected[name]), name
+        if hasattr(tensor, "qdata"):
+            assert torch.equal(tensor.qdata, expected[name].qdata), name

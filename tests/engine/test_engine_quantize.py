@@ -1,0 +1,121 @@
+"""One tensor: blocks of rows give what the whole gives, errors are what they are said to be, bad weights are refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchao.quantization import quantize_
+
+from aoconvert import schemes
+from aoconvert.engine.quantize import quantize_tensor
+from aoconvert.errors import QuantizeError
+
+CASES = [
+    ("int8wo", None), ("int8wo", 32), ("int8dq", None), ("float8wo", None), ("float8wo", 64), ("float8wo_e5m2", None),
+    ("int4dq", None), ("int4dq", 64), ("intx4wo", None), ("intx4wo", 32), ("intx2wo", 64), ("intx8wo", None),
+]  # fmt: skip
+PER_TENSOR = [("int8wo", {"granularity": "per_tensor"}), ("float8wo", {"granularity": "per_tensor"})]
+
+
+def straight(weight: torch.Tensor, scheme: schemes.Scheme) -> torch.Tensor:
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    quantize_(linear, scheme.config)
+    return linear.weight.detach()
+
+
+def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert type(ours) is type(theirs)
+    assert ours.shape == theirs.shape
+    assert ours.stride() == theirs.stride()
+    names, context = ours.__tensor_flatten__()
+    assert (list(names), str(context)) == (
+        list(theirs.__tensor_flatten__()[0]),
+        str(theirs.__tensor_flatten__()[1]),
+    )
+    for name in names:
+        one, other = getattr(ours, name), getattr(theirs, name)
+        assert one.dtype == other.dtype
+        assert one.stride() == other.stride()
+        assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize(("name", "group"), CASES)
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    groups=st.integers(1, 4),
+    block=st.integers(1, 6000),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    seed=st.integers(0, 2**31),
+)
+def test_blocks_of_rows_equal_the_whole(
+    name: str, group: int | None, rows: int, groups: int, block: int, dtype: torch.dtype, seed: int
+) -> None:
+    scheme = schemes.get(name, group_size=group)
+    weight = torch.randn(rows, 64 * groups, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    done = quantize_tensor("w", weight, torch.bfloat16, scheme, "cpu", block=block)
+    assert_equal(done.tensor, straight(weight.to(torch.bfloat16), scheme))
+
+
+@pytest.mark.parametrize(("name", "options"), PER_TENSOR)
+def test_one_scale_for_all_is_not_cut(name: str, options: dict[str, str]) -> None:
+    scheme = schemes.get(name, settings=options)
+    weight = torch.randn(50, 64).bfloat16()
+    assert not scheme.rowwise
+    assert_equal(quantize_tensor("w", weight, torch.bfloat16, scheme, "cpu", block=64).tensor, straight(weight, scheme))
+
+
+@pytest.mark.parametrize(("name", "group"), CASES)
+@pytest.mark.parametrize("block", [64, 1 << 20])
+def test_error_figures(name: str, group: int | None, block: int) -> None:
+    """Against the source's own float32 weight, the cast to the base dtype counted in."""
+    scheme = schemes.get(name, group_size=group)
+    weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(3))
+    done = quantize_tensor("w", weight, torch.bfloat16, scheme, "cpu", block=block)
+    difference = weight.double() - straight(weight.bfloat16(), scheme).dequantize().double()
+    assert done.sqnr_db == pytest.approx(20 * math.log10(weight.double().norm() / difference.norm()), abs=2e-3)
+    assert done.max_abs_error == pytest.approx(difference.abs().max().item(), rel=1e-5)
+    assert done.max_abs_error > 0
+
+
+def test_a_weight_without_error_has_no_sqnr() -> None:
+    done = quantize_tensor("w", torch.zeros(4, 32), torch.bfloat16, schemes.get("int8wo"), "cpu")
+    assert (done.sqnr_db, done.max_abs_error) == (None, 0.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["int8wo", "float8wo", "int4dq"])
+def test_nan_and_infinity_are_refused_by_name(name: str, value: float) -> None:
+    weight = torch.ones(40, 64)
+    weight[33, 5] = value
+    with pytest.raises(QuantizeError, match=r"blocks\.3\.fc\.weight holds NaN or infinity"):
+        quantize_tensor("blocks.3.fc.weight", weight, torch.bfloat16, schemes.get(name), "cpu", block=640)
+
+
+def test_float8_of_a_zero_row_is_refused_by_name() -> None:
+    weight = torch.ones(40, 64)
+    weight[7] = 0
+    with pytest.raises(QuantizeError, match="fc.weight: float8wo gives NaN"):
+        quantize_tensor("fc.weight", weight, torch.bfloat16, schemes.get("float8wo"), "cpu")
+
+
+def test_overflow_in_the_cast_is_refused() -> None:
+    """1e6 is finite in float32 and infinite in float16."""
+    with pytest.raises(QuantizeError, match="fc overflows float16"):
+        quantize_tensor("fc", torch.full((4, 32), 1e6), torch.float16, schemes.get("int8wo"), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize(("name", "group"), CASES)
+def test_cuda_gives_what_quantize_gives_on_cuda(name: str, group: int | None) -> None:
+    scheme = schemes.get(name, group_size=group)
+    weight = torch.randn(100, 256).bfloat16()
+    done = quantize_tensor("w", weight, torch.bfloat16, scheme, "cuda", block=2560)
+    assert done.tensor.device.type == "cpu"
+    assert_equal(done.tensor, straight(weight.cuda(), scheme).cpu())
