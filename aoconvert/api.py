@@ -126,5 +126,7 @@ def command_line(made: Plan, options: QuantizeOptions) -> str:
             words += ["--" + flag.replace("_", "-"), str(getattr(options, flag))]
     if made.device != "cpu":
         words += ["--device", made.device]
-    words += [f"--{flag.replace('_', '-')}" for flag in ("component_only", "trust_remote_code") if getattr(options, flag)]
+    words += [
+        f"--{flag.replace('_', '-')}" for flag in ("component_only", "trust_remote_code") if getattr(options, flag)
+    ]
     return shlex.join(words)

@@ -29,7 +29,12 @@ def _inside(path: str) -> str:
     return path
 
 
+def _folder(path: str) -> str:
+    return path and _inside(path)
+
+
 RelativePath = Annotated[str, AfterValidator(_inside), Field(description="relative, '/'-separated, inside the folder")]
+RelativeFolder = Annotated[str, AfterValidator(_folder), Field(description="its folder, '' for the root")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Action = Literal["quantize", "cast", "keep", "tied"]
 
@@ -144,7 +149,7 @@ class ComponentEntry(_Model):
     """One quantized model."""
 
     name: str
-    path: str = Field(description="its folder, '' for the root")
+    path: RelativeFolder
     library: Literal["diffusers", "transformers"]
     class_name: str
     scheme: str
@@ -208,8 +213,9 @@ def load(folder: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{folder} has no {MANIFEST_NAME}", hint="is it the output of aoconvert quantize?") from None
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path} cannot be read: {error}", hint="make the checkpoint again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        why = (error.strerror or "") if isinstance(error, OSError) else f"not usable JSON ({error})"
+        raise SourceError(f"{path} cannot be read: {why}", hint="make the checkpoint again") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise SourceError(

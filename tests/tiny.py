@@ -46,18 +46,33 @@ def t5_encoder(cls: str = "T5EncoderModel", width: int = 32) -> Any:
 
 def clip_text(cls: str, width: int = 32) -> Any:
     config = transformers.CLIPTextConfig(
-        hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
-        projection_dim=width, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        projection_dim=width,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     return getattr(transformers, cls)(config)
 
 
 def image_vae(latent: int = 4) -> Any:
     return diffusers.AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=latent, sample_size=32, block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
-        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0, scaling_factor=1.0,
-    )  # fmt: skip
+        in_channels=3,
+        out_channels=3,
+        latent_channels=latent,
+        sample_size=32,
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
 
 
 def cogvideox_pipeline(folder: Path) -> None:
@@ -68,9 +83,17 @@ def cogvideox_pipeline(folder: Path) -> None:
 
 def flux_transformer() -> Any:
     return diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12), guidance_embeds=True,
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(8, 12, 12),
+        guidance_embeds=True,
+    )
 
 
 def flux_pipeline(folder: Path) -> None:
@@ -87,10 +110,18 @@ def flux_pipeline(folder: Path) -> None:
 
 def pixart_transformer() -> Any:
     return diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=8, num_layers=2,
-        cross_attention_dim=64, caption_channels=32, sample_size=16, patch_size=2, norm_type="ada_norm_single",
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=64,
+        caption_channels=32,
+        sample_size=16,
+        patch_size=2,
+        norm_type="ada_norm_single",
         use_additional_conditions=False,
-    )  # fmt: skip
+    )
 
 
 def pixart_pipeline(folder: Path) -> None:
@@ -105,9 +136,18 @@ def pixart_pipeline(folder: Path) -> None:
 
 def sd3_transformer() -> Any:
     return diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=32, num_attention_heads=2,
-        caption_projection_dim=64, joint_attention_dim=64, pooled_projection_dim=64, out_channels=4, pos_embed_max_size=16,
-    )  # fmt: skip
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        caption_projection_dim=64,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
 
 
 def sd3_pipeline(folder: Path) -> None:
@@ -126,9 +166,19 @@ def sd3_pipeline(folder: Path) -> None:
 
 def wan_transformer() -> Any:
     return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=32,
-        freq_dim=32, ffn_dim=64, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
-    )  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
 
 
 def wan_pipeline(folder: Path) -> None:
@@ -146,17 +196,27 @@ def wan_pipeline(folder: Path) -> None:
 
 def llama(folder: Path, *, tied: bool = True) -> None:
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
     transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 def opt(folder: Path) -> None:
     config = transformers.OPTConfig(
-        vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32,
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
         word_embed_proj_dim=32,
-    )  # fmt: skip
+    )
     transformers.OPTForCausalLM(config).half().save_pretrained(folder)
 
 
@@ -166,18 +226,30 @@ def t5(folder: Path) -> None:
 
 def mixtral(folder: Path) -> None:
     config = transformers.MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
     transformers.MixtralForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
 def qwen2_moe(folder: Path) -> None:
     config = transformers.Qwen2MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
         decoder_sparse_step=1,
-    )  # fmt: skip
+    )
     transformers.Qwen2MoeForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
@@ -194,9 +266,14 @@ def bert(folder: Path) -> None:
 def _image_step(pipe: Any, **extra: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     result = pipe(
-        PROMPT, height=32, width=32, num_inference_steps=1, output_type="latent",
-        generator=torch.Generator().manual_seed(0), **extra,
-    )  # fmt: skip
+        PROMPT,
+        height=32,
+        width=32,
+        num_inference_steps=1,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        **extra,
+    )
     return torch.as_tensor(result.images)
 
 
@@ -204,10 +281,16 @@ def cogvideox_step(pipe: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     return torch.as_tensor(
         pipe(
-            PROMPT, height=64, width=64, num_frames=9, num_inference_steps=1, max_sequence_length=16,
-            generator=torch.Generator().manual_seed(0), output_type="latent",
+            PROMPT,
+            height=64,
+            width=64,
+            num_frames=9,
+            num_inference_steps=1,
+            max_sequence_length=16,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
         ).frames
-    )  # fmt: skip
+    )
 
 
 def flux_step(pipe: Any) -> torch.Tensor:
@@ -226,10 +309,16 @@ def wan_step(pipe: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     return torch.as_tensor(
         pipe(
-            PROMPT, height=32, width=32, num_frames=5, num_inference_steps=1, max_sequence_length=16,
-            generator=torch.Generator().manual_seed(0), output_type="latent",
+            PROMPT,
+            height=32,
+            width=32,
+            num_frames=5,
+            num_inference_steps=1,
+            max_sequence_length=16,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
         ).frames
-    )  # fmt: skip
+    )
 
 
 def tokens_step(model: Any) -> torch.Tensor:

@@ -33,7 +33,8 @@ def command(*, folder: Path, scheme: str, out: Output) -> None:
     """
     from aoconvert import demo
 
-    done = demo.run(folder, scheme, out.watch())
+    with out.watch() as progress:
+        done = demo.run(folder, scheme, progress)
     data = {"source": str(done.source), **done.result.to_dict(), "reloaded": done.reloaded}
     out.result(lambda: _render(done), data, str(done.result.output))
 

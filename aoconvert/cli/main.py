@@ -6,8 +6,9 @@ import importlib
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -37,6 +38,12 @@ class _Commands(click.Group):
         command: click.Command = module.command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would print an empty line
+            raise Interrupted("interrupted") from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
@@ -58,30 +65,22 @@ def main(argv: list[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if argv is None else argv
     out = Output.from_flags(json_mode="--json" in arguments)
     signal.signal(signal.SIGTERM, _terminate)
-    debug = os.environ.get("AOCONVERT_DEBUG") == "1"
     try:
         code = cli.main(args=arguments, prog_name="aoconvert", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         _fail(out, Interrupted("interrupted"))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
     except click.ClickException as error:
-        if out.mode == "json":
-            out.error(type(error).__name__, error.format_message(), None, error.exit_code)
-        else:
-            error.show()
+        context = getattr(error, "ctx", None)
+        hint = f"see {context.command_path} --help" if context is not None else None
+        out.error(type(error).__name__, error.format_message(), hint, error.exit_code)
         sys.exit(error.exit_code)
     except AoconvertError as error:
-        if debug:
-            raise
         _fail(out, error)
-    except KeyboardInterrupt:
-        _fail(out, Interrupted("interrupted"))
-    except BrokenPipeError:  # the reader of our stdout has had enough, e.g. `| head`
-        sys.stdout = None
-        sys.exit(0)
     except Exception as error:
-        if debug:
-            raise
         _fail(
             out,
             AoconvertError(
@@ -92,6 +91,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _fail(out: Output, error: AoconvertError) -> NoReturn:
+    if os.environ.get("AOCONVERT_DEBUG") == "1":
+        traceback.print_exc()
     problems = getattr(error, "problems", None)
     out.error(type(error).__name__, error.message, error.hint, error.exit_code, problems=problems)
     sys.exit(error.exit_code)

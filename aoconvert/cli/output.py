@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,14 +33,16 @@ class Output:
     def result(self, human: Callable[[], RenderableType], data: Any, essential: str) -> None:
         """Print a result; ``human`` is only called where it is shown."""
         if self.mode == "json":
-            sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
+            _print(json.dumps(data, ensure_ascii=False) + "\n")
         elif self.mode == "quiet":
-            sys.stdout.write(essential + "\n")
+            _print(essential + "\n")
         else:
             from rich.console import Console
 
             console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
-            console.print(human())
+            with console.capture() as captured:
+                console.print(human())
+            _print(captured.get())
 
     def warning(self, message: str) -> None:
         """A warning on stderr; not in quiet mode."""
@@ -53,7 +57,7 @@ class Output:
             values: dict[str, Any] = {"type": kind, "message": message, "hint": hint, "exit_code": exit_code}
             if problems is not None:
                 values["problems"] = list(problems)
-            sys.stdout.write(json.dumps({"error": values}, ensure_ascii=False) + "\n")
+            _print(json.dumps({"error": values}, ensure_ascii=False) + "\n")
             return
         for line in problems if problems else [message]:
             self._line("error", line, "31")
@@ -65,13 +69,32 @@ class Output:
         head = f"\033[{color}m{label}:\033[0m" if sys.stderr.isatty() else f"{label}:"
         sys.stderr.write(f"{head} {text}\n")
 
-    def watch(self) -> Progress:
-        """A progress display on stderr; silent without a terminal or with ``--no-progress``."""
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Progress]:
+        """A progress display on stderr; silent without a terminal or with ``--no-progress``.
+
+        It is closed also when an error passes: the message gets a line of its own, and the cursor comes back.
+        """
         if not self.progress or not sys.stderr.isatty():
-            return Silent()
+            yield Silent()
+            return
         from aoconvert.cli.bar import Bar
 
-        return Bar()
+        bar = Bar()
+        try:
+            yield bar
+        finally:
+            bar.finish()
+
+
+def _print(text: str) -> None:
+    """Write to stdout. Where its reader has had enough (``| head -1``), that is no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the interpreter flushes stdout once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def size(count: float) -> str:

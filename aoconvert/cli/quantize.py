@@ -40,7 +40,8 @@ def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool
         return
     from aoconvert import api
 
-    result = api.quantize_options(source, options, progress=out.watch())
+    with out.watch() as progress:
+        result = api.quantize_options(source, options, progress=progress)
     for line in result.warnings:
         out.warning(line)
     out.result(lambda: _summary(result), result.to_dict(), str(result.output))

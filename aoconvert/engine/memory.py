@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3  # glibc malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -28,7 +29,14 @@ def steady_allocator() -> None:
 
 
 def peak_host_bytes() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Largest resident set of this process so far, in bytes.
+
+    Linux: ``VmHWM``; what ``getrusage`` gives there starts at the size of the process that started this one.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

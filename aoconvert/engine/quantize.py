@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from aoconvert.errors import QuantizeError
-from aoconvert.schemes.apply import quantize_weight
+from aoconvert.schemes.apply import flatten, quantize_weight
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -66,7 +66,7 @@ class _Assembly:
     template: torch.Tensor | None = None
 
     def put(self, start: int, stop: int, block: torch.Tensor) -> None:
-        names, _ = block.__tensor_flatten__()  # type: ignore[operator]
+        names, _ = flatten(block)
         for name in names:
             inner = getattr(block, name)
             per_row, rest = divmod(inner.shape[0], stop - start)
@@ -81,7 +81,7 @@ class _Assembly:
     def result(self) -> torch.Tensor:
         block = self.template
         assert block is not None
-        _, context = block.__tensor_flatten__()  # type: ignore[operator]
+        _, context = flatten(block)
         stride = (self.shape[1], 1)
         whole: torch.Tensor = type(block).__tensor_unflatten__(self.parts, context, self.shape, stride)  # type: ignore[attr-defined]
         return whole

@@ -83,7 +83,7 @@ def run(plan: Plan, progress: Progress, *, command: str) -> QuantizeResult:
         progress.finish()
         elapsed = time.perf_counter() - began
         result = Manifest(
-            schema_version=manifest.SCHEMA_VERSION,
+            schema_version=1,
             tool=manifest.Tool(name="aoconvert", version=__version__),
             source=_source_entry(plan, digests),
             environment=_environment(plan),
@@ -148,9 +148,7 @@ def _write_index(component: ComponentPlan, stage: Stage) -> FileEntry:
     return stage.write_text(path, content)
 
 
-def _component_entry(
-    plan: ComponentPlan, done: ComponentResult, extra: list[FileEntry], whole: Plan
-) -> ComponentEntry:
+def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[FileEntry], whole: Plan) -> ComponentEntry:
     tensors = []
     for tensor in plan.tensors:
         result = done.tensors.get(tensor.name)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
@@ -23,7 +23,8 @@ from aoconvert.writers.torch_bin import SealedFile, TorchBinWriter, WrittenTenso
 class Reading(Protocol):
     """Gives one tensor of the plan in host memory, its own copy, in the source's dtype."""
 
-    def read(self, tensor: TensorPlan) -> torch.Tensor: ...
+    def read(self, tensor: TensorPlan) -> torch.Tensor:
+        """The tensor's data; shape and dtype as the plan says."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class _Done:
     max_abs_error: float | None = None
 
 
-def run_component(plan: ComponentPlan, reading: Reading, root: Path, device: str, progress: Progress) -> ComponentResult:
+def run_component(
+    plan: ComponentPlan, reading: Reading, root: Path, device: str, progress: Progress
+) -> ComponentResult:
     """Stream every tensor of a component into its files below ``root``.
 
     Bounded channels connect the stages, so memory does not depend on the model's size. The quantizer runs in the

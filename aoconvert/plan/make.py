@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Measured: the process with torch, torchao, diffusers and transformers imported (tests/benchmarks/README.md)
 _IMPORTS_BYTES = 480 * 10**6
+# Measured: temporaries a weight's element, where a scheme takes the whole weight at once
+_WHOLE_BYTES = 16
 READ_AHEAD_BYTES = 32 * 2**20
 
 
@@ -257,11 +259,28 @@ def _needs(plans: Sequence[ComponentPlan], copied: Sequence[CopyPlan], device: s
     largest_out = max((tensor.bytes_out for tensor in written), default=0)
     merged = sum(t.bytes_in for plan in plans if plan.merged for t in plan.tensors if t.origin is None)
     disk = sum(file.size for plan in plans for file in plan.files) + sum(item.size for item in copied) + merged
-    # one tensor being read or waiting, one at work, one result being written and one waiting
-    ahead = max(largest_in, min(READ_AHEAD_BYTES, sum(t.bytes_in for t in written)))
-    host = _IMPORTS_BYTES + ahead + largest_in + 2 * max(largest_out, min(READ_AHEAD_BYTES, largest_in))
+    host = _IMPORTS_BYTES + max((_in_flight(plan, device) for plan in plans), default=0)
     on_device = 0 if device == "cpu" else largest_in * 3 + largest_out
     return Needs(disk_bytes=disk, device_peak_bytes=on_device, host_peak_bytes=host)
+
+
+def _in_flight(plan: ComponentPlan, device: str) -> int:
+    """Most bytes of tensors that the engine holds at once: read ahead, at work, being written."""
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    order = [tensors[name] for name in plan.order]
+    most = written = 0
+    for at, tensor in enumerate(order):
+        ahead = 0
+        for count, later in enumerate(order[at + 1 :]):
+            ahead += later.bytes_in
+            if count and ahead > READ_AHEAD_BYTES:  # the reader holds this one until there is room
+                break
+        result = 0 if tensor.action == "keep" else tensor.bytes_out
+        whole = tensor.action == "quantize" and not plan.scheme.rowwise and device == "cpu"
+        arithmetic = tensor.numel * _WHOLE_BYTES if whole else 0
+        most = max(most, ahead + tensor.bytes_in + arithmetic + result + written)
+        written = tensor.bytes_out
+    return most
 
 
 def _output_problems(source: Source, options: QuantizeOptions) -> list[str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aoconvert.environment import import_torchao
 
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     import torch
 
     from aoconvert.schemes.base import Scheme
+
+
+def flatten(tensor: Any) -> tuple[tuple[str, ...], Any]:
+    """Names of a torchao tensor's inner tensors, and the rest of what it takes to build it again."""
+    names, context = tensor.__tensor_flatten__()
+    return tuple(names), context
 
 
 def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -61,7 +61,14 @@ def test_minilm_folder_is_complete(checkpoints: Callable[[str], Path], tmp_path:
     """What a sentence-transformers model consists of is all there, and no weights of the source."""
     result = aoconvert.quantize(checkpoints("bert"), "int8wo", output=tmp_path / "out", device="cpu")
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert {"config.json", "pytorch_model.bin", "aoconvert.json", "tokenizer.json", "vocab.txt", "modules.json"} <= found
+    assert {
+        "config.json",
+        "pytorch_model.bin",
+        "aoconvert.json",
+        "tokenizer.json",
+        "vocab.txt",
+        "modules.json",
+    } <= found
     assert "1_Pooling/config.json" in found
     assert not {"model.safetensors", "README.md"} & found
     assert found == {entry.path for entry in result.manifest.files()} | {"aoconvert.json"}

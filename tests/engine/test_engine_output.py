@@ -86,9 +86,7 @@ def test_weights_are_linked_and_configs_copied(checkpoints: Callable[[str], Path
     source = tmp_path / "source"
     shutil.copytree(checkpoints("cogvideox"), source)
     big = source / "transformer" / "diffusion_pytorch_model.safetensors"
-    result = aoconvert.quantize(
-        source, "int8wo", output=tmp_path / "out", device="cpu", components=["text_encoder"]
-    )
+    result = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", components=["text_encoder"])
     same = tmp_path / "out/transformer/diffusion_pytorch_model.safetensors"
     assert big.stat().st_size > 1 << 20
     assert same.stat().st_ino == big.stat().st_ino

@@ -37,7 +37,8 @@ def test_tensors_are_those_of_the_loaded_model(name: str, checkpoints: Callable[
     assert {spec.name: spec.shape for spec in skeleton} == {key: tuple(value.shape) for key, value in expected.items()}
     linear = {f"{key}.weight" for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {spec.name for spec in skeleton if spec.kind == "linear"} == linear
-    assert {spec.name for spec in skeleton if spec.parameter} == {key for key, _ in model.named_parameters(remove_duplicate=False)}  # fmt: skip # noqa: E501
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    assert {spec.name for spec in skeleton if spec.parameter} == parameters
     assert all(tensor.is_meta for tensor in (*skeleton.model.parameters(), *skeleton.model.buffers()))
 
 

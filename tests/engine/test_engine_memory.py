@@ -1,0 +1,63 @@
+"""Memory of a whole conversion, measured by the kernel: it does not grow with the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+BUILD = REPO / "tests" / "benchmarks" / "models.py"
+LIMIT = 900 * 10**6
+
+# A child's peak starts at the size of the process that starts it, and pytest is large by now: this one is small.
+MEASURE = """
+import json, os, sys
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+unit = 1 if sys.platform == "darwin" else 1024
+json.dump([os.waitstatus_to_exitcode(status), usage.ru_maxrss * unit], open(os.environ["MEASURED"], "w"))
+"""
+
+
+def run(words: list[str], folder: Path) -> tuple[str, int]:
+    """Run a command; its standard output and its peak resident set in bytes."""
+    measured = folder / "measured.json"
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "MEASURED": str(measured)}
+    command = [sys.executable, "-S", "-c", MEASURE, sys.executable, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    code, peak = json.loads(measured.read_text())
+    assert code == 0, done.stderr
+    return done.stdout, peak
+
+
+def convert(layers: int, folder: Path) -> tuple[int, dict[str, object]]:
+    """Build a CogVideoX transformer of real width and convert it; the peak of the conversion and what it printed."""
+    source, output = folder / f"source-{layers}", folder / f"output-{layers}"
+    run([str(BUILD), "--layers", str(layers), str(source)], folder)
+    words = ["-m", "aoconvert", "quantize", str(source), "--scheme", "int8wo", "--output", str(output), "--json"]
+    printed, peak = run([*words, "--device", "cpu"], folder)
+    result = json.loads(printed)
+    assert [path.name for path in output.glob("*.bin*")] == ["diffusion_pytorch_model.bin"]
+    assert (output / "diffusion_pytorch_model.bin").stat().st_size > result["bytes_out"]
+    shutil.rmtree(source)
+    shutil.rmtree(output)
+    return peak, result
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit was measured on Linux")
+def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    one, first = convert(9, tmp_path)
+    two, second = convert(18, tmp_path)
+    assert 1.0e9 < float(str(first["bytes_in"])) < 1.1e9
+    assert 2.0e9 < float(str(second["bytes_in"])) < 2.1e9
+    assert one < LIMIT
+    assert two < 1.1 * one
+    # what --json and the manifest say is what the kernel says; the interpreter still has to shut down
+    assert abs(int(str(second["peak_host_bytes"])) / two - 1) < 0.02

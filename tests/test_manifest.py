@@ -1,0 +1,205 @@
+import getpass
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+sys.path.insert(0, str(Path(__file__).parent / "plan"))
+
+from checkpoints import build_llama
+
+import aoconvert
+from aoconvert import manifest
+from aoconvert.errors import SourceError
+from aoconvert.manifest import FileEntry, Manifest
+
+ROOT = Path(__file__).parents[1]
+SCHEMA = ROOT / manifest.SCHEMA_PATH
+TOKEN = "hf_secretSECRETsecretSECRETsecret0000"
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same conversion twice, from different places, with a token."""
+    found = []
+    for number in range(2):
+        place = tmp_path_factory.mktemp(f"somewhere-private-{number}")
+        source = build_llama(place / "tiny-llama")
+        (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A card\n")
+        (source / "tokenizer.json").write_text("{}")
+        aoconvert.quantize(
+            source.absolute(), "int8wo", output=(place / "out").absolute(), token=TOKEN, device="cpu", skip=["lm_head"]
+        )
+        found.append(place / "out")
+    return found[0], found[1]
+
+
+@pytest.fixture
+def edited(outputs: tuple[Path, Path], tmp_path: Path) -> Callable[[Callable[[Any], None]], Path]:
+    """A folder with a changed copy of the manifest."""
+
+    def edit(change: Callable[[Any], None]) -> Path:
+        values = json.loads((outputs[0] / "aoconvert.json").read_text())
+        change(values)
+        (tmp_path / "aoconvert.json").write_text(json.dumps(values))
+        return tmp_path
+
+    return edit
+
+
+def test_the_published_schema_is_the_models_own() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == manifest.json_schema(), "run: python -m aoconvert.manifest"
+    jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text()))
+
+
+def test_a_real_manifest_is_valid(outputs: tuple[Path, Path]) -> None:
+    values = json.loads((outputs[0] / "aoconvert.json").read_text())
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    assert list(validator.iter_errors(values)) == []
+    del values["components"][0]["tensors"][0]["action"]
+    values["copied"][0]["sha256"] = "no digest"
+    assert len(list(validator.iter_errors(values))) == 2
+
+
+def test_it_says_what_is_in_the_folder(outputs: tuple[Path, Path]) -> None:
+    import hashlib
+
+    written = manifest.load(outputs[0])
+    for entry in [*written.components[0].files, *written.copied]:
+        content = (outputs[0] / entry.path).read_bytes()
+        assert (entry.size, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest()), entry.path
+    source = outputs[0].parent / "tiny-llama" / "model.safetensors"
+    assert [file.sha256 for file in written.source.files] == [hashlib.sha256(source.read_bytes()).hexdigest()]
+    assert written.source.license == "apache-2.0"
+    assert written.run.command == "aoconvert quantize tiny-llama --scheme int8wo --skip lm_head"
+
+
+def test_dump_and_load(outputs: tuple[Path, Path]) -> None:
+    text = (outputs[0] / "aoconvert.json").read_text(encoding="utf-8")
+    assert manifest.dump(manifest.load(outputs[0])) == text
+
+
+def test_unknown_keys_are_kept(edited: Callable[[Callable[[Any], None]], Path]) -> None:
+    def change(values: Any) -> None:
+        values["later"] = {"a": [1, 2]}
+        values["components"][0]["tensors"][0]["later"] = "x"
+        values["run"]["later"] = None
+
+    again = json.loads(manifest.dump(manifest.load(edited(change))))
+    assert again["later"] == {"a": [1, 2]}
+    assert again["components"][0]["tensors"][0]["later"] == "x"
+    assert "later" in again["run"]
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5])
+def test_another_schema_version_is_refused(version: Any, edited: Callable[[Callable[[Any], None]], Path]) -> None:
+    folder = edited(lambda values: values.update(schema_version=version))
+    with pytest.raises(SourceError, match="schema_version") as caught:
+        manifest.load(folder)
+    assert caught.value.hint == "upgrade aoconvert"
+
+
+BAD_PATHS = ["../x", "/etc/passwd", "a/../../x", "..", "", "C:/x", "c:x", "a\\..\\x", "\\\\host\\x", "a\0b"]
+
+
+@pytest.mark.parametrize("path", BAD_PATHS)
+@pytest.mark.parametrize("where", ["files", "copied", "source", "tensor", "folder"])
+def test_paths_out_of_the_folder_are_refused(
+    path: str, where: str, edited: Callable[[Callable[[Any], None]], Path]
+) -> None:
+    def change(values: Any) -> None:
+        component = values["components"][0]
+        if where == "tensor":
+            component["tensors"][0]["file"] = path
+        elif where == "folder":
+            component["path"] = path or ".."
+        else:
+            entries = {"files": component["files"], "copied": values["copied"], "source": values["source"]["files"]}
+            entries[where][0]["path"] = path
+
+    with pytest.raises(SourceError, match="is not a valid manifest"):
+        manifest.load(edited(change))
+
+
+@given(st.lists(st.sampled_from(["..", ".", "a", "", "b c", "C:", "\\", "é", "..."]), min_size=1, max_size=6))
+def test_an_accepted_path_stays_inside(parts: list[str]) -> None:
+    path = "/".join(parts)
+    try:
+        entry = FileEntry(path=path, size=1, sha256="0" * 64)
+    except ValidationError:
+        assert not path or path.startswith(("/", "C:")) or "\\" in path or ".." in parts
+        return
+    assert ".." not in PurePosixPath(entry.path).parts
+    assert (Path("/root/folder") / entry.path).resolve().is_relative_to("/root/folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "not usable JSON"),
+        (b"{", "not usable JSON"),
+        (b"\xff\xfe", "not usable JSON"),
+        (b"[" * 100_000, "not usable JSON"),
+        (b"[]", "schema_version None"),
+        (b'{"schema_version": 1}', "is not a valid manifest: tool: Field required"),
+    ],
+)
+def test_damaged_manifests(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "aoconvert.json").write_bytes(content)
+    with pytest.raises(SourceError, match=what) as caught:
+        manifest.load(tmp_path)
+    assert "\n" not in caught.value.message
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"has no aoconvert.json") as caught:
+        manifest.load(tmp_path)
+    assert caught.value.hint
+    (tmp_path / "aoconvert.json").mkdir()
+    with pytest.raises(SourceError, match="cannot be read: Is a directory"):
+        manifest.load(tmp_path)
+
+
+def test_nothing_private_is_written(outputs: tuple[Path, Path]) -> None:
+    written = manifest.load(outputs[0])
+    kernel = Path("/proc/sys/kernel/hostname")
+    hosts = {socket.gethostname(), kernel.read_text().strip() if kernel.is_file() else socket.gethostname()}
+    private = [TOKEN, "hf_", "somewhere-private", str(Path.home()) + "/", str(outputs[0].parent), "/tmp/", str(ROOT)]
+    # a host or user that is called like a word of the format would be found everywhere
+    private += [name for name in hosts if len(name) > 4 and name != "localhost"]
+    private += [getpass.getuser()] if getpass.getuser() != "root" else []
+    for file in outputs[0].rglob("*"):
+        content = file.read_bytes() if file.is_file() else b""
+        for secret in private:
+            assert secret.encode() not in content, f"{secret} in {file.name}"
+
+    def strings(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            return [found for item in value.items() for part in item for found in strings(part)]
+        if isinstance(value, list):
+            return [found for item in value for found in strings(item)]
+        return [value] if isinstance(value, str) else []
+
+    for text in strings(json.loads(manifest.dump(written))):
+        assert not text.startswith(("/", "~")), text
+
+
+def test_two_runs_differ_only_in_run(outputs: tuple[Path, Path]) -> None:
+    def values(folder: Path) -> Any:
+        return Manifest.model_validate(json.loads((folder / "aoconvert.json").read_text())).model_dump(exclude={"run"})
+
+    first, second = outputs
+    assert values(first) == values(second)
+    names = sorted(path.relative_to(first).as_posix() for path in first.rglob("*"))
+    assert names == sorted(path.relative_to(second).as_posix() for path in second.rglob("*"))
+    for name in names:
+        if name != "aoconvert.json":
+            assert (first / name).read_bytes() == (second / name).read_bytes(), name
