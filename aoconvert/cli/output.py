@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["human", "json", "quiet"]
 
+_ONE_LINE = 10_000  # columns, wider than any table
+
 
 @dataclass(frozen=True)
 class Output:
@@ -39,10 +41,11 @@ class Output:
         else:
             from rich.console import Console
 
-            console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+            # without a terminal nothing is folded: what somebody looks for with grep stays on one line
+            console = Console(highlight=False, width=None if sys.stdout.isatty() else _ONE_LINE)
             with console.capture() as captured:
                 console.print(human())
-            _print(captured.get())
+            _print("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def warning(self, message: str) -> None:
         """A warning on stderr; not in quiet mode."""

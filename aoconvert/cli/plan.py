@@ -13,7 +13,7 @@ from aoconvert.options import QuantizeOptions
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from aoconvert.plan import ComponentPlan, Plan
+    from aoconvert.plan import ComponentPlan, FilePlan, Plan
 
 EXAMPLES = """\b
 Examples:
@@ -46,7 +46,7 @@ def show(source: str, options: QuantizeOptions, out: Output, *, tensors: bool) -
     out.result(lambda: _render(made, tensors=tensors), made.to_dict(), str(sum(file.size for file in _files(made))))
 
 
-def _files(plan: Plan) -> list[object]:
+def _files(plan: Plan) -> list[FilePlan]:
     return [file for item in plan.components for file in item.files]
 
 
@@ -92,8 +92,8 @@ def _reason_table(plan: ComponentPlan) -> RenderableType:
         for place, value in enumerate((1, tensor.numel, tensor.bytes_in, tensor.bytes_out)):
             counts[place] += value
         example.setdefault(key, tensor.name)
-    for key, (count, numel, bytes_in, bytes_out) in sorted(groups.items(), key=lambda item: -item[1][1]):
-        table.add_row(*key, example[key], str(count), f"{numel:,}", size(bytes_in), size(bytes_out))
+    for group, (count, numel, bytes_in, bytes_out) in sorted(groups.items(), key=lambda item: -item[1][1]):
+        table.add_row(*group, example[group], str(count), f"{numel:,}", size(bytes_in), size(bytes_out))
     return table
 
 

@@ -292,6 +292,8 @@ def _output_problems(source: Source, options: QuantizeOptions) -> list[str]:
     except (OSError, ValueError) as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             return [f"output {output}: {getattr(error, 'strerror', None) or error}"]
+    if output.name == "..":  # what is built beside it needs a name
+        problems.append(f"output {output} has no name of its own; give the folder itself")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         problems.append(f"output {output} exists and is not a folder")
     elif output.is_dir() and any(output.iterdir()):

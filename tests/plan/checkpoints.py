@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,22 @@ LLAMA: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CogVideoX pipeline of real classes; never written to."""
+    from aoconvert.demo import build_pipeline
+
+    folder = tmp_path_factory.mktemp("cogvideox") / "tiny-cogvideox"
+    build_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with an output head of its own; never written to."""
+    return build_llama(tmp_path_factory.mktemp("llama") / "tiny-llama")
 
 
 def write_config(folder: Path, values: Mapping[str, Any], name: str = "config.json") -> None:

@@ -1,0 +1,259 @@
+"""What scripts depend on: streams, exit codes, JSON keys, and a quick start without torch."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import DATA, build_llama
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["quantize", "plan", "schemes", "demo"]
+HEAVY = ("torch", "torchao", "diffusers", "transformers", "accelerate", "huggingface_hub", "pydantic", "numpy")
+
+Call = Callable[..., Any]
+
+
+def run(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    command = [sys.executable, "-m", "aoconvert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
+
+
+# --- a quick start
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["-h"], ["--version"], [], ["plan", "--help"], ["quantize", "-h"], ["plan"], ["nosuch"]]
+    + [["quantize", "x", "--schem"], ["schemes"], ["schemes", "int8wo"], ["schemes", "nosuch"]],
+    ids=" ".join,
+)
+def test_torch_is_not_imported(arguments: list[str]) -> None:
+    code = f"""
+import atexit, sys
+from aoconvert.cli.main import main
+atexit.register(lambda: print("\\nHEAVY", sorted({HEAVY!r} & sys.modules.keys()), file=sys.stderr))
+main({arguments!r})
+""".replace(f"{HEAVY!r} &", f"set({HEAVY!r}) &")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stderr.splitlines()[-1] == "HEAVY []", done.stderr
+
+
+def test_help_is_quick() -> None:
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        assert run("--help").returncode == 0
+        took.append(time.perf_counter() - began)
+    assert min(took) < 0.3
+
+
+# --- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(call: Call, command: str) -> None:
+    for flag in ("-h", "--help"):
+        done = call(command, flag)
+        assert (done.code, done.stderr) == (0, "")
+        lines = [line.strip() for line in done.stdout.splitlines()]
+        examples = lines[lines.index("Examples:") + 1 :]
+        assert examples
+        assert all(line.startswith(f"aoconvert {command}") for line in examples if line)
+        for option in ("--json", "--quiet", "--no-progress", "--help"):
+            assert option in done.stdout
+
+
+def test_group_help_and_version(call: Call) -> None:
+    from aoconvert import __version__
+
+    done = call("--help")
+    assert (done.code, done.stderr) == (0, "")
+    assert all(command in done.stdout for command in COMMANDS)
+    assert "130 interrupted" in done.stdout
+    done = call("--version")
+    assert (done.code, done.stdout, done.stderr) == (0, f"aoconvert, version {__version__}\n", "")
+    done = call()
+    assert (done.code, done.stdout) == (2, "")
+    assert "Usage: aoconvert" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nosuch"], "No such command 'nosuch'"),
+        (["plan"], "Missing argument 'SOURCE'"),
+        (["plan", "x"], "Missing option '--scheme'"),
+        (["plan", "x", "--schme", "int8wo"], "No such option '--schme'"),
+        (["plan", "x", "--scheme", "int8wo", "y"], "unexpected extra argument"),
+        (["plan", "x", "--scheme", "int8wo", "--json", "-q"], "exclude each other"),
+    ],
+)
+def test_usage_errors(call: Call, arguments: list[str], said: str) -> None:
+    done = call(*arguments)
+    assert done.code == 2
+    if "--json" in arguments:
+        assert said in json.loads(done.stdout)["error"]["message"]
+        return
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert said in error
+    assert hint.startswith("hint: see aoconvert")
+    assert done.stdout == ""
+
+
+# --- the three modes
+
+
+def test_plan_json(call: Call, llama: Path, tmp_path: Path) -> None:
+    options = ["--scheme", "int8wo", "--device", "cpu", "-o", tmp_path / "out", "--json"]
+    done = call("plan", llama, *options)
+    assert (done.code, done.stderr) == (0, "")
+    made = json.loads(done.stdout)
+    assert list(made) == ["schema_version", "source", "components", "copied", "needs", "warnings", "problems"]
+    assert made["problems"] == []
+    assert made["source"]["label"] == "tiny-llama"
+    assert str(llama.parent) not in done.stdout
+    component = made["components"][0]
+    keys = ["name", "library", "class", "scheme", "config", "layout", "tensors", "files", "totals"]
+    assert list(component) == keys
+    keys = ["name", "shape", "dtype", "action", "reason", "bytes_in", "bytes_out", "file"]
+    assert all(list(tensor) == keys for tensor in component["tensors"])
+    assert all(list(file) == ["path", "size"] for file in component["files"])
+    assert set(made["needs"]) == {"disk_bytes", "device_peak_bytes", "host_peak_bytes"}
+    dry = call("quantize", llama, *options, "--dry-run")
+    assert dry.stdout == done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_for_people(call: Call, llama: Path, tmp_path: Path) -> None:
+    options = ["--scheme", "int8wo", "--device", "cpu", "-o", tmp_path / "out"]
+    done = call("plan", llama, *options)
+    assert (done.code, done.stderr) == (0, "")
+    for part in ("LlamaForCausalLM", "int8wo", "pytorch_model.bin", "output head", "an embedding table"):
+        assert part in done.stdout
+    done = call("plan", llama, *options, "--tensors")
+    (line,) = [line for line in done.stdout.splitlines() if "model.layers.1.mlp.down_proj.weight" in line]
+    assert line.split() == "model.layers.1.mlp.down_proj.weight 64×160 bfloat16 quantize 20.48 kB 10.56 kB".split()
+    done = call("plan", llama, *options, "-q")
+    size = int(done.stdout)
+    assert call("quantize", llama, *options, "-q").stdout == f"{tmp_path / 'out'}\n"
+    assert (tmp_path / "out" / "pytorch_model.bin").stat().st_size == size
+
+
+def test_quantize_json(call: Call, llama: Path, tmp_path: Path) -> None:
+    done = call("quantize", llama, "--scheme", "int8wo", "--device", "cpu", "-o", tmp_path / "out", "--json")
+    assert (done.code, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    keys = ["output", "manifest", "seconds", "bytes_in", "bytes_out", "parameters", "quantized_parameters"]
+    keys += ["quantized_fraction", "peak_host_bytes", "peak_device_bytes", "skipped"]
+    assert [key for key in result if key in keys] == keys
+    assert Path(result["manifest"]).is_file()
+    assert result["skipped"] == [{"name": "lm_head.weight", "reason": "output head"}]
+    written = json.loads(Path(result["manifest"]).read_text())["components"][0]["totals"]
+    for key in ("bytes_in", "bytes_out", "parameters", "quantized_parameters", "quantized_fraction"):
+        assert result[key] == pytest.approx(written[key])
+
+
+def test_quantize_for_people(call: Call, llama: Path, tmp_path: Path) -> None:
+    done = call("quantize", llama, "--scheme", "int8wo", "--device", "cpu", "-o", tmp_path / "out")
+    assert (done.code, done.stderr) == (0, "")  # not a terminal: no progress
+    assert "LlamaForCausalLM" in done.stdout
+    assert "worst SQNR" in done.stdout
+
+
+def test_schemes(call: Call) -> None:
+    rows = json.loads(call("schemes", "--json").stdout)
+    assert [row["name"] for row in rows] == call("schemes", "-q").stdout.split()
+    assert "int8wo" in call("schemes").stdout
+    one = json.loads(call("schemes", "Int8WeightOnlyConfig", "--json").stdout)
+    assert one in rows
+    done = call("schemes", "nosuch", "--json")
+    assert (done.code, done.stderr) == (2, "")
+    assert json.loads(done.stdout)["error"]["type"] == "UnknownSchemeError"
+
+
+def test_overwrite(call: Call, llama: Path, tmp_path: Path) -> None:
+    options = ["--device", "cpu", "-o", tmp_path / "out"]
+    assert call("quantize", llama, "--scheme", "int8wo", *options).code == 0
+    before = (tmp_path / "out" / "pytorch_model.bin").read_bytes()
+    assert call("quantize", llama, "--scheme", "float8wo", *options).code == 3
+    assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() == before
+    assert call("quantize", llama, "--scheme", "float8wo", *options, "--overwrite").code == 0
+    assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- exit codes and tracebacks
+
+
+def test_debug_shows_the_traceback(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("plan", tmp_path / "absent", "--scheme", "int8wo")
+    quiet = call(*arguments)
+    monkeypatch.setenv("AOCONVERT_DEBUG", "1")
+    loud = call(*arguments)
+    assert "Traceback" not in quiet.stderr
+    assert loud.stderr.startswith("Traceback (most recent call last)")
+    assert loud.stderr.endswith(quiet.stderr)
+    assert loud.code == quiet.code == 3
+    assert json.loads(call(*arguments, "--json").stdout)["error"]["exit_code"] == 3
+
+
+def test_a_mistake_of_ours_is_one_line_too(
+    call: Call, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be foreseen is said in one line, with what to do."""
+    from aoconvert.plan import make
+
+    monkeypatch.delattr(make, "choose_device")
+    done = call("plan", llama, "--scheme", "int8wo", "-o", tmp_path / "out")
+    assert done.code == 1
+    error, hint = done.stderr.splitlines()
+    assert error == "error: unexpected NameError: name 'choose_device' is not defined"
+    assert "AOCONVERT_DEBUG=1" in hint
+
+
+def test_streams_of_a_real_process(tmp_path: Path) -> None:
+    done = run("plan", tmp_path / "absent", "--scheme", "int8wo")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert len(done.stderr.splitlines()) == 1
+    done = run("plan", tmp_path / "absent", "--scheme", "int8wo", "--json")
+    assert (done.returncode, done.stderr) == (3, "")
+    assert json.loads(done.stdout)["error"]["exit_code"] == 3
+    source = build_llama(tmp_path / "model")
+    done = run("quantize", source, "--scheme", "int8wo", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert json.loads(done.stdout)["output"] == "out"
+
+
+@pytest.mark.parametrize("arguments", [["schemes"], ["schemes", "--json"], ["--help"]], ids=" ".join)
+def test_reader_that_has_had_enough(arguments: list[str]) -> None:
+    """``aoconvert … | head -1``, with a pipe whose reader is gone before the first byte."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "aoconvert", *arguments],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)
+    assert done.returncode == 0 or arguments == ["--help"]  # click's own answer
+
+
+def test_head_of_a_long_plan(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m aoconvert plan {DATA / 'flux.1-dev'} --scheme int8wo --tensors | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""

@@ -1,0 +1,228 @@
+"""A run as a process: interrupted, watched on a terminal, beside another one; and the demo."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import LLAMA, build_llama
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "160"}
+BIG = {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12, "vocab_size": 1024}
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.2 GB of weights in a sparse file: the values are all zero, and nothing of that is on the disk."""
+    import struct
+
+    from checkpoints import llama_shapes, write_config
+
+    folder = tmp_path_factory.mktemp("big") / "llama"
+    write_config(folder, BIG)
+    entries, offset = {}, 0
+    for name, shape in llama_shapes(BIG).items():
+        size = 2
+        for side in shape:
+            size *= side
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(entries).encode()
+    raw += b" " * (-len(raw) % 8)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with weights.open("r+b") as file:
+        file.truncate(8 + len(raw) + offset)
+    return folder
+
+
+def command(source: Path, output: Path, *options: str) -> list[str]:
+    words = ["quantize", source, "--scheme", "int8wo", "--device", "cpu", "-o", output, *options]
+    return [sys.executable, "-m", "aoconvert", *map(str, words)]
+
+
+def start(source: Path, output: Path, *options: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command(source, output, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+
+
+def wait_for_data(process: "subprocess.Popen[str]", output: Path) -> Path:
+    """Until the unfinished folder holds some megabytes of weights."""
+    partial = output.parent / f".{output.name}.aoconvert-partial"
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise AssertionError(f"ended too early: {process.communicate()}")
+        if partial.is_dir() and sum(path.stat().st_size for path in partial.glob("*.bin*")) > 20 * 10**6:
+            return partial
+        time.sleep(0.01)
+    raise AssertionError("no data after a minute")
+
+
+@pytest.fixture
+def running(big: Path, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    process = start(big, tmp_path / "out")
+    try:
+        wait_for_data(process, tmp_path / "out")
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    stdout, stderr = process.communicate(timeout=30)
+    return process.returncode, stdout, stderr
+
+
+def test_ctrl_c_while_another_wants_the_same_output(
+    running: "subprocess.Popen[str]", big: Path, tmp_path: Path
+) -> None:
+    other = ended(start(build_llama(tmp_path / "small"), tmp_path / "out"))
+    assert other[:2] == (3, "")
+    assert other[2].splitlines()[0] == f"error: another aoconvert is writing to {tmp_path / 'out'}"
+    assert len(other[2].splitlines()) == 2
+    assert running.poll() is None, "the first was over too early for this test"
+    running.send_signal(signal.SIGINT)
+    code, stdout, stderr = ended(running)
+    assert (code, stdout, stderr) == (130, "", "error: interrupted; the unfinished output was removed\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_sigterm_keeps_the_earlier_result(big: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    first = ended(start(build_llama(tmp_path / "small"), output, "-q"))
+    assert first[0] == 0, first
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    process = start(big, output, "--overwrite", "--json")
+    wait_for_data(process, output)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    process.send_signal(signal.SIGTERM)
+    code, stdout, stderr = ended(process)
+    assert (code, stderr) == (130, "")
+    assert json.loads(stdout)["error"] == {
+        "type": "Interrupted",
+        "message": "interrupted; the unfinished output was removed",
+        "hint": None,
+        "exit_code": 130,
+    }
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
+
+
+def test_killed_run_leaves_nothing_for_long(big: Path, tmp_path: Path) -> None:
+    """SIGKILL cannot be caught: no result appears, and the next run cleans up."""
+    output = tmp_path / "out"
+    process = start(big, output)
+    partial = wait_for_data(process, output)
+    process.kill()
+    process.communicate()
+    assert partial.is_dir()
+    assert not output.exists()
+    assert ended(start(build_llama(tmp_path / "small"), output, "-q"))[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "aoconvert.json",
+        "config.json",
+        "generation_config.json",
+        "pytorch_model.bin",
+    ]
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.5, 1.5])
+def test_ctrl_c_before_the_work(tmp_path: Path, delay: float) -> None:
+    """While Python starts, while torch is imported: whatever is said, the code is 130 and there is one line."""
+    process = start(build_llama(tmp_path / "small"), tmp_path / "out", "--json")
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM if delay > 1 else signal.SIGINT)
+    code, stdout, stderr = ended(process)
+    if delay < 0.1:  # the interpreter itself is not up yet
+        assert code in (-signal.SIGINT, 130)
+        return
+    assert code == 130, stderr
+    assert json.loads(stdout)["error"]["type"] == "Interrupted"
+    assert stderr == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def on_terminal(arguments: list[str]) -> tuple[int, str, str]:
+    """Run with stderr on a terminal: exit code, stdout, and what the terminal saw."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=theirs, text=True, env=ENVIRONMENT)
+    os.close(theirs)
+    seen = b""
+    while True:
+        if select.select([ours], [], [], 0.2)[0]:
+            try:
+                chunk = os.read(ours, 1 << 16)
+            except OSError:  # Linux: the other end is closed
+                break
+            if not chunk:
+                break
+            seen += chunk
+        elif process.poll() is not None:
+            break
+    os.close(ours)
+    stdout: Any = process.communicate()[0]
+    return process.returncode, stdout, seen.decode()
+
+
+def test_progress_on_a_terminal(big: Path, tmp_path: Path) -> None:
+    code, stdout, seen = on_terminal(command(big, tmp_path / "out", "-q"))
+    assert (code, seen) == (0, ""), "quiet means quiet"
+    code, stdout, seen = on_terminal(command(big, tmp_path / "out", "--json", "--overwrite"))
+    assert code == 0
+    assert json.loads(stdout)["output"] == str(tmp_path / "out")
+    for part in ("quantize", "GB", "/s", "0:00:", "mlp.down_proj.weight"):
+        assert part in seen, seen[-2000:]
+    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l"), "the cursor is still hidden"
+
+
+def test_no_progress_on_a_terminal_when_told_so(tmp_path: Path) -> None:
+    source = build_llama(tmp_path / "small")
+    code, _, seen = on_terminal(command(source, tmp_path / "out", "--no-progress"))
+    assert (code, seen) == (0, "")
+
+
+def test_error_under_a_progress_bar(tmp_path: Path) -> None:
+    import torch
+    from checkpoints import llama_tensors
+
+    tensors = llama_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    code, stdout, seen = on_terminal(command(build_llama(tmp_path / "nan", tensors=tensors), tmp_path / "out"))
+    assert (code, stdout) == (1, "")
+    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l"), "the cursor is still hidden"
+    lines = [line for line in seen.replace("\r", "\n").splitlines() if "holds NaN or infinity" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("\x1b[31merror:\x1b[0m model.layers.1.mlp.up_proj.weight holds NaN"), lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "aoconvert", "demo", str(tmp_path / "demo"), "--json"]
+    for _ in range(1):
+        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert result["reloaded"]["class"] == "CogVideoXPipeline"
+    assert result["reloaded"]["finite"] is True
+    assert result["reloaded"]["quantized"] == result["reloaded"]["linear"] > 0
+    assert (tmp_path / "demo" / "out" / "aoconvert.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["out", "source"]
