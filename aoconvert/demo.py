@@ -107,6 +107,8 @@ def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
     from aoconvert.api import make_options, quantize_options
 
     source, output = folder / "source", folder / "out"
+    if folder.exists() and not folder.is_dir():
+        raise PlanError([f"{folder} is not a folder"], hint="name another folder")
     if folder.exists() and any(folder.iterdir()):
         if not (output / MANIFEST_NAME).is_file() or not (source / "model_index.json").is_file():
             raise PlanError([f"{folder} is not empty and holds no earlier demo"], hint="name another folder")
@@ -114,7 +116,7 @@ def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     build_pipeline(source)
     options = make_options(scheme, {"output": output, "overwrite": True, "device": "cpu"})

@@ -24,7 +24,14 @@ SCHEMA_PATH = Path("manifests") / "manifest.v1.schema.json"
 def _inside(path: str) -> str:
     """Refuse a path that could leave the folder, before anything is opened."""
     parts = PurePosixPath(path).parts
-    if not path or "\\" in path or "\0" in path or path.startswith("/") or ".." in parts or re.match(r"^[A-Za-z]:", path):
+    if (
+        not path
+        or "\\" in path
+        or "\0" in path
+        or path.startswith("/")
+        or ".." in parts
+        or re.match(r"^[A-Za-z]:", path)
+    ):
         raise ValueError(f"{path!r} is not a path inside the folder")
     return path
 

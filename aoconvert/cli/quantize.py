@@ -68,4 +68,3 @@ def _summary(result: QuantizeResult) -> RenderableType:
         table.add_row("not quantized", f"{len(result.skipped)} matrices; aoconvert.json has the reasons")
     table.add_row("output", str(result.output))
     return table
-

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ class Stage:
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
         self.root = self.output.parent / f".{self.output.name}.aoconvert-partial"
+        self._aside = self.output.parent / f".{self.output.name}.aoconvert-replaced"
+        self._made = [folder for folder in self.output.parents if not folder.exists()]
         with _writing(self.root):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.root.mkdir(exist_ok=True)
@@ -51,6 +54,8 @@ class Stage:
             ) from None
         for left in self.root.iterdir():  # by a run that was killed
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        if self._aside.exists():  # killed while it replaced an earlier result
+            shutil.rmtree(self._aside) if self.output.exists() else self._aside.rename(self.output)
 
     def place(self) -> None:
         """Flush everything and move the folder to the output's name, replacing what is there.
@@ -59,22 +64,27 @@ class Stage:
         """
         with _writing(self.output):
             _sync_tree(self.root)
-            aside = self.output.parent / f".{self.output.name}.aoconvert-replaced"
-            if self.output.is_dir():
-                if aside.exists():
-                    shutil.rmtree(aside)
-                self.output.rename(aside)
-            self.root.rename(self.output)
+            with _undisturbed():
+                if self.output.is_dir():
+                    self.output.rename(self._aside)
+                try:
+                    self.root.rename(self.output)
+                except OSError:
+                    if self._aside.exists():
+                        self._aside.rename(self.output)
+                    raise
             _sync(self.output.parent)
         os.close(self._lock)
-        if aside.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(self._aside, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove the unfinished folder."""
+        """Remove the unfinished folder, and the folders above it that were made for it."""
         shutil.rmtree(self.root, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.close(self._lock)
+        with contextlib.suppress(OSError):  # somebody else may use them by now
+            for folder in self._made:
+                folder.rmdir()
 
     def write_text(self, path: str, text: str) -> FileEntry:
         """Write a small file, and give its entry."""
@@ -106,6 +116,16 @@ class Stage:
                 digest = _link_or_copy(origin, target, progress, item.path)
             entries.append(FileEntry(path=item.path, size=target.stat().st_size, sha256=digest))
         return entries
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block is over."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _renamed_index(text: str, variant: str) -> str:

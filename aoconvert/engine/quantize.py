@@ -36,22 +36,25 @@ class Quantized:
 
 
 @dataclass
-class _Error:
-    """Sums over blocks of rows."""
+class Error:
+    """The error of a quantized weight, summed over blocks of rows: ‖w‖², ‖w − dequantized‖², max |w − dequantized|."""
 
     signal: float = 0.0
     noise: float = 0.0
     largest: float = 0.0
 
     def add(self, original: torch.Tensor, quantized: torch.Tensor) -> None:
+        """Count in a block: the source's rows and what torchao made of them."""
         weight = original.to(torch.float32)
         difference = weight - quantized.dequantize().to(torch.float32)
         self.signal += float(torch.linalg.vector_norm(weight)) ** 2
         self.noise += float(torch.linalg.vector_norm(difference)) ** 2
-        self.largest = max(self.largest, float(torch.linalg.vector_norm(difference, ord=math.inf)))
+        low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
+        self.largest = max(self.largest, -float(low), float(high))
 
     @property
     def sqnr_db(self) -> float | None:
+        """20·log10(‖w‖/‖w − dequantized‖) in dB; ``None`` where either is zero."""
         if self.signal == 0 or self.noise == 0:
             return None
         return round(10 * math.log10(self.signal / self.noise), 4)
@@ -106,7 +109,7 @@ def quantize_tensor(
     rows, columns = weight.shape
     elements = block or (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK)
     step = max(1, elements // columns) if scheme.rowwise else rows
-    error = _Error()
+    error = Error()
     assembly = _Assembly(weight.shape)
     result: torch.Tensor | None = None
     for start in range(0, rows, step):
@@ -132,7 +135,7 @@ def quantize_tensor(
     return Quantized(result if result is not None else assembly.result(), error.sqnr_db, error.largest)
 
 
-def _not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: _Error, scheme: Scheme) -> QuantizeError:
+def _not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: Error, scheme: Scheme) -> QuantizeError:
     """Say where the NaN or infinity comes from: the source, the cast, or the scheme."""
     if not math.isfinite(error.signal):
         return QuantizeError(f"{name} holds NaN or infinity", hint="repair the source, or leave it out with --skip")

@@ -78,9 +78,11 @@ def run(plan: Plan, progress: Progress, *, command: str) -> QuantizeResult:
     stage = Stage(plan.output)
     try:
         entries, digests, seconds = _components(plan, stage, progress)
-        progress.start("copy", sum(item.size for item in plan.copied))
-        copied = stage.take_over(plan.source, plan.copied, progress)
-        progress.finish()
+        copied: list[FileEntry] = []
+        if plan.copied:
+            progress.start("copy", sum(item.size for item in plan.copied))
+            copied = stage.take_over(plan.source, plan.copied, progress)
+            progress.finish()
         elapsed = time.perf_counter() - began
         result = Manifest(
             schema_version=1,

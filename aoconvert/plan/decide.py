@@ -81,7 +81,9 @@ def nbytes(tensor: torch.Tensor) -> int:
     return sum(nbytes(getattr(tensor, name)) for name in names)
 
 
-def _reason(spec: TensorSpec, dtype: torch.dtype, scheme: Scheme, skip: SkipRules, shared: frozenset[str]) -> str | None:
+def _reason(
+    spec: TensorSpec, dtype: torch.dtype, scheme: Scheme, skip: SkipRules, shared: frozenset[str]
+) -> str | None:
     """Why the tensor is not quantized, or ``None`` if it is."""
     if not spec.floating:
         return "not a floating tensor"
@@ -126,8 +128,6 @@ def decide(
         dtype: of everything floating; ``None`` keeps the source's.
         inventory: the checkpoint's tensors; ``None`` where only the config is known.
     """
-    import torch
-
     shared = frozenset(spec.tied_to for spec in skeleton if spec.tied_to)
     outputs: dict[str, torch.Tensor] = {}
     cache: dict[tuple[tuple[int, ...], torch.dtype, bool], torch.Tensor] = {}
@@ -155,11 +155,17 @@ def decide(
             problems.append(f"{skeleton.component.title}: {spec.name} is already {str(found).removeprefix('torch.')}")
             continue
         target = _target_dtype(spec, found, dtype)
-        why = _reason(spec, target, scheme, skip, shared) if spec.tied_to is None else f"the same tensor as {spec.tied_to}"
+        why = (
+            _reason(spec, target, scheme, skip, shared)
+            if spec.tied_to is None
+            else f"the same tensor as {spec.tied_to}"
+        )
         key = (spec.shape, target, why is None)
         if key not in cache:
             cache[key] = meta_output(spec, target, scheme if why is None else None)
-        action: Action = "tied" if spec.tied_to else "quantize" if why is None else "cast" if target != found else "keep"
+        action: Action = (
+            "tied" if spec.tied_to else "quantize" if why is None else "cast" if target != found else "keep"
+        )
         if action != "tied":
             outputs[spec.name] = cache[key]
         tensors.append(

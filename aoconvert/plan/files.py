@@ -101,8 +101,13 @@ def copies(
         if layout.kind == "transformers":
             for extra in _sentence_transformers_parts(source, folder):
                 prefix = join(folder, extra)
-                found.update({path.removeprefix(f"{folder}/" if folder else ""): path for path in files
-                              if path.startswith(f"{prefix}/")})
+                found.update(
+                    {
+                        path.removeprefix(f"{folder}/" if folder else ""): path
+                        for path in files
+                        if path.startswith(f"{prefix}/")
+                    }
+                )
     for component in chosen:  # written anew, with its quantization_config
         found.pop(join("" if only or layout.kind != "pipeline" else component.name, "config.json"), None)
     return tuple(

@@ -40,7 +40,8 @@ def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False
     Args:
         source: the resolved source.
         options: what the user asked for.
-        need_weights: a folder without weights is a problem (it can be planned, not converted).
+        need_weights: the plan will be carried out: a source without weights is a problem, and so is a disk that is
+            too small (otherwise a warning).
 
     Raises:
         PlanError: with every problem at once.
@@ -76,8 +77,9 @@ def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False
         )
     needs = _needs(plans, copied, device)
     problems += _output_problems(source, options)
-    # a plan is worth seeing on a machine that could not carry it out
-    (problems if need_weights else warnings).extend(_space_problems(options, needs))
+    # of a config alone the plan is a calculation: nothing could be carried out anyway
+    possible = need_weights or any(item.weights for item in plans)
+    (problems if possible else warnings).extend(_space_problems(options, needs))
     if problems:
         raise PlanError(problems)
     fetch = [path for item in plans if item.weights for path in item.weights.paths]
@@ -118,7 +120,9 @@ def _choose(layout: ModelLayout, options: QuantizeOptions) -> tuple[list[Compone
     else:
         chosen = list(layout.default_components)
         if not chosen:
-            problems.append(f"the pipeline has no denoiser; choose with --component from {', '.join(known) or 'nothing'}")
+            problems.append(
+                f"the pipeline has no denoiser; choose with --component from {', '.join(known) or 'nothing'}"
+            )
     if _only(layout, options) and len(chosen) > 1:
         problems.append(f"--component-only takes one component, not {len(chosen)}")
     return chosen, problems
@@ -176,8 +180,8 @@ def _component(
     if not decisions.problems and totals.quantized_fraction < options.min_quantized:
         skipped = sum(t.numel for t in plan.skipped)
         problems.append(
-            f"{component.title}: {scheme.name} would quantize {totals.quantized_fraction:.0%} of the parameters outside "
-            f"embeddings, less than --min-quantized {options.min_quantized:g} ({skipped:,} parameters in "
+            f"{component.title}: {scheme.name} would quantize {totals.quantized_fraction:.0%} of the parameters "
+            f"outside embeddings, less than --min-quantized {options.min_quantized:g} ({skipped:,} parameters in "
             f"{len(plan.skipped)} matrices are left out: {_reasons(plan.skipped)})"
         )
     elif not decisions.problems and not totals.quantized_parameters:
@@ -237,7 +241,9 @@ def _component_warnings(plan: ComponentPlan) -> list[str]:
     title = plan.component.title
     lines = [f"{title}: {note}" for note in plan.scheme.notes]
     if plan.component.library == "diffusers" and len(plan.files) > 1:
-        lines.append(f"{title}: diffusers opens a sharded .bin only with use_safetensors=False, and a pipeline not at all")
+        lines.append(
+            f"{title}: diffusers opens a sharded .bin only with use_safetensors=False, and a pipeline not at all"
+        )
     if plan.unused:
         shown = ", ".join(plan.unused[:3]) + (", …" if len(plan.unused) > 3 else "")
         lines.append(f"{title}: {len(plan.unused)} tensors of the checkpoint have no place in the model: {shown}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import DATA, LLAMA, build_llama, llama_shapes, llama_tensors, shard, write_config
+from checkpoints import DATA, LLAMA, build_llama, build_sparse_llama, llama_tensors, shard, write_config
 
 FLUX = DATA / "flux.1-dev" / "config.json"
 
@@ -367,18 +367,9 @@ def test_output_that_is_no_folder(refused: Refused, llama: Path, tmp_path: Path)
 
 def test_disk_too_small(refused: Refused, call: Callable[..., Any], tmp_path: Path) -> None:
     """A sparse file: it looks like 812 GB of weights, and takes none."""
-    source = tmp_path / "model"
-    source.mkdir()
-    shutil.copy(DATA / "llama-3.1-405b" / "config.json", source)
-    entries, offset = {}, 0
-    for name, shape in llama_shapes(json.loads((source / "config.json").read_text())).items():
-        size = 2 * torch.Size(shape).numel()
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
+    config = json.loads((DATA / "llama-3.1-405b" / "config.json").read_text())
+    source = build_sparse_llama(tmp_path / "model", config)
     weights = source / "model.safetensors"
-    weights.write_bytes(header(entries))
-    with weights.open("r+b") as file:
-        file.truncate(weights.stat().st_size + offset)
     assert weights.stat().st_size > 811e9
     assert weights.stat().st_blocks * 512 < 10**6
     if shutil.disk_usage(tmp_path).free > 500e9:

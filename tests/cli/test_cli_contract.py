@@ -30,8 +30,10 @@ def run(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["-h"], ["--version"], [], ["plan", "--help"], ["quantize", "-h"], ["plan"], ["nosuch"]]
-    + [["quantize", "x", "--schem"], ["schemes"], ["schemes", "int8wo"], ["schemes", "nosuch"]],
+    [
+        *[["--help"], ["-h"], ["--version"], [], ["plan", "--help"], ["quantize", "-h"], ["plan"], ["nosuch"]],
+        *[["quantize", "x", "--schem"], ["schemes"], ["schemes", "int8wo"], ["schemes", "nosuch"]],
+    ],
     ids=" ".join,
 )
 def test_torch_is_not_imported(arguments: list[str]) -> None:
@@ -140,7 +142,7 @@ def test_plan_for_people(call: Call, llama: Path, tmp_path: Path) -> None:
         assert part in done.stdout
     done = call("plan", llama, *options, "--tensors")
     (line,) = [line for line in done.stdout.splitlines() if "model.layers.1.mlp.down_proj.weight" in line]
-    assert line.split() == "model.layers.1.mlp.down_proj.weight 64×160 bfloat16 quantize 20.48 kB 10.56 kB".split()
+    assert " ".join(line.split()) == "model.layers.1.mlp.down_proj.weight 64×160 bfloat16 quantize 20.48 kB 10.56 kB"
     done = call("plan", llama, *options, "-q")
     size = int(done.stdout)
     assert call("quantize", llama, *options, "-q").stdout == f"{tmp_path / 'out'}\n"
@@ -232,6 +234,22 @@ def test_streams_of_a_real_process(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["output"] == "out"
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/model-\xff")
+    done = run("plan", name, "--scheme", "int8wo", "--json")
+    assert (done.returncode, done.stderr) == (3, "")
+    assert json.loads(done.stdout)["error"]["type"] == "SourceError"
+    source = build_llama(tmp_path / "small")
+    (tmp_path / os.fsdecode(b"out-\xff")).write_text("a file")
+    done = run("plan", source, "--scheme", "int8wo", "-o", tmp_path / os.fsdecode(b"out-\xff"), "--json")
+    assert (done.returncode, done.stderr) == (3, "")
+    assert "exists and is not a folder" in json.loads(done.stdout)["error"]["message"]
+    done = run("schemes", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "int8wo" in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["schemes"], ["schemes", "--json"], ["--help"]], ids=" ".join)
 def test_reader_that_has_had_enough(arguments: list[str]) -> None:
     """``aoconvert … | head -1``, with a pipe whose reader is gone before the first byte."""
@@ -254,6 +272,8 @@ def test_reader_that_has_had_enough(arguments: list[str]) -> None:
 def test_head_of_a_long_plan(tmp_path: Path) -> None:
     command = f"{sys.executable} -m aoconvert plan {DATA / 'flux.1-dev'} --scheme int8wo --tensors | head -1"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
     assert len(done.stdout.splitlines()) == 1
     assert done.stderr == ""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,10 +30,40 @@ def test_nothing_under_the_name_before_it_is_placed(tmp_path: Path) -> None:
 
 
 def test_discard_leaves_nothing(tmp_path: Path) -> None:
-    stage = Stage(tmp_path / "deep" / "out")
+    """Not even the folders above it that were made for it."""
+    (tmp_path / "mine").mkdir()
+    stage = Stage(tmp_path / "mine" / "new" / "deep" / "out")
     stage.write_text("config.json", "{}")
     stage.discard()
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    """The earlier result was set aside and the new one not yet placed: the next run puts it back first."""
+    aside = tmp_path / ".out.aoconvert-replaced"
+    aside.mkdir()
+    (aside / "old").write_text("old")
+    Stage(tmp_path / "out").discard()
+    assert (tmp_path / "out/old").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_interrupt_waits_for_the_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    stage = Stage(out)
+    stage.write_text("new", "new")
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)  # arrives before each of the two renames
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stage.place()
+    monkeypatch.undo()
+    assert [path.name for path in out.iterdir()] == ["new"]
 
 
 def test_an_earlier_result_stays_until_the_new_one_is_there(tmp_path: Path) -> None:

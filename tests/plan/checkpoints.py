@@ -1,6 +1,8 @@
 """Small real checkpoints for the tests of plan, command line and manifest."""
 
 import json
+import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,23 @@ def build_llama(folder: Path, *, tensors: Mapping[str, torch.Tensor] | None = No
     write_config(folder, config)
     save_file(dict(tensors if tensors is not None else llama_tensors(config)), folder / "model.safetensors")
     (folder / "generation_config.json").write_text("{}")
+    return folder
+
+
+def build_sparse_llama(folder: Path, config: Mapping[str, Any]) -> Path:
+    """A Llama whose weights are all zero, in a sparse file: it looks as large as it should, and takes no disk."""
+    write_config(folder, config)
+    entries, offset = {}, 0
+    for name, shape in llama_shapes(config).items():
+        size = 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(entries).encode()
+    raw += b" " * (-len(raw) % 8)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with weights.open("r+b") as file:
+        file.truncate(8 + len(raw) + offset)
     return folder
 
 

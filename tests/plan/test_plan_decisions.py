@@ -105,7 +105,11 @@ def test_group_size_that_does_not_divide(llama: Path, tmp_path: Path) -> None:
 
 def test_single_row_layers_stay_for_dynamic_int8(pipeline: Path, tmp_path: Path) -> None:
     weight_only, dynamic = decide(pipeline, tmp_path), decide(pipeline, tmp_path, "int8dq")
-    for name in ("time_embedding.linear_1.weight", "transformer_blocks.0.norm1.linear.weight", "norm_out.linear.weight"):
+    for name in (
+        "time_embedding.linear_1.weight",
+        "transformer_blocks.0.norm1.linear.weight",
+        "norm_out.linear.weight",
+    ):
         assert weight_only[name].action == "quantize"
         assert (dynamic[name].action, dynamic[name].reason) == (
             "keep",

@@ -35,7 +35,7 @@ def test_assign(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.tuples(st.integers(0, 100), st.booleans()), max_size=30))
     tensors = [tensor(f"t{n}", size, "tied" if tied else "keep") for n, (size, tied) in enumerate(sizes)]
     order = data.draw(st.permutations([item.name for item in tensors]))
-    order = order[: data.draw(st.integers(0, len(order)))] + ["not a tensor"]
+    order = [*order[: data.draw(st.integers(0, len(order)))], "not a tensor"]
     limit = data.draw(st.integers(1, 150))
     dealt = assign(tensors, order, limit)
     written = [item.name for item in tensors if item.action != "tied"]

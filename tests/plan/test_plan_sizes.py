@@ -73,6 +73,20 @@ def test_two_components_with_two_schemes(pipeline: Path, tmp_path: Path) -> None
     assert not any(item.path.startswith(("transformer/", "text_encoder/")) for item in written.copied)
 
 
+def test_subfolder(pipeline: Path, tmp_path: Path) -> None:
+    """A part of a pipeline as a model of its own."""
+    made, written = convert(pipeline, tmp_path / "out", subfolder="/transformer/")
+    check(made, written, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "aoconvert.json",
+        "config.json",
+        "diffusion_pytorch_model.bin",
+    ]
+    for subfolder in ("unet", "..", "../tiny-cogvideox", "transformer/config.json"):
+        with pytest.raises(aoconvert.SourceError, match="has no folder"):
+            aoconvert.plan(pipeline, "int8wo", subfolder=subfolder, output=tmp_path / "other", device="cpu")
+
+
 def test_component_only(pipeline: Path, tmp_path: Path) -> None:
     made, written = convert(pipeline, tmp_path / "out", component_only=True)
     check(made, written, tmp_path / "out")
