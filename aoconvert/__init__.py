@@ -10,9 +10,6 @@ Importing it imports neither torch nor the model libraries.
 
 from aoconvert.version import __version__  # isort: skip
 
-# The package before the function of the same name: the first import of a submodule sets it on its parent.
-import aoconvert.plan  # noqa: F401  # isort: skip
-
 from aoconvert.api import plan, quantize
 from aoconvert.errors import (
     AoconvertError,

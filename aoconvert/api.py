@@ -12,7 +12,7 @@ from aoconvert.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from aoconvert.engine.run import QuantizeResult
-    from aoconvert.plan import Plan
+    from aoconvert.planning import Plan
 
 
 def plan(source: str | Path, scheme: str, **options: Any) -> Plan:
@@ -74,7 +74,7 @@ def make_options(scheme: str, options: Mapping[str, Any]) -> QuantizeOptions:
 def plan_options(source: str | Path, options: QuantizeOptions, *, need_weights: bool = False) -> Plan:
     """``plan`` with its options already made."""
     from aoconvert import schemes
-    from aoconvert.plan.make import make
+    from aoconvert.planning.make import make
     from aoconvert.sources import resolve
 
     schemes.find(options.scheme, options.settings)  # a wrong name is said before anything is fetched

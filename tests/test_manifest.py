@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-sys.path.insert(0, str(Path(__file__).parent / "plan"))
+sys.path.insert(0, str(Path(__file__).parent / "planning"))
 
 from checkpoints import build_llama
 

@@ -13,7 +13,7 @@ from aoconvert.options import QuantizeOptions
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from aoconvert.plan import ComponentPlan, FilePlan, Plan
+    from aoconvert.planning import ComponentPlan, FilePlan, Plan
 
 EXAMPLES = """\b
 Examples:

@@ -17,7 +17,7 @@ from typing import Any
 
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.manifest import FileEntry
-from aoconvert.plan.types import CopyPlan
+from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Progress
 from aoconvert.sources import Source
 
@@ -41,6 +41,7 @@ class Stage:
         self.root = self.output.parent / f".{self.output.name}.aoconvert-partial"
         self._aside = self.output.parent / f".{self.output.name}.aoconvert-replaced"
         self._made = [folder for folder in self.output.parents if not folder.exists()]
+        self.placed = False
         with _writing(self.root):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.root.mkdir(exist_ok=True)
@@ -69,6 +70,7 @@ class Stage:
                     self.output.rename(self._aside)
                 try:
                     self.root.rename(self.output)
+                    self.placed = True
                 except OSError:
                     if self._aside.exists():
                         self._aside.rename(self.output)

@@ -13,14 +13,14 @@ import torch
 
 from aoconvert.errors import ReadError, SourceError
 from aoconvert.models import transformers as transformers_models
-from aoconvert.plan.types import ComponentPlan, TensorPlan
+from aoconvert.planning.types import ComponentPlan, TensorPlan
 from aoconvert.readers.digest import FileDigest
 from aoconvert.readers.multi import CheckpointReader
 from aoconvert.readers.safetensors import SafetensorsReader
 from aoconvert.sources import Source
 
 if TYPE_CHECKING:
-    from aoconvert.plan.types import Plan
+    from aoconvert.planning.types import Plan
 
 
 class ComponentReading:

@@ -19,9 +19,9 @@ from aoconvert.environment import device_facts, platform_name, versions
 from aoconvert.errors import Interrupted
 from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry
 from aoconvert.models import join
-from aoconvert.plan import ComponentPlan, Plan
-from aoconvert.plan.files import index_name
-from aoconvert.plan.types import layout_dict, vars_of
+from aoconvert.planning import ComponentPlan, Plan
+from aoconvert.planning.files import index_name
+from aoconvert.planning.types import layout_dict, vars_of
 from aoconvert.progress import Progress
 from aoconvert.writers.index import write_index
 
@@ -106,7 +106,8 @@ def run(plan: Plan, progress: Progress, *, command: str) -> QuantizeResult:
         stage.place()
     except KeyboardInterrupt:
         stage.discard()
-        raise Interrupted("interrupted; the unfinished output was removed") from None
+        what = "the output is whole" if stage.placed else "the unfinished output was removed"
+        raise Interrupted(f"interrupted; {what}") from None
     except BaseException:
         stage.discard()
         raise

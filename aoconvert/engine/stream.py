@@ -14,8 +14,8 @@ import torch
 
 from aoconvert.engine.channel import Channel, Closed
 from aoconvert.engine.quantize import quantize_tensor
-from aoconvert.plan.make import READ_AHEAD_BYTES
-from aoconvert.plan.types import ComponentPlan, TensorPlan
+from aoconvert.planning.make import READ_AHEAD_BYTES
+from aoconvert.planning.types import ComponentPlan, TensorPlan
 from aoconvert.progress import Progress
 from aoconvert.writers.torch_bin import SealedFile, TorchBinWriter, WrittenTensor
 

@@ -178,7 +178,7 @@ def describe_tensors(
     specs = []
     for name, tensor in model.state_dict().items():
         owner = name.rpartition(".")[0]
-        module = modules[owner] if owner in modules else model
+        module = modules.get(owner, model)
         kind: Kind = "other"
         if name.endswith("weight") and tensor.dim() == 2:
             # torchao's own filter: NonDynamicallyQuantizableLinear is nn.MultiheadAttention's output projection

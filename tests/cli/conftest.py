@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "plan"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "planning"))
 
 from checkpoints import llama, pipeline
 

@@ -211,7 +211,7 @@ def test_a_mistake_of_ours_is_one_line_too(
     call: Call, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What cannot be foreseen is said in one line, with what to do."""
-    from aoconvert.plan import make
+    from aoconvert.planning import make
 
     monkeypatch.delattr(make, "choose_device")
     done = call("plan", llama, "--scheme", "int8wo", "-o", tmp_path / "out")

@@ -91,9 +91,7 @@ def test_the_token_is_nowhere(hub_client: HubClient, checkpoints: Callable[[str]
     folder = checkpoints("llama-tied")
     hub_client.hub.state.commit("user/secret", {p.name: p for p in folder.iterdir() if p.is_file()})
     out = tmp_path / "out"
-    refused = hub_client.run(
-        "import aoconvert\nresult = attempt(lambda: str(aoconvert.plan('user/secret', 'int8wo')))"
-    )
+    refused = hub_client.run("import aoconvert\nresult = attempt(lambda: str(aoconvert.plan('user/secret', 'int8wo')))")
     assert refused["exit_code"] == 5
     shown = hub_client.run(
         "import aoconvert\ntoken = sys.stdin.read()\n"

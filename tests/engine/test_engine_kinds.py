@@ -40,9 +40,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("family", ["llama-tied", "mixtral", "t5"])
-def test_transformers_bin_sources(
-    family: str, shards: int, checkpoints: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_transformers_bin_sources(family: str, shards: int, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     """The same tensors, whatever file they come from; experts merged from a .bin too."""
     import shutil
 

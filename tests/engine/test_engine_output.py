@@ -26,7 +26,7 @@ def test_nothing_under_the_name_before_it_is_placed(tmp_path: Path) -> None:
     stage.place()
     assert (tmp_path / "out/sub/config.json").read_text() == "{}"
     assert (entry.size, entry.sha256) == (2, hashlib.sha256(b"{}").hexdigest())
-    assert os.listdir(tmp_path) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_discard_leaves_nothing(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     (aside / "old").write_text("old")
     Stage(tmp_path / "out").discard()
     assert (tmp_path / "out/old").read_text() == "old"
-    assert os.listdir(tmp_path) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_interrupt_waits_for_the_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_an_earlier_result_stays_until_the_new_one_is_there(tmp_path: Path) -> N
     assert (out / "old").exists()
     stage.place()
     assert [path.name for path in out.iterdir()] == ["new"]
-    assert os.listdir(tmp_path) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One tensor: blocks of rows give what the whole gives, errors are what they are said to be, bad weights are refused."""
+"""One tensor: blocks of rows give the whole, errors are what they are said to be, bad weights are refused."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_nan_and_infinity_are_refused_by_name(name: str, value: float) -> None:
 def test_float8_of_a_zero_row_is_refused_by_name() -> None:
     weight = torch.ones(40, 64)
     weight[7] = 0
-    with pytest.raises(QuantizeError, match="fc.weight: float8wo gives NaN"):
+    with pytest.raises(QuantizeError, match=r"fc\.weight: float8wo gives NaN"):
         quantize_tensor("fc.weight", weight, torch.bfloat16, schemes.get("float8wo"), "cpu")
 
 

@@ -17,7 +17,7 @@ import aoconvert
 from aoconvert.engine.channel import Channel, Closed
 from aoconvert.errors import QuantizeError, ReadError, WriteError
 from aoconvert.options import QuantizeOptions
-from aoconvert.plan.make import make
+from aoconvert.planning.make import make
 from aoconvert.sources import resolve
 
 

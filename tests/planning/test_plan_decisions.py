@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import aoconvert
 from aoconvert.models.base import TensorSpec
-from aoconvert.plan.decide import SkipRules
-from aoconvert.plan.types import Plan, TensorPlan
+from aoconvert.planning.decide import SkipRules
+from aoconvert.planning.types import Plan, TensorPlan
 
 
 def decide(source: Path, tmp_path: Path, scheme: str = "int8wo", **options: object) -> dict[str, TensorPlan]:
@@ -239,7 +239,7 @@ def test_skip_modules_of_diffusers_are_substrings(pipeline: Path, tmp_path: Path
 
 def test_skip_modules_that_clash(tmp_path: Path) -> None:
     from aoconvert.models import Component
-    from aoconvert.plan.make import _skip_modules
+    from aoconvert.planning.make import _skip_modules
 
     def tensor(name: str, action: str) -> TensorPlan:
         return TensorPlan(

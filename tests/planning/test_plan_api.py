@@ -12,8 +12,8 @@ def test_the_function_stays_when_the_package_is_imported() -> None:
 import sys
 import aoconvert
 assert not {"torch", "pydantic", "diffusers", "transformers", "huggingface_hub"} & set(sys.modules)
-import aoconvert.plan.make
-from aoconvert.plan import Plan
+import aoconvert.planning.make
+from aoconvert.planning import Plan
 assert callable(aoconvert.plan) and aoconvert.plan.__module__ == "aoconvert.api", aoconvert.plan
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert.errors import SourceError
 from aoconvert.models import Component, ModelLayout, join
-from aoconvert.plan.types import CopyPlan, TensorPlan
+from aoconvert.planning.types import CopyPlan, TensorPlan
 from aoconvert.sources.weights import find_weights
 
 if TYPE_CHECKING:

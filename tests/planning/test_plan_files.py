@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import aoconvert
 from aoconvert import manifest
-from aoconvert.plan.files import assign
-from aoconvert.plan.types import TensorPlan
+from aoconvert.planning.files import assign
+from aoconvert.planning.types import TensorPlan
 
 
 def tensor(name: str, size: int, action: str = "keep") -> TensorPlan:

@@ -1,6 +1,6 @@
 """The plan: every decision, before the first byte moves. ``make.make`` makes one; here are its values, which import no
 torch."""
 
-from aoconvert.plan.types import ComponentPlan, CopyPlan, FilePlan, Needs, Plan, TensorPlan, Totals
+from aoconvert.planning.types import ComponentPlan, CopyPlan, FilePlan, Needs, Plan, TensorPlan, Totals
 
 __all__ = ["ComponentPlan", "CopyPlan", "FilePlan", "Needs", "Plan", "TensorPlan", "Totals"]

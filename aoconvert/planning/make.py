@@ -15,10 +15,10 @@ from aoconvert.errors import PlanError
 from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models import Component, ModelLayout, build_skeleton, identify, join
 from aoconvert.options import QuantizeOptions
-from aoconvert.plan import files as plan_files
-from aoconvert.plan.decide import Decisions, SkipRules, decide
-from aoconvert.plan.inventory import Inventory, take
-from aoconvert.plan.types import ComponentPlan, CopyPlan, FilePlan, Needs, Plan, TensorPlan
+from aoconvert.planning import files as plan_files
+from aoconvert.planning.decide import Decisions, SkipRules, decide
+from aoconvert.planning.inventory import Inventory, take
+from aoconvert.planning.types import ComponentPlan, CopyPlan, FilePlan, Needs, Plan, TensorPlan
 from aoconvert.sources.weights import find_weights
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from checkpoints import build_llama, shard
 
 import aoconvert
 from aoconvert import manifest
-from aoconvert.plan.types import Plan
+from aoconvert.planning.types import Plan
 
 
 def convert(source: Path, output: Path, scheme: str = "int8wo", **options: object) -> tuple[Plan, manifest.Manifest]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from aoconvert.errors import QuantizeError
 from aoconvert.models import Skeleton, TensorSpec
-from aoconvert.plan.inventory import Inventory
-from aoconvert.plan.types import Action, TensorPlan
+from aoconvert.planning.inventory import Inventory
+from aoconvert.planning.types import Action, TensorPlan
 from aoconvert.schemes import Scheme, blocker
 from aoconvert.schemes.apply import quantize_weight
 
