@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import TypedDict
 
 from aoconvert.errors import UsageError
 
@@ -14,6 +15,29 @@ DTYPES = ("bfloat16", "float16", "float32", "auto")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class QuantizeKwargs(TypedDict, total=False):
+    """``QuantizeOptions`` as keyword arguments, in the types that people have at hand."""
+
+    group_size: int | None
+    settings: Mapping[str, str]
+    skip: str | Sequence[str]
+    components: str | Sequence[str] | Mapping[str, str | None]
+    component_only: bool
+    dtype: str
+    device: str
+    max_shard_size: int | str | None
+    min_quantized: float
+    output: str | Path
+    overwrite: bool
+    revision: str | None
+    subfolder: str | None
+    variant: str | None
+    token: str | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)

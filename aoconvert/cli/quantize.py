@@ -8,7 +8,7 @@ import click
 
 from aoconvert.cli import plan as plan_command
 from aoconvert.cli.options import common, conversion
-from aoconvert.cli.output import Output, size
+from aoconvert.cli.output import Output, count, size
 from aoconvert.options import QuantizeOptions
 
 if TYPE_CHECKING:
@@ -59,12 +59,13 @@ def _summary(result: QuantizeResult) -> RenderableType:
         table.add_row(
             item.name or item.class_name,
             f"{item.scheme}: {size(totals.bytes_in)} → {size(totals.bytes_out)}, "
-            f"{totals.quantized_fraction:.1%} of {totals.parameters / 1e9:.2f} B parameters quantized{worst}",
+            f"{totals.quantized_fraction:.1%} of {count(totals.parameters)} parameters quantized{worst}",
         )
     table.add_row("time", f"{result.seconds:.1f} s, peak memory {size(result.peak_host_bytes)}")
     if result.peak_device_bytes:
         table.add_row("device", f"peak {size(result.peak_device_bytes)}")
     if result.skipped:
-        table.add_row("not quantized", f"{len(result.skipped)} matrices; aoconvert.json has the reasons")
+        matrices = "1 matrix" if len(result.skipped) == 1 else f"{len(result.skipped)} matrices"
+        table.add_row("not quantized", f"{matrices}; aoconvert.json has the reasons")
     table.add_row("output", str(result.output))
     return table

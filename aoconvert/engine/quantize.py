@@ -47,8 +47,8 @@ class Error:
         """Count in a block: the source's rows and what torchao made of them."""
         weight = original.to(torch.float32)
         difference = weight - quantized.dequantize().to(torch.float32)
-        self.signal += float(torch.linalg.vector_norm(weight)) ** 2
-        self.noise += float(torch.linalg.vector_norm(difference)) ** 2
+        self.signal += _norm(weight) ** 2
+        self.noise += _norm(difference) ** 2
         low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
         self.largest = max(self.largest, -float(low), float(high))
 
@@ -58,6 +58,12 @@ class Error:
         if self.signal == 0 or self.noise == 0:
             return None
         return round(10 * math.log10(self.signal / self.noise), 4)
+
+
+def _norm(values: torch.Tensor) -> float:
+    """2-norm of float32 values; their squares overflow float32 from 2**64 on, which is rare enough to be slow."""
+    norm = float(torch.linalg.vector_norm(values))
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 @dataclass

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import QuantizeError
 from aoconvert.models import Skeleton, TensorSpec
-from aoconvert.planning.inventory import Inventory
+from aoconvert.planning.inventory import Inventory, SourceTensor
 from aoconvert.planning.types import Action, TensorPlan
 from aoconvert.schemes import Scheme, blocker
 from aoconvert.schemes.apply import quantize_weight
@@ -128,66 +128,100 @@ def decide(
         dtype: of everything floating; ``None`` keeps the source's.
         inventory: the checkpoint's tensors; ``None`` where only the config is known.
     """
-    shared = frozenset(spec.tied_to for spec in skeleton if spec.tied_to)
-    outputs: dict[str, torch.Tensor] = {}
-    cache: dict[tuple[tuple[int, ...], torch.dtype, bool], torch.Tensor] = {}
-    tensors: list[TensorPlan] = []
-    missing: list[str] = []
-    problems: list[str] = []
-    for spec in skeleton:
-        origin = inventory.direct.get(spec.name) if inventory else None
-        if inventory and origin is None and spec.name in shared and spec.name not in inventory.merged:
-            # the checkpoint may name the shared tensor by its other name
-            twin = next((s.name for s in skeleton if s.tied_to == spec.name and s.name in inventory.direct), None)
-            origin = inventory.direct[twin] if twin else None
-        merged = inventory is not None and spec.name in inventory.merged
-        if inventory and origin is None and not merged and spec.tied_to is None:
-            missing.append(spec.name)
-            continue
-        if origin is not None and spec.tied_to is None and origin.shape != spec.shape:
-            problems.append(
-                f"{skeleton.component.title}: {spec.name} is {list(origin.shape)} in {origin.file}, "
-                f"but its class wants {list(spec.shape)}"
-            )
-            continue
-        found = origin.dtype if origin else (spec.dtype if not spec.floating else dtype or spec.dtype)
-        if spec.floating and found.itemsize == 1:
-            problems.append(f"{skeleton.component.title}: {spec.name} is already {str(found).removeprefix('torch.')}")
-            continue
-        target = _target_dtype(spec, found, dtype)
-        why = (
-            _reason(spec, target, scheme, skip, shared)
-            if spec.tied_to is None
-            else f"the same tensor as {spec.tied_to}"
-        )
-        key = (spec.shape, target, why is None)
-        if key not in cache:
-            cache[key] = meta_output(spec, target, scheme if why is None else None)
+    decider = _Decider(skeleton, scheme, skip, dtype, inventory)
+    tensors = [made for spec in skeleton if (made := decider.plan(spec)) is not None]
+    problems = decider.problems
+    if decider.missing:
+        shown = ", ".join(decider.missing[:3])
+        more = f" and {len(decider.missing) - 3} more" if len(decider.missing) > 3 else ""
+        problems.append(f"{skeleton.component.title}: the checkpoint does not hold {shown}{more}")
+    return Decisions(tuple(tensors), decider.outputs, tuple(problems))
+
+
+@dataclass
+class _Decider:
+    """Goes through the tensors of one component and collects what is wrong with them."""
+
+    skeleton: Skeleton
+    scheme: Scheme
+    skip: SkipRules
+    dtype: torch.dtype | None
+    inventory: Inventory | None
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._twins: dict[str, list[str]] = {}
+        for spec in self.skeleton:
+            if spec.tied_to:
+                self._twins.setdefault(spec.tied_to, []).append(spec.name)
+        self._cache: dict[tuple[tuple[int, ...], torch.dtype, bool], torch.Tensor] = {}
+
+    def plan(self, spec: TensorSpec) -> TensorPlan | None:
+        """What happens to one tensor; ``None`` where something is wrong with it."""
+        origin = self._origin(spec)
+        if not self._is_usable(spec, origin):
+            return None
+        found = origin.dtype if origin else (spec.dtype if not spec.floating else self.dtype or spec.dtype)
+        target = _target_dtype(spec, found, self.dtype)
+        if spec.tied_to:
+            why: str | None = f"the same tensor as {spec.tied_to}"
+        else:
+            why = _reason(spec, target, self.scheme, self.skip, frozenset(self._twins))
         action: Action = (
             "tied" if spec.tied_to else "quantize" if why is None else "cast" if target != found else "keep"
         )
-        if action != "tied":
-            outputs[spec.name] = cache[key]
-        tensors.append(
-            TensorPlan(
-                name=spec.name,
-                shape=spec.shape,
-                dtype=str(target).removeprefix("torch."),
-                source_dtype=str(found).removeprefix("torch."),
-                action=action,
-                reason=why,
-                candidate=spec.kind == "linear" or (spec.parameter and len(spec.shape) > 1 and spec.kind == "other"),
-                parameter=spec.parameter,
-                embedding=spec.kind == "embedding",
-                bytes_in=spec.numel * found.itemsize if action != "tied" else 0,
-                bytes_out=nbytes(cache[key]) if action != "tied" else 0,
-                origin=(origin.file, origin.name) if origin and action != "tied" else None,
-            )
+        written = action != "tied"
+        if written:
+            self.outputs[spec.name] = self._output(spec, target, quantized=why is None)
+        return TensorPlan(
+            name=spec.name,
+            shape=spec.shape,
+            dtype=str(target).removeprefix("torch."),
+            source_dtype=str(found).removeprefix("torch."),
+            action=action,
+            reason=why,
+            candidate=spec.kind == "linear" or (spec.parameter and len(spec.shape) > 1 and spec.kind == "other"),
+            parameter=spec.parameter,
+            embedding=spec.kind == "embedding",
+            bytes_in=spec.numel * found.itemsize if written else 0,
+            bytes_out=nbytes(self.outputs[spec.name]) if written else 0,
+            origin=(origin.file, origin.name) if origin and written else None,
         )
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        problems.append(f"{skeleton.component.title}: the checkpoint does not hold {shown}")
-    return Decisions(tuple(tensors), outputs, tuple(problems))
+
+    def _origin(self, spec: TensorSpec) -> SourceTensor | None:
+        """The checkpoint's tensor; of a shared one also under its other name."""
+        if self.inventory is None:
+            return None
+        if spec.name in self.inventory.merged:
+            return None
+        names = [spec.name, *self._twins.get(spec.name, ())]
+        return next((self.inventory.direct[name] for name in names if name in self.inventory.direct), None)
+
+    def _is_usable(self, spec: TensorSpec, origin: SourceTensor | None) -> bool:
+        title = self.skeleton.component.title
+        if self.inventory is None or spec.tied_to is not None:
+            return True
+        if origin is None:
+            if spec.name not in self.inventory.merged:
+                self.missing.append(spec.name)
+            return spec.name in self.inventory.merged
+        if origin.shape != spec.shape:
+            self.problems.append(
+                f"{title}: {spec.name} is {list(origin.shape)} in {origin.file}, but its class wants {list(spec.shape)}"
+            )
+            return False
+        if spec.floating and origin.dtype.itemsize == 1:
+            self.problems.append(f"{title}: {spec.name} is already {str(origin.dtype).removeprefix('torch.')}")
+            return False
+        return True
+
+    def _output(self, spec: TensorSpec, dtype: torch.dtype, *, quantized: bool) -> torch.Tensor:
+        key = (spec.shape, dtype, quantized)
+        if key not in self._cache:
+            self._cache[key] = meta_output(spec, dtype, self.scheme if quantized else None)
+        return self._cache[key]
 
 
 def _target_dtype(spec: TensorSpec, found: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
@@ -195,6 +229,6 @@ def _target_dtype(spec: TensorSpec, found: torch.dtype, dtype: torch.dtype | Non
 
     if not spec.floating or not found.is_floating_point:
         return found
-    if spec.keep_fp32 and dtype is not torch.float64:
-        return torch.float32 if (dtype or found).itemsize <= 4 else found
+    if spec.keep_fp32:
+        return torch.float32
     return dtype or found

@@ -266,3 +266,21 @@ def test_skip_modules_that_clash(tmp_path: Path) -> None:
     assert _skip_modules(diffusers, tensors) == ("proj.weight", "alone")
     transformers = Component("", "", "transformers", "X", {})
     assert _skip_modules(transformers, tensors) == ("proj", "alone")
+
+
+def test_a_shared_tensor_under_any_of_its_names(tmp_path: Path) -> None:
+    """T5's checkpoints name the shared embedding now as ``shared``, now as ``encoder.embed_tokens``."""
+    from safetensors.torch import load_file, save_file
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=64)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    [name] = [name for name in tensors if name in ("shared.weight", "encoder.embed_tokens.weight")]
+    for other in ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        renamed = {(other if key == name else key): value for key, value in tensors.items()}
+        save_file(renamed, path, metadata={"format": "pt"})
+        [component] = aoconvert.plan(tmp_path, "int8wo", output=tmp_path.parent / "out", device="cpu").components
+        origins = {t.name: t.origin for t in component.tensors if t.embedding and t.action != "tied" and t.origin}
+        assert ("model.safetensors", other) in origins.values(), other
