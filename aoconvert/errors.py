@@ -73,6 +73,26 @@ class VerificationError(AoconvertError):
     exit_code = 4
 
 
+class UnsafeFileError(VerificationError):
+    """A ``.bin`` file is not what torch writes, and must not be loaded: damaged, ambiguous, or hostile."""
+
+
+class UnsafeZipError(UnsafeFileError):
+    """The zip archive of a ``.bin`` is damaged, or two readers could see two different contents in it."""
+
+
+class UnsafePickleError(UnsafeFileError):
+    """The pickle of a ``.bin`` names, calls or refers to something that no checkpoint needs.
+
+    Attributes:
+        position: byte in ``data.pkl`` of the opcode it was found at; ``None`` when it is about the whole file.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, position: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.position = position
+
+
 class HubError(AoconvertError):
     """The Hugging Face Hub said no, or could not be reached."""
 
