@@ -6,6 +6,7 @@ aoconvert.manifest``). Unknown keys are kept on reading, so that a newer writer 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from aoconvert.errors import SourceError
 
 MANIFEST_NAME = "aoconvert.json"
 SCHEMA_VERSION = 1
+_BLANK = "0" * 64
+_DIGEST_KEY = '"digest": "'
 SCHEMA_PATH = Path("manifests") / "manifest.v1.schema.json"
 
 
@@ -174,7 +177,11 @@ class ComponentEntry(_Model):
 
 
 class RunEntry(_Model):
-    """The only part that differs between two equal runs. Times in seconds, peaks in bytes."""
+    """The only part that differs between two equal runs. Times in seconds, peaks in bytes.
+
+    ``digest`` is the SHA-256 of the whole file's text with this one value written as 64 zeros: it shows damage and
+    careless edits. It proves nothing about who wrote the file.
+    """
 
     command: str
     started: str
@@ -184,6 +191,7 @@ class RunEntry(_Model):
     reader_seconds: float
     quantize_seconds: float
     writer_seconds: float
+    digest: Sha256 | None = None
 
 
 class Manifest(_Model):
@@ -205,8 +213,17 @@ class Manifest(_Model):
 
 
 def dump(manifest: Manifest) -> str:
-    """The manifest as JSON text, the same for the same values."""
-    return json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """The manifest as JSON text with its digest, the same for the same values."""
+    values = manifest.model_dump(mode="json")
+    values["run"]["digest"] = _BLANK
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.replace(_DIGEST_KEY + _BLANK, _DIGEST_KEY + hashlib.sha256(text.encode()).hexdigest())
+
+
+def _digest_is_right(text: str, digest: str) -> bool:
+    before, found, after = text.rpartition(_DIGEST_KEY + digest)
+    blanked = f"{before}{_DIGEST_KEY}{_BLANK}{after}"
+    return bool(found) and hashlib.sha256(blanked.encode()).hexdigest() == digest
 
 
 def load(folder: Path) -> Manifest:
@@ -217,7 +234,8 @@ def load(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
     except FileNotFoundError:
         raise SourceError(f"{folder} has no {MANIFEST_NAME}", hint="is it the output of aoconvert quantize?") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -229,11 +247,14 @@ def load(folder: Path) -> Manifest:
             f"{path} has schema_version {version!r}; this aoconvert reads {SCHEMA_VERSION}", hint="upgrade aoconvert"
         )
     try:
-        return Manifest.model_validate(values)
+        found = Manifest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise SourceError(f"{path} is not a valid manifest: {where}: {first['msg']}") from error
+    if found.run.digest is not None and not _digest_is_right(text, found.run.digest):
+        raise SourceError(f"{path} was edited or damaged: its digest is wrong", hint="make the checkpoint again")
+    return found
 
 
 def json_schema() -> str:

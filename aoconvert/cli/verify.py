@@ -1,0 +1,99 @@
+"""``aoconvert verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aoconvert.cli.options import common
+from aoconvert.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from aoconvert.verification.report import Report
+
+EXAMPLES = """\b
+Examples:
+  aoconvert verify
+  aoconvert verify ./out --source THUDM/CogVideoX-5b
+  aoconvert verify user/CogVideoX-5b-int8wo --no-reload --json
+"""
+
+_COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
+
+
+@click.command("verify", epilog=EXAMPLES)
+@click.argument("checkpoint", metavar="[PATH|REPO_ID]", default="out")
+@click.option("--source", help="Compare every weight with this original: a folder or a repo id.")
+@click.option(
+    "--strategy",
+    type=click.Choice(["auto", "from-pretrained", "assign"]),
+    default="auto",
+    show_default=True,
+    help="Way of loading to prove; auto takes assign where from_pretrained fails.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N|xpu", help="Where to open the model."
+)
+@click.option("--no-reload", is_flag=True, help="Do not open the model: files, pickles, versions and torch.load only.")
+@click.option("--no-forward", is_flag=True, help="No forward pass.")
+@click.option("--require-device", is_flag=True, help="A layout whose device is not here is a failure.")
+@click.option("--revision", help="Branch, tag or commit of a Hub repo.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; never stored.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder.")
+@click.option("--local-files-only", is_flag=True, help="Use the Hub cache, touch no network.")
+@common
+def command(
+    *,
+    checkpoint: str,
+    out: Output,
+    no_reload: bool,
+    no_forward: bool,
+    revision: str | None,
+    token: str | None,
+    cache_dir: Path | None,
+    local_files_only: bool,
+    **choices: Any,
+) -> int:
+    """Prove that a converted checkpoint loads, in a fresh process. Default: ./out.
+
+    Checks the manifest, the files, the pickles (read without executing anything), the versions, torch.load with
+    weights_only, from_pretrained, the numbers, and one forward pass. Writes aoconvert.verify.json.
+    """
+    from aoconvert import api
+
+    with out.watch() as progress:
+        report = api.verify(
+            checkpoint,
+            progress=progress,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            reload=not no_reload,
+            forward=not no_forward,
+            **choices,
+        )
+    out.result(lambda: _table(report), report.to_dict(), "ok" if report.ok else "failed")
+    return 0 if report.ok else 4
+
+
+def _table(report: Report) -> RenderableType:
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("check", "status"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("what was found", overflow="fold")
+    table.add_column("s", justify="right", no_wrap=True)
+    for check in report.checks:
+        color = _COLORS[check.status]
+        table.add_row(check.name, f"[{color}]{check.status}[/{color}]", escape(check.detail), f"{check.seconds:.1f}")
+    last = f"verified: {report.path}" if report.ok else f"not verified: {report.path}"
+    return Group(table, Text(last, style="bold"))

@@ -1,0 +1,110 @@
+"""Runs in a fresh interpreter, without aoconvert: ``torch.load`` of every file, and what came out of it.
+
+Reads one JSON request from stdin: ``files`` (absolute paths), ``imports`` (modules), ``safe_globals`` (dotted names, or
+null for what the imports register). Writes one JSON line a tensor, then ``{"done": true}``, or ``{"error": ...}``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib
+import json
+import mmap
+import sys
+from typing import Any
+
+import torch
+
+_MADV_DONTNEED = 4
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    request = json.load(sys.stdin)
+    try:
+        for name in request["imports"]:
+            importlib.import_module(name)
+        allowed: list[Any] = []
+        if request["safe_globals"] is not None:
+            # only what the manifest lists: what the imports registered must not help
+            allowed = [resolve(name) for name in request["safe_globals"]]
+            torch.serialization.clear_safe_globals()
+        for file in request["files"]:
+            with torch.serialization.safe_globals(allowed):
+                state = torch.load(file, weights_only=True, mmap=True)
+            for name, tensor in state.items():
+                say({"file": file, "name": name, **describe(tensor)})
+            del state
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}"})
+        return
+    say({"done": True})
+
+
+def resolve(name: str) -> Any:
+    """The object of a dotted name."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def describe(tensor: Any) -> dict[str, Any]:
+    """Class, dtype, shape, content hash and what is wrong with its numbers."""
+    kind = type(tensor)
+    problems: list[str] = []
+    digest = hashlib.sha256()
+    names = inspect(tensor, "", digest, problems)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "data_names": names,
+        "sha256": digest.hexdigest(),
+        "problems": problems,
+    }
+
+
+def inspect(tensor: Any, name: str, digest: Any, problems: list[str]) -> list[str]:
+    """Hash a tensor's content, inner tensors in order; returns the names of those."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        names = list(flatten()[0])
+        for inner in names:
+            inspect(getattr(tensor, inner), inner, digest, problems)
+        return names
+    data = tensor.contiguous()
+    if data.numel():
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    label = name or "a value"
+    if data.dtype.is_floating_point:
+        values = data if data.dtype.itemsize > 1 else data.to(torch.bfloat16)
+        if not bool(torch.isfinite(values).all()):
+            problems.append(f"{label} holds NaN or infinity")
+        if name.endswith("scale") and bool((values == 0).any()):
+            problems.append(f"{label} is zero")
+    drop_pages(tensor)
+    return []
+
+
+def drop_pages(tensor: torch.Tensor) -> None:
+    """Give the mapped pages of a tensor back: a check of a large file must not fill the memory with it."""
+    if not sys.platform.startswith("linux") or not tensor.numel():
+        return
+    storage = tensor.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = storage.data_ptr() + storage.nbytes() - start
+    if length >= 1 << 20 and not storage.is_shared():
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None, use_errno=True)
+            whole = ctypes.c_size_t(length // mmap.PAGESIZE * mmap.PAGESIZE)
+            libc.madvise(ctypes.c_void_p(start), whole, _MADV_DONTNEED)
+
+
+def say(value: dict[str, Any]) -> None:
+    """One line of the answer."""
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The checks that load: in fresh interpreters, never before the pickles were found safe."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from aoconvert.errors import VerificationError
+from aoconvert.verification.pickles import read_bin
+from aoconvert.verification.process import ask
+from aoconvert.verification.report import Status, some
+from aoconvert.verification.target import Part, Target
+
+
+@dataclass
+class Loaded:
+    """What the fresh interpreters said: of each part's tensors, by name, and of its forward pass."""
+
+    tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    forward: list[dict[str, Any]] = field(default_factory=list)
+
+
+def check_load(target: Target, loaded: Loaded) -> tuple[Status, str]:
+    """``torch.load(weights_only=True, mmap=True)`` of every quantized file, and what came out against the manifest."""
+    problems: list[str] = []
+    count = 0
+    for part in target.parts:
+        answers = ask(
+            "load_child",
+            {
+                "files": [str(target.folder.resolve() / file) for file in part.files],
+                "imports": list(target.imports),
+                "safe_globals": list(part.safe_globals) if part.safe_globals is not None else None,
+            },
+        )
+        if "error" in answers[-1]:
+            return "failed", f"{part.name or part.class_name}: {answers[-1]['error']}"
+        tensors = {answer["name"]: answer for answer in answers if "name" in answer}
+        loaded.tensors[part.name] = tensors
+        count += len(tensors)
+        problems += _differences(part, tensors)
+    if problems:
+        return "failed", some(problems)
+    compared = "" if target.manifest else " (no manifest to compare with)"
+    return "passed", f"{count} tensors, weights_only=True, mmap=True{compared}"
+
+
+def _differences(part: Part, tensors: dict[str, dict[str, Any]]) -> list[str]:
+    if part.tensors is None:
+        return []
+    wanted = {name: entry for name, entry in part.tensors.items() if entry.action != "tied"}
+    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    problems += [f"{name} is not in the manifest" for name in tensors if name not in wanted]
+    for name, entry in wanted.items():
+        found = tensors.get(name)
+        if found is None:
+            continue
+        for key, value in (
+            ("class", entry.class_name),
+            ("shape", entry.shape),
+            ("dtype", entry.dtype),
+            ("data_names", entry.data_names),
+            ("sha256", entry.sha256),
+        ):
+            if found[key] != value:
+                problems.append(f"{name}: its {key} is {found[key]}, the manifest says {value}")
+                break
+    return problems
+
+
+def check_reload(target: Target, code: str, loaded: Loaded, *, forward: bool, device: str) -> tuple[Status, str]:
+    """Open the checkpoint with ``code`` in a fresh interpreter; every quantized tensor must be what was written."""
+    parts = {part.name: _expected(target, part) for part in target.parts}
+    try:
+        answers = ask("reload_child", {"code": code, "parts": parts, "forward": forward, "device": device})
+    except VerificationError as error:
+        return "failed", error.message
+    if "error" in answers[0]:
+        return "failed", str(answers[0]["error"])
+    problems = [f"{answer['part']}: {line}".lstrip(": ") for answer in answers for line in answer.get("problems", ())]
+    if problems:
+        return "failed", some(problems)
+    loaded.forward = [answer for answer in answers if "forward" in answer]
+    return "passed", f"{answers[0]['loaded']}, {sum(len(names) for names in parts.values())} quantized tensors in place"
+
+
+def _expected(target: Target, part: Part) -> dict[str, list[str | None]]:
+    """Quantized tensor → its class and content hash."""
+    if part.tensors is not None:
+        return {t.name: [t.class_name, t.sha256] for t in part.tensors.values() if t.action == "quantize"}
+    found: dict[str, list[str | None]] = {}
+    for file in part.files:
+        for name, tensor in read_bin(target.folder / file).tensors.items():
+            if tensor.inner:
+                found[name] = [tensor.class_name, None]
+    return found
+
+
+def check_numbers(target: Target, loaded: Loaded, source: str | None) -> tuple[Status, str]:
+    """NaN, infinity and zero scales; with a source, every weight's error against the manifest's figure."""
+    tensors = [item for part in loaded.tensors.values() for item in part.items()]
+    problems = [f"{name}: {line}" for name, tensor in tensors for line in tensor["problems"]]
+    if problems:
+        return "failed", some(problems)
+    if source is None:
+        return "passed", "no NaN, no infinity, no zero scale (--source compares with the original)"
+    from aoconvert.verification.numbers import compare_with_source
+
+    worst, count, problems = compare_with_source(target, source)
+    if problems:
+        return "failed", some(problems)
+    shown = f", worst SQNR {worst:.1f} dB" if math.isfinite(worst) else ""
+    return "passed", f"{count} tensors compared with the source{shown}"
+
+
+def check_forward(loaded: Loaded, *, asked: bool) -> tuple[Status, str]:
+    """What the forward passes of the reloaded models gave."""
+    if not asked:
+        return "skipped", "not asked for"
+    if not loaded.forward:
+        return "skipped", "nothing was reloaded"
+    results = [answer["forward"] for answer in loaded.forward]
+    statuses: tuple[Status, ...] = ("failed", "skipped")
+    for status in statuses:
+        for result in results:
+            if result["status"] == status:
+                return status, str(result["detail"])
+    return "passed", "; ".join(str(result["detail"]) for result in results)

@@ -1,0 +1,83 @@
+"""``aoconvert.load``: open a checkpoint in this process, by the way that was proven."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from aoconvert import manifest as manifests
+from aoconvert.environment import import_diffusers, import_torchao
+from aoconvert.errors import VerificationError
+from aoconvert.manifest import MANIFEST_NAME
+from aoconvert.verification.code import Strategy, load_code
+from aoconvert.verification.files import file_sha256, shadows
+from aoconvert.verification.pickles import check_bin
+from aoconvert.verification.report import REPORT_NAME
+from aoconvert.verification.target import Target, from_folder, from_manifest
+
+
+def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
+    """See ``aoconvert.load``."""
+    has_manifest = (folder / MANIFEST_NAME).is_file()
+    target = from_manifest(folder, manifests.load(folder)) if has_manifest else from_folder(folder)
+    for path in target.files:
+        check_bin(folder / path)
+    stale = shadows(folder, {part.folder: part.files for part in target.parts})
+    if stale:
+        raise VerificationError(stale[0], hint="remove it, or make the checkpoint again")
+    failures = []
+    for strategy in _strategies(target):
+        try:
+            return _open(target, strategy, kwargs)
+        except Exception as error:  # whatever the libraries raise; the next way may work
+            failures.append(f"{strategy}: {type(error).__name__}: {error}".splitlines()[0])
+    raise VerificationError(f"{folder} cannot be opened: {'; '.join(failures)}", hint="aoconvert verify says more")
+
+
+def _strategies(target: Target) -> tuple[Strategy, ...]:
+    """The way that the last verification of this manifest proved, or both in turn."""
+    report = target.folder / REPORT_NAME
+    if report.is_file():
+        values = json.loads(report.read_text(encoding="utf-8"))
+        belongs = values.get("manifest_sha256") == file_sha256(target.folder / MANIFEST_NAME)
+        if belongs and values.get("strategy") == "assign":
+            return ("assign",)
+    return ("from-pretrained", "assign")
+
+
+def _open(target: Target, strategy: Strategy, kwargs: dict[str, Any]) -> Any:
+    import torch
+
+    import_torchao()
+    import_diffusers()
+    for name in target.imports:
+        importlib.import_module(name)
+    # torch takes back on exit what it was given on entry, also what was registered before
+    known = torch.serialization.get_safe_globals()
+    allowed = [found for name in target.safe_globals if (found := _object(name)) not in known]
+    with torch.serialization.safe_globals(allowed):
+        if strategy == "from-pretrained":
+            return _from_pretrained(target, kwargs)
+        names: dict[str, Any] = {}
+        exec(compile(load_code(target, str(target.folder.resolve()), strategy), "<load code>", "exec"), names)
+        return names.get("pipe", names.get("model"))
+
+
+def _from_pretrained(target: Target, kwargs: dict[str, Any]) -> Any:
+    import torch
+
+    defaults: dict[str, Any] = {}
+    for part in target.parts:
+        defaults |= part.kwargs
+    if "torch_dtype" in defaults:
+        defaults["torch_dtype"] = getattr(torch, defaults["torch_dtype"])
+    module = importlib.import_module("transformers" if target.kind == "transformers" else "diffusers")
+    class_name = "DiffusionPipeline" if target.kind == "pipeline" else target.parts[0].class_name
+    return getattr(module, class_name).from_pretrained(str(target.folder), **{**defaults, **kwargs})
+
+
+def _object(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

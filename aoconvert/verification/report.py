@@ -1,0 +1,86 @@
+"""What verification found: one entry a check, in the order they ran."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+CheckName = Literal["manifest", "files", "pickle", "versions", "load", "reload", "numbers", "forward"]
+Status = Literal["passed", "failed", "skipped"]
+
+REPORT_NAME = "aoconvert.verify.json"
+SCHEMA_VERSION = 1
+
+
+def some(lines: list[str], most: int = 4) -> str:
+    """The first few of many findings, in one line."""
+    shown = "; ".join(lines[:most])
+    return shown if len(lines) <= most else f"{shown}; and {len(lines) - most} more"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what it found, in one line, and how long it took."""
+
+    name: CheckName
+    status: Status
+    detail: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """A verification.
+
+    Attributes:
+        path: as the user named it.
+        checks: in the order they ran.
+        strategy: the way of loading that worked, ``None`` where nothing was loaded.
+        safe_globals: names that ``torch.load`` was allowed beyond torch's own.
+        imports: modules that were imported before loading.
+        versions: of python, torch, torchao and the model libraries.
+        manifest_sha256: of ``aoconvert.json``; ``None`` where there is none.
+    """
+
+    path: str
+    checks: tuple[Check, ...]
+    strategy: str | None
+    safe_globals: tuple[str, ...]
+    imports: tuple[str, ...]
+    versions: Mapping[str, str]
+    manifest_sha256: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return not any(check.status == "failed" for check in self.checks)
+
+    def check(self, name: CheckName) -> Check | None:
+        """The check of that name, if it ran."""
+        return next((check for check in self.checks if check.name == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``verify --json`` prints and ``aoconvert.verify.json`` holds (``cli.md``: keys are a contract)."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "ok": self.ok,
+            "path": self.path,
+            "checks": [
+                {"name": c.name, "status": c.status, "detail": c.detail, "seconds": round(c.seconds, 3)}
+                for c in self.checks
+            ],
+            "strategy": self.strategy,
+            "safe_globals": list(self.safe_globals),
+            "imports": list(self.imports),
+            "torchao": self.versions.get("torchao"),
+            "torch": self.versions.get("torch"),
+            "python": self.versions.get("python"),
+            "versions": dict(self.versions),
+            "manifest_sha256": self.manifest_sha256,
+        }
+
+    def dump(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,184 @@
+"""What is to be proven: a checkpoint's models, from its manifest, or from its configs where it has none.
+
+Every value that later becomes part of a program is checked here: an identifier, a known keyword, a path inside the
+folder. A hostile manifest must not inject anything.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from aoconvert.errors import SourceError
+from aoconvert.manifest import ComponentEntry, Manifest, TensorEntry
+from aoconvert.models import ModelLayout, identify, join
+from aoconvert.sources.folder import FolderSource
+from aoconvert.sources.weights import find_weights
+from aoconvert.verification.safe_names import known_names
+
+DTYPES = ("bfloat16", "float16", "float32")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+_MODULE = re.compile(r"torchao(\.[A-Za-z_][A-Za-z0-9_]*){0,6}")
+_KWARGS: Mapping[str, tuple[Any, ...]] = {"torch_dtype": DTYPES, "use_safetensors": (False,)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One quantized model of the checkpoint.
+
+    Attributes:
+        name: in a pipeline, ``""`` for a single model.
+        folder: relative, ``""`` for the root.
+        library, class_name, config: of the model.
+        files: its ``.bin`` files, relative to the checkpoint.
+        dtype: of what is not quantized; ``None`` where the checkpoint does not say.
+        kwargs: for ``from_pretrained``.
+        safe_globals: names its pickles need beyond torch's own; ``None`` without a manifest.
+        tensors: what the manifest says of each tensor, by name; ``None`` without a manifest.
+    """
+
+    name: str
+    folder: str
+    library: Literal["diffusers", "transformers"]
+    class_name: str
+    config: Mapping[str, Any] = field(repr=False)
+    files: tuple[str, ...]
+    dtype: str | None
+    kwargs: Mapping[str, Any]
+    safe_globals: tuple[str, ...] | None
+    tensors: Mapping[str, TensorEntry] | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint to verify. ``kind`` says what ``from_pretrained`` of the folder gives."""
+
+    folder: Path
+    kind: Literal["pipeline", "diffusers", "transformers"]
+    class_name: str
+    parts: tuple[Part, ...]
+    imports: tuple[str, ...]
+    manifest: Manifest | None = field(repr=False)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every ``.bin`` of the checkpoint, those of parts that are not quantized too."""
+        return tuple(
+            sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.bin") if path.is_file())
+        )
+
+    @property
+    def safe_globals(self) -> tuple[str, ...]:
+        """All names that the pickles need beyond torch's own."""
+        return tuple(sorted({name for part in self.parts for name in part.safe_globals or ()}))
+
+
+def validate(manifest: Manifest) -> None:
+    """Check every value of a manifest that later becomes part of a program.
+
+    Raises:
+        SourceError: a value that has no business there.
+    """
+    known = known_names()
+    for entry in manifest.components:
+        _identifier(entry.class_name)
+        if entry.name:
+            _identifier(entry.name)
+        for name in entry.imports:
+            if not _MODULE.fullmatch(name):
+                raise SourceError(f"the manifest wants to import {name!r}, which is no part of torchao")
+        for key, value in entry.load.kwargs.items():
+            if value not in _KWARGS.get(key, ()):
+                raise SourceError(f"the manifest wants to load {entry.class_name} with {key}={value!r}")
+        for name in entry.safe_globals:
+            if name not in known:
+                raise SourceError(f"the manifest asks for {name!r}, which is not on the list of safe names")
+
+
+def from_manifest(folder: Path, manifest: Manifest) -> Target:
+    """What the manifest says is there.
+
+    Raises:
+        SourceError: a value that has no business in a manifest, or configs that contradict it.
+    """
+    validate(manifest)
+    layout = identify(FolderSource(folder))
+    parts = tuple(_part(layout, entry) for entry in manifest.components)
+    imports = {name for entry in manifest.components for name in entry.imports}
+    return Target(folder, layout.kind, _identifier(layout.class_name), parts, tuple(sorted(imports)), manifest)
+
+
+def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
+    component = layout.component(entry.name)
+    if component is None or component.folder != entry.path:
+        raise SourceError(f"the manifest names a component {entry.name!r} in {entry.path!r}, which is not there")
+    if (component.library, component.class_name) != (entry.library, entry.class_name):
+        raise SourceError(
+            f"{component.title}: config.json says {component.class_name}, the manifest says {entry.class_name}"
+        )
+    return Part(
+        name=entry.name,
+        folder=entry.path,
+        library=entry.library,
+        class_name=entry.class_name,
+        config=component.config,
+        files=tuple(file.path for file in entry.files if file.path.endswith(".bin")),
+        dtype=entry.dtype if entry.dtype in DTYPES else None,
+        kwargs=dict(entry.load.kwargs),
+        safe_globals=tuple(entry.safe_globals),
+        tensors={tensor.name: tensor for tensor in entry.tensors},
+    )
+
+
+def from_folder(folder: Path) -> Target:
+    """A torchao checkpoint by somebody else: what its configs say.
+
+    Raises:
+        SourceError: no config, or no torchao model in it.
+    """
+    source = FolderSource(folder)
+    layout = identify(source)
+    parts = []
+    for component in layout.components:
+        quantization = component.config.get("quantization_config")
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != "torchao":
+            continue
+        weights = find_weights(source, component.folder, component.library)
+        dtype = component.config.get("dtype") or component.config.get("torch_dtype")
+        if component.library == "diffusers":
+            dtype = "bfloat16"  # diffusers' configs do not say, and torchao models are made in it
+        parts.append(
+            Part(
+                name=_identifier(component.name) if component.name else "",
+                folder=component.folder,
+                library=component.library,
+                class_name=_identifier(component.class_name),
+                config=component.config,
+                files=weights.files if weights is not None and weights.format == "bin" else (),
+                dtype=dtype if dtype in DTYPES else None,
+                kwargs={"torch_dtype": dtype} if component.library == "diffusers" else {},
+                safe_globals=None,
+                tensors=None,
+            )
+        )
+    if not parts:
+        raise SourceError(
+            f"{folder} holds no torchao model: no config.json with a torchao quantization_config",
+            hint="aoconvert inspect says what it is",
+        )
+    return Target(folder, layout.kind, _identifier(layout.class_name), tuple(parts), ("torchao",), None)
+
+
+def _identifier(name: str) -> str:
+    if not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name):
+        raise SourceError(f"{name[:100]!r} is not a class name")
+    return name
+
+
+def config_path(part: Part) -> str:
+    """Where the part's ``config.json`` is, relative to the checkpoint."""
+    return join(part.folder, "config.json")

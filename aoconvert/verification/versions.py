@@ -1,0 +1,44 @@
+"""Would this environment open the checkpoint? In plain words, before anything is loaded."""
+
+from __future__ import annotations
+
+from aoconvert.environment import version_of
+from aoconvert.manifest import ComponentEntry
+
+
+def version_problems(entry: ComponentEntry) -> list[str]:
+    """What is too old here for a component, one line each."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+    from packaging.version import Version
+
+    problems = []
+    for package, wanted in entry.loads_with.items():
+        here = version_of(package)
+        try:
+            allowed = SpecifierSet(wanted)
+        except InvalidSpecifier:
+            problems.append(f"the manifest wants {package}{wanted}, which is no version range")
+            continue
+        if here is None:
+            problems.append(f"{package} is not installed; the checkpoint needs {package}{wanted}")
+        elif not allowed.contains(Version(here).base_version, prereleases=True):
+            problems.append(f"{package} {here} is here; the checkpoint needs {package}{wanted}")
+    return problems
+
+
+def device_obstacle(entry: ComponentEntry) -> str | None:
+    """Why the packed layout cannot be used here, or ``None``."""
+    layout = entry.layout
+    if layout.device in ("any", "cpu"):
+        return None
+    import torch
+
+    backend = getattr(torch, layout.device)
+    if not backend.is_available():
+        return f"its layout is for {layout.device}, and there is no such device here"
+    if layout.min_capability and layout.device == "cuda":
+        have = torch.cuda.get_device_capability()
+        if have < tuple(layout.min_capability):
+            wanted = ".".join(map(str, layout.min_capability))
+            return f"its layout needs CUDA capability {wanted}, the device here has {have[0]}.{have[1]}"
+    return None

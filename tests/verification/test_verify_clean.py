@@ -1,0 +1,167 @@
+"""What aoconvert writes verifies clean, by both ways of loading; and so does a torchao checkpoint by somebody else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import aoconvert
+
+SCHEMES = ["int8wo", "int8dq", "float8wo", "int4dq", "intx2wo"]
+
+
+# a verification takes seconds of imports: by default the second way of loading runs for one family of each kind
+BOTH = ("wan", "cogvideox", "llama-tied", "mixtral")
+CELLS = [
+    *((family, "from-pretrained") for family in tiny.FAMILIES),
+    *((family, "assign") for family in BOTH),
+    *(pytest.param(family, "assign", marks=pytest.mark.exhaustive) for family in tiny.FAMILIES if family not in BOTH),
+]
+
+
+@pytest.mark.parametrize(("family", "strategy"), CELLS)
+def test_every_family(family: str, strategy: str, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    scheme = SCHEMES[list(tiny.FAMILIES).index(family) % len(SCHEMES)]
+    source = checkpoints(family)
+    aoconvert.quantize(source, scheme, output=tmp_path / "out", device="cpu", min_quantized=0)
+    report = aoconvert.verify(tmp_path / "out", strategy=strategy, source=str(source))
+    assert report.ok, report.to_dict()
+    assert {check.status for check in report.checks} == {"passed"}, report.to_dict()
+    assert report.strategy == strategy
+
+
+def test_by_somebody_else(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """diffusers' own .bin: no manifest, so nothing to compare with; the rest is proven."""
+    from diffusers import FluxTransformer2DModel, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    model = FluxTransformer2DModel.from_pretrained(
+        checkpoints("flux"),
+        subfolder="transformer",
+        torch_dtype=torch.bfloat16,
+        quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
+    )
+    model.save_pretrained(tmp_path / "out", safe_serialization=False)
+    report = aoconvert.verify(tmp_path / "out")
+    assert report.ok, report.to_dict()
+    statuses = {check.name: check.status for check in report.checks}
+    assert statuses["manifest"] == statuses["files"] == statuses["versions"] == "skipped"
+    assert statuses["pickle"] == statuses["load"] == statuses["reload"] == statuses["forward"] == "passed"
+    assert not (tmp_path / "out/aoconvert.verify.json").exists()
+
+
+def test_fallback_where_from_pretrained_cannot(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """A pipeline with a sharded .bin (diffusers#14811): the empty model and assignment work, and the report says so."""
+    aoconvert.quantize(checkpoints("cogvideox"), "int8wo", output=tmp_path / "out", device="cpu", max_shard_size="1MB")
+    report = aoconvert.verify(tmp_path / "out")
+    assert report.ok, report.to_dict()
+    assert report.strategy == "assign"
+    reload = report.check("reload")
+    assert reload is not None
+    assert "from_pretrained could not: " in reload.detail
+    pipe = aoconvert.load(tmp_path / "out")
+    assert type(pipe.transformer.proj_out.weight.data).__name__ == "Int8Tensor"
+    assert tiny.cogvideox_step(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "sd3"])
+def test_load(family: str, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    kind = tiny.FAMILIES[family]
+    aoconvert.quantize(checkpoints(family), "float8wo", output=tmp_path / "out", device="cpu", min_quantized=0)
+    opened = aoconvert.load(tmp_path / "out")
+    part = getattr(opened, kind.component) if kind.component else opened
+    kinds = {type(m.weight.data).__name__ for m in part.modules() if isinstance(m, torch.nn.Linear)}
+    assert "Float8Tensor" in kinds
+    with torch.no_grad():
+        assert torch.equal(kind.step(opened), kind.step(tiny.open_result(kind, tmp_path / "out")))
+
+
+def test_the_numbers_of_another_source(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    aoconvert.quantize(checkpoints("llama-tied"), "int8wo", output=tmp_path / "out", device="cpu")
+    other = tmp_path / "other"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        tiny.llama(other)
+    report = aoconvert.verify(tmp_path / "out", reload=False, source=str(other))
+    numbers = report.check("numbers")
+    assert numbers is not None
+    assert numbers.status == "failed"
+    assert "is not the source's tensor" in numbers.detail or "dB to the source" in numbers.detail
+
+
+def test_a_forward_pass_that_overflows(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """It loads, every hash fits, and its output is infinite: only the forward pass shows it."""
+    source = tmp_path / "source"
+    model = tiny.sd3_transformer()
+    with torch.no_grad():
+        model.proj_out.weight.mul_(1e38).mul_(20)
+    model.bfloat16().save_pretrained(source)
+    aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0)
+    report = aoconvert.verify(tmp_path / "out")
+    assert {check.name for check in report.checks if check.status == "failed"} == {"forward"}
+    assert not report.ok
+
+
+def peaks(folder: Path) -> tuple[int, int]:
+    """Peak memory in bytes of a verification without reload: of its own process, and of the largest it started."""
+    import subprocess
+    import sys
+
+    script = (
+        "import aoconvert, resource, sys\n"
+        "assert aoconvert.verify(sys.argv[1], reload=False).ok\n"
+        "own = [int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')][0]\n"
+        "print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
+    own, child = (int(number) * 1024 for number in done.stdout.split()[-2:])
+    return own, child
+
+
+def test_memory_without_reload(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """Files, pickles, versions and load never hold the model: a file of 570 MB takes little more than a tiny one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=4096, intermediate_size=16384, num_hidden_layers=2, num_attention_heads=32,
+        num_key_value_heads=32,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    model.save_pretrained(tmp_path / "source")
+    del model
+    aoconvert.quantize(tmp_path / "source", "int8wo", output=tmp_path / "large", device="cpu")
+    aoconvert.quantize(checkpoints("llama-tied"), "int8wo", output=tmp_path / "tiny", device="cpu")
+    size = (tmp_path / "large/pytorch_model.bin").stat().st_size
+    assert size > 500e6
+    large, tiny_one = peaks(tmp_path / "large"), peaks(tmp_path / "tiny")
+    assert large[0] - tiny_one[0] < 0.1 * size
+    assert large[1] - tiny_one[1] < 0.5 * size
+
+
+def test_json(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """The keys of the contract, and the exit codes."""
+    from click.testing import CliRunner
+
+    from aoconvert.cli.main import cli
+
+    aoconvert.quantize(checkpoints("opt"), "int8wo", output=tmp_path / "out", device="cpu")
+    done = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--no-reload", "--json"], standalone_mode=False)
+    values = json.loads(done.stdout)
+    assert done.return_value == 0
+    assert {"ok", "path", "checks", "strategy", "safe_globals", "imports", "torchao", "torch", "python"} <= set(values)
+    assert [check["name"] for check in values["checks"]] == [
+        "manifest", "files", "pickle", "versions", "load", "reload", "numbers", "forward",
+    ]  # fmt: skip
+    (tmp_path / "out/config.json").write_text("{}")
+    done = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--no-reload", "-q"], standalone_mode=False)
+    assert done.return_value == 4
+    assert done.stdout == "failed\n"

@@ -1,0 +1,301 @@
+"""Damage and forgery, each found by the check that is there for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aoconvert
+from aoconvert import manifest as manifests
+from aoconvert.manifest import Manifest
+from aoconvert.verification.files import file_sha256
+from aoconvert.verification.report import Report
+
+
+@pytest.fixture(scope="module")
+def result(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result with three shards. Copied by whoever damages it."""
+    out = tmp_path_factory.mktemp("verify") / "out"
+    aoconvert.quantize(checkpoints("llama-tied"), "int8wo", output=out, device="cpu", max_shard_size="12KB")
+    return out
+
+
+@pytest.fixture
+def copy(result: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(result, tmp_path / "out"))
+
+
+def check(folder: Path, **options: Any) -> Report:
+    return aoconvert.verify(folder, reload=False, **options)
+
+
+def failed(report: Report) -> dict[str, str]:
+    return {check.name: check.detail for check in report.checks if check.status == "failed"}
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest, and make everything in it fit again: file hashes and its own digest."""
+    values = json.loads((folder / "aoconvert.json").read_text())
+    change(values)
+    entries = [file for item in values["components"] for file in item["files"]] + values["copied"]
+    for entry in entries:
+        place = folder / entry["path"]
+        if place.is_file():
+            entry["size"], entry["sha256"] = place.stat().st_size, file_sha256(place)
+    values["run"]["digest"] = None
+    (folder / "aoconvert.json").write_text(manifests.dump(Manifest.model_validate(values)))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Load a .bin, change its dict, and write it again."""
+    torch.save(change(dict(torch.load(path, weights_only=True))), path)
+
+
+def shard(folder: Path, number: int = 0) -> Path:
+    return sorted(folder.glob("*.bin"))[number]
+
+
+def test_a_clean_one_passes(copy: Path) -> None:
+    report = check(copy)
+    assert report.ok, report.to_dict()
+    statuses = {item.name: item.status for item in report.checks}
+    assert statuses == {
+        "manifest": "passed", "files": "passed", "pickle": "passed", "versions": "passed", "load": "passed",
+        "reload": "skipped", "numbers": "passed", "forward": "skipped",
+    }  # fmt: skip
+    written = json.loads((copy / "aoconvert.verify.json").read_text())
+    assert written["ok"] is True
+    assert written["manifest_sha256"] == file_sha256(copy / "aoconvert.json")
+    assert check(copy).ok  # the report itself is no foreign file
+
+
+def test_300_bit_flips(result: Path, tmp_path: Path) -> None:
+    """One bit, anywhere, in any file: always found, before anything is loaded."""
+    copy = Path(shutil.copytree(result, tmp_path / "out"))
+    files = sorted(path for path in copy.iterdir() if path.is_file())
+    chance = random.Random(20261120)
+    missed = []
+    for _ in range(300):
+        path = chance.choice(files)
+        content = path.read_bytes()
+        position, bit = chance.randrange(len(content)), chance.randrange(8)
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << bit
+        path.write_bytes(flipped)
+        report = check(copy)
+        wrong = failed(report)
+        if set(wrong) != ({"manifest"} if path.name == "aoconvert.json" else {"files"}):
+            missed.append((path.name, position, bit, wrong))
+        path.write_bytes(content)
+    assert missed == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin.index.json"])
+def test_a_changed_config(copy: Path, name: str) -> None:
+    values = json.loads((copy / name).read_text())
+    values["more"] = 1
+    (copy / name).write_text(json.dumps(values))
+    assert name in failed(check(copy))["files"]
+
+
+def test_a_truncated_file(copy: Path) -> None:
+    content = shard(copy).read_bytes()
+    shard(copy).write_bytes(content[:-100])
+    assert f"{shard(copy).name} has {len(content) - 100} bytes" in failed(check(copy))["files"]
+
+
+def test_a_missing_file(copy: Path) -> None:
+    gone = shard(copy, 1)
+    gone.unlink()
+    assert f"{gone.name} is missing" in failed(check(copy))["files"]
+
+
+def test_two_shards_that_changed_places(copy: Path) -> None:
+    first, second = shard(copy, 0), shard(copy, 1)
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    assert first.name in failed(check(copy))["files"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "extra.bin", "modeling.py"])
+def test_a_file_too_many(copy: Path, name: str) -> None:
+    (copy / name).write_bytes(b"{}")
+    assert name in failed(check(copy))["files"]
+
+
+def test_a_link_out_of_the_folder(copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.json"
+    (copy / "config.json").rename(outside)
+    (copy / "config.json").symlink_to(outside)
+    assert not check(copy).ok
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "a/../../b", "C:\\x"])
+def test_a_path_that_leaves_the_folder(copy: Path, path: str) -> None:
+    values = json.loads((copy / "aoconvert.json").read_text())
+    values["copied"].append({"path": path, "size": 1, "sha256": "0" * 64})
+    (copy / "aoconvert.json").write_text(json.dumps(values))
+    assert "manifest" in failed(check(copy))
+
+
+def test_an_edited_manifest(copy: Path) -> None:
+    text = (copy / "aoconvert.json").read_text()
+    assert '"scheme": "int8wo"' in text
+    (copy / "aoconvert.json").write_text(text.replace('"scheme": "int8wo"', '"scheme": "int8dq"'))
+    assert "edited or damaged" in failed(check(copy))["manifest"]
+
+
+def test_a_newer_schema(copy: Path) -> None:
+    forge(copy, lambda values: None)
+    text = (copy / "aoconvert.json").read_text().replace('"schema_version": 1', '"schema_version": 2')
+    (copy / "aoconvert.json").write_text(text)
+    assert "schema_version 2" in failed(check(copy))["manifest"]
+
+
+def test_a_renamed_tensor(copy: Path) -> None:
+    rewrite(shard(copy), lambda state: {f"{name}x" if i == 0 else name: t for i, (name, t) in enumerate(state.items())})
+    forge(copy, lambda values: None)
+    assert "is missing" in failed(check(copy))["load"]
+
+
+def test_another_value(copy: Path) -> None:
+    """One element of one tensor: its content hash says so, though every file hash fits."""
+
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        name = next(name for name, tensor in state.items() if type(tensor) is torch.Tensor)
+        state[name] = state[name].clone()
+        state[name].view(-1)[0] += 1
+        return state
+
+    rewrite(shard(copy), change)
+    forge(copy, lambda values: None)
+    assert "its sha256 is" in failed(check(copy))["load"]
+
+
+def test_a_wrong_class(copy: Path) -> None:
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        name = next(name for name, tensor in state.items() if type(tensor) is not torch.Tensor)
+        state[name] = state[name].dequantize()
+        return state
+
+    rewrite(shard(copy, 1), change)
+    forge(copy, lambda values: None)
+    assert "its class is torch.Tensor, the manifest says torchao" in failed(check(copy))["load"]
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN or infinity"), (0.0, "zero")])
+def test_bad_scales(copy: Path, value: float, said: str) -> None:
+    """A checkpoint that was broken when it was made: every hash is right, the numbers are not."""
+    found: dict[str, Any] = {}
+
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        name = next(name for name, tensor in state.items() if type(tensor) is not torch.Tensor)
+        state[name].scale.view(-1)[3] = value
+        found["name"] = name
+        return state
+
+    rewrite(shard(copy, 1), change)
+    from aoconvert.writers.torch_bin import content_sha256
+
+    state = torch.load(shard(copy, 1), weights_only=True)
+
+    def fit(values: dict[str, Any]) -> None:
+        for tensor in values["components"][0]["tensors"]:
+            if tensor["name"] == found["name"]:
+                tensor["sha256"] = content_sha256(state[found["name"]])
+
+    forge(copy, fit)
+    report = check(copy)
+    assert set(failed(report)) == {"numbers"}
+    assert f"{found['name']}: scale" in failed(report)["numbers"]
+    assert said in failed(report)["numbers"]
+
+
+def test_a_global_that_the_manifest_does_not_list(copy: Path) -> None:
+    forge(copy, lambda values: values["components"][0].update(safe_globals=[]))
+    assert "which the manifest does not list" in failed(check(copy))["pickle"]
+
+
+def test_a_safe_list_that_is_too_short_cannot_be_helped_by_imports(copy: Path) -> None:
+    """`import torchao` registers its classes for the whole process; the load check takes that back."""
+    from aoconvert.verification.process import ask
+
+    answers = ask(
+        "load_child", {"files": [str(path) for path in copy.glob("*.bin")], "imports": ["torchao"], "safe_globals": []}
+    )
+    assert "Unsupported global" in answers[-1]["error"]
+
+
+def test_a_pickle_that_runs_something(copy: Path, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {canary}",)
+
+    torch.save({"weight": Evil()}, shard(copy))
+    forge(copy, lambda values: None)
+    report = check(copy)
+    assert "system" in failed(report)["pickle"]
+    assert report.check("load") is None
+    assert not canary.exists()
+    with pytest.raises(aoconvert.VerificationError, match="system"):
+        aoconvert.load(copy)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["imports"].append("os; import evil"),
+        lambda c: c["imports"].append("antigravity"),
+        lambda c: c["safe_globals"].append("os.system"),
+        lambda c: c["safe_globals"].append("torch.hub.load"),
+        lambda c: c.update(class_name="Llama\nimport os"),
+        lambda c: c["load"].update(kwargs={"trust_remote_code": True}),
+        lambda c: c["load"].update(kwargs={"torch_dtype": "bfloat16); import os; ("}),
+        lambda c: c.update(path="elsewhere"),
+    ],
+)
+def test_a_hostile_manifest_injects_nothing(copy: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    forge(copy, lambda values: change(values["components"][0]))
+    report = check(copy)
+    assert set(failed(report)) in ({"manifest"}, {"files"})
+    assert report.check("pickle") is None
+    assert report.check("load") is None
+
+
+def test_too_old_a_torchao(copy: Path) -> None:
+    forge(copy, lambda values: values["components"][0].update(loads_with={"torchao": ">=99.0", "torch": ">=2.6"}))
+    assert "the checkpoint needs torchao>=99.0" in failed(check(copy))["versions"]
+
+
+def test_a_layout_whose_device_is_not_here(copy: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is such a device here")
+    forge(copy, lambda values: values["components"][0]["layout"].update(device="cuda", min_capability=[8, 0]))
+    report = aoconvert.verify(copy)
+    assert report.ok
+    skipped = {item.name: item.detail for item in report.checks if item.status == "skipped"}
+    assert "its layout is for cuda" in skipped["reload"]
+    assert "versions" in failed(check(copy, require_device=True))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_without_a_manifest_what_a_loader_takes_first(copy: Path, name: str) -> None:
+    (copy / "aoconvert.json").unlink()
+    (copy / "dequant.safetensors").write_bytes(b"of no interest to a loader")
+    assert check(copy).ok
+    (copy / name).write_bytes(b"{}")
+    wrong = failed(check(copy))
+    assert name in " ".join(wrong.values())
+    assert set(wrong) <= {"manifest", "files", "pickle"}

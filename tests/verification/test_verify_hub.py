@@ -1,0 +1,44 @@
+"""A result on the Hub: fetched, and verified like a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hub.fixtures import HubClient
+
+import aoconvert
+
+
+def test_a_repo(hub_client: HubClient, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    aoconvert.quantize(checkpoints("opt"), "int8wo", output=out, device="cpu")
+    hub_client.hub.state.create_repo("user/opt-int8wo")
+    files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    hub_client.hub.state.commit("user/opt-int8wo", {**files, "README.md": b"# card", ".gitattributes": b"*"})
+    report = hub_client.run("import aoconvert\nresult = aoconvert.verify('user/opt-int8wo').to_dict()")
+    assert report["ok"], report
+    assert {check["name"]: check["status"] for check in report["checks"]}["reload"] == "passed"
+    assert report["path"] == "user/opt-int8wo"
+
+
+def test_a_repo_that_is_no_result(hub_client: HubClient, checkpoints: Callable[[str], Path]) -> None:
+    hub_client.hub.state.create_repo("user/plain")
+    source = checkpoints("opt")
+    hub_client.hub.state.commit("user/plain", {path.name: path for path in source.iterdir() if path.is_file()})
+    result = hub_client.run("import aoconvert\nresult = aoconvert.verify('user/plain').to_dict()")
+    assert result["ok"] is False
+    [check] = result["checks"]
+    assert (check["name"], check["status"]) == ("manifest", "failed")
+    assert "holds no torchao model" in check["detail"]
+
+
+def test_a_device_that_is_not_here(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is such a device here")
+    aoconvert.quantize(checkpoints("opt"), "int8wo", output=tmp_path / "out", device="cpu")
+    report = aoconvert.verify(tmp_path / "out", device="cuda")
+    assert {check.name for check in report.checks if check.status == "failed"} == {"reload"}
