@@ -10,7 +10,7 @@ Importing it imports neither torch nor the model libraries.
 
 from aoconvert.version import __version__  # isort: skip
 
-from aoconvert.api import plan, quantize
+from aoconvert.api import inspect, load, plan, quantize, verify
 from aoconvert.errors import (
     AoconvertError,
     HubError,
@@ -42,6 +42,9 @@ __all__ = [
     "VerificationError",
     "WriteError",
     "__version__",
+    "inspect",
+    "load",
     "plan",
     "quantize",
+    "verify",
 ]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from aoconvert.options import QuantizeOptions, parse_size
+from aoconvert.options import QuantizeKwargs, QuantizeOptions, parse_size
 from aoconvert.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from aoconvert.engine.run import QuantizeResult
+    from aoconvert.inspection.types import Inspection
     from aoconvert.planning import Plan
+    from aoconvert.verification.report import Report
 
 
-def plan(source: str | Path, scheme: str, **options: Any) -> Plan:
+def plan(source: str | Path, scheme: str, **options: Unpack[QuantizeKwargs]) -> Plan:
     """Decide everything about a conversion and write nothing. No weights are read.
 
     Args:
@@ -35,7 +37,9 @@ def plan(source: str | Path, scheme: str, **options: Any) -> Plan:
     return plan_options(source, make_options(scheme, options))
 
 
-def quantize(source: str | Path, scheme: str, *, progress: Progress | None = None, **options: Any) -> QuantizeResult:
+def quantize(
+    source: str | Path, scheme: str, *, progress: Progress | None = None, **options: Unpack[QuantizeKwargs]
+) -> QuantizeResult:
     """Quantize a checkpoint into ``output`` (default ``./out``), one tensor at a time.
 
     Args:
@@ -51,6 +55,122 @@ def quantize(source: str | Path, scheme: str, *, progress: Progress | None = Non
         AoconvertError: see ``plan``; also ReadError, WriteError and QuantizeError. Nothing is left half-written.
     """
     return quantize_options(source, make_options(scheme, options), progress=progress or Silent())
+
+
+def inspect(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+) -> Inspection:
+    """Say what a checkpoint is and what can load it, from headers alone: no pickle is run, no torchao is needed.
+
+    Args:
+        checkpoint: a folder, one weights file, or a Hub repo id, whose weights are not downloaded.
+        revision, token, cache_dir, local_files_only: for a Hub repo.
+
+    Returns:
+        What it is; ``to_dict()`` is the document of ``aoconvert inspect --json``. A pickle that must not be loaded is
+        in ``unsafe``.
+
+    Raises:
+        SourceError: nothing there, no weights in it, or a header that cannot be read.
+        HubError: the Hub said no.
+    """
+    from aoconvert.inspection.run import inspect as run
+
+    return run(str(checkpoint), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+
+
+def verify(
+    checkpoint: str | Path,
+    *,
+    progress: Progress | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    source: str | None = None,
+    strategy: Literal["auto", "from-pretrained", "assign"] = "auto",
+    device: str = "auto",
+    reload: bool = True,
+    forward: bool = True,
+    require_device: bool = False,
+) -> Report:
+    """Prove that a converted checkpoint loads, in fresh processes; ``aoconvert.verify.json`` holds the report.
+
+    Args:
+        checkpoint: a folder, or a Hub repo id (the whole repo is fetched).
+        progress: is told what happens; default: silent.
+        revision, token, cache_dir, local_files_only: for a Hub repo.
+        source: the original, a folder or a repo id, to compare every weight with.
+        strategy: way of loading to prove; ``auto`` takes ``assign`` where ``from_pretrained`` fails.
+        device: where to open it; ``auto``: the device its layout is for, else the CPU.
+        reload: open it with its library, which holds the whole model.
+        forward: take one forward pass of what was opened.
+        require_device: a layout whose device is not here is a failure, not a skipped check.
+
+    Returns:
+        The report; ``report.ok`` says whether every check passed or had a reason to be skipped.
+
+    Raises:
+        SourceError: there is nothing to verify.
+        HubError: the Hub said no.
+    """
+    from aoconvert.verification.run import VerifyOptions
+    from aoconvert.verification.run import verify as run
+
+    folder = _checkpoint(checkpoint, revision, token, cache_dir, local_files_only)
+    return run(
+        folder,
+        str(checkpoint),
+        VerifyOptions(strategy, reload, forward, require_device, device, source),
+        progress or Silent(),
+    )
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Open a converted checkpoint by the way that ``verify`` proved, refusing what its pickle check refuses.
+
+    Args:
+        checkpoint: a folder, or a Hub repo id.
+        revision, token, cache_dir, local_files_only: for a Hub repo.
+        **kwargs: for ``from_pretrained``; what the manifest says (``torch_dtype``) is the default.
+
+    Returns:
+        The pipeline or the model.
+
+    Raises:
+        VerificationError: its pickles are not safe to load, or nothing opens it.
+        SourceError: it is no torchao checkpoint.
+    """
+    from aoconvert.verification.opening import open_checkpoint
+
+    return open_checkpoint(_checkpoint(checkpoint, revision, token, cache_dir, local_files_only), kwargs)
+
+
+def _checkpoint(
+    checkpoint: str | Path, revision: str | None, token: str | None, cache_dir: Path | None, local_files_only: bool
+) -> Path:
+    """The checkpoint's folder; a repo is fetched first."""
+    from aoconvert.sources import resolve
+
+    source = resolve(
+        str(checkpoint), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    if source.kind == "hub":
+        source.fetch(list(source.files()))
+    return source.root
 
 
 def make_options(scheme: str, options: Mapping[str, Any]) -> QuantizeOptions:

@@ -21,6 +21,8 @@ from aoconvert.version import __version__
 _COMMANDS = {
     "quantize": "Quantize a checkpoint into a torchao checkpoint.",
     "plan": "Show what quantize would do, and write nothing.",
+    "verify": "Prove that a converted checkpoint loads.",
+    "inspect": "Say what a checkpoint is and what can load it, from headers alone.",
     "schemes": "List the quantization schemes, or show one.",
     "demo": "Build, quantize and reload a tiny pipeline; needs no network.",
 }

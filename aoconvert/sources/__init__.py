@@ -24,6 +24,7 @@ def resolve(
     cache_dir: Path | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,
+    small_files: bool = True,
 ) -> Source:
     """Find what a model reference means. A folder that exists wins over a repo of the same name.
 
@@ -35,6 +36,7 @@ def resolve(
         cache_dir: the Hub cache; ``None`` uses the Hub client's.
         local_files_only: never use the network.
         trust_remote_code: also fetch the repo's ``.py`` files.
+        small_files: fetch a repo's configs, tokenizers and the like at once.
 
     Raises:
         UsageError: a revision for a folder, or two revisions.
@@ -68,6 +70,7 @@ def resolve(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
+        small_files=small_files,
     )
 
 

@@ -126,6 +126,7 @@ def open_hub(
     cache_dir: Path | None,
     local_files_only: bool,
     trust_remote_code: bool,
+    small_files: bool = True,
 ) -> HubSource:
     """Pin a repo to a commit and fetch its small files; weights stay on the Hub until :meth:`HubSource.fetch`.
 
@@ -136,6 +137,7 @@ def open_hub(
         cache_dir: ``None`` uses the Hub client's cache.
         local_files_only: use what is in the cache; so does ``HF_HUB_OFFLINE=1``.
         trust_remote_code: also fetch the repo's ``.py`` files.
+        small_files: fetch configs, tokenizers and the like; without it nothing is fetched yet.
 
     Raises:
         HubError: no such repo or revision, no access, no connection, not in the cache.
@@ -148,6 +150,9 @@ def open_hub(
     if local_files_only or is_offline_mode():
         return _open_cached(repo_id, revision, cache_dir)
     commit, files = _pin(repo_id, revision, token, cache_dir)
+    if not small_files:
+        snapshot = _snapshot_folder(repo_id, commit, cache_dir)
+        return HubSource(repo_id, commit, files, snapshot=snapshot, cache_dir=cache_dir, token=token, offline=False)
     small = [entry for entry in files.values() if _is_small(entry, trust_remote_code)]
     snapshot = download(repo_id, commit, [entry.path for entry in small], cache_dir=cache_dir, token=token, report=None)
     return HubSource(repo_id, commit, files, snapshot=snapshot, cache_dir=cache_dir, token=token, offline=False)
@@ -170,6 +175,15 @@ def _pin(
             sha256 = None if sibling.lfs is None else sibling.lfs.sha256
             files[sibling.rfilename] = SourceFile(sibling.rfilename, sibling.size or 0, sha256)
     return commit, files
+
+
+def _snapshot_folder(repo_id: str, commit: str, cache_dir: Path | None) -> Path:
+    """Where the cache keeps a commit; the folder need not be there yet."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(cache_dir or constants.HF_HUB_CACHE) / folder / "snapshots" / commit
 
 
 def _open_cached(repo_id: str, revision: str | None, cache_dir: Path | None) -> HubSource:

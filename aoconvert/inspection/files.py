@@ -1,0 +1,163 @@
+"""One weights file: its header, what kind it is, and the tensors of the model in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from aoconvert.errors import UnsafeFileError
+from aoconvert.inspection.foreign import classify
+from aoconvert.inspection.headers import GGUF_MAGIC, read_gguf, read_safetensors
+from aoconvert.inspection.scheme import scheme_of, scheme_of_flat
+from aoconvert.inspection.types import FileFacts, TensorFact
+from aoconvert.verification.byte_source import ByteSource
+from aoconvert.verification.contents import TensorEntry
+from aoconvert.verification.pickles import read_source
+
+SAFETENSORS_DTYPES: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+}
+"""safetensors' dtype names → torch's, without ``torch.``; others are shown as they are."""
+
+
+def read_file(source: ByteSource, path: str, label: str, *, local: bool, config: Mapping[str, Any]) -> FileFacts:
+    """What a weights file's header says. Nothing is executed, no tensor data is read.
+
+    Args:
+        source: the file.
+        path: relative to what is inspected.
+        label: what messages call it.
+        local: on this machine: then every record of a ``.bin`` is looked at, not only its directory.
+        config: ``quantization_config`` of the model, or empty.
+
+    Raises:
+        SourceError: truncated, or not what its name says. A ``.bin`` that must not be loaded raises nothing: see
+            ``FileFacts.unsafe``.
+    """
+    magic = source.read(0, min(4, source.size))
+    if path.endswith(".safetensors"):
+        return _safetensors(source, path, label, config)
+    if path.endswith(".gguf") or magic == GGUF_MAGIC:
+        header = read_gguf(source, label)
+        return FileFacts(path, source.size, "gguf", header.tensors, kind="gguf", metadata=header.values)
+    return _bin(source, path, label, local=local, config=config)
+
+
+def _bin(source: ByteSource, path: str, label: str, *, local: bool, config: Mapping[str, Any]) -> FileFacts:
+    try:
+        contents = read_source(source, label, local_headers=local)
+    except UnsafeFileError as error:
+        return FileFacts(path, source.size, "bin", kind="unreadable", unsafe=error.message)
+    entries = {**_nested(contents.others), **contents.tensors}
+    names = tuple(use.name for use in contents.globals)
+    if any(name.startswith("torchao.") for name in names):
+        facts = tuple(_torchao_fact(name, entry) for name, entry in entries.items())
+        return FileFacts(path, source.size, "bin", len(entries), facts, "torchao", names)
+    dtypes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    kind, facts = classify(dtypes, config, {})
+    return FileFacts(path, source.size, "bin", len(entries), facts, kind, names)
+
+
+def _torchao_fact(name: str, entry: TensorEntry) -> TensorFact:
+    if entry.data is not None:
+        return TensorFact(name, "torch.Tensor", entry.dtype, math.prod(entry.shape))
+    return TensorFact(
+        name, entry.class_name, _stored(entry), math.prod(entry.shape), scheme_of(entry) or "unknown", entry
+    )
+
+
+def _stored(entry: TensorEntry) -> str:
+    """The dtype of the largest plain tensor within."""
+    leaves = [leaf for _, leaf in entry.leaves() if leaf.data is not None]
+    return max(leaves, key=lambda leaf: leaf.nbytes).dtype if leaves else entry.dtype
+
+
+def _nested(others: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> dict[str, TensorEntry]:
+    """Tensors one or two dicts down: ``{"state_dict": {…}}``, ``{"model": …, "optimizer": …}``."""
+    found: dict[str, TensorEntry] = {}
+    for key, value in others.items():
+        if isinstance(value, TensorEntry):
+            found[f"{prefix}{key}"] = value
+        elif isinstance(value, Mapping) and depth < 2:
+            found |= _nested(value, f"{prefix}{key}.", depth + 1)
+    return found
+
+
+def _safetensors(source: ByteSource, path: str, label: str, config: Mapping[str, Any]) -> FileFacts:
+    entries, metadata = read_safetensors(source, label)
+    stored = {
+        name: (SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
+        for name, entry in entries.items()
+    }
+    described = _described(metadata)
+    if described:
+        facts = tuple(_flat(stored, described))
+        return FileFacts(path, source.size, "safetensors", len(entries), facts, "torchao-safetensors", (), metadata)
+    kind, facts = classify(stored, config, metadata)
+    return FileFacts(path, source.size, "safetensors", len(entries), facts, kind, (), metadata)
+
+
+def _described(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """The tensors that torchao's metadata describe; empty where it is no file of torchao's.
+
+    Source: ``torchao.prototype.safetensors``: ``tensor_names`` is a JSON list, and each tensor has an entry of its own.
+    """
+    try:
+        names = json.loads(metadata.get("tensor_names", "null"))
+        found = {name: json.loads(metadata[name]) for name in names or () if isinstance(name, str) and name in metadata}
+    except (ValueError, RecursionError, TypeError):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, dict) and "_type" in value}
+
+
+def _flat(
+    stored: Mapping[str, tuple[str, tuple[int, ...]]], described: Mapping[str, Mapping[str, Any]]
+) -> Iterable[TensorFact]:
+    helpers: set[str] = set()
+    for name, entry in described.items():
+        kind = str(entry["_type"])
+        if kind == "Tensor":
+            continue
+        module, _, weight = name.rpartition(".")
+        prefix = f"{module}._{weight}_" if module else f"_{weight}_"
+        parts = entry.get("_tensor_data_names")
+        helpers |= {f"{prefix}{part}" for part in (parts if isinstance(parts, list) else ())}
+        data = entry.get("_data")
+        attributes = data if isinstance(data, dict) else {}
+        dtype, shape = stored.get(f"{prefix}qdata", (None, ()))
+        scheme = scheme_of_flat(kind, attributes, dtype) or "unknown"
+        numel = _shape_numel(attributes) or math.prod(shape) * _values_a_byte(kind, dtype)
+        yield TensorFact(name, f"torchao.{kind}", dtype or "unknown", numel, scheme)
+    for name, (dtype, shape) in stored.items():
+        if name not in helpers:
+            yield TensorFact(name, "torch.Tensor", dtype, math.prod(shape))
+
+
+def _shape_numel(attributes: Mapping[str, Any]) -> int:
+    shape = attributes.get("shape")
+    if isinstance(shape, list) and shape and all(type(side) is int and side >= 0 for side in shape):
+        return math.prod(shape)
+    return 0
+
+
+def _values_a_byte(kind: str, dtype: str | None) -> int:
+    packed = kind in ("Int4Tensor", "NVFP4Tensor") or (kind == "MXTensor" and dtype in ("uint8", "float4_e2m1fn_x2"))
+    return 2 if packed else 1
