@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from aoconvert.cli import plan as plan_command
+from aoconvert.cli import verify as verify_command
 from aoconvert.cli.options import common, conversion
 from aoconvert.cli.output import Output, count, size
 from aoconvert.options import QuantizeOptions
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from aoconvert.engine.run import QuantizeResult
+    from aoconvert.verification.report import Report
 
 EXAMPLES = """\b
 Examples:
@@ -28,8 +30,9 @@ Examples:
 @click.command("quantize", epilog=EXAMPLES)
 @conversion
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing, like 'aoconvert plan'.")
+@click.option("--verify", is_flag=True, help="Run 'aoconvert verify' on the result; exit code 4 if it fails.")
 @common
-def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool) -> None:
+def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool, verify: bool) -> int:
     """Quantize SOURCE, a Hub repo id or a folder, into a torchao checkpoint.
 
     Reads a diffusers pipeline, a diffusers model or a transformers model one tensor at a time, quantizes with
@@ -37,14 +40,27 @@ def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool
     """
     if dry_run:
         plan_command.show(source, options, out, tensors=False)
-        return
+        return 0
     from aoconvert import api
 
     with out.watch() as progress:
         result = api.quantize_options(source, options, progress=progress)
     for line in result.warnings:
         out.warning(line)
-    out.result(lambda: _summary(result), result.to_dict(), str(result.output))
+    if not verify:
+        out.result(lambda: _summary(result), result.to_dict(), str(result.output))
+        return 0
+    with out.watch() as progress:
+        report = api.verify(result.output, progress=progress)
+    data = {**result.to_dict(), "verification": report.to_dict()}
+    out.result(lambda: _both(result, report), data, str(result.output))
+    return report.exit_code
+
+
+def _both(result: QuantizeResult, report: Report) -> RenderableType:
+    from rich.console import Group
+
+    return Group(_summary(result), "", verify_command.table(report))
 
 
 def _summary(result: QuantizeResult) -> RenderableType:

@@ -77,23 +77,24 @@ def command(
             forward=not no_forward,
             **choices,
         )
-    out.result(lambda: _table(report), report.to_dict(), "ok" if report.ok else "failed")
-    return 0 if report.ok else 4
+    out.result(lambda: table(report), report.to_dict(), "ok" if report.ok else "failed")
+    return report.exit_code
 
 
-def _table(report: Report) -> RenderableType:
+def table(report: Report) -> RenderableType:
+    """The report for people."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
+    rows = Table(box=None, pad_edge=False)
     for title in ("check", "status"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("what was found", overflow="fold")
-    table.add_column("s", justify="right", no_wrap=True)
+        rows.add_column(title, no_wrap=True)
+    rows.add_column("what was found", overflow="fold")
+    rows.add_column("s", justify="right", no_wrap=True)
     for check in report.checks:
         color = _COLORS[check.status]
-        table.add_row(check.name, f"[{color}]{check.status}[/{color}]", escape(check.detail), f"{check.seconds:.1f}")
+        rows.add_row(check.name, f"[{color}]{check.status}[/{color}]", escape(check.detail), f"{check.seconds:.1f}")
     last = f"verified: {report.path}" if report.ok else f"not verified: {report.path}"
-    return Group(table, Text(last, style="bold"))
+    return Group(rows, Text(last, style="bold"))

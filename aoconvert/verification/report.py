@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aoconvert.errors import VerificationError
+
 CheckName = Literal["manifest", "files", "pickle", "versions", "load", "reload", "numbers", "forward"]
 Status = Literal["passed", "failed", "skipped"]
 
@@ -56,6 +58,11 @@ class Report:
     def ok(self) -> bool:
         """Whether no check failed."""
         return not any(check.status == "failed" for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """What a command that verified exits with."""
+        return 0 if self.ok else VerificationError.exit_code
 
     def check(self, name: CheckName) -> Check | None:
         """The check of that name, if it ran."""

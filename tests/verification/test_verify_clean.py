@@ -12,21 +12,30 @@ import torch
 
 import aoconvert
 
-SCHEMES = ["int8wo", "int8dq", "float8wo", "int4dq", "intx2wo"]
+SCHEMES = ["int8wo", "int8dq", "float8wo", "float8wo_e5m2", "int4dq", *(f"intx{bits}wo" for bits in range(1, 9))]
 
-
-# a verification takes seconds of imports: by default the second way of loading runs for one family of each kind
-BOTH = ("wan", "cogvideox", "llama-tied", "mixtral")
+# A verification takes seconds of imports. By default every family runs once, each with another scheme, and the second
+# way of loading for one family of each kind; the whole table of the first issue's tests on demand.
+USUAL = {
+    *((family, SCHEMES[rank % len(SCHEMES)], "from-pretrained") for rank, family in enumerate(tiny.FAMILIES)),
+    ("wan", "int8dq", "assign"),
+    ("cogvideox", "int8wo", "assign"),
+    ("llama-tied", "float8wo", "assign"),
+    ("mixtral", "int4dq", "assign"),
+}
 CELLS = [
-    *((family, "from-pretrained") for family in tiny.FAMILIES),
-    *((family, "assign") for family in BOTH),
-    *(pytest.param(family, "assign", marks=pytest.mark.exhaustive) for family in tiny.FAMILIES if family not in BOTH),
+    pytest.param(*cell, marks=[] if cell in USUAL else [pytest.mark.exhaustive])
+    for family in tiny.FAMILIES
+    for scheme in SCHEMES
+    for strategy in ("from-pretrained", "assign")
+    if (cell := (family, scheme, strategy))
 ]
 
 
-@pytest.mark.parametrize(("family", "strategy"), CELLS)
-def test_every_family(family: str, strategy: str, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
-    scheme = SCHEMES[list(tiny.FAMILIES).index(family) % len(SCHEMES)]
+@pytest.mark.parametrize(("family", "scheme", "strategy"), CELLS)
+def test_every_family(
+    family: str, scheme: str, strategy: str, checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = checkpoints(family)
     aoconvert.quantize(source, scheme, output=tmp_path / "out", device="cpu", min_quantized=0)
     report = aoconvert.verify(tmp_path / "out", strategy=strategy, source=str(source))
@@ -165,3 +174,17 @@ def test_json(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--no-reload", "-q"], standalone_mode=False)
     assert done.return_value == 4
     assert done.stdout == "failed\n"
+
+
+def test_quantize_and_verify_in_one_command(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from aoconvert.cli.main import cli
+
+    arguments = ["quantize", str(checkpoints("opt")), "--scheme", "int8wo", "--device", "cpu", "--verify", "--json"]
+    done = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "out")], standalone_mode=False)
+    values = json.loads(done.stdout)
+    assert done.return_value == 0
+    assert values["verification"]["ok"] is True
+    assert values["verification"]["strategy"] == "from-pretrained"
+    assert (tmp_path / "out/aoconvert.verify.json").exists()
