@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -48,11 +49,13 @@ class Stage:
             self._lock = os.open(self.root, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(self._lock)
             raise PlanError(
                 [f"another aoconvert is writing to {output}"], hint="wait for it, or choose another --output"
             ) from None
+        except OSError:
+            logging.getLogger(__name__).debug("no locks on the file system of %s", self.root)
         for left in self.root.iterdir():  # by a run that was killed
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         if self._aside.exists():  # killed while it replaced an earlier result

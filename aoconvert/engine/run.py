@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,7 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         class_name=plan.component.class_name,
         scheme=plan.scheme.name,
         config=plan.scheme.config_dict,
-        dtype=whole.dtype,
+        dtype=_base_dtype(plan, whole),
         layout=manifest.LayoutEntry(**layout_dict(plan.scheme)),
         format="bin",
         files=sealed + extra,
@@ -201,12 +202,21 @@ def _load_kwargs(plan: ComponentPlan, whole: Plan) -> dict[str, Any]:
     """diffusers' default dtype is float32 beside a quantized model, and it finds a sharded .bin only when told."""
     if plan.component.library == "transformers":
         return {}
-    kwargs: dict[str, Any] = {}
-    if whole.dtype != "auto":
-        kwargs["torch_dtype"] = whole.dtype
+    kwargs: dict[str, Any] = {"torch_dtype": _base_dtype(plan, whole)}
     if len(plan.files) > 1:
         kwargs["use_safetensors"] = False
     return kwargs
+
+
+def _base_dtype(plan: ComponentPlan, whole: Plan) -> str:
+    """The dtype that was asked for; of ``auto``, what most parameters have."""
+    if whole.dtype != "auto":
+        return whole.dtype
+    counts: Counter[str] = Counter()
+    for tensor in plan.tensors:
+        if tensor.parameter:
+            counts[tensor.dtype] += tensor.numel
+    return counts.most_common(1)[0][0]
 
 
 def _source_entry(plan: Plan, digests: Mapping[str, FileEntry]) -> SourceEntry:

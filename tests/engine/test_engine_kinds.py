@@ -189,3 +189,12 @@ def test_the_licence_is_taken_from_the_card(checkpoints: Callable[[str], Path], 
     assert result.manifest.source.license == "apache-2.0"
     assert result.manifest.source.kind == "folder"
     assert result.manifest.source.repo_id is None
+
+
+def test_auto_dtype_is_named_for_the_loader(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """diffusers would open what is not quantized in float32, beside a bfloat16 model."""
+    result = aoconvert.quantize(checkpoints("flux"), "int8wo", output=tmp_path / "out", device="cpu", dtype="auto")
+    [component] = result.manifest.components
+    assert component.dtype == "bfloat16"
+    assert component.load.kwargs == {"torch_dtype": "bfloat16"}
+    assert tiny.flux_step(tiny.open_result(tiny.FAMILIES["flux"], tmp_path / "out")).isfinite().all()
