@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,12 +126,25 @@ class Stage:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is over."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Ctrl-C and SIGTERM wait until the block is over.
+
+    Handlers, not a signal mask: a masked signal goes to another thread, and Python handles it here all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs handlers in the main thread only
+        return
+    arrived: list[int] = []
+    before = {
+        number: signal.signal(number, lambda which, _: arrived.append(which))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    for which in arrived[:1]:
+        signal.raise_signal(which)
 
 
 def _renamed_index(text: str, variant: str) -> str:
