@@ -51,6 +51,10 @@ def inspect(
     """
     place = _file(reference)
     if place is not None:
+        if not _may_hold_weights(place):
+            raise SourceError(
+                f"{reference} is no weights file", hint=f"weights are in {', '.join(sorted(WEIGHT_SUFFIXES))}"
+            )
         source: Source = FolderSource(place.parent)
         reader = _Reader(source, token, offline=True)
         part = reader.single(place.name)
@@ -83,6 +87,15 @@ def _file(reference: str) -> Path | None:
         return place if reference and place.exists() and not place.is_dir() else None
     except (OSError, ValueError, RuntimeError):
         return None
+
+
+def _may_hold_weights(place: Path) -> bool:
+    """By its name, or by its first bytes: a blob of the Hub cache has no ending."""
+    if place.suffix.lower() in WEIGHT_SUFFIXES:
+        return True
+    with LocalFile(place) as file:
+        head = file.read(0, min(9, file.size))
+    return head.startswith((b"PK\x03\x04", b"GGUF")) or head[8:] == b"{"
 
 
 class _Reader:

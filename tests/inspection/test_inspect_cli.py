@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import aoconvert
+from aoconvert.errors import SourceError
+
 REPO = Path(__file__).parents[2]
 LEGACY = REPO / "tests" / "fixtures" / "legacy"
 OLD = LEGACY / "torchao-0.10.0" / "int8wo"
@@ -138,3 +141,17 @@ def test_another_torchao(version: str, folder: Path, loads: bool | None, without
     found = json.loads(run("inspect", folder, "--json", path=[str(tmp_path), str(without_torch)]).stdout)
     assert found["loads_here"] is loads
     assert (f"torchao {version} is here" in (found["why_not"] or "")) == (loads is False)
+
+
+def test_a_file_that_is_no_weights_file(tmp_path: Path) -> None:
+    """One line and exit code 3, not a verdict about a pickle that it is not."""
+    (tmp_path / "notes.txt").write_text("nothing to load here")
+    with pytest.raises(SourceError, match=r"notes\.txt is no weights file"):
+        aoconvert.inspect(tmp_path / "notes.txt")
+
+
+def test_a_blob_of_the_hub_cache_has_no_ending(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"weight": torch.zeros(2, 2)}, tmp_path / "0f3c")
+    assert aoconvert.inspect(tmp_path / "0f3c").to_dict()["files"][0]["format"] == "bin"
