@@ -16,7 +16,7 @@ _BESIDE = re.compile(
     re.IGNORECASE,
 )
 # what diffusers and transformers look for, with any variant and shard number
-_LOADED = re.compile(
+LOADED = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)([.-][^/]*)?\.(safetensors|bin)(\.index[^/]*\.json)?"
 )
 
@@ -63,7 +63,7 @@ def shadows(folder: Path, parts: dict[str, tuple[str, ...]]) -> list[str]:
     for where, files in parts.items():
         names = {Path(file).name for file in files}
         for path in sorted((folder / where).glob("*")):
-            if path.name not in names and _LOADED.fullmatch(path.name) and not path.name.endswith(".bin.index.json"):
+            if path.name not in names and LOADED.fullmatch(path.name) and not path.name.endswith(".bin.index.json"):
                 problems.append(f"{path.relative_to(folder).as_posix()} would be loaded in place of {', '.join(names)}")
     return problems
 

@@ -18,6 +18,7 @@ from aoconvert.manifest import ComponentEntry, Manifest, TensorEntry
 from aoconvert.models import ModelLayout, identify, join
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.weights import find_weights
+from aoconvert.verification.files import LOADED
 from aoconvert.verification.safe_names import known_names
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -66,10 +67,14 @@ class Target:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every ``.bin`` of the checkpoint, those of parts that are not quantized too."""
-        return tuple(
-            sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.bin") if path.is_file())
-        )
+        """Every ``.bin`` that is loaded, those of parts that are not quantized too.
+
+        A manifest lists nothing else; without one, what a training run left (``training_args.bin``) is not looked at.
+        """
+        found = [path for path in self.folder.rglob("*.bin") if path.is_file()]
+        if self.manifest is None:
+            found = [path for path in found if LOADED.fullmatch(path.name)]
+        return tuple(sorted(path.relative_to(self.folder).as_posix() for path in found))
 
     @property
     def safe_globals(self) -> tuple[str, ...]:
