@@ -90,15 +90,26 @@ def check_bin(path: Path) -> None:
     """Check that loading a ``.bin`` with today's torch and torchao runs nothing but their own rebuilding of tensors.
 
     Raises:
+        SourceError, UnsafeZipError, UnsafePickleError: as ``read_loadable``.
+    """
+    read_loadable(path)
+
+
+def read_loadable(path: Path) -> BinContents:
+    """``read_bin`` of a file that today's torch and torchao load, running nothing but their own rebuilding of tensors.
+
+    Raises:
         SourceError, UnsafeZipError, UnsafePickleError: as ``read_bin``; also for names of an older torchao, which are
             harmless but cannot be loaded.
     """
-    for use in read_bin(path).legacy:
+    contents = read_bin(path)
+    for use in contents.legacy:
         raise UnsafePickleError(
             f"{path}: data.pkl, byte {use.position}: {use.name} is of a torchao before 0.18, which cannot be loaded",
             hint="`aoconvert inspect` shows what the file holds and which torchao loads it",
             position=use.position,
         )
+    return contents
 
 
 def _labelled(error: _Error, label: str) -> _Error:

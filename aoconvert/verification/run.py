@@ -17,7 +17,7 @@ from aoconvert.progress import Progress
 from aoconvert.verification.code import Strategy, load_code
 from aoconvert.verification.files import check_files, file_sha256, shadows
 from aoconvert.verification.loading import Loaded, check_forward, check_load, check_numbers, check_reload
-from aoconvert.verification.pickles import check_bin, read_bin
+from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.report import REPORT_NAME, Check, CheckName, Report, Status, some
 from aoconvert.verification.target import Target, from_folder, from_manifest, validate
 from aoconvert.verification.versions import device_obstacle, version_problems
@@ -156,8 +156,7 @@ def _pickle(target: Target) -> tuple[Status, str]:
     known = set()
     for path in target.files:
         try:
-            check_bin(target.folder / path)
-            known |= {use.name for use in read_bin(target.folder / path).globals}
+            known |= {use.name for use in read_loadable(target.folder / path).globals}
         except AoconvertError as error:
             problems.append(error.message.replace(f"{target.folder}/", ""))
     if problems:
