@@ -97,6 +97,7 @@ def verify(
     device: str = "auto",
     reload: bool = True,
     forward: bool = True,
+    example: bool = False,
     require_device: bool = False,
 ) -> Report:
     """Prove that a converted checkpoint loads, in fresh processes; ``aoconvert.verify.json`` holds the report.
@@ -110,6 +111,7 @@ def verify(
         device: where to open it; ``auto``: the device its layout is for, else the CPU.
         reload: open it with its library, which holds the whole model.
         forward: take one forward pass of what was opened.
+        example: also run the model card's example, at the smallest sizes.
         require_device: a layout whose device is not here is a failure, not a skipped check.
 
     Returns:
@@ -126,7 +128,7 @@ def verify(
     return run(
         folder,
         str(checkpoint),
-        VerifyOptions(strategy, reload, forward, require_device, device, source),
+        VerifyOptions(strategy, reload, forward, require_device, device, example, source),
         progress or Silent(),
     )
 

@@ -68,6 +68,21 @@ class FileEntry(_Model):
     sha256: Sha256
 
 
+class SourceCard(_Model):
+    """What the source's model card (the front matter of its README.md) says and a card of the result takes over.
+
+    Keys: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
+    """
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: list[str] = Field(default_factory=list)
+    pipeline_tag: str | None = None
+    library_name: str | None = None
+    tags: list[str] = Field(default_factory=list)
+
+
 class SourceEntry(_Model):
     """What was quantized. ``files`` are the weights files that were read."""
 
@@ -77,6 +92,7 @@ class SourceEntry(_Model):
     subfolder: str | None = None
     license: str | None = None
     base_model: str | None = None
+    card: SourceCard | None = None
     files: list[FileEntry]
 
 

@@ -40,6 +40,7 @@ _COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 )
 @click.option("--no-reload", is_flag=True, help="Do not open the model: files, pickles, versions and torch.load only.")
 @click.option("--no-forward", is_flag=True, help="No forward pass.")
+@click.option("--example", is_flag=True, help="Also run the model card's example, at the smallest sizes.")
 @click.option("--require-device", is_flag=True, help="A layout whose device is not here is a failure.")
 @click.option("--revision", help="Branch, tag or commit of a Hub repo.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub token; never stored.")

@@ -15,6 +15,7 @@ from aoconvert import __version__, manifest
 from aoconvert.engine.memory import peak_device_bytes, peak_host_bytes, steady_allocator
 from aoconvert.engine.output import Stage, model_config, quantization_config
 from aoconvert.engine.reading import ComponentReading
+from aoconvert.engine.source_card import read_card
 from aoconvert.engine.stream import ComponentResult, Seconds, run_component
 from aoconvert.environment import device_facts, platform_name, versions
 from aoconvert.errors import Interrupted
@@ -220,29 +221,17 @@ def _base_dtype(plan: ComponentPlan, whole: Plan) -> str:
 
 
 def _source_entry(plan: Plan, digests: Mapping[str, FileEntry]) -> SourceEntry:
+    card = read_card(plan.source)
     return SourceEntry(
         kind=plan.source.kind,
         repo_id=plan.source.repo_id,
         revision=plan.source.revision,
         subfolder=plan.subfolder,
-        license=_license(plan),
+        license=card.license if card else None,
         base_model=plan.source.repo_id,
+        card=card,
         files=[digests[path] for path in sorted(digests)],
     )
-
-
-def _license(plan: Plan) -> str | None:
-    """What the source's card declares; nothing is guessed."""
-    if not plan.source.has("README.md"):
-        return None
-    from huggingface_hub import metadata_load
-
-    try:
-        card = metadata_load(plan.source.local("README.md")) or {}
-    except Exception:  # a card with broken YAML says nothing
-        return None
-    value = card.get("license")
-    return value if isinstance(value, str) else None
 
 
 def _environment(plan: Plan) -> manifest.EnvironmentEntry:

@@ -5,83 +5,107 @@ Every value that goes into it was checked by ``target`` and is written as a Pyth
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, field
 from typing import Literal
 
-from aoconvert.models import join
 from aoconvert.verification.target import Part, Target
 
 Strategy = Literal["from-pretrained", "assign"]
 
 
-def load_code(target: Target, place: str, strategy: Strategy) -> str:
+@dataclass
+class _Program:
+    """Lines of Python: its imports, and what comes after them."""
+
+    imports: list[str] = field(default_factory=list)
+    body: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        return "\n".join([*self.imports, "", *self.body]) + "\n"
+
+
+def load_code(target: Target, place: str, strategy: Strategy, *, device: str | None = None, hub: bool = False) -> str:
     """Python that leaves the pipeline in ``pipe``, or the model in ``model``.
 
     Args:
         target: the checkpoint.
-        place: folder or repo id that the code shall open; ``assign`` needs a folder.
+        place: folder that the code shall open, or with ``hub`` a repo id.
         strategy: ``from-pretrained``: plain library code. ``assign``: an empty model from the config, and
             ``load_state_dict(assign=True)``, for what the libraries cannot open themselves.
+        device: where the model goes; by default the device that its layout is for, or a GPU where there is one.
+        hub: ``place`` is a repo id; ``assign`` downloads it first.
     """
-    lines = ["import torch", *(f"import {name}" for name in target.imports)]
+    program = _Program(["import torch", *(f"import {name}" for name in target.imports)])
+    program.body.append(f"device = {_device(target, device)}")
     if strategy == "from-pretrained":
-        lines += _from_pretrained(target, place)
+        _from_pretrained(program, target, place)
     else:
-        lines += _assign(target, place)
-    return "\n".join(lines) + "\n"
+        _assign(program, target, place, hub=hub)
+    program.body.append(f"{'pipe' if target.kind == 'pipeline' else 'model'}.to(device)")
+    return program.text()
 
 
-def _from_pretrained(target: Target, place: str) -> list[str]:
+def code_sha256(target: Target, strategy: Strategy) -> str:
+    """SHA-256 (hex) of the load code before place and device are filled in: by it a card knows that it was proven."""
+    return hashlib.sha256(load_code(target, "", strategy).encode()).hexdigest()
+
+
+def _device(target: Target, device: str | None) -> str:
+    if device is None and target.manifest is not None:
+        device = next((e.layout.device for e in target.manifest.components if e.layout.device != "any"), None)
+    return repr(device) if device is not None else '"cuda" if torch.cuda.is_available() else "cpu"'
+
+
+def _from_pretrained(program: _Program, target: Target, place: str) -> None:
     if target.kind == "pipeline":
+        program.imports.append("from diffusers import DiffusionPipeline")
         arguments = "".join(f", {item}" for item in _dtype(target))
-        return [
-            "from diffusers import DiffusionPipeline",
-            "",
-            f"pipe = DiffusionPipeline.from_pretrained({place!r}{arguments})",
-        ]
+        program.body.append(f"pipe = DiffusionPipeline.from_pretrained({place!r}{arguments})")
+        return
     [part] = target.parts
     arguments = "".join(f", {item}" for item in _kwargs(part))
-    return [
-        f"from {part.library} import {part.class_name}",
-        "",
-        f"model = {part.class_name}.from_pretrained({place!r}{arguments})",
-    ]
+    program.imports.append(f"from {part.library} import {part.class_name}")
+    program.body.append(f"model = {part.class_name}.from_pretrained({place!r}{arguments})")
 
 
-def _assign(target: Target, place: str) -> list[str]:
-    lines = ["from accelerate import init_empty_weights"]
+def _assign(program: _Program, target: Target, place: str, *, hub: bool) -> None:
+    program.imports.append("from accelerate import init_empty_weights")
     names = sorted({(part.library, part.class_name) for part in target.parts})
-    lines += [f"from {library} import {class_name}" for library, class_name in names]
+    program.imports += [f"from {library} import {class_name}" for library, class_name in names]
+    if hub:
+        program.imports.append("from huggingface_hub import snapshot_download")
     if any(part.library == "transformers" for part in target.parts):
-        lines.append("from transformers import AutoConfig")
+        program.imports.append("from transformers import AutoConfig")
     if target.kind == "pipeline":
-        lines.append("from diffusers import DiffusionPipeline")
+        program.imports.append("from diffusers import DiffusionPipeline")
+    program.body.append(f"folder = snapshot_download({place!r})" if hub else f"folder = {place!r}")
     for part in target.parts:
-        lines += ["", *_assign_part(part, place)]
+        program.body += ["", *_assign_part(part)]
     if target.kind == "pipeline":
         given = "".join(f", {part.name}={part.name}" for part in target.parts)
         arguments = "".join(f", {item}" for item in _dtype(target))
-        lines += ["", f"pipe = DiffusionPipeline.from_pretrained({place!r}{given}{arguments})"]
-    return lines
+        program.body += ["", f"pipe = DiffusionPipeline.from_pretrained(folder{given}{arguments})"]
 
 
-def _assign_part(part: Part, place: str) -> list[str]:
+def _assign_part(part: Part) -> list[str]:
     variable = part.name or "model"
-    folder = join(place, part.folder) if part.folder else place
-    lines = []
+    folder = f"folder + {'/' + part.folder!r}" if part.folder else "folder"
     if part.library == "diffusers":
-        lines += [
-            f"config = {part.class_name}.load_config({folder!r})",
+        lines = [
+            f"config = {part.class_name}.load_config({folder})",
             "with init_empty_weights():",
             f"    {variable} = {part.class_name}.from_config(config)",
         ]
     else:
-        lines += [
-            f"config = AutoConfig.from_pretrained({folder!r})",
+        lines = [
+            f"config = AutoConfig.from_pretrained({folder})",
             "with init_empty_weights():",
             f"    {variable} = {part.class_name}(config)",
         ]
     lines += ["state = {}"]
-    lines += [f"state.update(torch.load({join(place, file)!r}, weights_only=True, mmap=True))" for file in part.files]
+    # no f-string in the program: a brace in a file's name would be code there
+    lines += [f"state.update(torch.load(folder + {'/' + path!r}, weights_only=True, mmap=True))" for path in part.files]
     if part.library == "transformers":
         lines += [
             f"for name, origin in {variable}.all_tied_weights_keys.items():",

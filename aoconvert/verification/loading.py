@@ -15,7 +15,7 @@ from aoconvert.verification.target import Part, Target
 
 @dataclass
 class Loaded:
-    """What the fresh interpreters said: of each part's tensors, by name, and of its forward pass."""
+    """What the fresh interpreters said: of each part's tensors, by name, of its forward pass, and of the example."""
 
     tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     forward: list[dict[str, Any]] = field(default_factory=list)
@@ -69,11 +69,16 @@ def _differences(part: Part, tensors: dict[str, dict[str, Any]]) -> list[str]:
     return problems
 
 
-def check_reload(target: Target, code: str, loaded: Loaded, *, forward: bool, device: str) -> tuple[Status, str]:
-    """Open the checkpoint with ``code`` in a fresh interpreter; every quantized tensor must be what was written."""
+def check_reload(
+    target: Target, code: str, loaded: Loaded, *, forward: bool, example: str | None
+) -> tuple[Status, str]:
+    """Open the checkpoint with ``code`` in a fresh interpreter; every quantized tensor must be what was written.
+
+    ``forward`` and ``example`` (code that uses what was opened) run there too; ``check_forward`` says what they gave.
+    """
     parts = {part.name: _expected(target, part) for part in target.parts}
     try:
-        answers = ask("reload_child", {"code": code, "parts": parts, "forward": forward, "device": device})
+        answers = ask("reload_child", {"code": code, "parts": parts, "forward": forward, "example": example})
     except VerificationError as error:
         return "failed", error.message
     if "error" in answers[0]:

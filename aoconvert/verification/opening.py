@@ -61,7 +61,10 @@ def _open(target: Target, strategy: Strategy, kwargs: dict[str, Any]) -> Any:
         if strategy == "from-pretrained":
             return _from_pretrained(target, kwargs)
         names: dict[str, Any] = {}
-        exec(compile(load_code(target, str(target.folder.resolve()), strategy), "<load code>", "exec"), names)
+        exec(
+            compile(load_code(target, str(target.folder.resolve()), strategy, device="cpu"), "<load code>", "exec"),
+            names,
+        )
         return names.get("pipe", names.get("model"))
 
 

@@ -44,6 +44,9 @@ class Report:
         imports: modules that were imported before loading.
         versions: of python, torch, torchao and the model libraries.
         manifest_sha256: of ``aoconvert.json``; ``None`` where there is none.
+        date: when it was made, UTC, ISO 8601.
+        device: where the checkpoint was opened; ``None`` where it was not.
+        code_sha256: of the load code that opened it, see ``code.code_sha256``.
     """
 
     path: str
@@ -53,6 +56,9 @@ class Report:
     imports: tuple[str, ...]
     versions: Mapping[str, str]
     manifest_sha256: str | None
+    date: str
+    device: str | None = None
+    code_sha256: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -86,6 +92,9 @@ class Report:
             "python": self.versions.get("python"),
             "versions": dict(self.versions),
             "manifest_sha256": self.manifest_sha256,
+            "date": self.date,
+            "device": self.device,
+            "code_sha256": self.code_sha256,
         }
 
     def dump(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from aoconvert.environment import choose_device, versions
 from aoconvert.errors import AoconvertError
 from aoconvert.manifest import MANIFEST_NAME, Manifest
 from aoconvert.progress import Progress
-from aoconvert.verification.code import Strategy, load_code
+from aoconvert.verification.code import Strategy, code_sha256, load_code
 from aoconvert.verification.files import check_files, file_sha256, shadows
 from aoconvert.verification.loading import Loaded, check_forward, check_load, check_numbers, check_reload
 from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.report import REPORT_NAME, Check, CheckName, Report, Status, some
 from aoconvert.verification.target import Target, from_folder, from_manifest, validate
+from aoconvert.verification.usage import usage_code
 from aoconvert.verification.versions import device_obstacle, version_problems
 
 Choice = Literal["auto", "from-pretrained", "assign"]
@@ -33,6 +35,7 @@ class VerifyOptions:
         strategy: way of loading to prove; ``auto`` takes ``assign`` where ``from_pretrained`` fails.
         reload: open the checkpoint with the library, which holds the whole model.
         forward: take one forward pass of what was opened.
+        example: also run the model card's example, at the smallest sizes.
         device: where to open it and take the forward pass; ``auto``: the layout's device, else the CPU.
         require_device: a layout whose device is not here is a failure, not a skipped check.
         source: the original, to compare the numbers with.
@@ -43,6 +46,7 @@ class VerifyOptions:
     forward: bool = True
     require_device: bool = False
     device: str = "auto"
+    example: bool = False
     source: str | None = None
 
 
@@ -58,6 +62,7 @@ class _Run:
     progress: Progress
     checks: list[Check] = field(default_factory=list)
     strategy: Strategy | None = None
+    device: str | None = None
     target: Target | None = None
     manifest: Manifest | None = None
 
@@ -102,6 +107,9 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         imports=target.imports if target else (),
         versions=versions(),
         manifest_sha256=file_sha256(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else None,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        device=run.device,
+        code_sha256=code_sha256(target, run.strategy) if target is not None and run.strategy is not None else None,
     )
     if report.manifest_sha256 is not None:
         (folder / REPORT_NAME).write_text(report.dump(), encoding="utf-8")
@@ -125,7 +133,8 @@ def _checks(run: _Run) -> None:
     else:
         run.check("reload", lambda: _reload(run, target, loaded))
     run.check("numbers", lambda: check_numbers(target, loaded, run.options.source))
-    run.check("forward", lambda: check_forward(loaded, asked=run.options.forward and run.options.reload))
+    asked = run.options.reload and (run.options.forward or run.options.example)
+    run.check("forward", lambda: check_forward(loaded, asked=asked))
 
 
 def _manifest(run: _Run) -> tuple[Status, str]:
@@ -190,11 +199,15 @@ def _reload(run: _Run, target: Target, loaded: Loaded) -> tuple[Status, str]:
     """Try the ways of loading in turn; the first that works is the one to put on a card."""
     failures: list[str] = []
     device = _device(target, run.options)
+    place = str(target.folder.resolve())
+    example = usage_code(target, place, small=True) if run.options.example else None
     for strategy in _strategies(run.options.strategy):
-        code = load_code(target, str(target.folder.resolve()), strategy)
-        status, detail = check_reload(target, code, loaded, forward=run.options.forward, device=device)
+        code = load_code(target, place, strategy, device=device)
+        status, detail = check_reload(target, code, loaded, forward=run.options.forward, example=example)
         if status == "passed":
-            run.strategy = strategy
+            run.strategy, run.device = strategy, device
+            if run.options.example and example is None:
+                loaded.forward.append({"forward": {"status": "skipped", "detail": "the card has no example for it"}})
             before = f" (from_pretrained could not: {failures[0]})" if failures else ""
             return "passed", f"{strategy}: {detail}{before}"
         failures.append(detail)

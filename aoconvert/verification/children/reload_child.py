@@ -1,12 +1,14 @@
 """Runs in a fresh interpreter, without aoconvert: opens the checkpoint with the code a user is given, and looks at it.
 
 Reads one JSON request from stdin: ``code`` (which leaves ``pipe`` or ``model``), ``parts`` (name → ``{tensor: [class,
-sha256]}`` of what must be quantized, hashes null without a manifest), ``forward``, ``device``. Writes JSON lines:
-``{"loaded": ...}``, ``{"part": ..., "problems": [...]}``, ``{"forward": ...}``, ``{"error": ...}``.
+sha256]}`` of what must be quantized, hashes null without a manifest), ``forward``, ``example`` (code that uses what was
+opened, or null). Writes JSON lines: ``{"loaded": ...}``, ``{"part": ..., "problems": [...]}``, ``{"forward": ...}``,
+``{"error": ...}``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -22,8 +24,6 @@ def main() -> None:
     try:
         exec(compile(request["code"], "<load code>", "exec"), names)
         whole: Any = names.get("pipe", names.get("model"))
-        if request["device"] != "cpu":
-            whole.to(request["device"])
         models = {part: getattr(whole, part) if part else whole for part in request["parts"]}
     except Exception as error:
         say({"error": root_cause(error)})
@@ -34,6 +34,8 @@ def main() -> None:
     if request["forward"]:
         for part, model in models.items():
             say({"part": part, "forward": attempt_forward(model)})
+    if request["example"] is not None:
+        say({"forward": attempt_example(request["example"], names)})
 
 
 def root_cause(error: BaseException) -> str:
@@ -74,6 +76,17 @@ def content(tensor: Any, digest: Any = None) -> Any:
     elif tensor.numel():
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest
+
+
+def attempt_example(code: str, names: dict[str, Any]) -> dict[str, str]:
+    """Run the example of the model card where the load code left off; what it prints or writes is not kept."""
+    torch.manual_seed(0)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            exec(compile(code, "<example>", "exec"), names)
+    except Exception as error:
+        return {"status": "failed", "detail": f"the card's example failed: {root_cause(error)}"}
+    return {"status": "passed", "detail": "the card's example ran"}
 
 
 def attempt_forward(model: Any) -> dict[str, str]:
