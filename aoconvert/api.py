@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from aoconvert.engine.run import QuantizeResult
     from aoconvert.inspection.types import Inspection
     from aoconvert.planning import Plan
+    from aoconvert.sources import Source
     from aoconvert.verification.report import Report
 
 
@@ -52,7 +53,9 @@ def quantize(
         What was done; ``result.output`` is the folder, ``result.manifest`` what is in it.
 
     Raises:
-        AoconvertError: see ``plan``; also ReadError, WriteError and QuantizeError. Nothing is left half-written.
+        AoconvertError: see ``plan``; also ReadError, WriteError and QuantizeError. Nothing appears half-written under
+            the output's name. After a stop (also Ctrl-C, a kill, a full disk) the same call goes on where it was;
+            ``resume=False`` starts afresh.
     """
     return quantize_options(source, make_options(scheme, options), progress=progress or Silent())
 
@@ -193,14 +196,20 @@ def make_options(scheme: str, options: Mapping[str, Any]) -> QuantizeOptions:
     return QuantizeOptions(scheme=scheme, **values)
 
 
-def plan_options(source: str | Path, options: QuantizeOptions, *, need_weights: bool = False) -> Plan:
+def plan_options(source: str | Path, options: QuantizeOptions) -> Plan:
     """``plan`` with its options already made."""
-    from aoconvert import schemes
     from aoconvert.planning.make import make
+
+    return make(_resolved(source, options), options)
+
+
+def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
+    """The source; a wrong scheme name is said before anything is fetched."""
+    from aoconvert import schemes
     from aoconvert.sources import resolve
 
-    schemes.find(options.scheme, options.settings)  # a wrong name is said before anything is fetched
-    resolved = resolve(
+    schemes.find(options.scheme, options.settings)
+    return resolve(
         str(source),
         revision=options.revision,
         token=options.token,
@@ -208,27 +217,36 @@ def plan_options(source: str | Path, options: QuantizeOptions, *, need_weights: 
         local_files_only=options.local_files_only,
         trust_remote_code=options.trust_remote_code,
     )
-    return make(resolved, options, need_weights=need_weights)
 
 
 def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: Progress) -> QuantizeResult:
     """``quantize`` with its options already made."""
-    from aoconvert.engine.run import run
+    from aoconvert.engine.ahead import HashingAhead
+    from aoconvert.planning.weights import local_weights
 
-    made = plan_options(source, options, need_weights=True)
-    total = sum(made.source.files()[path].size for path in made.fetch)
-    if made.source.kind == "hub":
-        progress.start("download", total)
-        done = 0
+    resolved = _resolved(source, options)
+    with HashingAhead(local_weights(resolved, options)) as ahead:
+        from aoconvert.engine.run import run
+        from aoconvert.planning.make import make
 
-        def report(fetched: int, _: int) -> None:
-            nonlocal done
-            progress.advance(fetched - done)
-            done = fetched
+        made = make(resolved, options, need_weights=True)
+        if made.source.kind == "hub":
+            _download(made, progress)
+        digests = ahead.stop()
+    return run(made, progress, command=command_line(made, options), resume=options.resume, begun=digests)
 
-        made.source.fetch(made.fetch, report)
-        progress.finish()
-    return run(made, progress, command=command_line(made, options))
+
+def _download(made: Plan, progress: Progress) -> None:
+    progress.start("download", sum(made.source.files()[path].size for path in made.fetch))
+    done = 0
+
+    def report(fetched: int, _: int) -> None:
+        nonlocal done
+        progress.advance(fetched - done)
+        done = fetched
+
+    made.source.fetch(made.fetch, report)
+    progress.finish()
 
 
 def command_line(made: Plan, options: QuantizeOptions) -> str:
@@ -247,7 +265,7 @@ def command_line(made: Plan, options: QuantizeOptions) -> str:
         if getattr(options, flag) != getattr(defaults, flag):
             words += ["--" + flag.replace("_", "-"), str(getattr(options, flag))]
     if made.device != "cpu":
-        words += ["--device", made.device]
+        words += ["--device", made.device]  # how many there were does not change the bytes
     words += [
         f"--{flag.replace('_', '-')}" for flag in ("component_only", "trust_remote_code") if getattr(options, flag)
     ]

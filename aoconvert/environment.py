@@ -92,6 +92,22 @@ def choose_device(requested: str) -> str:
     return requested
 
 
+def choose_devices(requested: str) -> tuple[str, ...]:
+    """The devices that share the quantizing: one, several GPUs after commas, or with ``cuda:all`` all there are.
+
+    Raises:
+        UsageError, PlanError: as :func:`choose_device`; a CPU, or two kinds of device, among several.
+    """
+    if requested.endswith(":all"):
+        kind = requested.removesuffix(":all")
+        choose_device(kind)
+        return tuple(f"{kind}:{index}" for index in range(_device_count(kind))) if kind in ACCELERATORS else (kind,)
+    chosen = tuple(dict.fromkeys(choose_device(name.strip()) for name in requested.split(",")))
+    if len(chosen) > 1 and (len({_split(name)[0] for name in chosen}) > 1 or chosen[0] == "cpu"):
+        raise UsageError(f"--device {requested}: several devices must be GPUs of one kind", hint="e.g. cuda:0,cuda:1")
+    return chosen
+
+
 def device_facts(device: str) -> Device:
     """What ``device`` (a name that :func:`choose_device` returned) is.
 

@@ -60,11 +60,15 @@ class ReadError(AoconvertError):
 
 
 class WriteError(AoconvertError):
-    """Writing the result failed (disk full, no permission). The unfinished output was removed."""
+    """Writing the result failed (disk full, no permission). What is finished stays for the next run."""
 
 
 class QuantizeError(AoconvertError):
     """torchao could not quantize a tensor that the plan said it could."""
+
+
+class DeviceMemoryError(QuantizeError):
+    """The GPU has no memory left for a weight. What is finished stays for the next run."""
 
 
 class VerificationError(AoconvertError):
@@ -100,6 +104,6 @@ class HubError(AoconvertError):
 
 
 class Interrupted(AoconvertError):
-    """Ctrl-C or SIGTERM. The unfinished output was removed."""
+    """Ctrl-C or SIGTERM. What is finished stays for the next run."""
 
     exit_code = 130

@@ -31,6 +31,7 @@ class QuantizeKwargs(TypedDict, total=False):
     min_quantized: float
     output: str | Path
     overwrite: bool
+    resume: bool
     revision: str | None
     subfolder: str | None
     variant: str | None
@@ -57,6 +58,7 @@ class QuantizeOptions:
         min_quantized: least fraction of the parameters outside embeddings that must be quantized.
         output: folder that will hold the result.
         overwrite: replace an earlier result there.
+        resume: go on with what a run that was stopped left beside it; otherwise start afresh.
         revision: branch, tag or commit of a Hub repo.
         subfolder: folder inside the source to start from.
         variant: weights variant, e.g. ``fp16``.
@@ -78,6 +80,7 @@ class QuantizeOptions:
     min_quantized: float = 0.5
     output: Path = Path("out")
     overwrite: bool = False
+    resume: bool = True
     revision: str | None = None
     subfolder: str | None = None
     variant: str | None = None

@@ -104,5 +104,5 @@ def _fail(out: Output, error: AoconvertError) -> NoReturn:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM takes the same way out as Ctrl-C: what is unfinished is removed."""
+    """SIGTERM takes the same way out as Ctrl-C: what is finished stays for the next run."""
     raise KeyboardInterrupt

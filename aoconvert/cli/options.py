@@ -61,7 +61,11 @@ def conversion(function: F) -> F:
             help="Of what is not quantized, and the base of what is; auto keeps the source's.",
         ),
         click.option(
-            "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N|xpu", help="Where to quantize."
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|cuda|cuda:N|xpu",
+            help="Where to quantize; cuda:0,cuda:1 or cuda:all share it.",
         ),
         click.option(
             "--max-shard-size",
@@ -84,6 +88,9 @@ def conversion(function: F) -> F:
             help="Folder for the result.",
         ),
         click.option("--overwrite", is_flag=True, help="Replace an earlier result of aoconvert there."),
+        click.option(
+            "--no-resume", "resume", flag_value=False, default=True, help="Start afresh, whatever a stopped run left."
+        ),
         click.option("--revision", help="Branch, tag or commit of a Hub repo."),
         click.option("--subfolder", help="Folder inside the source to start from."),
         click.option("--variant", help="Weights variant, e.g. fp16."),

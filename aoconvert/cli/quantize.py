@@ -80,6 +80,8 @@ def _summary(result: QuantizeResult) -> RenderableType:
     table.add_row("time", f"{result.seconds:.1f} s, peak memory {size(result.peak_host_bytes)}")
     if result.peak_device_bytes:
         table.add_row("device", f"peak {size(result.peak_device_bytes)}")
+    if result.resumed:
+        table.add_row("resumed", f"{result.resumed} tensors were there already")
     if result.skipped:
         matrices = "1 matrix" if len(result.skipped) == 1 else f"{len(result.skipped)} matrices"
         table.add_row("not quantized", f"{matrices}; aoconvert.json has the reasons")

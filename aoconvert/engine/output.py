@@ -11,18 +11,24 @@ import logging
 import os
 import shutil
 import signal
+import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aoconvert.cache import remembered
+from aoconvert.environment import versions
 from aoconvert.errors import PlanError, WriteError
-from aoconvert.manifest import FileEntry
+from aoconvert.manifest import MANIFEST_NAME, FileEntry
+from aoconvert.planning.files import partial_folder
 from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Progress
 from aoconvert.sources import Source
 
+JOURNAL_NAME = "aoconvert.journal"
+_LOCK_NAME = "aoconvert.lock"
 _LINK_FROM = 1 << 20  # smaller files are copied: people edit configs
 _CHUNK = 1 << 22
 
@@ -30,8 +36,8 @@ _CHUNK = 1 << 22
 class Stage:
     """A folder beside the output in which the result grows.
 
-    Nothing appears under the output's name before ``place``. A folder left by a killed run is removed by the next
-    one; a folder that a living run holds is not touched.
+    Nothing appears under the output's name before ``place``. What an earlier run left in it stays until ``clear``; a
+    folder that a living run holds is not touched.
 
     Raises:
         PlanError: another process is writing to the same output.
@@ -40,48 +46,134 @@ class Stage:
 
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
-        self.root = self.output.parent / f".{self.output.name}.aoconvert-partial"
+        self.root = partial_folder(output)
         self._aside = self.output.parent / f".{self.output.name}.aoconvert-replaced"
+        self._journal_aside = self.output.parent / f".{self.output.name}.{JOURNAL_NAME}"
         self._made = [folder for folder in self.output.parents if not folder.exists()]
         self.placed = False
-        with _writing(self.root):
+        with writing(self.root):
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.root.mkdir(exist_ok=True)
-            self._lock = os.open(self.root, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise PlanError(
-                [f"another aoconvert is writing to {output}"], hint="wait for it, or choose another --output"
-            ) from None
-        except OSError:
-            logging.getLogger(__name__).debug("no locks on the file system of %s", self.root)
-        for left in self.root.iterdir():  # by a run that was killed
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        if self._aside.exists():  # killed while it replaced an earlier result
+            self._lock = self._hold(output)
+            try:
+                self._mend()
+            except BaseException:
+                os.close(self._lock)
+                raise
+        with contextlib.suppress(OSError):  # it is only for the message that another process shows
+            (self.root / _LOCK_NAME).write_text(f"{os.getpid()}\n")
+
+    def _mend(self) -> None:
+        """Put back what a run that was killed in the middle of ``place`` had moved."""
+        if self._aside.exists():
             shutil.rmtree(self._aside) if self.output.exists() else self._aside.rename(self.output)
+        if self._journal_aside.exists():
+            there = any(self.root.iterdir()) and not (self.root / JOURNAL_NAME).exists()
+            self._journal_aside.rename(self.root / JOURNAL_NAME) if there else self._journal_aside.unlink()
 
-    def place(self) -> None:
-        """Flush everything and move the folder to the output's name, replacing what is there.
+    def _hold(self, output: Path) -> int:
+        """The folder, made where it is not there, and locked: the kernel forgets the lock with the process."""
+        while True:
+            self.root.mkdir(exist_ok=True)
+            lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise PlanError(
+                    [f"another aoconvert{self._owner()} is writing to {output}"],
+                    hint="wait for it, or choose another --output",
+                ) from None
+            except OSError:
+                logging.getLogger(__name__).debug("no locks on the file system of %s", self.root)
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(lock), self.root.stat(follow_symlinks=False)):
+                    return lock
+            os.close(lock)  # its owner has just placed it, or removed it
 
-        An earlier result is set aside first and removed last, so that at no moment both are gone.
+    def _owner(self) -> str:
+        with contextlib.suppress(OSError, ValueError):
+            return f" (process {int((self.root / _LOCK_NAME).read_text()[:20])})"
+        return ""
+
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove what an earlier run left, but for these files; a link never stays.
+
+        Args:
+            keep: relative to the folder.
+
+        Raises:
+            WriteError: no permission.
         """
-        with _writing(self.output):
+        kept = {self.root / path for path in (*keep, _LOCK_NAME)}
+        with writing(self.root):
+            for folder, folders, files in os.walk(self.root, topdown=False):
+                for name in files:
+                    path = Path(folder, name)
+                    facts = path.lstat()
+                    if path not in kept or not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
+                        path.unlink()
+                for name in folders:
+                    path = Path(folder, name)
+                    if path.is_symlink():
+                        path.unlink()
+                    elif not any(path.iterdir()):
+                        path.rmdir()
+
+    def place(self, manifest: str) -> None:
+        """Flush everything, write the manifest, and move the folder to the output's name, replacing what is there.
+
+        The journal goes last, and comes back where something fails. An earlier result is set aside first and removed
+        last, so that at no moment both are gone.
+
+        Raises:
+            WriteError: disk full, or no permission.
+        """
+        try:
+            self._place(manifest)
+        finally:
+            if self.placed:
+                os.close(self._lock)
+                shutil.rmtree(self._aside, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self._journal_aside.unlink(missing_ok=True)
+
+    def _place(self, manifest: str) -> None:
+        draft, journal = self.root / f"{MANIFEST_NAME}.partial", self.root / JOURNAL_NAME
+        with writing(self.output):
             _sync_tree(self.root)
+            draft.write_text(manifest, encoding="utf-8")
+            _sync(draft)
             with _undisturbed():
-                if self.output.is_dir():
-                    self.output.rename(self._aside)
+                if journal.exists():
+                    journal.rename(self._journal_aside)
                 try:
-                    self.root.rename(self.output)
-                    self.placed = True
-                except OSError:
-                    if self._aside.exists():
-                        self._aside.rename(self.output)
+                    (self.root / _LOCK_NAME).unlink(missing_ok=True)
+                    draft.rename(self.root / MANIFEST_NAME)
+                    _sync(self.root)
+                    self._swap()
+                except BaseException:
+                    if self._journal_aside.exists():
+                        self._journal_aside.rename(journal)
                     raise
             _sync(self.output.parent)
-        os.close(self._lock)
-        shutil.rmtree(self._aside, ignore_errors=True)
+
+    def _swap(self) -> None:
+        if self.output.is_dir():
+            self.output.rename(self._aside)
+        try:
+            self.root.rename(self.output)
+            self.placed = True
+        except OSError:
+            if self._aside.exists():
+                self._aside.rename(self.output)
+            raise
+
+    def leave(self) -> None:
+        """Let go of the folder; what is in it is for a later run."""
+        with contextlib.suppress(OSError):
+            (self.root / _LOCK_NAME).unlink()
+        with contextlib.suppress(OSError):
+            os.close(self._lock)
 
     def discard(self) -> None:
         """Remove the unfinished folder, and the folders above it that were made for it."""
@@ -96,7 +188,7 @@ class Stage:
         """Write a small file, and give its entry."""
         target = self.root / path
         content = text.encode("utf-8")
-        with _writing(target):
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
         return FileEntry(path=path, size=len(content), sha256=hashlib.sha256(content).hexdigest())
@@ -117,7 +209,7 @@ class Stage:
                 continue
             origin = source.local(item.source).resolve()  # a file of the Hub cache is a link to its blob
             target = self.root / item.path
-            with _writing(target):
+            with writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 digest = _link_or_copy(origin, target, progress, item.path)
             entries.append(FileEntry(path=item.path, size=target.stat().st_size, sha256=digest))
@@ -172,7 +264,8 @@ def _link_or_copy(origin: Path, target: Path, progress: Progress, name: str) -> 
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """An ``OSError`` inside becomes a ``WriteError`` that names the file."""
     try:
         yield
     except OSError as error:
@@ -207,7 +300,19 @@ def model_config(library: str, config: Mapping[str, Any], quantization: Mapping[
 
 
 def quantization_config(library: str, config: Any, skipped: Iterable[str]) -> dict[str, Any]:
-    """The canonical ``quantization_config``, written by the library's own ``TorchAoConfig``."""
+    """The canonical ``quantization_config``, written by the library's own ``TorchAoConfig``.
+
+    It is remembered: the import alone takes a second.
+    """
+    from torchao.core.config import config_to_dict
+
+    skip = list(skipped)
+    facts = {"library": library, "versions": versions(), "config": config_to_dict(config), "skipped": skip}
+    values: dict[str, Any] = remembered("configs", facts, lambda: _quantization_config(library, config, skip))
+    return values
+
+
+def _quantization_config(library: str, config: Any, skipped: list[str]) -> dict[str, Any]:
     if library == "diffusers":
         from aoconvert.environment import import_diffusers
 
@@ -215,5 +320,5 @@ def quantization_config(library: str, config: Any, skipped: Iterable[str]) -> di
         from diffusers import TorchAoConfig
     else:
         from transformers import TorchAoConfig
-    values: dict[str, Any] = TorchAoConfig(config, modules_to_not_convert=list(skipped)).to_dict()
+    values: dict[str, Any] = TorchAoConfig(config, modules_to_not_convert=skipped).to_dict()
     return values

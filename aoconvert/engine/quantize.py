@@ -12,12 +12,16 @@ from aoconvert.errors import QuantizeError
 from aoconvert.schemes.apply import flatten, quantize_weight
 
 if TYPE_CHECKING:
+    from aoconvert.engine.kernels import Checked
     from aoconvert.schemes import Scheme
 
 # Elements of a block of rows. On a CPU a block and its temporaries stay in the caches: 4 to 7 times faster than the
 # whole 7680x1920 weight at once (tests/benchmarks/README.md).
 CPU_BLOCK = 1 << 19
 DEVICE_BLOCK = 1 << 26
+# Elements that are widened to float64 at once
+_WIDE = 1 << 19
+_DEVICE_WIDE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,11 @@ class Quantized:
 
 @dataclass
 class Error:
-    """The error of a quantized weight, summed over blocks of rows: ‖w‖², ‖w − dequantized‖², max |w − dequantized|."""
+    """‖w‖², ‖w − dequantized‖² and max |w − dequantized|.
+
+    The differences are float32, their squares and sums float64, in which those squares are exact. So block sizes,
+    threads and the way of computing change the sums by some 1e-15 of themselves, which no rounded figure shows.
+    """
 
     signal: float = 0.0
     noise: float = 0.0
@@ -47,10 +55,19 @@ class Error:
         """Count in a block: the source's rows and what torchao made of them."""
         weight = original.to(torch.float32)
         difference = weight - quantized.dequantize().to(torch.float32)
-        self.signal += _norm(weight) ** 2
-        self.noise += _norm(difference) ** 2
         low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
-        self.largest = max(self.largest, -float(low), float(high))
+        self.merge(Error(float(squares(weight)), float(squares(difference)), max(-float(low), float(high))))
+
+    def merge(self, other: Error) -> None:
+        """Count in the figures of other rows."""
+        self.signal += other.signal
+        self.noise += other.noise
+        self.largest = max(self.largest, other.largest)
+
+    @property
+    def finite(self) -> bool:
+        """No NaN and no infinity was seen."""
+        return math.isfinite(self.signal + self.noise)
 
     @property
     def sqnr_db(self) -> float | None:
@@ -60,10 +77,13 @@ class Error:
         return round(10 * math.log10(self.signal / self.noise), 4)
 
 
-def _norm(values: torch.Tensor) -> float:
-    """2-norm of float32 values; their squares overflow float32 from 2**64 on, which is rare enough to be slow."""
-    norm = float(torch.linalg.vector_norm(values))
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
+def squares(values: torch.Tensor) -> torch.Tensor:
+    """Σ values² in float64, on the values' device. It cannot overflow: the largest float32 squared is 1e77."""
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for chunk in torch.split(values.reshape(-1), _WIDE if values.device.type == "cpu" else _DEVICE_WIDE):
+        wide = chunk.to(torch.float64)
+        total += torch.dot(wide, wide)
+    return total
 
 
 @dataclass
@@ -97,27 +117,71 @@ class _Assembly:
 
 
 def quantize_tensor(
-    name: str, weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme, device: str, *, block: int | None = None
+    name: str,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    scheme: Scheme,
+    device: str,
+    *,
+    kernel: Checked | None = None,
+    block: int | None = None,
 ) -> Quantized:
-    """Quantize one weight, by blocks of rows where the scheme treats every row on its own.
-
-    Args:
-        name: for messages.
-        weight: the source's weight, (out_features, in_features), floating, on the CPU.
-        dtype: base dtype; the weight is cast to it before it is quantized.
-        scheme: what to quantize it to.
-        device: where the arithmetic runs.
-        block: elements of a block; default by device.
+    """Quantize one weight; the arguments are those of :func:`quantize_rows`.
 
     Raises:
         QuantizeError: NaN or infinity in the weight, or torchao failed on it.
     """
+    error = Error()
+    result = quantize_rows(name, weight, dtype, scheme, device, error, kernel=kernel, block=block)
+    return Quantized(result, error.sqnr_db, error.largest)
+
+
+def quantize_rows(
+    name: str,
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    scheme: Scheme,
+    device: str,
+    error: Error,
+    *,
+    kernel: Checked | None = None,
+    block: int | None = None,
+) -> torch.Tensor:
+    """Quantize a weight, or some rows of it where the scheme treats every row on its own.
+
+    Args:
+        name: for messages.
+        weight: the source's weight, (rows, in_features), floating, on the CPU.
+        dtype: base dtype; the weight is cast to it before it is quantized.
+        scheme: what to quantize it to.
+        device: where the arithmetic runs.
+        error: these rows are counted in.
+        kernel: the compiled way, for this source dtype and ``dtype``; eager without.
+        block: elements of a block of rows that eager takes at once; default by device.
+
+    Returns:
+        torchao's tensor of these rows, on the CPU.
+
+    Raises:
+        QuantizeError: NaN or infinity in the weight, or torchao failed on it.
+    """
+    done = kernel.quantize(weight) if kernel is not None else None
+    if done is None:
+        done = _eager(name, weight, dtype, scheme, device, block or (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK))
+    result, figures = done
+    if not figures.finite:
+        raise not_finite(name, weight, dtype, figures, scheme)
+    error.merge(figures)
+    return result
+
+
+def _eager(
+    name: str, weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme, device: str, elements: int
+) -> tuple[torch.Tensor, Error]:
     rows, columns = weight.shape
-    elements = block or (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK)
     step = max(1, elements // columns) if scheme.rowwise else rows
     error = Error()
     assembly = _Assembly(weight.shape)
-    result: torch.Tensor | None = None
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         original = weight[start:stop].to(device)
@@ -133,15 +197,12 @@ def quantize_tensor(
             )
         error.add(original, quantized)
         if step >= rows:
-            result = quantized.to("cpu")
-        else:
-            assembly.put(start, stop, quantized)
-    if not math.isfinite(error.signal + error.noise):
-        raise _not_finite(name, weight, dtype, error, scheme)
-    return Quantized(result if result is not None else assembly.result(), error.sqnr_db, error.largest)
+            return quantized.to("cpu"), error
+        assembly.put(start, stop, quantized)
+    return assembly.result(), error
 
 
-def _not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: Error, scheme: Scheme) -> QuantizeError:
+def not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: Error, scheme: Scheme) -> QuantizeError:
     """Say where the NaN or infinity comes from: the source, the cast, or the scheme."""
     if not math.isfinite(error.signal):
         return QuantizeError(f"{name} holds NaN or infinity", hint="repair the source, or leave it out with --skip")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,12 +9,13 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from aoconvert.engine.merging import Merging, open_merging
 from aoconvert.errors import ReadError, SourceError
-from aoconvert.models import transformers as transformers_models
+from aoconvert.models.base import SourceTensor
+from aoconvert.models.conversions import Rows
 from aoconvert.planning.types import ComponentPlan, TensorPlan
-from aoconvert.readers.digest import FileDigest
+from aoconvert.readers.digest import FileDigest, Mark
 from aoconvert.readers.multi import CheckpointReader
-from aoconvert.readers.safetensors import SafetensorsReader
 from aoconvert.sources import Source
 
 if TYPE_CHECKING:
@@ -30,63 +29,63 @@ class ComponentReading:
         plan: the component.
         whole: the plan it belongs to.
         scratch: folder on the output's disk, for tensors that must be merged first.
+        digests: of weights files that an earlier run read in part, by their path in the source.
 
     Raises:
         SourceError: no weights, damaged files, or transformers refuses the checkpoint.
     """
 
-    def __init__(self, plan: ComponentPlan, whole: Plan, scratch: Path) -> None:
+    def __init__(
+        self, plan: ComponentPlan, whole: Plan, scratch: Path, digests: Mapping[str, FileDigest] | None = None
+    ) -> None:
         if plan.weights is None:
             raise SourceError(f"{plan.component.title}: the source has no weights")
         self._source: Source = whole.source
         self._weights = plan.weights
-        self._folder: Path | None = None
-        self._merged: Mapping[str, tuple[Path, str]] = {}
-        self._open: tuple[Path, SafetensorsReader] | None = None
-        self._digests = {path: FileDigest(self._source.local(path)) for path in plan.weights.files}
+        earlier = digests or {}
+        self._digests = {path: earlier.get(path) or FileDigest(self._source.local(path)) for path in plan.weights.files}
+        self._marks: dict[str, dict[str, Mark]] = {}
         self._reader = CheckpointReader(self._source.root, plan.weights.files, plan.weights.index)
-        if plan.merged:
-            self._merge(plan, whole, scratch)
+        self._merging: Merging = open_merging(plan, whole, scratch, self._load)
 
-    def _merge(self, plan: ComponentPlan, whole: Plan, scratch: Path) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="merged-", dir=scratch))
-        config = self._source.local(f"{plan.component.folder}/config.json".lstrip("/"))
-        dtype = next(t.dtype for t in plan.tensors if t.origin is None and t.action != "tied")
-        self._merged = transformers_models.merged_reader_index(
-            plan.component,
-            config.parent,
-            self._folder,
-            getattr(torch, dtype),
-            variant=whole.variant,
-            code_root=config.parent if whole.trust_remote_code else None,
-        )
+    def read(self, tensor: TensorPlan, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
+        """The tensor, or its rows (start, stop), in host memory, in the source's dtype.
 
-    def read(self, tensor: TensorPlan) -> torch.Tensor:
-        """The tensor in host memory, in the source's dtype.
+        Args:
+            tensor: of the plan.
+            rows: of dimension 0; ``None`` for the whole.
+            into: uint8 memory that is large enough, or ``None``; may be left unused.
 
         Raises:
             ReadError: a disk error, or a file that changed since the plan.
         """
         if tensor.origin is None:
-            return self._read_merged(tensor)
-        path, name = tensor.origin
-        data = self._reader.read(name)
-        if tuple(data.shape) != tensor.shape or str(data.dtype) != f"torch.{tensor.source_dtype}":
-            raise ReadError(f"{path}: {name} is not what it was when the plan was made", hint="run again")
-        offset = self._reader.infos()[name].offset
-        self._digests[path].feed(offset, data)
+            data = self._merging.read(tensor, rows, into)
+        else:
+            path, name = tensor.origin
+            dtype: torch.dtype = getattr(torch, tensor.source_dtype)
+            data = self._load(SourceTensor(path, name, dtype, tensor.shape, tensor.bytes_in), rows, into)
+        marks = self._marks.setdefault(tensor.name, {})
+        for file, digest in self._digests.items():
+            if mark := digest.mark():
+                marks[file] = mark
         return data
 
-    def _read_merged(self, tensor: TensorPlan) -> torch.Tensor:
-        place = self._merged.get(tensor.name)
-        if place is None:
-            raise ReadError(f"transformers did not build {tensor.name}", hint="does from_pretrained open this model?")
-        path, name = place
-        if self._open is None or self._open[0] != path:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = (path, SafetensorsReader(path))
-        return self._open[1].read(name)
+    def marks(self, name: str) -> Mapping[str, Mark]:
+        """What was read of which weights file until a tensor was read, for the journal; once a tensor."""
+        return self._marks.pop(name, {})
+
+    def _load(self, source: SourceTensor, rows: Rows | None, into: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor of the checkpoint, or rows of it, as it is stored; its bytes go into the file's digest."""
+        path, name = source.file, source.name
+        info = self._reader.infos()[name]
+        if (info.shape, info.dtype) != (source.shape, source.dtype):
+            raise ReadError(f"{path}: {name} is not what it was when the plan was made", hint="run again")
+        data = self._reader.read(name, into) if rows is None else self._reader.read_rows(name, *rows, into)
+        if info.in_order:
+            skip = 0 if rows is None else rows[0] * (info.nbytes // info.shape[0])
+            self._digests[path].feed(info.offset + skip, data)
+        return data
 
     def digests(self) -> Mapping[str, str]:
         """SHA-256 (hex) of each weights file, by its path in the source; what was not read yet is read now.
@@ -108,11 +107,7 @@ class ComponentReading:
     def close(self) -> None:
         """Close every file and remove what was merged."""
         self._reader.close()
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._merging.close()
 
     def __enter__(self) -> Self:
         return self

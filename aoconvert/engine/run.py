@@ -7,30 +7,35 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from aoconvert import __version__, manifest
+from aoconvert.engine.journal import Journal
 from aoconvert.engine.memory import peak_device_bytes, peak_host_bytes, steady_allocator
 from aoconvert.engine.output import Stage, model_config, quantization_config
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.engine.source_card import read_card
 from aoconvert.engine.stream import ComponentResult, Seconds, run_component
 from aoconvert.environment import device_facts, platform_name, versions
-from aoconvert.errors import Interrupted
+from aoconvert.errors import DeviceMemoryError, Interrupted, ReadError, SourceError, WriteError
 from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry
 from aoconvert.models import join
 from aoconvert.planning import ComponentPlan, Plan
 from aoconvert.planning.files import index_name
 from aoconvert.planning.types import layout_dict, vars_of
 from aoconvert.progress import Progress
+from aoconvert.readers.digest import FileDigest
 from aoconvert.writers.index import write_index
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What a run did; ``to_dict`` is what ``aoconvert quantize --json`` prints. Bytes, seconds."""
+    """What a run did; ``to_dict`` is what ``aoconvert quantize --json`` prints. Bytes, seconds.
+
+    ``resumed`` is the number of tensors that an earlier run had finished.
+    """
 
     output: Path
     manifest: Manifest
@@ -44,6 +49,7 @@ class QuantizeResult:
     peak_device_bytes: int
     skipped: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
+    resumed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Keys are a contract (``cli.md``)."""
@@ -60,26 +66,43 @@ class QuantizeResult:
             "peak_device_bytes": self.peak_device_bytes,
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "warnings": list(self.warnings),
+            "resumed": self.resumed,
         }
 
 
-def run(plan: Plan, progress: Progress, *, command: str) -> QuantizeResult:
+def run(
+    plan: Plan,
+    progress: Progress,
+    *,
+    command: str,
+    resume: bool = True,
+    begun: Mapping[Path, FileDigest] | None = None,
+) -> QuantizeResult:
     """Carry out ``plan``. The output appears under its name only when it is whole.
 
     Args:
         plan: made with the same versions, its source's files local.
         progress: is told what happens.
         command: the command line that makes the result again, for the manifest.
+        resume: go on with what an earlier run left; otherwise start afresh.
+        begun: digests of weights files that were hashed in part already.
 
     Raises:
-        AoconvertError: the unfinished output is removed.
+        AoconvertError: after ``Interrupted``, ``WriteError``, ``ReadError`` and ``SourceError`` the tensors that are
+            finished stay beside the output for the next run, and the hint says so; otherwise nothing is left.
     """
     steady_allocator()
     began = time.perf_counter()
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     stage = Stage(plan.output)
+    journal = Journal(plan, stage)
     try:
-        entries, digests, seconds = _components(plan, stage, progress)
+        unused = journal.open(resume, progress)
+        resumed = journal.kept
+        for path in {path for item in plan.components if item.weights for path in item.weights.files}:
+            if begun and (digest := begun.get(plan.source.local(path))):
+                journal.digests.setdefault(path, digest)
+        entries, digests, seconds = _components(plan, stage, journal, progress)
         copied: list[FileEntry] = []
         if plan.copied:
             progress.start("copy", sum(item.size for item in plan.copied))
@@ -98,32 +121,55 @@ def run(plan: Plan, progress: Progress, *, command: str) -> QuantizeResult:
                 started=started,
                 seconds=round(elapsed, 3),
                 peak_host_bytes=peak_host_bytes(),
-                peak_device_bytes=peak_device_bytes(plan.device),
+                peak_device_bytes=max(peak_device_bytes(device) for device in plan.devices),
                 reader_seconds=round(seconds.reader, 3),
                 quantize_seconds=round(seconds.quantize, 3),
                 writer_seconds=round(seconds.writer, 3),
             ),
         )
-        stage.write_text(manifest.MANIFEST_NAME, manifest.dump(result))
-        stage.place()
+        stage.place(manifest.dump(result))
     except KeyboardInterrupt:
-        stage.discard()
-        what = "the output is whole" if stage.placed else "the unfinished output was removed"
-        raise Interrupted(f"interrupted; {what}") from None
+        raise _interrupted(stage, journal) from None
+    except (WriteError, ReadError, SourceError, DeviceMemoryError) as error:
+        if journal.kept:
+            stage.leave()
+            error.hint = "; ".join(filter(None, [error.hint, f"the same command goes on: {_kept(stage, journal)}"]))
+        else:
+            stage.discard()
+        raise
     except BaseException:
         stage.discard()
         raise
-    return _result(plan, result)
+    finally:
+        journal.close()
+    warning = (f"the earlier run's work is not used: {unused}",) if unused else ()
+    return replace(_result(plan, result), warnings=(*plan.warnings, *warning), resumed=resumed)
+
+
+def _interrupted(stage: Stage, journal: Journal) -> Interrupted:
+    """What to say after Ctrl-C or SIGTERM; what is finished stays."""
+    if stage.placed:
+        return Interrupted("interrupted; the output is whole")
+    if not journal.kept:
+        stage.discard()
+        return Interrupted("interrupted; the unfinished output was removed")
+    stage.leave()
+    what = f"{journal.kept} of {journal.total} tensors are kept, run the same command again to go on"
+    return Interrupted(f"interrupted; {what}", hint=f"they are in {stage.root}; --no-resume starts afresh")
+
+
+def _kept(stage: Stage, journal: Journal) -> str:
+    return f"{journal.kept} of {journal.total} tensors are kept in {stage.root}; --no-resume starts afresh"
 
 
 def _components(
-    plan: Plan, stage: Stage, progress: Progress
+    plan: Plan, stage: Stage, journal: Journal, progress: Progress
 ) -> tuple[list[ComponentEntry], dict[str, FileEntry], Seconds]:
     entries, digests, seconds = [], {}, Seconds()
     progress.start("quantize", sum(item.totals.bytes_in for item in plan.components))
     for component in plan.components:
-        with ComponentReading(component, plan, stage.root) as reading:
-            done = run_component(component, reading, stage.root, plan.device, progress)
+        with ComponentReading(component, plan, stage.root, journal.digests) as reading:
+            done = run_component(component, reading, journal, plan.devices, progress, allow_cpu=plan.allow_cpu)
             for path, digest in reading.digests().items():
                 digests[path] = FileEntry(path=path, size=plan.source.files()[path].size, sha256=digest)
         seconds += done.seconds

@@ -5,26 +5,38 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
-from aoconvert.engine.quantize import quantize_tensor
-from aoconvert.planning.make import READ_AHEAD_BYTES
+from aoconvert.engine.kernels import Kernels
+from aoconvert.engine.lanes import PER_DEVICE, Lanes
+from aoconvert.engine.process import Begin, End, Message, Piece, Processor, Rows, Whole
+from aoconvert.engine.quantize import Error
+from aoconvert.planning.needs import READ_AHEAD_BYTES
+from aoconvert.planning.slices import BUFFERS, SLICE_BYTES, slices
 from aoconvert.planning.types import ComponentPlan, TensorPlan
 from aoconvert.progress import Progress
-from aoconvert.writers.torch_bin import SealedFile, TorchBinWriter, WrittenTensor
+from aoconvert.readers.digest import Mark
+from aoconvert.writers.torch_bin import SealedFile, TensorSink, TorchBinWriter, WrittenTensor
+
+if TYPE_CHECKING:
+    from aoconvert.engine.journal import Journal
 
 
 class Reading(Protocol):
-    """Gives one tensor of the plan in host memory, its own copy, in the source's dtype."""
+    """Gives tensors of the plan in host memory, in the source's dtype."""
 
-    def read(self, tensor: TensorPlan) -> torch.Tensor:
-        """The tensor's data; shape and dtype as the plan says."""
+    def read(self, tensor: TensorPlan, rows: tuple[int, int] | None, into: torch.Tensor | None) -> torch.Tensor:
+        """The tensor, or its rows (start, stop); in ``into``, uint8 memory, where that is possible."""
+
+    def marks(self, name: str) -> Mapping[str, Mark]:
+        """What was read of which weights file until this tensor was read."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,11 @@ class TensorResult:
     written: WrittenTensor
     sqnr_db: float | None = None
     max_abs_error: float | None = None
+
+    @classmethod
+    def of(cls, written: WrittenTensor, error: Error | None) -> TensorResult:
+        """With the error of a quantized weight."""
+        return cls(written) if error is None else cls(written, error.sqnr_db, error.largest)
 
 
 @dataclass
@@ -57,26 +74,31 @@ class ComponentResult:
     seconds: Seconds
 
 
-@dataclass(frozen=True)
-class _Done:
-    plan: TensorPlan
-    tensor: torch.Tensor
-    sqnr_db: float | None = None
-    max_abs_error: float | None = None
-
-
 def run_component(
-    plan: ComponentPlan, reading: Reading, root: Path, device: str, progress: Progress
+    plan: ComponentPlan,
+    reading: Reading,
+    journal: Journal,
+    devices: Sequence[str],
+    progress: Progress,
+    *,
+    allow_cpu: bool = False,
 ) -> ComponentResult:
-    """Stream every tensor of a component into its files below ``root``.
+    """Stream every tensor of a component into its files, but for those that ``journal`` has already.
 
     Bounded channels connect the stages, so memory does not depend on the model's size. The quantizer runs in the
     calling thread, which is the one that Ctrl-C reaches.
 
     Raises:
-        AoconvertError: of whichever stage failed first; unfinished files are removed.
+        AoconvertError: of whichever stage failed first; what is finished stays, and the journal knows it.
     """
-    return _Stream(plan, reading, root, device, progress).run()
+    done = journal.finished(plan)
+    for tensor in plan.tensors:
+        if tensor.name in done:
+            progress.advance(tensor.bytes_in, tensor.name)
+    files = journal.sealed(plan)
+    return _Stream(
+        plan, reading, journal, devices, allow_cpu, progress, frozenset(done), tensors=done, files=files
+    ).run()
 
 
 def available_cores() -> int:
@@ -91,17 +113,26 @@ def available_cores() -> int:
 class _Stream:
     plan: ComponentPlan
     reading: Reading
-    root: Path
-    device: str
+    journal: Journal
+    devices: Sequence[str]
+    allow_cpu: bool
     progress: Progress
+    done: frozenset[str]
     seconds: Seconds = field(default_factory=Seconds)
     failures: list[BaseException] = field(default_factory=list)
     tensors: dict[str, TensorResult] = field(default_factory=dict)
     files: dict[str, SealedFile] = field(default_factory=dict)
 
     def run(self) -> ComponentResult:
-        source: Channel[tuple[TensorPlan, torch.Tensor]] = Channel(READ_AHEAD_BYTES)
-        sink: Channel[_Done] = Channel(READ_AHEAD_BYTES)
+        source: Channel[Piece] = Channel(READ_AHEAD_BYTES)
+        sink: Channel[Message] = Channel(READ_AHEAD_BYTES)
+        on_gpu = self.devices[0] != "cpu"
+        pool = BufferPool(SLICE_BYTES, BUFFERS + on_gpu * PER_DEVICE * len(self.devices), pinned=on_gpu)
+
+        def give_up() -> None:
+            source.close()
+            sink.close()
+            pool.close()
 
         def guarded(work: Callable[[], None]) -> Callable[[], None]:
             def body() -> None:
@@ -111,13 +142,12 @@ class _Stream:
                     pass
                 except BaseException as error:
                     self.failures.append(error)
-                    source.close()
-                    sink.close()
+                    give_up()
 
             return body
 
         threads = [
-            threading.Thread(target=guarded(lambda: self._read(source)), name="aoconvert-reader", daemon=True),
+            threading.Thread(target=guarded(lambda: self._read(source, pool)), name="aoconvert-reader", daemon=True),
             threading.Thread(target=guarded(lambda: self._write(sink)), name="aoconvert-writer", daemon=True),
         ]
         for thread in threads:
@@ -132,11 +162,11 @@ class _Stream:
             pass
         except BaseException as error:
             self.failures.insert(0, error)
-            source.close()
+            give_up()
         finally:
             torch.set_num_threads(threads_before)
             if self.failures:
-                sink.close()
+                give_up()
             else:
                 sink.end()
             for thread in threads:
@@ -147,61 +177,91 @@ class _Stream:
 
     def _ordered(self) -> Iterator[TensorPlan]:
         plans = {tensor.name: tensor for tensor in self.plan.tensors}
-        return (plans[name] for name in self.plan.order)
+        return (plans[name] for name in self.plan.order if name not in self.done)
 
-    def _read(self, out: Channel[tuple[TensorPlan, torch.Tensor]]) -> None:
+    def _read(self, out: Channel[Piece], pool: BufferPool) -> None:
         for tensor in self._ordered():
-            began = time.perf_counter()
-            data = self.reading.read(tensor)
-            self.seconds.reader += time.perf_counter() - began
-            out.put((tensor, data), tensor.bytes_in)
-            del data  # or it would live until the next one is read
+            pieces = slices(tensor, self.plan.scheme)
+            for start, stop in pieces:
+                nbytes = -(-tensor.bytes_in * (stop - start) // pieces[-1][1]) if pieces[-1][1] else 0
+                buffer = pool.take(nbytes)
+                began = time.perf_counter()
+                data = self.reading.read(tensor, None if len(pieces) == 1 else (start, stop), buffer)
+                self.seconds.reader += time.perf_counter() - began
+                out.put(Piece(tensor, start, stop, data, partial(pool.give, buffer)), nbytes)
+                del data  # or it would live until the next one is read
         out.end()
 
-    def _quantize(self, source: Channel[tuple[TensorPlan, torch.Tensor]], out: Channel[_Done]) -> None:
-        with torch.no_grad():
-            while (item := source.get()) is not None:
-                tensor, data = item
-                began = time.perf_counter()
-                done = self._process(tensor, data)
-                self.seconds.quantize += time.perf_counter() - began
-                del item, data
-                out.put(done, tensor.bytes_out)
-                del done
+    def _quantize(self, source: Channel[Piece], out: Channel[Message]) -> None:
+        waited = 0.0
 
-    def _process(self, tensor: TensorPlan, data: torch.Tensor) -> _Done:
-        dtype = getattr(torch, tensor.dtype)
-        if tensor.action != "quantize":
-            return _Done(tensor, data.to(dtype))
-        result = quantize_tensor(tensor.name, data, dtype, self.plan.scheme, self.device)
-        return _Done(tensor, result.tensor, result.sqnr_db, result.max_abs_error)
+        def send(message: Message, nbytes: int) -> None:
+            nonlocal waited
+            began = time.perf_counter()
+            out.put(message, nbytes)
+            waited += time.perf_counter() - began
 
-    def _write(self, source: Channel[_Done]) -> None:
+        plan = self.plan
+        to_quantize = sum(tensor.bytes_in for tensor in self._ordered() if tensor.action == "quantize")
+        with torch.no_grad(), Kernels(plan.scheme, self.devices[0], to_quantize) as kernels:
+            processor = Processor(Lanes(self.devices, plan.scheme, kernels, self.allow_cpu), send)
+            while (piece := source.get()) is not None:
+                began, waited = time.perf_counter(), 0.0
+                processor.take(piece)
+                self.seconds.quantize += time.perf_counter() - began - waited
+                del piece
+            processor.flush()
+
+    def _write(self, source: Channel[Message]) -> None:
         """Tensors come file by file; a file is sealed when its last tensor has passed."""
         left: dict[str, int] = {}
         for tensor in self.plan.tensors:
             if tensor.file is not None:
-                left[tensor.file] = left.get(tensor.file, 0) + 1
+                left[tensor.file] = left.get(tensor.file, 0) + (tensor.name not in self.done)
         writer: TorchBinWriter | None = None
+        sink: TensorSink | None = None
         try:
-            while (done := source.get()) is not None:
-                path = done.plan.file
+            for whole in [path for path, count in left.items() if not count and path not in self.files]:
+                writer = self.journal.writer(whole)
+                self._seal(whole, writer)
+                writer = None
+            while (message := source.get()) is not None:
+                plan = message.plan
+                path = plan.file
                 assert path is not None
                 began = time.perf_counter()
                 if writer is None:
-                    target = self.root / path
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    writer = TorchBinWriter(target)
-                written = writer.add(done.plan.name, done.tensor)
-                self.tensors[done.plan.name] = TensorResult(written, done.sqnr_db, done.max_abs_error)
-                left[path] -= 1
+                    writer = self.journal.writer(path)
+                written: WrittenTensor | None = None
+                match message:
+                    case Whole():
+                        written = writer.add(plan.name, message.tensor)
+                        message.release()
+                    case Begin():
+                        sink = writer.begin(plan.name, message.like)
+                    case Rows():
+                        assert sink is not None
+                        sink.put(message.rows)
+                        message.release()
+                    case End():
+                        assert sink is not None
+                        written = sink.finish(message.rest)
+                if isinstance(message, Whole | End):
+                    assert written is not None
+                    result = self.tensors[plan.name] = TensorResult.of(written, message.error)
+                    self.journal.done(path, result, writer.last(), self.reading.marks(plan.name))
+                    left[path] -= 1
+                    self.progress.advance(plan.bytes_in, plan.name)
                 if not left[path]:
-                    order = [tensor.name for tensor in self.plan.tensors if tensor.file == path]
-                    self.files[path] = writer.seal(order)
+                    self._seal(path, writer)
                     writer = None
                 self.seconds.writer += time.perf_counter() - began
-                self.progress.advance(done.plan.bytes_in, done.plan.name)
-                del done
+                del message
         finally:
             if writer is not None:
-                writer.abort()
+                writer.leave()
+
+    def _seal(self, path: str, writer: TorchBinWriter) -> None:
+        sealed = writer.seal([tensor.name for tensor in self.plan.tensors if tensor.file == path])
+        self.journal.done_file(path, sealed)
+        self.files[path] = sealed

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from aoconvert.errors import SourceError
@@ -39,6 +39,17 @@ class Component:
     def title(self) -> str:
         """How messages call it."""
         return self.name or self.class_name
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of the checkpoint: the file that holds it (relative to the source), its name there, what it is."""
+
+    file: str
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,40 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A component's empty model and what it is made of. ``model`` is on ``meta`` as a whole."""
+    """A component's empty model and what it is made of.
+
+    ``model`` is on ``meta`` as a whole; ``None`` where what it is made of was known without building it.
+    """
 
     component: Component
-    model: nn.Module = field(repr=False)
+    model: nn.Module | None = field(repr=False)
     tensors: tuple[TensorSpec, ...] = field(repr=False)
 
     def __iter__(self) -> Iterator[TensorSpec]:
         return iter(self.tensors)
+
+
+def to_json(tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+    """The tensors as JSON values."""
+    return [{**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for spec in tensors]
+
+
+def from_json(values: Any) -> tuple[TensorSpec, ...]:
+    """What :func:`to_json` gave.
+
+    Raises:
+        TypeError, KeyError, AttributeError, ValueError: it is something else.
+    """
+    import torch
+
+    specs = []
+    for value in values:
+        dtype = getattr(torch, value["dtype"])
+        spec = TensorSpec(**{**value, "dtype": dtype, "shape": tuple(map(int, value["shape"]))})
+        if not isinstance(dtype, torch.dtype) or not isinstance(spec.name, str):
+            raise ValueError("no tensor")
+        specs.append(spec)
+    return tuple(specs)
 
 
 def build_empty(component: Component, build: Callable[[], nn.Module]) -> nn.Module:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoconvert.environment import import_diffusers
+from aoconvert.cache import remembered
+from aoconvert.environment import import_diffusers, version_of
 from aoconvert.errors import SourceError
-from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors
+from aoconvert.models import base
+from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors, from_json, to_json
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+_PACKAGES = ("diffusers", "transformers", "accelerate", "torch")
 
 
 def model_class(component: Component) -> Any:
@@ -46,10 +52,39 @@ def skeleton(component: Component, dtype: torch.dtype) -> Skeleton:
     diffusers keeps ``_keep_in_fp32_modules`` in float32 for every dtype, and matches them against the parts of the
     parameter's name (``load_model_dict_into_meta``).
     """
-    model = empty_model(component)
-    wanted = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    keep = frozenset(name for name in model.state_dict() if wanted & set(name.split(".")))
-    return Skeleton(component, model, describe_tensors(model, tied={}, keep_fp32=keep, output_head=None))
+    built: Skeleton | None = None
+
+    def make() -> list[dict[str, Any]] | None:
+        nonlocal built
+        model = empty_model(component)
+        wanted = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        keep = frozenset(name for name in model.state_dict() if wanted & set(name.split(".")))
+        built = Skeleton(component, model, describe_tensors(model, tied={}, keep_fp32=keep, output_head=None))
+        renames = any(getattr(module, "_from_deprecated_attn_block", False) for module in model.modules())
+        return None if renames or _unreleased() else to_json(built.tensors)
+
+    # building the model takes two seconds of imports; its tensors follow from class, config and versions alone
+    known = remembered("skeletons", {"config": component.config, "class": component.class_name, **_versions()}, make)
+    if built is not None:
+        return built
+    try:
+        return Skeleton(component, None, from_json(known))
+    except (TypeError, KeyError, AttributeError, ValueError):  # damaged
+        make()
+        assert built is not None
+        return built
+
+
+def _versions() -> dict[str, Any]:
+    """What decides how a model is built, this code included."""
+    code = [Path(file).read_bytes() for file in (__file__, base.__file__)]
+    digests = [hashlib.sha256(text).hexdigest() for text in code]
+    return {"versions": {name: version_of(name) for name in _PACKAGES}, "code": digests}
+
+
+def _unreleased() -> bool:
+    """A version that does not tell one state of the code from another."""
+    return any("dev" in (version_of(name) or "dev") for name in _PACKAGES)
 
 
 def source_names(skeleton: Skeleton, checkpoint: Iterable[str], *, sharded: bool) -> Mapping[str, str]:
@@ -58,6 +93,8 @@ def source_names(skeleton: Skeleton, checkpoint: Iterable[str], *, sharded: bool
     They are the same, except for attention blocks that diffusers renamed before it had sharded checkpoints.
     """
     names = {name: name for name in checkpoint}
+    if skeleton.model is None:
+        return names
     rename = getattr(skeleton.model, "_fix_state_dict_keys_on_load", None)
     if rename is not None and not sharded:
         rename(names)

@@ -1,8 +1,9 @@
 """Empty transformers models, and the checkpoint's tensors under the model's own names.
 
 transformers 5 renames, splits and merges the tensors of many checkpoints while it loads them. Renamed ones are
-resolved here with the library's own rules and read from the original file. Where tensors must be merged (experts of
-a mixture), the official loader does it with disk offload and holds no weights (see ``merged_reader_index``).
+resolved here with the library's own rules and read from the original file. Those that go through one of its
+converters (experts of a mixture are stacked) are made one by one, see ``conversions``. Where that cannot be, the
+official loader makes a copy of them on disk and holds no weights (see ``merged_reader_index``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
 from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors
+from aoconvert.models.conversions import Conversion
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +68,8 @@ def _config(component: Component, code_root: Path | None) -> Any:
     return AutoConfig.for_model(model_type, **values)
 
 
-def empty_model(component: Component, *, code_root: Path | None = None) -> nn.Module:
-    """Build the model on ``meta``.
+def empty_model(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> nn.Module:
+    """Build the model on ``meta``, as ``from_pretrained`` does: ``dtype`` is what a class that names none gets.
 
     Raises:
         SourceError: the class does not exist, or does not take this config.
@@ -76,24 +78,25 @@ def empty_model(component: Component, *, code_root: Path | None = None) -> nn.Mo
 
     cls = model_class(component, code_root=code_root)
     with no_init_weights():
-        return build_empty(component, lambda: cls(_config(component, code_root)))
+        return build_empty(component, lambda: cls._from_config(_config(component, code_root), dtype=dtype))
 
 
 def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
     """The empty model and its tensors. ``dtype`` is what floating tensors will be cast to.
 
     transformers keeps ``_keep_in_fp32_modules_strict`` in float32 below float32, and ``_keep_in_fp32_modules`` only
-    below float16; its own plan for ``dtype`` is asked.
+    below float16; its own plan for ``dtype`` is asked. What a class makes in float32 whatever the default stays so.
     """
+    import torch
     from transformers.core_model_loading import build_glob_alternation
 
-    model: Any = empty_model(component, code_root=code_root)
-    names = list(model.state_dict())
+    model: Any = empty_model(component, dtype, code_root=code_root)
+    names = model.state_dict()
+    keep = frozenset(name for name, tensor in names.items() if dtype != tensor.dtype == torch.float32)
     plan = model._get_dtype_plan(dtype)
-    keep: frozenset[str] = frozenset()
     if plan:
         pattern, _, _ = build_glob_alternation(list(plan))
-        keep = frozenset(name for name in names if pattern.search(name))
+        keep |= {name for name in names if pattern.search(name)}
     head = model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if head is not None and module is head), None)
     tied = {name: target for name, target in model.all_tied_weights_keys.items() if name in set(names)}
@@ -107,19 +110,24 @@ class Names:
     Attributes:
         direct: state-dict key → the checkpoint's name of the same tensor.
         merged: state-dict keys that transformers builds from several tensors, or by an operation on one.
+        conversions: how it builds them.
+        clash: a key that the checkpoint gives in both ways, if there is one.
     """
 
     direct: Mapping[str, str]
     merged: frozenset[str]
+    conversions: tuple[Conversion, ...]
+    clash: str | None
 
 
 def source_names(skeleton: Skeleton, checkpoint: Iterable[str]) -> Names:
     """Resolve the checkpoint's names with transformers' own renaming rules, reading nothing.
 
-    The same steps as ``transformers.core_model_loading.convert_and_load_state_dict_in_model`` takes for a key.
+    The same steps in the same order as ``transformers.core_model_loading.convert_and_load_state_dict_in_model`` takes
+    for a key: experts are stacked in the order they come, and some rules look at the keys before.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     model: Any = skeleton.model
     wanted = model.state_dict()
@@ -127,23 +135,31 @@ def source_names(skeleton: Skeleton, checkpoint: Iterable[str]) -> Names:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     direct: dict[str, str] = {}
+    collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     merged: set[str] = set()
-    for name in checkpoint:
+    for name in sorted(checkpoint, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if target not in wanted and name in wanted:
             target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
         if target not in wanted:
             continue
-        if pattern is not None:
-            merged.add(target)
-            converter = next(c for c in converters if pattern in c.source_patterns)
-            # one tensor split into several: the first target stands for all of them
-            for other in converter.target_patterns[1:]:
-                merged.add(target.replace(converter.target_patterns[0], other))
-        else:
-            direct[target] = name
-    return Names({k: v for k, v in direct.items() if k not in merged}, frozenset(merged & set(wanted)))
+        if pattern is None:
+            direct.setdefault(target, name)
+            continue
+        _, sources = collected.setdefault(target, (by_pattern[pattern], {}))
+        sources.setdefault(pattern, []).append(name)
+        # one tensor split into several: the first target stands for all of them
+        first, *others = by_pattern[pattern].target_patterns
+        merged |= {target, *(target.replace(first, other) for other in others)}
+    conversions = tuple(
+        Conversion(layer, converter, {pattern: tuple(names) for pattern, names in sources.items()})
+        for layer, (converter, sources) in collected.items()
+    )
+    clash = next((name for name in direct if name in merged), None)
+    kept = {name: origin for name, origin in direct.items() if name not in merged}
+    return Names(kept, frozenset(merged & set(wanted)), conversions, clash)
 
 
 @contextmanager

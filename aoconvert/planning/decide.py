@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from aoconvert.errors import QuantizeError
 from aoconvert.models import Skeleton, TensorSpec
-from aoconvert.planning.inventory import Inventory, SourceTensor
+from aoconvert.models.base import SourceTensor
+from aoconvert.models.conversions import Recipe
+from aoconvert.planning.inventory import Inventory
 from aoconvert.planning.types import Action, TensorPlan
 from aoconvert.schemes import Scheme, blocker
 from aoconvert.schemes.apply import quantize_weight
@@ -161,9 +163,11 @@ class _Decider:
     def plan(self, spec: TensorSpec) -> TensorPlan | None:
         """What happens to one tensor; ``None`` where something is wrong with it."""
         origin = self._origin(spec)
-        if not self._is_usable(spec, origin):
+        recipe = self.inventory.recipes.get(spec.name) if self.inventory else None
+        if not self._is_usable(spec, origin, recipe):
             return None
-        found = origin.dtype if origin else (spec.dtype if not spec.floating else self.dtype or spec.dtype)
+        made = origin or recipe
+        found = made.dtype if made else (spec.dtype if not spec.floating else self.dtype or spec.dtype)
         target = _target_dtype(spec, found, self.dtype)
         if spec.tied_to:
             why: str | None = f"the same tensor as {spec.tied_to}"
@@ -185,9 +189,11 @@ class _Decider:
             candidate=spec.kind == "linear" or (spec.parameter and len(spec.shape) > 1 and spec.kind == "other"),
             parameter=spec.parameter,
             embedding=spec.kind == "embedding",
-            bytes_in=spec.numel * found.itemsize if written else 0,
+            bytes_in=0 if not written else recipe.bytes_in(spec.name) if recipe else spec.numel * found.itemsize,
             bytes_out=nbytes(self.outputs[spec.name]) if written else 0,
             origin=(origin.file, origin.name) if origin and written else None,
+            sources=tuple((source.file, source.name) for source in recipe) if recipe and written else (),
+            working_bytes=recipe.working_bytes(spec.name, target) if recipe and written else 0,
         )
 
     def _origin(self, spec: TensorSpec) -> SourceTensor | None:
@@ -199,21 +205,22 @@ class _Decider:
         names = [spec.name, *self._twins.get(spec.name, ())]
         return next((self.inventory.direct[name] for name in names if name in self.inventory.direct), None)
 
-    def _is_usable(self, spec: TensorSpec, origin: SourceTensor | None) -> bool:
+    def _is_usable(self, spec: TensorSpec, origin: SourceTensor | None, recipe: Recipe | None) -> bool:
         title = self.skeleton.component.title
         if self.inventory is None or spec.tied_to is not None:
             return True
-        if origin is None:
+        if origin is None and recipe is None:
             if spec.name not in self.inventory.merged:
                 self.missing.append(spec.name)
             return spec.name in self.inventory.merged
-        if origin.shape != spec.shape:
+        if origin is not None and origin.shape != spec.shape:
             self.problems.append(
                 f"{title}: {spec.name} is {list(origin.shape)} in {origin.file}, but its class wants {list(spec.shape)}"
             )
             return False
-        if spec.floating and origin.dtype.itemsize == 1:
-            self.problems.append(f"{title}: {spec.name} is already {str(origin.dtype).removeprefix('torch.')}")
+        small = [tensor.dtype for tensor in (recipe or [origin]) if tensor is not None and tensor.dtype.itemsize == 1]
+        if spec.floating and small:
+            self.problems.append(f"{title}: {spec.name} is already {str(small[0]).removeprefix('torch.')}")
             return False
         return True
 

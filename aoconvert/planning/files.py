@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import SourceError
@@ -149,3 +149,9 @@ def _sentence_transformers_parts(source: Source, folder: str) -> list[str]:
         return [entry["path"] for entry in entries if entry.get("path") and ".." not in entry["path"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def partial_folder(output: Path) -> Path:
+    """Where a run builds what will be ``output``, and leaves what it has when it is stopped."""
+    place = output.absolute()
+    return place.parent / f".{place.name}.aoconvert-partial"

@@ -8,23 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
 from aoconvert.models import Skeleton
+from aoconvert.models.base import SourceTensor
+from aoconvert.models.conversions import CannotFollow, Recipe, follow
 
 if TYPE_CHECKING:
-    import torch
-
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor of the checkpoint: the file that holds it (relative to the source), its name there, what it is."""
-
-    file: str
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -33,13 +22,18 @@ class Inventory:
 
     Attributes:
         direct: state-dict key → the tensor that becomes it as it is.
-        merged: state-dict keys that transformers builds from several tensors.
+        merged: state-dict keys that transformers builds from several tensors, or by an operation on one.
+        recipes: how each of them is made from tensors of the checkpoint.
+        obstacle: why that cannot be said, and transformers' loader must make a copy of all of them; then there are no
+            recipes.
         unused: names that the model has no place for.
         order: state-dict keys as they lie in the files.
     """
 
     direct: Mapping[str, SourceTensor]
     merged: frozenset[str]
+    recipes: Mapping[str, Recipe]
+    obstacle: str | None
     unused: tuple[str, ...]
     order: tuple[str, ...]
 
@@ -116,20 +110,45 @@ def take(source: Source, skeleton: Skeleton, weights: WeightFiles | None) -> Inv
     if skeleton.component.library == "diffusers":
         from aoconvert.models import diffusers
 
-        names: Mapping[str, str] = diffusers.source_names(skeleton, found, sharded=weights.index is not None)
-        merged: frozenset[str] = frozenset()
-    else:
-        from aoconvert.models import transformers
+        names = diffusers.source_names(skeleton, found, sharded=weights.index is not None)
+        return _inventory(skeleton, found, names)
+    from aoconvert.models import transformers
 
-        resolved = transformers.source_names(skeleton, found)
-        names, merged = resolved.direct, resolved.merged
+    resolved = transformers.source_names(skeleton, found)
+    try:
+        if resolved.clash is not None:
+            raise CannotFollow(f"the checkpoint holds {resolved.clash} and what it is made from")
+        made = follow(skeleton, resolved.conversions, found)
+        recipes = {name: recipe for recipe in made for name in recipe.targets}
+        if twice := recipes.keys() & resolved.direct.keys():
+            raise CannotFollow(f"the checkpoint holds {min(twice)} and what it is made from")
+    except CannotFollow as reason:
+        return _inventory(skeleton, found, resolved.direct, merged=resolved.merged, obstacle=str(reason))
+    return _inventory(skeleton, found, resolved.direct, merged=frozenset(recipes), recipes=recipes)
+
+
+def _inventory(
+    skeleton: Skeleton,
+    found: Mapping[str, SourceTensor],
+    names: Mapping[str, str],
+    *,
+    merged: frozenset[str] = frozenset(),
+    recipes: Mapping[str, Recipe] | None = None,
+    obstacle: str | None = None,
+) -> Inventory:
+    """Put together what is known; ``names`` leads from a state-dict key to the checkpoint's name."""
+    recipes = recipes or {}
     wanted = {spec.name for spec in skeleton}
     direct = {name: found[origin] for name, origin in names.items() if name in wanted}
     position = {name: rank for rank, name in enumerate(found)}
-    order = sorted(direct, key=lambda name: position[direct[name].name])
-    if merged:  # built after the rest: transformers' loader writes them to files of their own
-        unused: tuple[str, ...] = ()
-    else:
-        used = {tensor.name for tensor in direct.values()}
-        unused = tuple(name for name in found if name not in used)
-    return Inventory(direct, merged, unused, (*order, *sorted(merged)))
+    # a tensor that is made comes where its first source comes
+    places = {name: position[tensor.name] for name, tensor in direct.items()}
+    places |= {name: min(position[source.name] for source in recipe) for name, recipe in recipes.items()}
+    order = sorted(places, key=places.__getitem__)
+    if obstacle is not None:  # the copy is read after the rest; what goes into it is transformers' business
+        return Inventory(direct, merged, {}, obstacle, (), (*order, *sorted(merged)))
+    used = {tensor.name for tensor in direct.values()} | {
+        source.name for recipe in recipes.values() for source in recipe
+    }
+    unused = tuple(name for name in found if name not in used)
+    return Inventory(direct, merged, recipes, None, unused, tuple(order))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aoconvert import schemes
-from aoconvert.environment import choose_device
+from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError
 from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models import Component, ModelLayout, build_skeleton, identify, join
@@ -18,7 +19,9 @@ from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
 from aoconvert.planning.decide import Decisions, SkipRules, decide
 from aoconvert.planning.inventory import Inventory, take
+from aoconvert.planning.needs import needs
 from aoconvert.planning.types import ComponentPlan, CopyPlan, FilePlan, Needs, Plan, TensorPlan
+from aoconvert.planning.weights import choose, is_only
 from aoconvert.sources.weights import find_weights
 
 if TYPE_CHECKING:
@@ -26,12 +29,6 @@ if TYPE_CHECKING:
 
     from aoconvert.schemes import Scheme
     from aoconvert.sources import Source
-
-# Measured: the process with torch, torchao, diffusers and transformers imported (tests/benchmarks/README.md)
-_IMPORTS_BYTES = 480 * 10**6
-# Measured: temporaries a weight's element, where a scheme takes the whole weight at once
-_WHOLE_BYTES = 16
-READ_AHEAD_BYTES = 32 * 2**20
 
 
 def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False) -> Plan:
@@ -49,11 +46,11 @@ def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False
         UsageError: unknown scheme, bad setting.
     """
     layout = identify(source, options.subfolder)
-    chosen, problems = _choose(layout, options)
+    chosen, problems = choose(layout, options)
     asked = {item.name: _scheme(options, item) for item in chosen}
-    device = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
     try:
-        device = choose_device(options.device)
+        devices = choose_devices(options.device)
     except PlanError as error:
         problems += error.problems
     for scheme in {scheme.name: scheme for scheme in asked.values()}.values():
@@ -73,13 +70,18 @@ def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False
     copied: tuple[CopyPlan, ...] = ()
     if chosen:
         copied = plan_files.copies(
-            source, layout, chosen, only=_only(layout, options), variant=options.variant, code=options.trust_remote_code
+            source,
+            layout,
+            chosen,
+            only=is_only(layout, options),
+            variant=options.variant,
+            code=options.trust_remote_code,
         )
-    needs = _needs(plans, copied, device)
+    wanted = needs(plans, copied, devices[0])
     problems += _output_problems(source, options)
     # of a config alone the plan is a calculation: nothing could be carried out anyway
     possible = need_weights or any(item.weights for item in plans)
-    (problems if possible else warnings).extend(_space_problems(options, needs))
+    (problems if possible else warnings).extend(_space_problems(options, wanted))
     if problems:
         raise PlanError(problems)
     fetch = [path for item in plans if item.weights for path in item.weights.paths]
@@ -87,45 +89,18 @@ def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False
         source=source,
         layout=layout,
         output=options.output,
-        device=device,
+        devices=devices,
         dtype=options.dtype,
         components=tuple(plans),
         copied=copied,
         fetch=(*fetch, *(item.source for item in copied)),
-        needs=needs,
+        needs=wanted,
         warnings=tuple(warnings),
         subfolder=options.subfolder,
         variant=options.variant,
         trust_remote_code=options.trust_remote_code,
+        allow_cpu=options.device == "auto",
     )
-
-
-def _only(layout: ModelLayout, options: QuantizeOptions) -> bool:
-    return options.component_only and layout.kind == "pipeline"
-
-
-def _choose(layout: ModelLayout, options: QuantizeOptions) -> tuple[list[Component], list[str]]:
-    problems = []
-    known = [item.name for item in layout.components if item.name]
-    chosen: list[Component] = []
-    if options.components:
-        for name in options.components:
-            component = layout.component(name) if name else None
-            if component is not None:
-                chosen.append(component)
-            elif layout.kind != "pipeline":
-                problems.append(f"--component {name}: the source is a single model, not a pipeline")
-            else:
-                problems.append(f"--component {name}: the pipeline's models are {', '.join(known)}")
-    else:
-        chosen = list(layout.default_components)
-        if not chosen:
-            problems.append(
-                f"the pipeline has no denoiser; choose with --component from {', '.join(known) or 'nothing'}"
-            )
-    if _only(layout, options) and len(chosen) > 1:
-        problems.append(f"--component-only takes one component, not {len(chosen)}")
-    return chosen, problems
 
 
 def _scheme(options: QuantizeOptions, component: Component) -> Scheme:
@@ -161,7 +136,7 @@ def _component(
     skip = SkipRules(options.skip)
     decisions = decide(skeleton, scheme, skip, dtype, inventory)
     problems += decisions.problems
-    folder = "" if layout.kind != "pipeline" or _only(layout, options) else component.name
+    folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
     tensors, order, files = _lay_out(component, folder, decisions, inventory, options.max_shard_size)
     plan = ComponentPlan(
         component=component,
@@ -172,9 +147,10 @@ def _component(
         files=files,
         skip_modules=_skip_modules(component, tensors),
         unused=inventory.unused if inventory else (),
-        merged=bool(inventory and inventory.merged),
+        copied=inventory.obstacle if inventory else None,
         weights=weights,
         skeleton=skeleton,
+        recipes=inventory.recipes if inventory else {},
     )
     totals = plan.totals
     if not decisions.problems and totals.quantized_fraction < options.min_quantized:
@@ -247,8 +223,8 @@ def _component_warnings(plan: ComponentPlan) -> list[str]:
     if plan.unused:
         shown = ", ".join(plan.unused[:3]) + (", …" if len(plan.unused) > 3 else "")
         lines.append(f"{title}: {len(plan.unused)} tensors of the checkpoint have no place in the model: {shown}")
-    if plan.merged:
-        lines.append(f"{title}: transformers merges tensors of this checkpoint; a copy of those is made while it runs")
+    if plan.copied is not None:
+        lines.append(f"{title}: transformers makes a copy of its merged tensors while it runs ({plan.copied})")
     return lines
 
 
@@ -256,37 +232,6 @@ def _unmatched_skips(plans: Sequence[ComponentPlan], options: QuantizeOptions) -
     if not plans:
         return []
     return SkipRules(options.skip).unmatched([spec for plan in plans for spec in plan.skeleton])
-
-
-def _needs(plans: Sequence[ComponentPlan], copied: Sequence[CopyPlan], device: str) -> Needs:
-    """Bytes on disk, and the peaks of host and device memory."""
-    written = [tensor for plan in plans for tensor in plan.tensors if tensor.action != "tied"]
-    largest_in = max((tensor.bytes_in for tensor in written), default=0)
-    largest_out = max((tensor.bytes_out for tensor in written), default=0)
-    merged = sum(t.bytes_in for plan in plans if plan.merged for t in plan.tensors if t.origin is None)
-    disk = sum(file.size for plan in plans for file in plan.files) + sum(item.size for item in copied) + merged
-    host = _IMPORTS_BYTES + max((_in_flight(plan, device) for plan in plans), default=0)
-    on_device = 0 if device == "cpu" else largest_in * 3 + largest_out
-    return Needs(disk_bytes=disk, device_peak_bytes=on_device, host_peak_bytes=host)
-
-
-def _in_flight(plan: ComponentPlan, device: str) -> int:
-    """Most bytes of tensors that the engine holds at once: read ahead, at work, being written."""
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-    order = [tensors[name] for name in plan.order]
-    most = written = 0
-    for at, tensor in enumerate(order):
-        ahead = 0
-        for count, later in enumerate(order[at + 1 :]):
-            ahead += later.bytes_in
-            if count and ahead > READ_AHEAD_BYTES:  # the reader holds this one until there is room
-                break
-        result = 0 if tensor.action == "keep" else tensor.bytes_out
-        whole = tensor.action == "quantize" and not plan.scheme.rowwise and device == "cpu"
-        arithmetic = tensor.numel * _WHOLE_BYTES if whole else 0
-        most = max(most, ahead + tensor.bytes_in + arithmetic + result + written)
-        written = tensor.bytes_out
-    return most
 
 
 def _output_problems(source: Source, options: QuantizeOptions) -> list[str]:
@@ -322,15 +267,21 @@ def _output_problems(source: Source, options: QuantizeOptions) -> list[str]:
     return problems
 
 
-def _space_problems(options: QuantizeOptions, needs: Needs) -> list[str]:
+def _space_problems(options: QuantizeOptions, wanted: Needs) -> list[str]:
     """Whether the result fits on the disk it shall go to."""
     try:
-        free = shutil.disk_usage(_existing_parent(options.output)).free
+        free = shutil.disk_usage(_existing_parent(options.output)).free + _held(options.output)
     except (OSError, ValueError):  # not a place at all, which is a problem of its own
         return []
-    if free >= needs.disk_bytes:
+    if free >= wanted.disk_bytes:
         return []
-    return [f"output {options.output}: {_size(needs.disk_bytes)} needed, {_size(free)} free on that disk"]
+    return [f"output {options.output}: {_size(wanted.disk_bytes)} needed, {_size(free)} free on that disk"]
+
+
+def _held(output: Path) -> int:
+    """Bytes that an unfinished run holds there; the next one uses or frees them."""
+    facts = [path.lstat() for path in plan_files.partial_folder(output).rglob("*")]
+    return sum(found.st_blocks * 512 for found in facts if stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
 
 
 def _existing_parent(output: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from aoconvert.models import Component, ModelLayout, Skeleton
+    from aoconvert.models.conversions import Recipe
     from aoconvert.schemes import Scheme
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles
@@ -35,7 +36,9 @@ class TensorPlan:
         bytes_in: bytes in the checkpoint.
         bytes_out: bytes of the tensor's data in the output, all inner tensors together.
         file: file of the output that holds it, relative; ``None`` where it is tied.
-        origin: (file, name) in the source; ``None`` where transformers merges it from several, or there are no weights.
+        origin: (file, name) in the source; ``None`` where it is made from others, or there are no weights.
+        sources: (file, name) of what it is made from, in that order.
+        working_bytes: host memory that is taken while it is made, beside itself.
     """
 
     name: str
@@ -51,6 +54,8 @@ class TensorPlan:
     bytes_out: int
     file: str | None = None
     origin: tuple[str, str] | None = None
+    sources: tuple[tuple[str, str], ...] = ()
+    working_bytes: int = 0
 
     @property
     def numel(self) -> int:
@@ -105,7 +110,9 @@ class ComponentPlan:
         order: their names in the order they are read and written, file by file.
         skip_modules: linear modules that stay as they are, for ``modules_to_not_convert``.
         unused: tensors of the checkpoint that the model class does not have.
-        merged: transformers must build some tensors from several (their ``origin`` is ``None``).
+        recipes: state-dict key → how it is made from several tensors of the checkpoint, or by an operation on one.
+        copied: why such tensors cannot be made one by one: transformers' loader makes a copy of all of them on the
+            output's disk (they have neither ``origin`` nor ``sources``). ``None`` where it need not.
     """
 
     component: Component
@@ -116,9 +123,10 @@ class ComponentPlan:
     files: tuple[FilePlan, ...]
     skip_modules: tuple[str, ...]
     unused: tuple[str, ...]
-    merged: bool
+    copied: str | None
     weights: WeightFiles | None
     skeleton: Skeleton = field(repr=False, compare=False)
+    recipes: Mapping[str, Recipe] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def totals(self) -> Totals:
@@ -161,12 +169,14 @@ class Plan:
     Attributes:
         fetch: files of the source that must be local before the work starts.
         warnings: things that are not wrong but that the user should know.
+        devices: where weights are quantized: the CPU, or one GPU or several of one machine.
+        allow_cpu: a weight that does not fit the GPU goes to the CPU.
     """
 
     source: Source
     layout: ModelLayout
     output: Path
-    device: str
+    devices: tuple[str, ...]
     dtype: str
     components: tuple[ComponentPlan, ...]
     copied: tuple[CopyPlan, ...]
@@ -176,6 +186,12 @@ class Plan:
     subfolder: str | None = None
     variant: str | None = None
     trust_remote_code: bool = False
+    allow_cpu: bool = False
+
+    @property
+    def device(self) -> str:
+        """The device that the manifest names: the first."""
+        return self.devices[0]
 
     def to_dict(self) -> dict[str, Any]:
         """The document that ``aoconvert plan --json`` prints (see ``cli.md``: keys are a contract)."""

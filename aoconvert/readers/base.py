@@ -26,6 +26,7 @@ class TensorInfo:
         nbytes: of its elements.
         file: the file that holds it.
         offset: absolute byte offset of its data in the file.
+        in_order: its elements lie in the file in row-major order, one after the other.
     """
 
     name: str
@@ -34,6 +35,7 @@ class TensorInfo:
     nbytes: int
     file: str
     offset: int
+    in_order: bool = True
 
 
 class TensorReader(Protocol):
@@ -42,12 +44,19 @@ class TensorReader(Protocol):
     def infos(self) -> Mapping[str, TensorInfo]:
         """The tensors by name, without reading data."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """One contiguous CPU tensor that owns its memory.
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One contiguous CPU tensor.
+
+        Args:
+            name: its key.
+            into: uint8 memory that is large enough, for the data; by default it gets memory of its own.
 
         Raises:
             ReadError: the data could not be read.
         """
+
+    def read_rows(self, name: str, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` (dimension 0) of a tensor of at least one dimension; as ``read``."""
 
     def close(self) -> None:
         """Release the file. Reading is over."""
@@ -71,8 +80,8 @@ def open_file(path: Path) -> int:
     return descriptor
 
 
-def read_bytes(descriptor: int, offset: int, nbytes: int, where: str) -> torch.Tensor:
-    """``nbytes`` bytes at ``offset`` as a fresh uint8 tensor.
+def read_bytes(descriptor: int, offset: int, nbytes: int, where: str, into: torch.Tensor | None = None) -> torch.Tensor:
+    """``nbytes`` bytes at ``offset`` as a uint8 tensor.
 
     Read, not mapped: mapped pages count as resident memory, and the kernel refuses a private mapping larger than RAM.
     The pages are dropped from the page cache afterwards; each tensor is read once.
@@ -82,11 +91,12 @@ def read_bytes(descriptor: int, offset: int, nbytes: int, where: str) -> torch.T
         offset: absolute, in bytes.
         nbytes: how many.
         where: file and tensor, for the error.
+        into: uint8 memory for them; fresh by default.
 
     Raises:
         ReadError: the disk fails, or the file ends early.
     """
-    data = torch.empty(nbytes, dtype=torch.uint8)
+    data = torch.empty(nbytes, dtype=torch.uint8) if into is None else into[:nbytes]
     view, done = data.numpy().data, 0
     while done < nbytes:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,14 @@ _READERS: Mapping[str, type[SafetensorsReader | TorchBinReader]] = {
 }
 
 
+_KEPT_OPEN = 4
+
+
+def _is_loaded_whole(path: Path) -> bool:
+    """A torch file from before torch 1.6, which its reader holds in memory."""
+    return path.suffix != ".safetensors" and not zipfile.is_zipfile(path)
+
+
 def open_reader(path: Path) -> TensorReader:
     """The reader for a weights file, by its extension.
 
@@ -33,10 +42,10 @@ def open_reader(path: Path) -> TensorReader:
 
 
 class CheckpointReader:
-    """Reads the tensors of several files; at most one file is open at a time.
+    """Reads the tensors of several files; a few that were read last stay open.
 
     All headers are read at once, so a damaged shard is found before any work. Reading in ``names_in_order`` opens each
-    file once more.
+    file once more. Tensors of two shards in turn (experts of one layer) do not open them again and again.
 
     Args:
         root: the folder.
@@ -50,7 +59,7 @@ class CheckpointReader:
 
     def __init__(self, root: Path, files: Sequence[str], index: Mapping[str, str] | None = None) -> None:
         self._root = root
-        self._current: tuple[str, TensorReader] | None = None
+        self._open: dict[str, TensorReader] = {}  # the one that was read last comes last
         self._infos: dict[str, TensorInfo] = {}
         index = index or {}
         by_file = {file: self._file_infos(file) for file in files}
@@ -84,24 +93,35 @@ class CheckpointReader:
         infos = sorted(self._infos.values(), key=lambda info: (rank[info.file], info.offset))
         return tuple(info.name for info in infos)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One contiguous CPU tensor that owns its memory.
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One contiguous CPU tensor, see ``TensorReader.read``.
 
         Raises:
             ReadError: the data could not be read.
             SourceError: the file is gone or was replaced.
         """
+        return self._reader(name).read(name, into)
+
+    def read_rows(self, name: str, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of a tensor; as ``read``."""
+        return self._reader(name).read_rows(name, start, stop, into)
+
+    def _reader(self, name: str) -> TensorReader:
         file = self._infos[name].file
-        if self._current is None or self._current[0] != file:
-            self.close()
-            self._current = (file, open_reader(self._root / file))
-        return self._current[1].read(name)
+        reader = self._open.pop(file, None)
+        if reader is None:
+            path = self._root / file
+            keep = 0 if _is_loaded_whole(path) else _KEPT_OPEN - 1
+            for other in list(self._open)[: max(0, len(self._open) - keep)]:
+                self._open.pop(other).close()
+            reader = open_reader(path)
+        self._open[file] = reader
+        return reader
 
     def close(self) -> None:
-        """Release the open file."""
-        if self._current is not None:
-            self._current[1].close()
-            self._current = None
+        """Release the open files."""
+        while self._open:
+            self._open.popitem()[1].close()
 
     def _file_infos(self, file: str) -> dict[str, TensorInfo]:
         reader = open_reader(self._root / file)

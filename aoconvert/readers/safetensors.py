@@ -164,26 +164,26 @@ class SafetensorsReader:
         """The tensors by name, in the order of their data."""
         return self._infos
 
-    def read(self, name: str) -> torch.Tensor:
-        """One CPU tensor that owns its memory.
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One CPU tensor, in memory of its own or in ``into``.
 
         Raises:
             ReadError: the data could not be read.
         """
         info = self._infos[name]
-        return self._read(info, info.offset, info.shape)
+        return self._read(info, info.offset, info.shape, into)
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
         """Rows ``start`` to ``stop`` (dimension 0) of a tensor of at least one dimension; as ``read``."""
         info = self._infos[name]
         if not 0 <= start <= stop <= info.shape[0]:
             raise IndexError(f"rows {start}:{stop} of {name!r}, which has {info.shape[0]}")
         row = math.prod(info.shape[1:]) * info.dtype.itemsize
-        return self._read(info, info.offset + start * row, (stop - start, *info.shape[1:]))
+        return self._read(info, info.offset + start * row, (stop - start, *info.shape[1:]), into)
 
-    def _read(self, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def _read(self, info: TensorInfo, offset: int, shape: tuple[int, ...], into: torch.Tensor | None) -> torch.Tensor:
         nbytes = math.prod(shape) * info.dtype.itemsize
-        data = read_bytes(self._descriptor, offset, nbytes, f"{self._path}: tensor {info.name!r}")
+        data = read_bytes(self._descriptor, offset, nbytes, f"{self._path}: tensor {info.name!r}", into)
         return data.view(info.dtype).reshape(shape)
 
     def close(self) -> None:

@@ -63,18 +63,32 @@ class TorchBinReader:
         """The tensors by name. In a file that is not a zip, offsets only tell the order."""
         return self._infos
 
-    def read(self, name: str) -> torch.Tensor:
-        """One contiguous CPU tensor that owns its memory.
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One contiguous CPU tensor; in ``into`` where its data lie in the file in that order.
 
         Raises:
             ReadError: the data could not be read.
         """
+        return self._read(name, self._tensors[name], into)
+
+    def read_rows(self, name: str, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` (dimension 0) of a tensor of at least one dimension; as ``read``."""
         tensor = self._tensors[name]
-        if tensor.device.type != "meta":
-            return tensor.detach().clone(memory_format=torch.contiguous_format)
-        info = self._infos[name]
-        data = read_bytes(self._descriptor, info.offset, _span(tensor), f"{self._path}: tensor {name!r}")
-        return data.view(tensor.dtype).as_strided(tensor.size(), tensor.stride(), 0).contiguous()
+        if not 0 <= start <= stop <= tensor.shape[0]:
+            raise IndexError(f"rows {start}:{stop} of {name!r}, which has {tensor.shape[0]}")
+        return self._read(name, tensor[start:stop], into)
+
+    def _read(self, name: str, part: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+        """``part`` is the tensor or some of its rows: a view, on meta or in memory."""
+        if part.device.type != "meta":
+            return part.detach().clone(memory_format=torch.contiguous_format)
+        whole = self._tensors[name]
+        skip = (int(part.storage_offset()) - int(whole.storage_offset())) * part.element_size()
+        if not part.is_contiguous():
+            into = None  # what is read is not what is given
+        where = f"{self._path}: tensor {name!r}"
+        data = read_bytes(self._descriptor, self._infos[name].offset + skip, _span(part), where, into)
+        return data.view(part.dtype).as_strided(part.size(), part.stride(), 0).contiguous()
 
     def close(self) -> None:
         """Release the file and what was loaded from it."""
@@ -93,7 +107,8 @@ class TorchBinReader:
             _bad(self._path, f"tensor {name!r}: needs {skip + _span(tensor)} bytes, its record has {record.file_size}")
         offset = self._data_offset(record) + skip
         nbytes = tensor.numel() * tensor.element_size()
-        return TensorInfo(name, tensor.dtype, tuple(tensor.size()), nbytes, str(self._path), offset)
+        shape = tuple(tensor.size())
+        return TensorInfo(name, tensor.dtype, shape, nbytes, str(self._path), offset, tensor.is_contiguous())
 
     def _data_offset(self, record: zipfile.ZipInfo) -> int:
         """Where a record's data starts: its local header repeats name and extra field, in lengths of its own."""
@@ -200,6 +215,6 @@ def _legacy_infos(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, 
     infos, offset = {}, 0
     for name, tensor in tensors.items():
         nbytes = tensor.numel() * tensor.element_size()
-        infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.size()), nbytes, str(path), offset)
+        infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.size()), nbytes, str(path), offset, in_order=False)
         offset += nbytes
     return infos

@@ -10,6 +10,7 @@ from aoconvert.environment import import_torchao
 
 if TYPE_CHECKING:
     import torch
+    from torchao.core.config import AOBaseConfig
 
     from aoconvert.schemes.base import Scheme
 
@@ -32,12 +33,16 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
         torchao's tensor subclass of the same shape on the same device. Where torchao declines to quantize, the weight
         itself: compare the types.
     """
+    return quantize_with(weight, scheme.meta_config if weight.is_meta else scheme.config)
+
+
+def quantize_with(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
+    """The same with a torchao config, whatever it is."""
     import_torchao()
     import torch
     from torch import nn
     from torchao.quantization import quantize_
 
-    config = scheme.meta_config if weight.is_meta else scheme.config
     if getattr(config, "set_inductor_config", False):
         # it only sets process-wide compiler flags, and imports the compiler (70 MB, seconds) to do so
         config = dataclasses.replace(config, set_inductor_config=False)

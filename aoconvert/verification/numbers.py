@@ -47,7 +47,7 @@ def compare_with_source(target: Target, source: str) -> tuple[float, int, list[s
                 for tensor in component.tensors:
                     if tensor.action == "tied" or tensor.name not in state:
                         continue
-                    sqnr, problem = _compare(tensor.name, reading.read(tensor), state[tensor.name], part)
+                    sqnr, problem = _compare(tensor.name, reading.read(tensor, None, None), state[tensor.name], part)
                     count += 1
                     worst = min(worst, sqnr)
                     problems += [problem] if problem else []

@@ -218,6 +218,15 @@ def globals_of(node: Node) -> Iterator[str]:
             yield from globals_of(child)
 
 
+def storages_of(node: Node) -> Iterator[Storage]:
+    """Every storage in the tree."""
+    if isinstance(node, Storage):
+        yield node
+    else:
+        for child in _children(node):
+            yield from storages_of(child)
+
+
 def _children(node: Node) -> Iterator[Node]:
     if isinstance(node, tuple):
         yield from node

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import os
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +21,9 @@ from typing import Self
 import torch
 
 from aoconvert.errors import WriteError
+from aoconvert.hashing import Prefix
+from aoconvert.writers.content import bytes_of, content_sha256, data_names, own_bytes, update
+from aoconvert.writers.output_file import OutputFile
 from aoconvert.writers.pickle_tree import (
     CannotDescribe,
     Node,
@@ -29,10 +32,9 @@ from aoconvert.writers.pickle_tree import (
     describe,
     emit,
     globals_of,
-    is_wrapper,
     own_storage,
 )
-from aoconvert.writers.zip_stream import Buffer, ZipStream, archive_size
+from aoconvert.writers.zip_stream import Entry, ZipStream, archive_size, local_header
 
 _PREFIX = "archive/"
 _TAIL: Mapping[str, bytes] = {"byteorder": b"little", "version": b"3\n"}
@@ -60,6 +62,25 @@ class WrittenTensor:
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in an unfinished file: all that is needed to write on behind it.
+
+    Attributes:
+        written: what was written.
+        node: what the pickle will say of it.
+        entries: its records in the archive.
+        size: bytes of the file up to its end.
+        sha256: their digest.
+    """
+
+    written: WrittenTensor
+    node: Node
+    entries: tuple[Entry, ...]
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class SealedFile:
     """A finished file: its bytes, their SHA-256, and the sorted dotted globals of its pickle."""
 
@@ -67,34 +88,6 @@ class SealedFile:
     size: int
     sha256: str
     globals: tuple[str, ...]
-
-
-def data_names(tensor: torch.Tensor) -> tuple[str, ...]:
-    """Names of the inner tensors of a wrapper subclass, in ``__tensor_flatten__`` order; empty for a plain tensor."""
-    return tuple(tensor.__tensor_flatten__()[0]) if is_wrapper(tensor) else ()  # type: ignore[attr-defined]
-
-
-def content_sha256(tensor: torch.Tensor) -> str:
-    """SHA-256 (hex) over the elements in row-major order; of a subclass, over its inner tensors in their order.
-
-    It names the content, whatever file or format holds it.
-    """
-    digest = hashlib.sha256()
-    _update(digest, tensor)
-    return digest.hexdigest()
-
-
-def _update(digest: hashlib._Hash, tensor: torch.Tensor) -> None:
-    if names := data_names(tensor):
-        for name in names:
-            _update(digest, getattr(tensor, name))
-    else:
-        digest.update(_bytes_of(own_storage(tensor).contiguous()))
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor's storage, not copied."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy().data
 
 
 def predict_size(tensors: Mapping[str, torch.Tensor], order: Sequence[str] | None = None) -> int:
@@ -144,24 +137,28 @@ class TorchBinWriter:
 
     Args:
         path: the file to create, usually under a temporary name; must not exist.
+        stored: what an earlier writer left in it, in order; then the file must exist, and is written on.
+        prefix: how far it goes, with ``stored``.
 
     Raises:
-        WriteError: the file exists or cannot be created.
+        WriteError: the file exists, does not exist, or cannot be created.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stored: Sequence[StoredTensor] = (), prefix: Prefix | None = None) -> None:
         self._path = path
         self._sealed = False
         self._whole = True  # False once a tensor was left half-written
-        self._size = 0
-        self._digest = hashlib.sha256()
         self._nodes: dict[str, Node] = {}
-        self._stored: list[int] = []  # payload bytes of each storage; its index is the storage's key
-        self._zip = ZipStream(self._write)
+        self._last: tuple[WrittenTensor, int] | None = None
         try:
-            self._file = path.open("xb", buffering=0)
+            self._file = OutputFile(path, prefix if stored else None)
         except OSError as error:
-            raise self._failed("creating the file", error) from error
+            raise self._failed("opening the file" if stored else "creating the file", error) from error
+        self._zip = ZipStream(self._file.write)
+        for tensor in stored:
+            self._nodes[tensor.written.name] = tensor.node
+            for entry in tensor.entries:
+                self._zip.append(entry)
 
     def add(self, name: str, tensor: torch.Tensor) -> WrittenTensor:
         """Write the storages of ``tensor`` (in host memory) now and keep only their description.
@@ -169,25 +166,32 @@ class TorchBinWriter:
         Raises:
             WriteError: disk full or another write error; a name used twice; a tensor that cannot be stored.
         """
-        if name in self._nodes:
-            raise WriteError(f"{self._path}: tensor {name!r} was written twice")
-        first = len(self._stored)
-        self._whole = False
+        first = self._start(name)
         try:
             node = _describe_named(name, tensor, self._store)
         except OSError as error:
             raise self._failed(f"writing tensor {name!r}", error) from error
-        self._whole = True
-        self._nodes[name] = node
-        kind = type(tensor)
-        return WrittenTensor(
-            name=name,
-            class_name=f"{kind.__module__}.{kind.__qualname__}",
-            data_names=data_names(tensor),
-            nbytes=sum(self._stored[first:]),
-            sha256=content_sha256(tensor),
-            globals=frozenset(globals_of(node)),
-        )
+        return self._end(name, tensor, node, first, content_sha256(tensor))
+
+    def begin(self, name: str, like: torch.Tensor) -> TensorSink:
+        """Write a tensor whose rows come one after the other; the file is the same as with ``add``.
+
+        Args:
+            name: its key.
+            like: what it will be, on the meta device.
+
+        Raises:
+            WriteError: disk full or another write error; a name used twice; a tensor that cannot be stored so.
+        """
+        self._start(name)
+        return TensorSink(self, name, like)
+
+    def last(self) -> StoredTensor:
+        """The tensor that was written last, for a journal."""
+        assert self._last is not None and self._whole
+        written, first = self._last
+        entries = tuple(self._zip.entries[first:])
+        return StoredTensor(written, self._nodes[written.name], entries, self._file.size, self._file.sha256())
 
     def seal(self, order: Sequence[str] | None = None) -> SealedFile:
         """Write ``data.pkl`` and the directory, and flush to the disk.
@@ -206,19 +210,23 @@ class TorchBinWriter:
             for name, record in _TAIL.items():
                 self._zip.add(_PREFIX + name, record)
             self._zip.finish()
-            os.fsync(self._file.fileno())
+            self._file.flush()
             self._file.close()
         except OSError as error:
             raise self._failed("finishing the file", error) from error
         self._sealed = True
         names = {name for node in self._nodes.values() for name in globals_of(node)}
-        return SealedFile(self._path, self._size, self._digest.hexdigest(), tuple(sorted(names)))
+        return SealedFile(self._path, self._file.size, self._file.sha256(), tuple(sorted(names)))
+
+    def leave(self) -> None:
+        """Close the file as it is; a later writer may go on with it."""
+        with contextlib.suppress(OSError):  # must not hide the error that brought us here
+            self._file.close()
 
     def abort(self) -> None:
         """Close and remove the unfinished file; does nothing once it is sealed."""
         if not self._sealed:
-            with contextlib.suppress(OSError):  # must not hide the error that brought us here
-                self._file.close()
+            self.leave()
             with contextlib.suppress(OSError):
                 self._path.unlink()
 
@@ -230,21 +238,35 @@ class TorchBinWriter:
     ) -> None:
         self.abort()
 
+    def _start(self, name: str) -> int:
+        if name in self._nodes:
+            raise WriteError(f"{self._path}: tensor {name!r} was written twice")
+        if not self._whole:
+            raise WriteError(f"{self._path}: a tensor was left half-written")
+        self._whole = False
+        return len(self._zip.entries)
+
+    def _end(self, name: str, tensor: torch.Tensor, node: Node, first: int, sha256: str) -> WrittenTensor:
+        kind = type(tensor)
+        written = WrittenTensor(
+            name=name,
+            class_name=f"{kind.__module__}.{kind.__qualname__}",
+            data_names=data_names(tensor),
+            nbytes=sum(entry.size for entry in self._zip.entries[first:]),
+            sha256=sha256,
+            globals=frozenset(globals_of(node)),
+        )
+        self._nodes[name] = node
+        self._last = (written, first)
+        self._whole = True
+        return written
+
     def _store(self, data: torch.Tensor) -> str:
         if data.device.type == "meta":
             raise CannotDescribe("it is on the meta device and has no data")
-        key = str(len(self._stored))
-        payload = _bytes_of(data)
-        self._zip.add(f"{_PREFIX}data/{key}", payload)
-        self._stored.append(payload.nbytes)
+        key = str(len(self._zip.entries))
+        self._zip.add(f"{_PREFIX}data/{key}", bytes_of(data))
         return key
-
-    def _write(self, buffer: Buffer) -> None:
-        view = memoryview(buffer)
-        self._digest.update(view)
-        self._size += view.nbytes
-        while view.nbytes:  # one write(2) takes at most 2 GiB, and less on a signal
-            view = view[self._file.write(view) :]
 
     def _failed(self, doing: str, error: OSError) -> WriteError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -252,3 +274,103 @@ class TorchBinWriter:
         else:
             hint = "check the output folder's permissions, and that no other run writes there"
         return WriteError(f"{self._path}: {doing} failed: {error.strerror or error}", hint=hint)
+
+
+class TensorSink:
+    """Takes the rows of one tensor; made by ``TorchBinWriter.begin``.
+
+    The record of the first inner tensor (of a plain one, its own) is written behind a gap, into which its header goes
+    once its CRC-32 is known; the file's digest is then taken from what was written.
+    """
+
+    def __init__(self, writer: TorchBinWriter, name: str, like: torch.Tensor) -> None:
+        self._writer = writer
+        self._name = name
+        self._like = like
+        self._parts = {part: getattr(like, part) for part in data_names(like)} or {"": like}
+        self._content = hashlib.sha256()
+        self._crc = 0
+        self._rows = 0
+        self._before = len(writer._zip.entries)
+        self._node, self._order, sizes = self._describe()
+        self._entry = Entry(f"{_PREFIX}data/{self._before}", sizes[0], 0, writer._zip.offset)
+        try:
+            writer._file.skip(len(local_header(self._entry)))
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def put(self, rows: torch.Tensor) -> None:
+        """Write the next rows: contiguous, in host memory, of the dtype and row shape that ``like`` has.
+
+        Raises:
+            WriteError: disk full or another write error; rows that do not belong here.
+        """
+        first = self._parts[self._order[0]]
+        self._rows += rows.shape[0]
+        right = (rows.dtype, rows.shape[1:], rows.device.type) == (first.dtype, first.shape[1:], "cpu")
+        if not right or not rows.is_contiguous() or self._rows > first.shape[0]:
+            raise self._misfit(f"rows of {rows.dtype} {list(rows.shape)}")
+        view = own_bytes(rows)
+        self._content.update(view)
+        self._crc = zlib.crc32(view, self._crc)
+        try:
+            self._writer._file.append(view)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def finish(self, rest: Mapping[str, torch.Tensor]) -> WrittenTensor:
+        """Write the other inner tensors, which are whole and in host memory.
+
+        Raises:
+            WriteError: as ``put``.
+        """
+        if self._rows != self._parts[self._order[0]].shape[0]:
+            raise self._misfit(f"only {self._rows} rows")
+        if set(rest) != set(self._order[1:]):
+            raise self._misfit(f"inner tensors {sorted(rest)}")
+        writer, entry = self._writer, replace(self._entry, crc=self._crc)
+        try:
+            writer._file.fill(entry.offset, local_header(entry))
+            writer._zip.append(entry)
+            for part in self._order[1:]:
+                self._store(part, rest[part])
+        except OSError as error:
+            raise self._failed(error) from error
+        for part in self._parts:
+            if part != self._order[0]:
+                update(self._content, rest[part])
+        return writer._end(self._name, self._like, self._node, self._before, self._content.hexdigest())
+
+    def _describe(self) -> tuple[Node, list[str], list[int]]:
+        """The pickle's node, the inner tensors in the order of their records, and the records' sizes."""
+        owners = {part.untyped_storage()._cdata: name for name, part in self._parts.items()}
+        stored: list[tuple[int, int]] = []
+
+        def store(data: torch.Tensor) -> str:
+            storage = data.untyped_storage()
+            stored.append((storage._cdata, storage.nbytes()))
+            return str(self._before + len(stored) - 1)
+
+        node = _describe_named(self._name, self._like, store)
+        order = [owners.get(owner, "?") for owner, _ in stored]
+        first = next(iter(self._parts.values()))
+        plain = first.dim() > 0 and first.is_contiguous()
+        if sorted(order) != sorted(self._parts) or order[0] != next(iter(self._parts)) or not plain:
+            raise WriteError(
+                f"tensor {self._name!r} cannot be written by rows: its parts do not lie one after the other",
+                hint="leave this tensor unquantized, or choose another scheme",
+            )
+        return node, order, [size for _, size in stored]
+
+    def _store(self, name: str, data: torch.Tensor) -> None:
+        part, own = self._parts[name], own_storage(data)
+        strides = [[step for size, step in zip(t.shape, t.stride(), strict=True) if size > 1] for t in (own, part)]
+        if (own.dtype, own.shape) != (part.dtype, part.shape) or strides[0] != strides[1]:
+            raise self._misfit(f"{name} of {own.dtype} {list(own.shape)}")
+        self._writer._store(own)
+
+    def _failed(self, error: OSError) -> WriteError:
+        return self._writer._failed(f"writing tensor {self._name!r}", error)
+
+    def _misfit(self, what: str) -> WriteError:
+        return WriteError(f"{self._writer._path}: tensor {self._name!r} of {list(self._like.shape)} got {what}")

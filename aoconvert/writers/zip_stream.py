@@ -4,8 +4,8 @@ Format: PKWARE APPNOTE.TXT 6.3.10 (local header 4.3.7, central directory 4.3.12,
 every record starts at a multiple of 64 bytes, reached with an extra field ``FB`` in the local header, as
 ``PyTorchStreamWriter`` (caffe2/serialize/inline_container.cc) does it, so that records can be memory-mapped.
 
-Unlike Python's ``zipfile`` nothing is ever patched afterwards: the CRC-32 is known before the header goes out, so a
-digest of the whole file can be taken while it is written. The same records give the same bytes: no clock, no host.
+Unlike Python's ``zipfile`` nothing that was written is ever changed: the CRC-32 is known before the header goes out, so
+a digest of the whole file can be taken while it is written. The same records give the same bytes: no clock, no host.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from aoconvert.writers.output_file import Buffer
 
 ALIGNMENT = 64
 """Bytes; what torch.save uses."""
@@ -28,8 +30,6 @@ _CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
 _ZIP64_END = struct.Struct("<4sQ2H2I4Q")
 _ZIP64_LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4s4H2IH")
-
-Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ def archive_size(records: Iterable[tuple[str, int]]) -> int:
     return offset + len(central_directory(entries, offset))
 
 
+def end_of(entry: Entry) -> int:
+    """Where the record's payload ends, and the next record starts."""
+    return entry.offset + len(local_header(entry)) + entry.size
+
+
 class ZipStream:
     """Writes a zip archive through ``write``, front to back.
 
@@ -114,6 +119,22 @@ class ZipStream:
         self._entries: list[Entry] = []
         self._offset = 0
 
+    @property
+    def entries(self) -> list[Entry]:
+        """The records so far."""
+        return self._entries
+
+    @property
+    def offset(self) -> int:
+        """Where the next record starts."""
+        return self._offset
+
+    def append(self, entry: Entry) -> None:
+        """Take in a record that is in the archive already: header and payload were written by the caller."""
+        assert entry.offset == self._offset
+        self._entries.append(entry)
+        self._offset = end_of(entry)
+
     def add(self, name: str, payload: Buffer) -> None:
         """Append one record. ``payload`` is contiguous bytes and is not copied."""
         size = payload.nbytes if isinstance(payload, memoryview) else len(payload)
@@ -122,8 +143,7 @@ class ZipStream:
         self._write(header)
         if size:
             self._write(payload)
-        self._entries.append(entry)
-        self._offset += len(header) + size
+        self.append(entry)
 
     def finish(self) -> None:
         """Write the directory. Nothing can be added after it."""

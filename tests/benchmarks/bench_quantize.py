@@ -189,7 +189,9 @@ def run_aoconvert(job: dict[str, Any], workdir: Path) -> tuple[dict[str, float],
     command = [sys.executable, "-m", "aoconvert", "quantize", job["source"], "--scheme", job["scheme"]]
     command += ["--device", job["device"], "--output", job["out"], "--json"]
     figures, out = spawn(command, workdir / "aoconvert")
-    return figures, {"device_peak": json.loads(out)["peak_device_bytes"]}
+    run = json.loads((Path(job["out"]) / "aoconvert.json").read_text())["run"]
+    stages = {name: run[f"{name}_seconds"] for name in ("reader", "quantize", "writer")}
+    return figures, {"device_peak": json.loads(out)["peak_device_bytes"], "stream": run["seconds"], **stages}
 
 
 def run_copy(job: dict[str, Any], workdir: Path) -> tuple[dict[str, float], dict[str, Any]]:
@@ -287,6 +289,22 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def streaming(result: dict[str, Any]) -> str:
+    """The streaming phase (first byte read to the manifest) against ``cp``: bytes read and written a second."""
+    ours, copies = result["runs"]["aoconvert"], result["runs"]["cp"]
+    read = copies[0]["written"]
+    seconds = statistics.median(run["stream"] for run in ours)
+    rate = (read + ours[0]["written"]) / seconds
+    floor = 2 * read / statistics.median(run["seconds"] for run in copies)
+    stages = ", ".join(
+        f"{name} {statistics.median(run[name] for run in ours):.1f}" for name in ("reader", "quantize", "writer")
+    )
+    return (
+        f"streaming: {seconds:.1f} s ({stages} s at work), {rate / 1e9:.2f} GB/s read and written, "
+        f"{rate / floor:.2f} of cp's {floor / 1e9:.2f} GB/s"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="of every way; the table has medians")
@@ -310,6 +328,7 @@ def main() -> int:
     print(
         f"the plan promised {mega(result['promised_host_peak'])}, {result['promised_host_peak'] / peak:.2f} of the peak"
     )
+    print(streaming(result))
     failed = False
     for way, found in result["same"].items():
         failed |= bool(found["differences"])

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -80,13 +81,23 @@ def test_ctrl_c_while_another_wants_the_same_output(
     running.send_signal(signal.SIGSTOP)  # it lives, and takes its time
     other = ended(start(build_llama(tmp_path / "small"), tmp_path / "out"))
     assert other[:2] == (3, "")
-    assert other[2].splitlines()[0] == f"error: another aoconvert is writing to {tmp_path / 'out'}"
+    owner = f"another aoconvert (process {running.pid})"
+    assert other[2].splitlines()[0] == f"error: {owner} is writing to {tmp_path / 'out'}"
     assert len(other[2].splitlines()) == 2
     running.send_signal(signal.SIGCONT)
     running.send_signal(signal.SIGINT)
     code, stdout, stderr = ended(running)
-    assert (code, stdout, stderr) == (130, "", "error: interrupted; the unfinished output was removed\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert (code, stdout) == (130, "")
+    kept = re.fullmatch(
+        r"error: interrupted; (\d+) of 57 tensors are kept, run the same command again to go on\n"
+        rf"hint: they are in {re.escape(str(tmp_path))}/\.out\.aoconvert-partial; --no-resume starts afresh\n",
+        stderr,
+    )
+    assert kept, stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.aoconvert-partial", "small"]
+    result = aoconvert.quantize(big, "int8wo", output=tmp_path / "out", device="cpu")
+    assert result.resumed == int(kept[1]) > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
 
 
 def test_sigterm_keeps_the_earlier_result(big: Path, tmp_path: Path) -> None:
@@ -99,18 +110,18 @@ def test_sigterm_keeps_the_earlier_result(big: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     code, stdout, stderr = ended(process)
     assert (code, stderr) == (130, "")
-    assert json.loads(stdout)["error"] == {
-        "type": "Interrupted",
-        "message": "interrupted; the unfinished output was removed",
-        "hint": None,
-        "exit_code": 130,
-    }
+    error = json.loads(stdout)["error"]
+    assert (error["type"], error["exit_code"]) == ("Interrupted", 130)
+    assert re.fullmatch(
+        r"interrupted; \d+ of 57 tensors are kept, run the same command again to go on", error["message"]
+    )
+    assert error["hint"].endswith("--no-resume starts afresh")
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.aoconvert-partial", "out", "small"]
 
 
-def test_killed_run_leaves_nothing_for_long(big: Path, tmp_path: Path) -> None:
-    """SIGKILL cannot be caught: no result appears, and the next run cleans up."""
+def test_another_run_after_a_killed_one_says_so_and_cleans_up(big: Path, tmp_path: Path) -> None:
+    """SIGKILL cannot be caught: no result appears; the next run is of another model."""
     output = tmp_path / "out"
     process = start(big, output)
     partial = wait_for_data(process, output)
@@ -118,7 +129,11 @@ def test_killed_run_leaves_nothing_for_long(big: Path, tmp_path: Path) -> None:
     process.communicate()
     assert partial.is_dir()
     assert not output.exists()
-    aoconvert.quantize(build_llama(tmp_path / "small"), "int8wo", output=output, device="cpu")
+    code, _, stderr = ended(start(build_llama(tmp_path / "small"), output))
+    assert (code, stderr) == (
+        0,
+        "warning: the earlier run's work is not used: the plan changed, the source changed\n",
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
     assert sorted(path.name for path in output.iterdir()) == [
         "aoconvert.json",

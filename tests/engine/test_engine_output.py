@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import aoconvert
-from aoconvert.engine.output import Stage
+from aoconvert.engine.output import JOURNAL_NAME, Stage
 from aoconvert.errors import PlanError, WriteError
 
 
@@ -23,8 +23,9 @@ def test_nothing_under_the_name_before_it_is_placed(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "out")
     entry = stage.write_text("sub/config.json", "{}")
     assert not (tmp_path / "out").exists()
-    stage.place()
+    stage.place("manifest")
     assert (tmp_path / "out/sub/config.json").read_text() == "{}"
+    assert (tmp_path / "out/aoconvert.json").read_text() == "manifest"
     assert (entry.size, entry.sha256) == (2, hashlib.sha256(b"{}").hexdigest())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -56,14 +57,15 @@ def test_an_interrupt_waits_for_the_swap(tmp_path: Path, monkeypatch: pytest.Mon
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
-        os.kill(os.getpid(), signal.SIGINT)  # arrives before each of the two renames
+        os.kill(os.getpid(), signal.SIGINT)  # arrives before each of the renames
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        stage.place()
+        stage.place("")
     monkeypatch.undo()
-    assert [path.name for path in out.iterdir()] == ["new"]
+    assert sorted(path.name for path in out.iterdir()) == ["aoconvert.json", "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_earlier_result_stays_until_the_new_one_is_there(tmp_path: Path) -> None:
@@ -73,23 +75,82 @@ def test_an_earlier_result_stays_until_the_new_one_is_there(tmp_path: Path) -> N
     stage = Stage(out)
     stage.write_text("new", "new")
     assert (out / "old").exists()
-    stage.place()
-    assert [path.name for path in out.iterdir()] == ["new"]
+    stage.place("")
+    assert sorted(path.name for path in out.iterdir()) == ["aoconvert.json", "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_removed_but_for_what_is_wanted(tmp_path: Path) -> None:
     left = tmp_path / ".out.aoconvert-partial"
     (left / "transformer").mkdir(parents=True)
-    (left / "transformer" / "half.bin").write_bytes(b"half")
+    for name in ("half.bin", "other.bin"):
+        (left / "transformer" / name).write_bytes(b"half")
     stage = Stage(tmp_path / "out")
-    assert list(stage.root.iterdir()) == []
+    stage.clear(["transformer/half.bin", "../source", "gone"])
+    assert [path.name for path in left.rglob("*.bin")] == ["half.bin"]
+    stage.clear()
+    assert [path.name for path in left.rglob("*")] == ["aoconvert.lock"]
+    stage.discard()
+
+
+def test_no_link_is_followed_or_kept(tmp_path: Path) -> None:
+    """Somebody put links in the unfinished folder: what they lead to is neither removed nor written on."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "precious").write_text("precious")
+    left = tmp_path / ".out.aoconvert-partial"
+    left.mkdir()
+    (left / "folder").symlink_to(mine)
+    (left / "file").symlink_to(mine / "precious")
+    (left / "hard").hardlink_to(mine / "precious")
+    stage = Stage(tmp_path / "out")
+    stage.clear(["folder/precious", "file", "hard"])
+    assert [path.name for path in left.iterdir()] == ["aoconvert.lock"]
+    assert (mine / "precious").read_text() == "precious"
+    stage.discard()
+
+
+def test_a_kill_while_it_is_placed_keeps_the_journal(tmp_path: Path) -> None:
+    """The journal is moved aside just before the manifest appears."""
+    stage = Stage(tmp_path / "out")
+    stage.write_text("weights.bin", "weights")
+    stage.leave()
+    aside = tmp_path / f".out.{JOURNAL_NAME}"
+    aside.write_text("journal")
+    stage = Stage(tmp_path / "out")
+    assert (stage.root / JOURNAL_NAME).read_text() == "journal"
+    assert not aside.exists()
+    stage.place("")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["aoconvert.json", "weights.bin"]
+
+
+def test_a_kill_after_it_was_placed_leaves_no_journal(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / f".out.{JOURNAL_NAME}").write_text("journal")
+    stage = Stage(tmp_path / "out")
+    assert not (stage.root / JOURNAL_NAME).exists()
+    stage.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_journal_comes_back_where_the_name_is_taken(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "out")
+    stage.write_text(JOURNAL_NAME, "journal")
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(WriteError):
+        stage.place("")
+    assert (stage.root / JOURNAL_NAME).read_text() == "journal"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.aoconvert-partial", "out"]
     stage.discard()
 
 
 def test_a_living_run_is_not_disturbed(tmp_path: Path) -> None:
     first = Stage(tmp_path / "out")
     first.write_text("config.json", "{}")
+    with pytest.raises(PlanError, match=rf"another aoconvert \(process {os.getpid()}\) is writing to .*/out$"):
+        Stage(tmp_path / "out")
+    (first.root / "aoconvert.lock").unlink()  # it is only for the message
     with pytest.raises(PlanError, match="another aoconvert is writing"):
         Stage(tmp_path / "out")
     assert (first.root / "config.json").exists()
@@ -98,8 +159,11 @@ def test_a_living_run_is_not_disturbed(tmp_path: Path) -> None:
 
 
 def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
-    """A lock of the kernel: a killed owner holds nothing."""
+    """A lock of the kernel: a killed owner holds nothing, whatever it wrote down."""
+    (tmp_path / ".out.aoconvert-partial").mkdir()
+    (tmp_path / ".out.aoconvert-partial" / "aoconvert.lock").write_text("1\n")  # a process that lives
     stage = Stage(tmp_path / "out")
+    assert (stage.root / "aoconvert.lock").read_text() == f"{os.getpid()}\n"
     handle = os.open(stage.root, os.O_RDONLY)
     with pytest.raises(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torchao.quantization import quantize_
 
 from aoconvert import schemes
-from aoconvert.engine.quantize import quantize_tensor
+from aoconvert.engine.quantize import quantize_tensor, squares
 from aoconvert.errors import QuantizeError
 
 CASES = [
@@ -81,6 +81,45 @@ def test_error_figures(name: str, group: int | None, block: int) -> None:
     assert done.sqnr_db == pytest.approx(20 * math.log10(weight.double().norm() / difference.norm()), abs=2e-3)
     assert done.max_abs_error == pytest.approx(difference.abs().max().item(), rel=1e-5)
     assert done.max_abs_error > 0
+
+
+@pytest.mark.parametrize(("name", "group"), [("int8wo", None), ("float8wo", None), ("int4dq", 32)])
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 80),
+    groups=st.integers(1, 30),
+    scale=st.sampled_from([1e-44, 1e-30, 1.0, 1e30, 3e38]),
+    zeros=st.integers(0, 3),
+    blocks=st.tuples(st.integers(1, 90_000), st.integers(1, 90_000)),
+    seed=st.integers(0, 2**31),
+)
+def test_figures_do_not_depend_on_blocks_and_threads(
+    name: str, group: int | None, rows: int, groups: int, scale: float, zeros: int, blocks: tuple[int, int], seed: int
+) -> None:
+    """As they are written, and for any float32: denormals, zeros, and what has no square in float32."""
+    scheme = schemes.get(name, group_size=group)
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.rand(rows, 32 * groups, generator=generator) - 0.5) * scale
+    weight[:, :zeros] = 0
+    seen = set()
+    threads = torch.get_num_threads()
+    try:
+        for count, block in zip((1, 2), blocks, strict=True):
+            torch.set_num_threads(count)
+            done = quantize_tensor("w", weight, torch.float32, scheme, "cpu", block=block)
+            seen.add((done.sqnr_db, done.max_abs_error))
+    except QuantizeError as error:
+        assert "gives NaN" in str(error)
+        return
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=200))
+def test_squares_are_summed_in_float64(values: list[float]) -> None:
+    assert float(squares(torch.tensor(values))) == pytest.approx(math.fsum(v * v for v in values), rel=1e-13, abs=0)
 
 
 def test_a_weight_without_error_has_no_sqnr() -> None:

@@ -22,6 +22,11 @@ def folder(tmp_path):
 FILES = ["two.bin", "one.safetensors", "deep/three.pt"]
 
 
+def opened(folder):
+    links = (fd.resolve() for fd in Path("/proc/self/fd").iterdir())
+    return [link.name for link in links if link.is_relative_to(folder)]
+
+
 def test_all_kinds_as_one(folder):
     reader = CheckpointReader(folder, FILES)
     names = reader.names_in_order()
@@ -40,18 +45,40 @@ def test_all_kinds_as_one(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-def test_at_most_one_file_is_open(folder):
-    def opened():
-        return {link.name for fd in Path("/proc/self/fd").iterdir() if (link := fd.resolve()).is_relative_to(folder)}
-
-    reader = CheckpointReader(folder, FILES)
-    assert opened() == set()
-    reader.read("m")
-    assert opened() == {"two.bin"}
-    reader.read("z")
-    assert opened() == {"one.safetensors"}
+def test_the_four_files_that_were_read_last_are_open(folder):
+    for name in "pqrst":
+        save_file({name: torch.ones(1)}, folder / f"{name}.safetensors")
+    torch.save({"old": torch.zeros(1)}, folder / "old.bin", _use_new_zipfile_serialization=False)
+    reader = CheckpointReader(folder, [*FILES, "old.bin", *(f"{name}.safetensors" for name in "pqrst")])
+    assert opened(folder) == []
+    seen = []
+    for name in ("m", "z", "m", "p", "q", "z", "r", "s", "t", "p"):
+        file = reader.infos()[name].file
+        seen = [*(other for other in seen if other != file), file][-4:]
+        assert reader.read(name).numel() > 0
+        assert sorted(opened(folder)) == sorted(seen)
+    # what is in memory as a whole is not kept beside others
+    assert reader.read("old").item() == 0
+    assert opened(folder) == ["old.bin"]
     reader.close()
-    assert opened() == set()
+    assert opened(folder) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_two_files_in_turn_are_opened_once(folder):
+    reader = CheckpointReader(folder, FILES)
+    reader.read("m")
+    reader.read("z")
+    before = {fd.name: fd.resolve().name for fd in Path("/proc/self/fd").iterdir()}
+    (folder / "one.safetensors").unlink()
+    for _ in range(3):
+        assert torch.equal(reader.read("b"), torch.full((4,), 6.0))
+        assert torch.equal(reader.read("z"), torch.ones(2))
+    after = {fd.name: fd.resolve().name for fd in Path("/proc/self/fd").iterdir()}
+    assert {fd for fd, name in before.items() if name == "two.bin"} == {
+        fd for fd, name in after.items() if name == "two.bin"
+    }
+    reader.close()
 
 
 def test_a_name_in_two_files(folder):

@@ -32,8 +32,9 @@ from torchao.quantization import (
 )
 
 from aoconvert.errors import WriteError
+from aoconvert.writers.content import content_sha256, data_names
 from aoconvert.writers.pickle_tree import Call, Global, describe, is_wrapper
-from aoconvert.writers.torch_bin import TorchBinWriter, content_sha256, data_names, predict_size
+from aoconvert.writers.torch_bin import TorchBinWriter, predict_size
 
 INTX = {
     f"intx{bits}-{'sym' if mapping is MappingType.SYMMETRIC else 'asym'}-{type(granularity).__name__}": (

@@ -1,0 +1,308 @@
+"""What is finished of a run: written down as it goes, and taken up again by the next run after a stop.
+
+Of an earlier run's journal nothing is believed: the output files are hashed up to the last tensor whose digest fits,
+and so is what was read of the source. A tensor that passes is neither read nor quantized again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aoconvert.engine.journal_file import (
+    FileLine,
+    JournalFile,
+    Line,
+    MarkLine,
+    TensorLine,
+    differences,
+    read_journal,
+    signature_of,
+)
+from aoconvert.engine.output import JOURNAL_NAME, writing
+from aoconvert.engine.stream import TensorResult
+from aoconvert.errors import ReadError
+from aoconvert.hashing import Prefix, matching
+from aoconvert.readers.digest import FileDigest, Mark
+from aoconvert.verification.safe_names import lookup
+from aoconvert.writers.pickle_json import decode, encode
+from aoconvert.writers.pickle_tree import globals_of, storages_of
+from aoconvert.writers.torch_bin import SealedFile, StoredTensor, TorchBinWriter, WrittenTensor
+from aoconvert.writers.zip_stream import Entry, end_of
+
+if TYPE_CHECKING:
+    from aoconvert.engine.output import Stage
+    from aoconvert.planning import ComponentPlan, Plan
+    from aoconvert.planning.types import TensorPlan
+    from aoconvert.progress import Progress
+
+_MAX_CRC = 0xFFFFFFFF
+_MAX_SIZE = 1 << 62
+
+
+@dataclass
+class _File:
+    """An output file: the lines about it, the tensors they stand for, and how far the file bears them out."""
+
+    lines: list[TensorLine] = field(default_factory=list)
+    stored: list[StoredTensor] = field(default_factory=list)
+    prefix: Prefix = field(default_factory=Prefix)
+    sealed: SealedFile | None = None
+
+
+class Journal:
+    """What is finished of a run, and where that is written down.
+
+    Attributes:
+        kept: tensors that a next run need not make again.
+        total: tensors that the plan writes.
+        digests: of the source files that were read in part, by their path in the source.
+    """
+
+    def __init__(self, plan: Plan, stage: Stage) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._files: dict[str, _File] = {}
+        self._out: JournalFile | None = None
+        self.kept = 0
+        self.total = sum(t.file is not None for component in plan.components for t in component.tensors)
+        self.digests: dict[str, FileDigest] = {}
+
+    def open(self, resume: bool, progress: Progress) -> str | None:
+        """Find out what an earlier run left, keep what is sound, and remove the rest.
+
+        Args:
+            resume: go on with it; otherwise everything is removed.
+            progress: is told of the bytes that are checked.
+
+        Returns:
+            Why the earlier run's work is not used, where there was any.
+
+        Raises:
+            ReadError: the source cannot be read.
+            WriteError: disk full.
+        """
+        signature = self._signature()
+        found = read_journal(self._stage.root / JOURNAL_NAME) if resume else None
+        lines: list[Line] = []
+        reason = None
+        if found is not None and found[1]:
+            changed = differences(found[0], signature)
+            if changed:
+                reason = ", ".join(changed)
+            else:
+                self.kept = sum(isinstance(line, TensorLine) for line in found[1])
+                lines, reason = self._recover(found[1], progress)
+        if not lines:
+            self._files.clear()
+            self.digests.clear()
+            self.kept = 0
+        self._stage.clear([JOURNAL_NAME, *(path for path, file in self._files.items() if file.stored)] if lines else [])
+        self._out = JournalFile(self._stage.root / JOURNAL_NAME, signature, lines)
+        self.kept = sum(len(file.stored) for file in self._files.values())
+        return reason
+
+    def finished(self, plan: ComponentPlan) -> dict[str, TensorResult]:
+        """The results of a component that need not be made again, by tensor name."""
+        return {
+            tensor.written.name: TensorResult(tensor.written, line.sqnr_db, line.max_abs_error)
+            for path in _paths(plan)
+            if (file := self._files.get(path))
+            for line, tensor in zip(file.lines, file.stored, strict=True)
+        }
+
+    def sealed(self, plan: ComponentPlan) -> dict[str, SealedFile]:
+        """The files of a component that are finished."""
+        return {path: file.sealed for path in _paths(plan) if (file := self._files.get(path)) and file.sealed}
+
+    def writer(self, path: str) -> TorchBinWriter:
+        """Opens an output file, behind what it holds already.
+
+        Raises:
+            WriteError: disk full, or no permission.
+        """
+        target = self._stage.root / path
+        file = self._files.get(path)
+        if file is not None and file.stored:
+            return TorchBinWriter(target, file.stored, file.prefix)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        return TorchBinWriter(target)
+
+    def done(self, path: str, result: TensorResult, stored: StoredTensor, marks: Mapping[str, Mark]) -> None:
+        """Write down a tensor that is in its file.
+
+        Raises:
+            WriteError: disk full.
+        """
+        written = result.written
+        line = TensorLine(
+            file=path,
+            name=written.name,
+            class_name=written.class_name,
+            data_names=list(written.data_names),
+            nbytes=written.nbytes,
+            sha256=written.sha256,
+            node=encode(stored.node),
+            records=[[entry.name, entry.size, entry.crc, entry.offset] for entry in stored.entries],
+            size=stored.size,
+            prefix=stored.sha256,
+            sqnr_db=result.sqnr_db,
+            max_abs_error=result.max_abs_error,
+            source={file: _mark_line(mark) for file, mark in marks.items()},
+        )
+        self._append(line)
+        self.kept += 1
+
+    def done_file(self, path: str, sealed: SealedFile) -> None:
+        """Write down a file that is sealed.
+
+        Raises:
+            WriteError: disk full.
+        """
+        self._append(FileLine(file=path, size=sealed.size, sha256=sealed.sha256))
+
+    def close(self) -> None:
+        """Release the journal's file."""
+        if self._out is not None:
+            self._out.close()
+
+    def _append(self, line: Line) -> None:
+        assert self._out is not None
+        self._out.append(line)
+
+    def _signature(self) -> dict[str, Any]:
+        try:
+            return signature_of(self._plan)
+        except OSError as error:
+            raise ReadError(f"{error.filename}: {error.strerror}", hint="check the source") from error
+
+    def _recover(self, lines: list[Line], progress: Progress) -> tuple[list[Line], str | None]:
+        """The lines that hold, and where none do, why."""
+        planned = {path: order for component in self._plan.components for path, order in _paths(component).items()}
+        self._stage.clear([JOURNAL_NAME, *planned])
+        sources = {path for component in self._plan.components if component.weights for path in component.weights.files}
+        self._files = {path: _fitting(lines, path, order, sources) for path, order in planned.items()}
+        sealed = {line.file: line for line in lines if isinstance(line, FileLine)}
+        ends = {path: file.stored[-1].size for path, file in self._files.items() if file.stored}
+        sizes = [max(size, sealed[path].size if path in sealed else 0) for path, size in ends.items()]
+        read = [max(mark.position for mark in marks) for marks in self._marks().values()]
+        progress.start("resume", sum(sizes) + sum(read))
+        for path in ends:
+            whole = len(self._files[path].stored) == len(planned[path])
+            self._check(path, sealed.get(path) if whole else None, progress)
+        same = self._check_sources(progress)
+        progress.finish()
+        if not same:
+            return [], "the source changed"
+        kept: list[Line] = [line for file in self._files.values() for line in file.lines]
+        kept += [sealed[path] for path, file in self._files.items() if file.sealed is not None]
+        return kept, None if kept else "its files are damaged or gone"
+
+    def _check(self, path: str, sealed: FileLine | None, progress: Progress) -> None:
+        """Keep of an output file what its digests bear out."""
+        file, target = self._files[path], self._stage.root / path
+        marks = [(tensor.size, tensor.sha256) for tensor in file.stored]
+        try:
+            if sealed is not None and target.stat().st_size == sealed.size:
+                marks.append((sealed.size, sealed.sha256))
+            count, file.prefix = matching(target, marks, lambda nbytes: progress.advance(nbytes, path))
+        except OSError:  # it is gone, or the disk lost it
+            count = 0
+        if sealed is not None and count > len(file.stored):
+            names = sorted({name for tensor in file.stored for name in tensor.written.globals})
+            file.sealed = SealedFile(target, sealed.size, sealed.sha256, tuple(names))
+        del file.stored[count:], file.lines[count:]
+
+    def _marks(self) -> dict[str, list[Mark]]:
+        """What the tensors that are kept were read from."""
+        found: dict[str, list[Mark]] = {}
+        for file in self._files.values():
+            for line in file.lines:
+                for path, mark in line.source.items():
+                    found.setdefault(path, []).append(_mark(mark))
+        return found
+
+    def _check_sources(self, progress: Progress) -> bool:
+        """Whether what was read of the source is still the same."""
+        for path, marks in self._marks().items():
+            digest = FileDigest.resumed(
+                self._plan.source.local(path),
+                marks,
+                lambda nbytes, path=path: progress.advance(nbytes, path),  # type: ignore[misc]
+            )
+            if digest is None:
+                return False
+            self.digests[path] = digest
+        return True
+
+
+def _paths(plan: ComponentPlan) -> dict[str, list[TensorPlan]]:
+    """The output files of a component, and the tensors of each in the order in which they are written."""
+    plans = {tensor.name: tensor for tensor in plan.tensors}
+    found: dict[str, list[TensorPlan]] = {}
+    for name in plan.order:
+        path = plans[name].file
+        if path is not None:
+            found.setdefault(path, []).append(plans[name])
+    return found
+
+
+def _fitting(lines: list[Line], path: str, order: list[TensorPlan], sources: Collection[str]) -> _File:
+    """The lines about an output file that continue one another, in the plan's order."""
+    file = _File()
+    offset = records = 0
+    mine = [line for line in lines if isinstance(line, TensorLine) and line.file == path]
+    for line, tensor in zip(mine, order, strict=False):
+        stored = _stored(line, offset, records)
+        if stored is None or line.name != tensor.name or not all(map(_is_mark, line.source.values())):
+            break
+        if not set(line.source) <= set(sources):
+            break
+        file.lines.append(line)
+        file.stored.append(stored)
+        offset, records = stored.size, records + len(stored.entries)
+    return file
+
+
+def _stored(line: TensorLine, offset: int, records: int) -> StoredTensor | None:
+    """What a line says, where it can be true of a tensor at ``offset`` behind so many records."""
+    try:
+        node = decode(line.node)
+    except (ValueError, RecursionError):
+        return None
+    entries = []
+    for number, record in enumerate(line.records, records):
+        match record:
+            case [str(name), int(size), int(crc), int(start)] if (name, start) == (f"archive/data/{number}", offset):
+                entries.append(Entry(name, size, crc, start))
+            case _:
+                return None
+        if not (0 <= size <= _MAX_SIZE and 0 <= crc <= _MAX_CRC):
+            return None
+        offset = end_of(entries[-1])
+    keys = [entry.name.rpartition("/")[2] for entry in entries]
+    names = frozenset(globals_of(node))
+    known = all(lookup(*_split(name)) for name in names)
+    if not known or line.size != offset or sorted(keys) != sorted(storage.key for storage in storages_of(node)):
+        return None
+    written = WrittenTensor(line.name, line.class_name, tuple(line.data_names), line.nbytes, line.sha256, names)
+    return StoredTensor(written, node, tuple(entries), line.size, line.prefix)
+
+
+def _split(name: str) -> tuple[str, str]:
+    module, _, last = name.rpartition(".")
+    return module, last
+
+
+def _mark_line(mark: Mark) -> MarkLine:
+    return MarkLine(position=mark.position, sha256=mark.sha256)
+
+
+def _is_mark(line: MarkLine) -> bool:
+    return line.position <= _MAX_SIZE
+
+
+def _mark(line: MarkLine) -> Mark:
+    return Mark(line.position, line.sha256)

@@ -1,0 +1,190 @@
+"""The middle stage: what is read becomes what is written, piece by piece."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from aoconvert.engine.lanes import Lanes, Pending
+from aoconvert.engine.quantize import Error
+from aoconvert.planning.slices import is_streamed
+from aoconvert.planning.types import TensorPlan
+from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.writers.pickle_tree import is_wrapper
+
+Release = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of a tensor, as they are in the source; ``release`` gives their memory back."""
+
+    plan: TensorPlan
+    start: int
+    stop: int
+    data: torch.Tensor
+    release: Release
+
+    @property
+    def last(self) -> bool:
+        """Whether the tensor ends with it."""
+        return self.stop == (self.plan.shape[0] if self.plan.shape else 1)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A finished tensor for its file."""
+
+    plan: TensorPlan
+    tensor: torch.Tensor
+    error: Error | None
+    release: Release
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A tensor whose rows come one after the other. ``like`` is what it will be, on meta."""
+
+    plan: TensorPlan
+    like: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The next rows of the first inner tensor, or of a plain tensor."""
+
+    plan: TensorPlan
+    rows: torch.Tensor
+    release: Release
+
+
+@dataclass(frozen=True)
+class End:
+    """The other inner tensors, whole."""
+
+    plan: TensorPlan
+    rest: Mapping[str, torch.Tensor]
+    error: Error | None
+
+
+Message = Whole | Begin | Rows | End
+Send = Callable[[Message, int], None]
+
+
+def nothing() -> None:
+    """What has memory of its own needs no release."""
+
+
+@dataclass
+class _Work:
+    """A tensor whose pieces are coming: those of its inner tensors that are put together in memory."""
+
+    plan: TensorPlan
+    streamed: bool
+    error: Error | None
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    last: torch.Tensor | None = None
+
+    def put(self, name: str, inner: torch.Tensor, piece: Piece) -> None:
+        """Copy the rows of an inner tensor to their place; a row of the tensor may be several of it."""
+        per_row = inner.shape[0] // (piece.stop - piece.start)
+        if name not in self.parts:
+            self.parts[name] = torch.empty((self.plan.shape[0] * per_row, *inner.shape[1:]), dtype=inner.dtype)
+        self.parts[name][piece.start * per_row : piece.stop * per_row].copy_(inner)
+
+    def result(self) -> torch.Tensor:
+        """The whole tensor."""
+        assert self.last is not None
+        if not is_wrapper(self.last):
+            return self.parts[""]
+        _, context = flatten(self.last)
+        shape = torch.Size(self.plan.shape)
+        whole: torch.Tensor = type(self.last).__tensor_unflatten__(self.parts, context, shape, (shape[1], 1))  # type: ignore[attr-defined]
+        return whole
+
+
+class Processor:
+    """Casts and quantizes the pieces of a component's tensors, one tensor after the other.
+
+    Args:
+        lanes: where weights are quantized.
+        send: takes each message and the bytes that wait with it.
+    """
+
+    def __init__(self, lanes: Lanes, send: Send) -> None:
+        self._lanes = lanes
+        self._scheme = lanes.scheme
+        self._send = send
+        self._under_way: deque[tuple[Piece, Pending | None]] = deque()
+        self._work: _Work | None = None
+
+    def take(self, piece: Piece) -> None:
+        """Work on a piece; the pieces of a tensor come in order.
+
+        Raises:
+            QuantizeError: NaN or infinity in a weight, or torchao failed on it.
+            Closed: nobody takes the messages.
+        """
+        plan = piece.plan
+        pending = None
+        if plan.action == "quantize":
+            pending = self._lanes.start(plan.name, piece.data, getattr(torch, plan.dtype))
+        self._under_way.append((piece, pending))
+        while len(self._under_way) > self._lanes.depth:
+            self._finish(*self._under_way.popleft())
+
+    def flush(self) -> None:
+        """Wait for all that is under way; as ``take``."""
+        while self._under_way:
+            self._finish(*self._under_way.popleft())
+
+    def _finish(self, piece: Piece, pending: Pending | None) -> None:
+        plan = piece.plan
+        if self._work is None:
+            streamed = is_streamed(plan, self._scheme)
+            self._work = _Work(plan, streamed, Error() if plan.action == "quantize" else None)
+            if streamed:
+                self._send(Begin(plan, self._like(plan)), 0)
+        work = self._work
+        rows, release = self._rows(piece, pending, work.error)
+        if piece.start == 0 and piece.last and not work.streamed:
+            self._send(Whole(plan, rows, work.error, release), plan.bytes_out)
+        else:
+            self._collect(work, piece, rows, release)
+        if piece.last:
+            self._work = None
+
+    def _rows(self, piece: Piece, pending: Pending | None, error: Error | None) -> tuple[torch.Tensor, Release]:
+        """The piece as it will be stored. What is only copied stays where it was read until it is written."""
+        if pending is None or error is None:
+            rows = piece.data.to(getattr(torch, piece.plan.dtype))
+            if rows is piece.data:
+                return rows, piece.release
+        else:
+            rows, figures = pending()
+            error.merge(figures)
+        piece.release()
+        return rows, nothing
+
+    def _collect(self, work: _Work, piece: Piece, rows: torch.Tensor, release: Release) -> None:
+        inner = {name: getattr(rows, name) for name in flatten(rows)[0]} if is_wrapper(rows) else {"": rows}
+        first = next(iter(inner))
+        for name, part in inner.items():
+            if work.streamed and name == first:
+                self._send(Rows(work.plan, part, release), part.nbytes)
+            else:
+                work.put(name, part, piece)
+        if not work.streamed:
+            release()
+        work.last = rows
+        if piece.last and work.streamed:
+            self._send(End(work.plan, work.parts, work.error), 0)
+        elif piece.last:
+            self._send(Whole(work.plan, work.result(), work.error, nothing), work.plan.bytes_out)
+
+    def _like(self, plan: TensorPlan) -> torch.Tensor:
+        empty = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype), device="meta")
+        return quantize_weight(empty, self._scheme) if plan.action == "quantize" else empty

@@ -1,0 +1,83 @@
+"""What a run will take: bytes on disk, and the peaks of host and device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from aoconvert.planning.slices import BUFFERS, SLICE_BYTES, is_streamed, slices
+from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, TensorPlan
+
+READ_AHEAD_BYTES = SLICE_BYTES
+"""Most bytes that wait between two stages; a single larger tensor may."""
+
+# Measured: the process with torch, torchao, diffusers and transformers imported (tests/benchmarks/README.md)
+_IMPORTS_BYTES = 480 * 10**6
+# Measured: temporaries a weight's element, where a scheme takes the whole weight at once
+_WHOLE_BYTES = 16
+
+
+def needs(plans: Sequence[ComponentPlan], copied: Sequence[CopyPlan], device: str) -> Needs:
+    """Bytes on disk, and the peaks of host and device memory."""
+    merged = sum(t.bytes_in for plan in plans if plan.copied is not None for t in plan.tensors if t.origin is None)
+    disk = sum(file.size for plan in plans for file in plan.files) + sum(item.size for item in copied) + merged
+    host = _IMPORTS_BYTES + max((_tensors_peak(plan, device) for plan in plans), default=0)
+    on_device = 0 if device == "cpu" else max((_on_device(plan) for plan in plans), default=0)
+    return Needs(disk_bytes=disk, device_peak_bytes=on_device, host_peak_bytes=host)
+
+
+def _pieces(tensor: TensorPlan, plan: ComponentPlan) -> tuple[int, int]:
+    """How many pieces a tensor comes in, and the source bytes of the largest."""
+    ranges = slices(tensor, plan.scheme)
+    rows = ranges[-1][1]
+    return len(ranges), -(-tensor.bytes_in * ranges[0][1] // rows) if rows else 0
+
+
+def _tensors_peak(plan: ComponentPlan, device: str) -> int:
+    """Most bytes of tensors in memory: the buffers that are read into, and what is at work, waiting and written."""
+    pooled, steps = 0, []
+    for tensor, count, largest in _ordered(plan):
+        fits = largest <= SLICE_BYTES
+        pooled = max(pooled, largest if fits else 0)
+        whole = tensor.action == "quantize" and not plan.scheme.rowwise and device == "cpu"
+        arithmetic = tensor.numel * _WHOLE_BYTES if whole else 0
+        if is_streamed(tensor, plan.scheme):
+            result = 2 * -(-tensor.bytes_out // count)
+        elif tensor.bytes_in == tensor.bytes_out and tensor.dtype == tensor.source_dtype and count == 1:
+            result = 0  # it is written from where it was read
+        else:
+            result = tensor.bytes_out
+        steps.append(((0 if fits else largest) + tensor.working_bytes, arithmetic, result))
+    most = 0
+    for at, (own, arithmetic, result) in enumerate(steps):
+        ahead = steps[at + 1][0] if at + 1 < len(steps) else 0
+        waiting = _waiting([step[2] for step in steps[max(0, at - 8) : at]])
+        most = max(most, own + ahead + arithmetic + result + waiting)
+    return BUFFERS * pooled + most
+
+
+def _waiting(results: Sequence[int]) -> int:
+    """Results that are not written yet: one in the writer's hands, and behind it what the channel takes."""
+    if not results:
+        return 0
+    written, *queued = reversed(results)
+    total = 0
+    for result in queued:
+        if total and total + result > READ_AHEAD_BYTES:
+            break
+        total += result
+    return written + total
+
+
+def _ordered(plan: ComponentPlan) -> Iterator[tuple[TensorPlan, int, int]]:
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    for name in plan.order:
+        yield tensors[name], *_pieces(tensors[name], plan)
+
+
+def _on_device(plan: ComponentPlan) -> int:
+    """The largest piece three times (as read, cast, and torchao's temporaries) and its result, twice: two in flight."""
+    most = 0
+    for tensor, count, largest in _ordered(plan):
+        if tensor.action == "quantize":
+            most = max(most, 2 * (3 * largest + -(-tensor.bytes_out // count)))
+    return most
