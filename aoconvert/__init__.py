@@ -10,7 +10,7 @@ Importing it imports neither torch nor the model libraries.
 
 from aoconvert.version import __version__  # isort: skip
 
-from aoconvert.api import inspect, load, plan, quantize, verify
+from aoconvert.api import card, inspect, load, plan, quantize, verify
 from aoconvert.errors import (
     AoconvertError,
     HubError,
@@ -42,6 +42,7 @@ __all__ = [
     "VerificationError",
     "WriteError",
     "__version__",
+    "card",
     "inspect",
     "load",
     "plan",

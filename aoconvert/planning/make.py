@@ -20,6 +20,7 @@ from aoconvert.planning.decide import Decisions, SkipRules, decide
 from aoconvert.planning.inventory import Inventory, take
 from aoconvert.planning.types import ComponentPlan, CopyPlan, FilePlan, Needs, Plan, TensorPlan
 from aoconvert.sources.weights import find_weights
+from aoconvert.words import size
 
 if TYPE_CHECKING:
     import torch
@@ -330,12 +331,8 @@ def _space_problems(options: QuantizeOptions, needs: Needs) -> list[str]:
         return []
     if free >= needs.disk_bytes:
         return []
-    return [f"output {options.output}: {_size(needs.disk_bytes)} needed, {_size(free)} free on that disk"]
+    return [f"output {options.output}: {size(needs.disk_bytes)} needed, {size(free)} free on that disk"]
 
 
 def _existing_parent(output: Path) -> Path:
     return next(folder for folder in output.resolve().parents if folder.exists())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
