@@ -13,6 +13,7 @@ from aoconvert.progress import Progress, Silent
 if TYPE_CHECKING:
     from aoconvert.cards import Card
     from aoconvert.engine.run import QuantizeResult
+    from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
     from aoconvert.planning import Plan
     from aoconvert.verification.report import Report
@@ -190,6 +191,35 @@ def card(
 
     options = CardOptions(Path(template) if template is not None else None, license, dict(metadata or {}))
     return render(Path(checkpoint), options, repo_id=repo_id)
+
+
+def push(
+    repo_id: str,
+    checkpoint: str | Path = "out",
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[PushKwargs],
+) -> Pushed:
+    """Publish a converted checkpoint on the Hub in one commit, with its model card, and compare what arrived.
+
+    Args:
+        repo_id: ``user/repo``, or a name alone for the token's own account.
+        checkpoint: a folder that ``quantize`` wrote and ``verify`` passed.
+        progress: is told what happens; default: silent.
+        **options: fields of ``aoconvert.hub.PushOptions``.
+
+    Returns:
+        Where it is, the commit, and every file with what was uploaded.
+
+    Raises:
+        PlanError: what is in the folder cannot be published as it is, with every problem.
+        HubError: the Hub said no, or cannot be reached.
+        UsageError: options that exclude each other.
+    """
+    from aoconvert.hub.run import push as run
+    from aoconvert.hub.types import PushOptions
+
+    return run(Path(checkpoint), repo_id, PushOptions(**options), progress or Silent())
 
 
 def _checkpoint(

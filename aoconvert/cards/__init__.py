@@ -5,6 +5,7 @@ The interface of the package; what does the work is imported when it is called.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Mapping
@@ -101,8 +102,12 @@ def write(folder: Path, card: Card) -> tuple[Path, ...]:
     texts = [(PICTURE_NAME, card.picture)] if card.picture is not None else []
     texts.append((CARD_NAME, card.text))
     for name, text in texts:
-        try:
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        draft = folder / f".{name}.draft"
+        try:  # beside it and then in its place: what is there may be a link into the Hub's cache
+            draft.write_text(text, encoding="utf-8", newline="\n")
+            draft.replace(folder / name)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
             raise WriteError(f"{folder / name}: {error.strerror or error}") from error
     return tuple(folder / name for name, _ in texts)
