@@ -4,13 +4,15 @@
 
     plan = aoconvert.plan("THUDM/CogVideoX-5b", "int8wo")
     result = aoconvert.quantize("THUDM/CogVideoX-5b", "int8wo", output="out")
+    report = aoconvert.verify("out")
+    pushed = aoconvert.push("user/CogVideoX-5b-int8wo", "out")
 
 Importing it imports neither torch nor the model libraries.
 """
 
 from aoconvert.version import __version__  # isort: skip
 
-from aoconvert.api import inspect, load, plan, quantize, verify
+from aoconvert.api import card, inspect, load, plan, push, quantize, verify
 from aoconvert.errors import (
     AoconvertError,
     HubError,
@@ -42,9 +44,11 @@ __all__ = [
     "VerificationError",
     "WriteError",
     "__version__",
+    "card",
     "inspect",
     "load",
     "plan",
+    "push",
     "quantize",
     "verify",
 ]

@@ -11,7 +11,9 @@ from aoconvert.options import QuantizeKwargs, QuantizeOptions, parse_size
 from aoconvert.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from aoconvert.cards import Card
     from aoconvert.engine.run import QuantizeResult
+    from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
     from aoconvert.planning import Plan
     from aoconvert.sources import Source
@@ -162,6 +164,65 @@ def load(
     from aoconvert.verification.opening import open_checkpoint
 
     return open_checkpoint(_checkpoint(checkpoint, revision, token, cache_dir, local_files_only), kwargs)
+
+
+def card(
+    checkpoint: str | Path,
+    *,
+    repo_id: str | None = None,
+    template: str | Path | None = None,
+    license: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Card:
+    """Render the model card of a converted checkpoint; ``aoconvert.cards.write`` puts it into the folder.
+
+    Args:
+        checkpoint: a folder that ``quantize`` wrote.
+        repo_id: where it will be published; without it the code on the card opens the folder.
+        template: a Jinja template in place of aoconvert's.
+        license: in place of the source's.
+        metadata: values of the front matter that replace what is there; ``None`` leaves a key out.
+
+    Returns:
+        The text of ``README.md``, of the picture beside it, and what is missing.
+
+    Raises:
+        SourceError: the folder has no manifest, or not a valid one.
+        UsageError: metadata that the Hub does not know, or a template that fails.
+    """
+    from aoconvert.cards import CardOptions, render
+
+    options = CardOptions(Path(template) if template is not None else None, license, dict(metadata or {}))
+    return render(Path(checkpoint), options, repo_id=repo_id)
+
+
+def push(
+    repo_id: str,
+    checkpoint: str | Path = "out",
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[PushKwargs],
+) -> Pushed:
+    """Publish a converted checkpoint on the Hub in one commit, with its model card, and compare what arrived.
+
+    Args:
+        repo_id: ``user/repo``, or a name alone for the token's own account.
+        checkpoint: a folder that ``quantize`` wrote and ``verify`` passed.
+        progress: is told what happens; default: silent.
+        **options: fields of ``aoconvert.hub.PushOptions``.
+
+    Returns:
+        Where it is, the commit, and every file with what was uploaded.
+
+    Raises:
+        PlanError: what is in the folder cannot be published as it is, with every problem.
+        HubError: the Hub said no, or cannot be reached.
+        UsageError: options that exclude each other.
+    """
+    from aoconvert.hub.run import push as run
+    from aoconvert.hub.types import PushOptions
+
+    return run(Path(checkpoint), repo_id, PushOptions(**options), progress or Silent())
 
 
 def _checkpoint(

@@ -1,15 +1,11 @@
-"""The demo: a tiny CogVideoX pipeline with random weights, quantized, and opened again in a fresh process."""
+"""The demo: a tiny CogVideoX pipeline with random weights, quantized, verified, and with its model card."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aoconvert.environment import import_diffusers
 from aoconvert.errors import PlanError, VerificationError
@@ -18,32 +14,19 @@ from aoconvert.progress import Progress
 
 if TYPE_CHECKING:
     from aoconvert.engine.run import QuantizeResult
+    from aoconvert.verification.report import Report
 
 _PROMPT = "a panda plays a guitar in a bamboo forest"
-
-# Only what a user would write, run where nothing of aoconvert is imported.
-_RELOAD = """\
-import json, sys
-import torch, torchao
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
-pipe.set_progress_bar_config(disable=True)
-latents = pipe({prompt!r}, height=64, width=64, num_frames=9, num_inference_steps=1, max_sequence_length=16,
-               generator=torch.Generator().manual_seed(0), output_type="latent").frames
-weights = [type(module.weight).__name__ for module in pipe.transformer.modules() if isinstance(module, torch.nn.Linear)]
-print(json.dumps({{"class": type(pipe).__name__, "shape": list(latents.shape), "finite": bool(latents.isfinite().all()),
-                  "quantized": sum(name != "Parameter" for name in weights), "linear": len(weights)}}))
-"""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo did: the conversion, and what a fresh process saw."""
+    """What the demo did: the conversion, its verification, and the files of its model card."""
 
     source: Path
     result: QuantizeResult
-    reloaded: dict[str, Any]
+    report: Report
+    card: tuple[Path, ...]
 
 
 def build_pipeline(folder: Path) -> None:
@@ -98,13 +81,13 @@ def build_pipeline(folder: Path) -> None:
 
 
 def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
-    """Build the pipeline in ``folder/source``, quantize it into ``folder/out`` and open that in a fresh process.
+    """Build the pipeline in ``folder/source``, quantize it into ``folder/out``, verify that and write its model card.
 
     Raises:
         PlanError: the folder holds something else.
-        VerificationError: the result could not be opened, or gave no finite output.
+        VerificationError: the result is not what it should be.
     """
-    from aoconvert.api import make_options, quantize_options
+    from aoconvert import api, cards
 
     source, output = folder / "source", folder / "out"
     if folder.exists() and not folder.is_dir():
@@ -119,29 +102,10 @@ def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     build_pipeline(source)
-    options = make_options(scheme, {"output": output, "overwrite": True, "device": "cpu"})
-    return DemoResult(source, quantize_options(source, options, progress=progress), reload(output))
-
-
-def reload(output: Path) -> dict[str, Any]:
-    """Open the pipeline in a fresh interpreter with plain diffusers code, and take one denoising step.
-
-    Raises:
-        VerificationError: that failed, or its output is not finite.
-    """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _RELOAD.format(prompt=_PROMPT), str(output)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    lines = process.stdout.strip().splitlines()
-    if process.returncode != 0 or not lines:
-        last = (process.stderr.strip().splitlines() or ["no output"])[-1]
-        raise VerificationError(f"the result did not open in a fresh process: {last}", hint="please report this")
-    seen: dict[str, Any] = json.loads(lines[-1])
-    if not seen["finite"] or not seen["quantized"]:
-        raise VerificationError("the reloaded pipeline gave no finite output", hint="please report this")
-    return seen
+    options = api.make_options(scheme, {"output": output, "overwrite": True, "device": "cpu"})
+    result = api.quantize_options(source, options, progress=progress)
+    report = api.verify(output, progress=progress, example=True)
+    if not report.ok:
+        failed = next(check for check in report.checks if check.status == "failed")
+        raise VerificationError(f"the result did not pass {failed.name}: {failed.detail}", hint="please report this")
+    return DemoResult(source, result, report, cards.write(output, cards.render(output, cards.CardOptions())))

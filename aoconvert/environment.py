@@ -24,10 +24,11 @@ ACCELERATORS = ("cuda", "xpu")
 
 # Logger -> how the message starts or what it holds. Each of them is harmless and printed at every import (torchao
 # 0.18: extension modules for other Pythons and GPUs; torch 2.13: torchao registers an Enum; diffusers 0.42: classes
-# of torchao < 0.17).
+# of torchao < 0.17; transformers 5: image processors that no pipeline here calls).
 _NOISE = {
     "torchao": "Failed to load ",
     "torch.utils._pytree": "is an Enum subclass and is now natively supported by torch.compile",
+    "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
 }
 

@@ -6,7 +6,7 @@ The exit codes are a contract (see ``README.md``): 1 a known failure, 2 wrong us
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
@@ -25,6 +25,12 @@ class AoconvertError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+def _counted(problems: Sequence[str]) -> str:
+    """All problems in one line."""
+    head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{head}: " + "; ".join(problems)
 
 
 class UsageError(AoconvertError):
@@ -50,9 +56,7 @@ class PlanError(AoconvertError):
 
     def __init__(self, problems: Iterable[str], *, hint: str | None = None) -> None:
         self.problems = tuple(problems)
-        count = len(self.problems)
-        head = "1 problem" if count == 1 else f"{count} problems"
-        super().__init__(f"{head}: " + "; ".join(self.problems), hint=hint)
+        super().__init__(_counted(self.problems), hint=hint)
 
 
 class ReadError(AoconvertError):
@@ -101,6 +105,14 @@ class HubError(AoconvertError):
     """The Hugging Face Hub said no, or could not be reached."""
 
     exit_code = 5
+
+
+class HubRefusal(HubError):
+    """The Hub would refuse. ``problems`` lists everything that is wrong, not only the first."""
+
+    def __init__(self, problems: Iterable[str], *, hint: str | None = None) -> None:
+        self.problems = tuple(problems)
+        super().__init__(_counted(self.problems), hint=hint)
 
 
 class Interrupted(AoconvertError):

@@ -11,6 +11,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("AOCONVERT_COMPILE", "0")  # what tests of the kernels alone need, they compile
+# tests run side by side: threads that spin while they wait take the cores from each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # a shell starts background jobs with SIGINT ignored, and whatever they start inherits that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent))

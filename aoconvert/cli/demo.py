@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from aoconvert.cli.options import common
-from aoconvert.cli.output import Output, size
+from aoconvert.cli.output import Output
+from aoconvert.words import size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +28,7 @@ Examples:
 @click.option("--scheme", default="int8wo", show_default=True, metavar="NAME", help="What to quantize to.")
 @common
 def command(*, folder: Path, scheme: str, out: Output) -> None:
-    """Build a tiny CogVideoX pipeline in DIR, quantize it, and open the result in a fresh process.
+    """Build a tiny CogVideoX pipeline in DIR, quantize it, verify the result and write its model card.
 
     Needs no network. DIR/source is the pipeline, DIR/out the result.
     """
@@ -35,14 +36,19 @@ def command(*, folder: Path, scheme: str, out: Output) -> None:
 
     with out.watch() as progress:
         done = demo.run(folder, scheme, progress)
-    data = {"source": str(done.source), **done.result.to_dict(), "reloaded": done.reloaded}
+    data = {
+        "source": str(done.source),
+        **done.result.to_dict(),
+        "verification": done.report.to_dict(),
+        "card": [str(path) for path in done.card],
+    }
     out.result(lambda: _render(done), data, str(done.result.output))
 
 
 def _render(done: DemoResult) -> RenderableType:
     from rich.table import Table
 
-    result, seen = done.result, done.reloaded
+    result = done.result
     component = result.manifest.components[0]
     kinds: dict[str, int] = {}
     for tensor in component.tensors:
@@ -59,10 +65,8 @@ def _render(done: DemoResult) -> RenderableType:
     table.add_row("tensors", ", ".join(f"{count} {action}" for action, count in kinds.items()))
     worst = component.totals.worst_sqnr_db
     table.add_row("error", f"worst SQNR {worst:.1f} dB" if worst is not None else "none")
-    table.add_row(
-        "reloaded",
-        f"{seen['class']}.from_pretrained in a fresh process: {seen['quantized']} of {seen['linear']} linear layers "
-        f"quantized, one denoising step, latents {seen['shape']}, all finite",
-    )
+    for check in done.report.checks:
+        table.add_row(check.name, f"{check.status}: {check.detail}")
+    table.add_row("card", ", ".join(str(path) for path in done.card))
     table.add_row("result", str(result.output))
     return table

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aoconvert.cli.options import common
-from aoconvert.cli.output import Output, size
+from aoconvert.cli.output import Output
 from aoconvert.errors import UnsafeFileError
+from aoconvert.words import size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from aoconvert.inspection.types import Component, Inspection
 
-EXAMPLES = """\b
+EXAMPLES = """Exit code 4: a pickle names or calls what no checkpoint needs, or its archive is damaged.
+
+\b
 Examples:
   aoconvert inspect out
   aoconvert inspect somebody/CogVideoX-5b-int8wo
   aoconvert inspect model.bin --json
-
-Exit code 4: a pickle names or calls what no checkpoint needs, or its archive is damaged.
 """
 
 

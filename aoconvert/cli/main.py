@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -22,10 +23,13 @@ _COMMANDS = {
     "quantize": "Quantize a checkpoint into a torchao checkpoint.",
     "plan": "Show what quantize would do, and write nothing.",
     "verify": "Prove that a converted checkpoint loads.",
+    "card": "Print the model card of a converted checkpoint, or write it.",
+    "push": "Publish a converted checkpoint on the Hugging Face Hub.",
     "inspect": "Say what a checkpoint is and what can load it, from headers alone.",
     "schemes": "List the quantization schemes, or show one.",
-    "demo": "Build, quantize and reload a tiny pipeline; needs no network.",
+    "demo": "Build, quantize and verify a tiny pipeline; needs no network.",
 }
+_TAKE_TOKEN = {"quantize", "plan", "verify", "push", "inspect"}
 
 
 class _Commands(click.Group):
@@ -65,6 +69,8 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit. ``AOCONVERT_DEBUG=1`` shows tracebacks."""
+    if argv is None:
+        hide_token()
     arguments = sys.argv[1:] if argv is None else argv
     out = Output.from_flags(json_mode="--json" in arguments)
     signal.signal(signal.SIGTERM, _terminate)
@@ -86,18 +92,58 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except AoconvertError as error:
         _fail(out, error)
     except Exception as error:
+        from aoconvert.sources.hub_errors import without_secrets
+
+        said = without_secrets(str(error)).splitlines()
         _fail(
             out,
             AoconvertError(
-                f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                f"unexpected {type(error).__name__}: {said[0] if said else ''}",
                 hint="AOCONVERT_DEBUG=1 shows the traceback; please report it",
             ),
         )
 
 
+def hide_token() -> None:
+    """Start this command line again without ``--token X``, which every user of the machine could read in its process.
+
+    The token goes by ``HF_TOKEN``, which ``--token`` reads. Nothing happens where no token is given in this way.
+    """
+    arguments, token = _without_token(sys.argv[1:])
+    # what stands before our arguments: the interpreter, its options, the script
+    before = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    if not set(sys.argv[1:2]) & _TAKE_TOKEN:
+        return
+    if not token or os.name == "nt" or not sys.executable or sys.orig_argv[len(before) :] != sys.argv[1:]:
+        return
+    with contextlib.suppress(OSError):
+        os.execve(sys.executable, [*before, *arguments], {**os.environ, "HF_TOKEN": token})
+
+
+def _without_token(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Arguments without ``--token``, and its value; what follows ``--`` is no option."""
+    kept: list[str] = []
+    token = None
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            return [*kept, argument, *rest], token
+        if argument == "--token":
+            token = next(rest, None)
+            if token is None:
+                return arguments, None
+        elif argument.startswith("--token="):
+            token = argument.removeprefix("--token=")
+        else:
+            kept.append(argument)
+    return kept, token
+
+
 def _fail(out: Output, error: AoconvertError) -> NoReturn:
     if os.environ.get("AOCONVERT_DEBUG") == "1":
-        traceback.print_exc()
+        from aoconvert.sources.hub_errors import without_secrets
+
+        sys.stderr.write(without_secrets(traceback.format_exc()))
     problems = getattr(error, "problems", None)
     out.error(type(error).__name__, error.message, error.hint, error.exit_code, problems=problems)
     sys.exit(error.exit_code)

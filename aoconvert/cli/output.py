@@ -33,18 +33,20 @@ class Output:
         return cls("json" if json_mode else "quiet" if quiet else "human", progress=not (no_progress or quiet))
 
     def result(self, human: Callable[[], RenderableType], data: Any, essential: str) -> None:
-        """Print a result; ``human`` is only called where it is shown."""
+        """Print a result; ``human`` is only called where it is shown, and text of its is printed as it is."""
         if self.mode == "json":
             _print(json.dumps(data, ensure_ascii=False) + "\n")
         elif self.mode == "quiet":
             _print(essential + "\n")
+        elif isinstance(shown := human(), str):
+            _print(shown + "\n")
         else:
             from rich.console import Console
 
             # without a terminal nothing is folded: what somebody looks for with grep stays on one line
             console = Console(highlight=False, width=None if sys.stdout.isatty() else _ONE_LINE)
             with console.capture() as captured:
-                console.print(human())
+                console.print(shown)
             _print("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def warning(self, message: str) -> None:
@@ -98,21 +100,3 @@ def _print(text: str) -> None:
     except BrokenPipeError:
         # the interpreter flushes stdout once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def count(number: float) -> str:
-    """A number of parameters for people: ``3.62 M``, ``1.69 B``."""
-    for unit in ("", " k", " M"):
-        if number < 1000:
-            return f"{number:.0f}" if not unit else f"{number:.2f}{unit}"
-        number /= 1000
-    return f"{number:.2f} B"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 from aoconvert.cli.options import common, conversion
-from aoconvert.cli.output import Output, size
+from aoconvert.cli.output import Output
 from aoconvert.options import QuantizeOptions
+from aoconvert.words import size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

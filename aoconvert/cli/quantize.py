@@ -9,8 +9,9 @@ import click
 from aoconvert.cli import plan as plan_command
 from aoconvert.cli import verify as verify_command
 from aoconvert.cli.options import common, conversion
-from aoconvert.cli.output import Output, count, size
+from aoconvert.cli.output import Output
 from aoconvert.options import QuantizeOptions
+from aoconvert.words import number, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -75,7 +76,7 @@ def _summary(result: QuantizeResult) -> RenderableType:
         table.add_row(
             item.name or item.class_name,
             f"{item.scheme}: {size(totals.bytes_in)} → {size(totals.bytes_out)}, "
-            f"{totals.quantized_fraction:.1%} of {count(totals.parameters)} parameters quantized{worst}",
+            f"{totals.quantized_fraction:.1%} of {number(totals.parameters)} parameters quantized{worst}",
         )
     table.add_row("time", f"{result.seconds:.1f} s, peak memory {size(result.peak_host_bytes)}")
     if result.peak_device_bytes:

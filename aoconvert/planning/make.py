@@ -23,6 +23,7 @@ from aoconvert.planning.needs import needs
 from aoconvert.planning.types import ComponentPlan, CopyPlan, FilePlan, Needs, Plan, TensorPlan
 from aoconvert.planning.weights import choose, is_only
 from aoconvert.sources.weights import find_weights
+from aoconvert.words import size
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +276,7 @@ def _space_problems(options: QuantizeOptions, wanted: Needs) -> list[str]:
         return []
     if free >= wanted.disk_bytes:
         return []
-    return [f"output {options.output}: {_size(wanted.disk_bytes)} needed, {_size(free)} free on that disk"]
+    return [f"output {options.output}: {size(wanted.disk_bytes)} needed, {size(free)} free on that disk"]
 
 
 def _held(output: Path) -> int:
@@ -286,7 +287,3 @@ def _held(output: Path) -> int:
 
 def _existing_parent(output: Path) -> Path:
     return next(folder for folder in output.resolve().parents if folder.exists())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"

@@ -14,7 +14,7 @@ from aoconvert.errors import HubError, SourceError
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_path
 from aoconvert.sources.folder import list_folder
 from aoconvert.sources.headers import check_entries
-from aoconvert.sources.hub_errors import SPACE_HINT, not_cached, translated
+from aoconvert.sources.hub_errors import SPACE_HINT, check_token, not_cached, translated
 
 # Fetched when the source is opened: configs, indexes, tokenizers and what the model card needs, never weights.
 SMALL_SUFFIXES = frozenset({".json", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".yaml", ".yml"})
@@ -144,9 +144,7 @@ def open_hub(
     """
     from huggingface_hub import is_offline_mode
 
-    if token is not None and not re.fullmatch("[!-~]+", token):
-        # Sent as it is, the HTTP client would refuse it with a message that quotes it.
-        raise HubError("the token holds characters that no token has (a line break or space?)", hint="copy it again")
+    check_token(token)
     if local_files_only or is_offline_mode():
         return _open_cached(repo_id, revision, cache_dir)
     commit, files = _pin(repo_id, revision, token, cache_dir)

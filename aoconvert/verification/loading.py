@@ -20,6 +20,11 @@ class Loaded:
     tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     forward: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def example(self) -> bool:
+        """Whether the card's example ran."""
+        return any(answer.get("example") and answer["forward"]["status"] == "passed" for answer in self.forward)
+
 
 def check_load(target: Target, loaded: Loaded) -> tuple[Status, str]:
     """``torch.load(weights_only=True, mmap=True)`` of every quantized file, and what came out against the manifest."""

@@ -47,6 +47,7 @@ class Report:
         date: when it was made, UTC, ISO 8601.
         device: where the checkpoint was opened; ``None`` where it was not.
         code_sha256: of the load code that opened it, see ``code.code_sha256``.
+        example: the card's example ran, at the smallest sizes.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Report:
     date: str
     device: str | None = None
     code_sha256: str | None = None
+    example: bool = False
 
     @property
     def ok(self) -> bool:
@@ -95,6 +97,7 @@ class Report:
             "date": self.date,
             "device": self.device,
             "code_sha256": self.code_sha256,
+            "example": self.example,
         }
 
     def dump(self) -> str:

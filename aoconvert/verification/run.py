@@ -63,6 +63,7 @@ class _Run:
     checks: list[Check] = field(default_factory=list)
     strategy: Strategy | None = None
     device: str | None = None
+    example: bool = False
     target: Target | None = None
     manifest: Manifest | None = None
 
@@ -110,6 +111,7 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         device=run.device,
         code_sha256=code_sha256(target, run.strategy) if target is not None and run.strategy is not None else None,
+        example=run.example,
     )
     if report.manifest_sha256 is not None:
         (folder / REPORT_NAME).write_text(report.dump(), encoding="utf-8")
@@ -135,6 +137,7 @@ def _checks(run: _Run) -> None:
     run.check("numbers", lambda: check_numbers(target, loaded, run.options.source))
     asked = run.options.reload and (run.options.forward or run.options.example)
     run.check("forward", lambda: check_forward(loaded, asked=asked))
+    run.example = loaded.example
 
 
 def _manifest(run: _Run) -> tuple[Status, str]:

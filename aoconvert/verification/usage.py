@@ -44,12 +44,11 @@ def usage_code(target: Target, place: str, *, small: bool = False) -> str | None
 
 
 def _pipeline(target: Target, *, small: bool) -> list[str] | None:
-    from aoconvert.environment import import_diffusers
+    from aoconvert.environment import import_diffusers, quiet_imports
 
-    import_diffusers()
-    import diffusers
-
-    cls = getattr(diffusers, target.class_name, None)
+    diffusers = import_diffusers()
+    with quiet_imports():  # a pipeline imports the models of its parts
+        cls = getattr(diffusers, target.class_name, None)
     if cls is None:
         return None
     parameters = inspect.signature(cls.__call__).parameters

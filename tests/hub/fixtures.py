@@ -12,6 +12,11 @@ and a test says::
         hub_client.hub.state.create_repo("user/model")
         sha = hub_client.hub.state.commit("user/model", {"config.json": b"{}"})
         assert hub_client.run("result = resolve('user/model').revision") == sha
+
+    def test_push(hub_client):
+        hub_client.hub.state.add_user("me", "hf_x")
+        assert hub_client.command("push", "me/model", "out", token="hf_x").returncode == 0
+        assert hub_client.hub.state.read("me/model", "config.json") == b"{}"
 """
 
 from __future__ import annotations
@@ -72,6 +77,46 @@ class HubClient:
             stdin: what the script can read, for secrets.
         """
         code = f"{PRELUDE}\n{script}\nprint('\\n' + json.dumps(result))"
+        done = self._run([*prefix, sys.executable, "-c", code], env, stdin, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def command(
+        self,
+        *args: str,
+        token: str | None = None,
+        env: dict[str, str] | None = None,
+        stdin: str = "",
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``aoconvert`` with these arguments, whatever comes of it.
+
+        Args:
+            token: what ``HF_TOKEN`` is set to.
+            env: further changes to the environment.
+            stdin: what the command can read.
+            timeout: seconds until it is killed and the test fails.
+        """
+        command = [sys.executable, "-m", "aoconvert", *args]
+        return self._run(command, {**_token(token), **(env or {})}, stdin, timeout=timeout)
+
+    def popen(
+        self, *args: str, token: str | None = None, env: dict[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Start ``aoconvert`` with these arguments, to be waited for or killed by the test.
+
+        Args:
+            token: what ``HF_TOKEN`` is set to.
+            env: further changes to the environment.
+            options: for ``subprocess.Popen``; without any, both outputs are pipes.
+        """
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "aoconvert", *args]
+        changes = {**_token(token), **(env or {})}
+        return subprocess.Popen(command, env=self.environment(changes), **{**pipes, **options})
+
+    def environment(self, changes: dict[str, str] | None = None) -> dict[str, str]:
+        """What a client process sees: this Hub, this cache, no Xet, no other HF_ setting."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
         ours = {
             "HF_ENDPOINT": self.hub.endpoint,
@@ -81,18 +126,26 @@ class HubClient:
             "PYTHONPATH": str(REPO),
             "NO_PROXY": "127.0.0.1,localhost",
         }
+        return {**clean, **ours, **(changes or {})}
+
+    def _run(
+        self, command: list[str], env: dict[str, str] | None, stdin: str, *, timeout: float
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*prefix, sys.executable, "-c", code],
+            command,
             input=stdin,
-            env={**clean, **ours, **(env or {})},
+            env=self.environment(env),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout,
             check=False,
         )
         self.stderr = done.stderr
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        return done
+
+
+def _token(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"HF_TOKEN": token}
 
 
 @pytest.fixture

@@ -1,0 +1,113 @@
+"""Model cards: ``README.md`` and a picture of the error, out of a manifest and the verification that belongs to it.
+
+The interface of the package; what does the work is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aoconvert.errors import WriteError
+
+CARD_NAME = "README.md"
+PICTURE_NAME = "sqnr.svg"
+
+_SEAL = re.compile(rb"<!-- written by aoconvert; sha256 of all above: ([0-9a-f]{64}) -->\s*\Z")
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What the user decides about a card.
+
+    Attributes:
+        template: a Jinja template in place of aoconvert's; see ``cards.template`` for its variables.
+        license: in place of the source's.
+        metadata: values of the front matter that replace what is there; ``None`` leaves a key out.
+        allow_unverified: for ``push``, which otherwise refuses a checkpoint without a verification that passed. The
+            card says in both cases what was proven.
+    """
+
+    template: Path | None = None
+    license: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    allow_unverified: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """A rendered card.
+
+    Attributes:
+        text: of ``README.md``.
+        picture: of ``sqnr.svg``; ``None`` where no error was measured.
+        warnings: what its reader will miss, such as a licence; one line each.
+    """
+
+    text: str
+    picture: str | None
+    warnings: tuple[str, ...]
+
+
+def render(folder: Path, options: CardOptions, *, repo_id: str | None = None) -> Card:
+    """The card of a checkpoint: the same manifest, report and options give the same bytes.
+
+    Args:
+        folder: the checkpoint.
+        options: what the user decides.
+        repo_id: where it will be published; without it the code on the card opens the folder.
+
+    Raises:
+        UsageError: metadata that the Hub does not know, a repo id that is none, or a template that fails.
+        SourceError: no manifest, or not a valid one.
+    """
+    from aoconvert.cards.make import make
+
+    made, picture, warnings = make(folder, options, repo_id)
+    return Card(seal(made), picture, warnings)
+
+
+def seal(text: str) -> str:
+    """``text`` with a comment at its end that holds its SHA-256: by it ``edited`` sees what was changed by hand."""
+    text = text.rstrip() + "\n\n"
+    return f"{text}<!-- written by aoconvert; sha256 of all above: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def edited(folder: Path) -> bool:
+    """Whether the folder has a ``README.md`` that aoconvert did not write, or that was changed since."""
+    try:
+        content = (folder / CARD_NAME).read_bytes().replace(b"\r\n", b"\n")
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise WriteError(f"{folder / CARD_NAME}: {error.strerror or error}") from error
+    found = _SEAL.search(content)
+    return found is None or hashlib.sha256(content[: found.start()]).hexdigest() != found[1].decode()
+
+
+def write(folder: Path, card: Card) -> tuple[Path, ...]:
+    """Put the card into the folder, its picture first.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        WriteError: disk full, or no permission.
+    """
+    texts = [(PICTURE_NAME, card.picture)] if card.picture is not None else []
+    texts.append((CARD_NAME, card.text))
+    for name, text in texts:
+        draft = folder / f".{name}.draft"
+        try:  # beside it and then in its place: what is there may be a link into the Hub's cache
+            draft.write_text(text, encoding="utf-8", newline="\n")
+            draft.replace(folder / name)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise WriteError(f"{folder / name}: {error.strerror or error}") from error
+    return tuple(folder / name for name, _ in texts)

@@ -1,0 +1,82 @@
+"""Known limits: only those that are true for the checkpoint at hand. Each says where it was seen.
+
+Sources: measured with torch 2.13, torchao 0.18, diffusers 0.42.1, transformers 5.23; diffusers' torchao_quantizer and
+group_offloading; transformers' quantizer_torchao; peft's tuners/lora/torchao.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from aoconvert.cards.markdown import Md, text
+from aoconvert.inspection.compat import short
+from aoconvert.inspection.release_names import RELEASES
+from aoconvert.verification.code import Strategy
+from aoconvert.verification.target import Target
+
+_DTYPE = (
+    "keep `torch_dtype`: without it diffusers opens everything that is not quantized in float32, and the first forward "
+    "pass fails."
+)
+_ASSIGN = "`from_pretrained` alone does not open this checkpoint; the code above does."
+_CAST_INT8 = "`.to(torch.float32)` leaves the quantized weights in their dtype, and says nothing."
+_CAST_FLOAT8 = "after `.to(torch.float32)` the quantized weights keep their dtype, and a forward pass fails."
+_BIN = (
+    "a `.bin` names torchao's own classes, and releases drop old ones{known}. Where it has to load for years, keep the "
+    "pins."
+)
+_BYTES = "torchao keeps each of these values in a whole byte: the file is no smaller than one of int8."
+_LORA = "adapters need peft and torchao 0.16 or later. Merging or fusing one dequantizes, adds, and quantizes again."
+_OFFLOAD_TRANSFORMERS = "transformers refuses a `device_map` that puts part of the model on disk."
+_OFFLOAD_DIFFUSERS = (
+    "diffusers refuses a `device_map` that puts part of the quantized model on the CPU or on disk, and group offload "
+    "to disk."
+)
+_BOT = "a bot of the Hub may offer a safetensors variant of these weights. It loses the quantization: do not merge it."
+
+
+def limits(target: Target, strategy: Strategy) -> list[dict[str, Md]]:
+    """``title`` and ``text`` of each."""
+    return [{"title": Md(title), "text": Md(line)} for title, line in _limits(target, strategy)]
+
+
+def _limits(target: Target, strategy: Strategy) -> Iterable[tuple[str, str]]:
+    assert target.manifest is not None
+    components = target.manifest.components
+    tensors = [tensor for entry in components for tensor in entry.tensors if tensor.action == "quantize"]
+    classes = {tensor.class_name.rpartition(".")[2] for tensor in tensors}
+    if target.kind == "pipeline":
+        yield "dtype", _DTYPE
+    if strategy == "assign":
+        yield "loading", _ASSIGN
+    if "Int8Tensor" in classes:
+        yield "casting", _CAST_INT8
+    if "Float8Tensor" in classes:
+        yield "casting", _CAST_FLOAT8
+    if any(entry.format == "bin" for entry in components):
+        spans = {entry.loads_with["torchao"] for entry in components if "torchao" in entry.loads_with}
+        needs = ", ".join(text(span.replace(">=", "≥ ")) for span in sorted(spans))
+        known = f" (torchao {needs}; {short(len(RELEASES) - 1)} is the newest that was tried)" if needs else ""
+        yield "torchao", _BIN.format(known=known)
+    if "IntxUnpackedToInt8Tensor" in classes:
+        yield "size", _BYTES
+    yield "LoRA", _LORA
+    if target.kind == "transformers":
+        yield "offload", _OFFLOAD_TRANSFORMERS
+        if all("/" not in file for part in target.parts for file in part.files):
+            yield "pull requests", _BOT
+    else:
+        yield "offload", _OFFLOAD_DIFFUSERS
+
+
+def hardware(target: Target) -> Md:
+    """What the packed weights are made for."""
+    assert target.manifest is not None
+    lines = []
+    for entry in target.manifest.components:
+        layout = entry.layout
+        least = ".".join(map(str, layout.min_capability or []))
+        needs = f", compute capability {least} or higher" if least else ""
+        device = "any device" if layout.device == "any" else f"{layout.device} only"
+        lines.append(f"{device}{needs} ({text(layout.packing)} layout)")
+    return Md("; ".join(dict.fromkeys(lines)))

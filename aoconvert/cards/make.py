@@ -1,0 +1,196 @@
+"""A card out of a folder: everything that a template shows, in the order in which it is found out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import InvalidVersion, Version
+
+from aoconvert import manifest as manifests
+from aoconvert.cards import PICTURE_NAME, CardOptions, template
+from aoconvert.cards.components import describe
+from aoconvert.cards.layers import layers
+from aoconvert.cards.limits import hardware, limits
+from aoconvert.cards.markdown import is_page
+from aoconvert.cards.metadata import front_matter, is_repo_id, to_yaml
+from aoconvert.cards.picture import draw
+from aoconvert.cards.proof import Proof, prove
+from aoconvert.errors import UsageError
+from aoconvert.manifest import FileEntry, Manifest
+from aoconvert.models import identify
+from aoconvert.sources.folder import FolderSource
+from aoconvert.verification.code import Strategy, load_code
+from aoconvert.verification.target import Target, from_manifest
+from aoconvert.verification.usage import usage_code
+
+_HUB = "https://huggingface.co"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
+
+
+def make(folder: Path, options: CardOptions, repo_id: str | None) -> tuple[str, str | None, tuple[str, ...]]:
+    """See ``cards.render``: the text, the picture, the warnings."""
+    if repo_id is not None and not is_repo_id(repo_id):
+        raise UsageError(f"{repo_id!r} is no name of a repo on the Hub", hint="it is user/name")
+    manifest = manifests.load(folder)
+    target = from_manifest(folder, manifest)
+    library = "transformers" if target.kind == "transformers" else "diffusers"
+    front, warnings = front_matter(manifest, library, options.license, options.metadata)
+    header = to_yaml(front)
+    picture = draw([(entry.name, layers(entry)) for entry in manifest.components])
+    proof = prove(folder, target)
+    values = {
+        **_what(target, folder, repo_id),
+        "license": front.get("license_name") or front.get("license"),
+        "license_url": front.get("license_link") if is_page(front.get("license_link")) else None,
+        "picture": PICTURE_NAME if picture is not None else None,
+        "code": _code(target, proof.strategy, repo_id or str(folder), hub=repo_id is not None),
+        "proof": _proof(proof),
+        "components": [describe(entry) for entry in manifest.components],
+        "sizes": _sizes(manifest),
+        "hardware": hardware(target),
+        "limits": limits(target, proof.strategy),
+        "verify": shlex.join(["aoconvert", "verify", repo_id or str(folder)]),
+        **_origin(manifest),
+    }
+    return f"{header}\n{template.render(options.template, values).strip()}\n", picture, warnings
+
+
+def _what(target: Target, folder: Path, repo_id: str | None) -> dict[str, Any]:
+    manifest = target.manifest
+    assert manifest is not None
+    schemes = list(dict.fromkeys(entry.scheme for entry in manifest.components))
+    name = (repo_id or manifest.source.repo_id or "").rpartition("/")[2]
+    title = name if repo_id else f"{name or target.class_name} {', '.join(schemes)}"
+    return {
+        "title": title,
+        "repo_id": repo_id,
+        "place": repo_id or str(folder),
+        "kind": target.kind,
+        "class_name": target.class_name,
+        "schemes": schemes,
+    }
+
+
+def _code(target: Target, strategy: Strategy, place: str, *, hub: bool) -> dict[str, Any]:
+    return {
+        "load": load_code(target, place, strategy, hub=hub),
+        "usage": usage_code(target, place),
+        "strategy": strategy,
+        "packages": (names := _packages(target, strategy)),
+        "install": _install(target, names),
+    }
+
+
+def _packages(target: Target, strategy: Strategy) -> list[str]:
+    """What the code imports, and what the libraries need for it."""
+    libraries = {part.library for part in target.parts}
+    if target.kind == "pipeline":
+        libraries |= {"diffusers", *(part.library for part in identify(FolderSource(target.folder)).components)}
+    names = ["torchao", "torch", *sorted(libraries)]
+    if "diffusers" in libraries or strategy == "assign":
+        names.append("accelerate")
+    return names
+
+
+def _install(target: Target, names: list[str]) -> str:
+    """``pip install`` with the versions that wrote the checkpoint, for a shell."""
+    manifest = target.manifest
+    assert manifest is not None
+    words = []
+    for name in names:
+        try:
+            words.append(f"{name}=={Version(getattr(manifest.environment, name)).public}")
+        except InvalidVersion:
+            words.append(name)
+    for entry in manifest.components:
+        for line in entry.layout.requires:
+            try:
+                needed = Requirement(line)
+            except InvalidRequirement:
+                continue
+            if needed.name not in names and needed.url is None:
+                words.append(f"{needed.name}{needed.specifier}")
+    return "pip install " + " ".join(shlex.quote(word) for word in dict.fromkeys(words))
+
+
+def _proof(proof: Proof) -> dict[str, Any]:
+    return {
+        "ok": proof.ok,
+        "reason": proof.reason,
+        "date": proof.date,
+        "device": proof.device,
+        "versions": [{"name": name, "version": version} for name, version in proof.versions],
+        "checks": [{"name": check.name, "status": check.status, "detail": check.detail} for check in proof.checks],
+        "example": proof.example,
+    }
+
+
+def _sizes(manifest: Manifest) -> dict[str, Any]:
+    """Bytes of tensors before and after, of each component and of a pipeline's other parts, and all together."""
+    rows: list[dict[str, Any]] = []
+    for entry in manifest.components:
+        totals = entry.totals
+        rows.append(
+            {
+                "name": entry.name or entry.class_name,
+                "scheme": entry.scheme,
+                "bytes_in": totals.bytes_in,
+                "bytes_out": totals.bytes_out,
+                "bits_in": 8 * totals.bytes_in / totals.parameters if totals.parameters else None,
+                "bits_out": totals.bits_per_weight,
+            }
+        )
+    others: defaultdict[str, int] = defaultdict(int)
+    for file in manifest.copied:
+        folder, slash, _ = file.path.rpartition("/")
+        if slash and file.path.endswith(_WEIGHTS):
+            others[folder] += file.size
+    rows += [
+        {"name": name, "scheme": None, "bytes_in": total, "bytes_out": total, "bits_in": None, "bits_out": None}
+        for name, total in sorted(others.items())
+    ]
+    total = {key: sum(row[key] for row in rows) for key in ("bytes_in", "bytes_out")}
+    return {"rows": rows, "total": total}
+
+
+def _origin(manifest: Manifest) -> dict[str, Any]:
+    source, run = manifest.source, manifest.run
+    repo = source.repo_id if is_repo_id(source.repo_id) else None
+    commit = source.revision if source.revision and _COMMIT.fullmatch(source.revision) else None
+    versions = manifest.environment.model_dump(include={*manifests.EnvironmentEntry.model_fields} - {"device"})
+    return {
+        "source": {
+            "name": source.repo_id,
+            "url": f"{_HUB}/{repo}" if repo else None,
+            "revision": source.revision,
+            "revision_url": f"{_HUB}/{repo}/tree/{commit}" if repo and commit else None,
+            "files": _files(source.files),
+        },
+        "files": _files([file for entry in manifest.components for file in entry.files]),
+        "copied": len(manifest.copied),
+        "command": _command(run.command),
+        "date": run.started[:10],
+        "versions": [{"name": name, "version": version} for name, version in versions.items()],
+        "device_name": manifest.environment.device.name,
+        "tool": f"{manifest.tool.name} {manifest.tool.version}",
+    }
+
+
+def _files(entries: list[FileEntry]) -> list[dict[str, Any]]:
+    weights = [file for file in entries if file.path.endswith(_WEIGHTS)]
+    return [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in weights]
+
+
+def _command(line: str) -> str | None:
+    """The command again, each word quoted: nothing else can hide in it. ``None`` where it is no conversion."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        return None
+    return shlex.join(words) if words[:2] == ["aoconvert", "quantize"] and line.isprintable() else None

@@ -1,0 +1,101 @@
+"""What a verification proved of a card's code, read from ``aoconvert.verify.json``, which anybody may have written.
+
+A card says that its code was run only where the report passed, belongs to this very manifest, and names this very code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from aoconvert.manifest import MANIFEST_NAME
+from aoconvert.verification.code import Strategy, code_sha256
+from aoconvert.verification.files import file_sha256
+from aoconvert.verification.report import REPORT_NAME, CheckName, Status
+from aoconvert.verification.target import Target
+
+
+class _Check(BaseModel):
+    name: CheckName
+    status: Status
+    detail: str
+
+
+class _Report(BaseModel):
+    schema_version: Literal[1]
+    ok: bool
+    checks: list[_Check]
+    strategy: Strategy | None
+    versions: dict[str, str] = Field(default_factory=dict)
+    manifest_sha256: str | None
+    date: datetime
+    device: str | None
+    code_sha256: str | None
+    example: bool = False
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is proven.
+
+    Attributes:
+        ok: the code of ``strategy`` opened this checkpoint, and no check failed.
+        reason: why not; ``""`` where it is.
+        strategy: the way of loading to show.
+        date, device, versions, checks: of the report, if it belongs to this manifest.
+        example: the example of the card was run too, at the smallest sizes.
+    """
+
+    ok: bool
+    reason: str
+    strategy: Strategy
+    date: str | None = None
+    device: str | None = None
+    versions: tuple[tuple[str, str], ...] = ()
+    checks: tuple[_Check, ...] = ()
+    example: bool = False
+
+
+def prove(folder: Path, target: Target) -> Proof:
+    """What the report in the folder says of its checkpoint."""
+    assert target.manifest is not None
+    ways = {entry.load.strategy for entry in target.manifest.components}
+    usual: Strategy = "assign" if "assign" in ways else "from-pretrained"
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return Proof(False, "No verification was run.", usual)
+    try:
+        report = _Report.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return Proof(False, "The report of the verification cannot be read.", usual)
+    if report.manifest_sha256 != file_sha256(folder / MANIFEST_NAME):
+        return Proof(False, "The last verification was of another conversion.", usual)
+    strategy = report.strategy or usual
+    reason = _doubt(report, target, strategy)
+    return Proof(
+        ok=not reason,
+        reason=reason,
+        strategy=strategy,
+        date=report.date.date().isoformat(),
+        device=report.device,
+        versions=tuple(report.versions.items()),
+        checks=tuple(report.checks),
+        example=report.example,
+    )
+
+
+def _doubt(report: _Report, target: Target, strategy: Strategy) -> str:
+    failed = [check.name for check in report.checks if check.status == "failed"]
+    if failed or not report.ok:
+        return f"The verification failed: {', '.join(failed) or 'its report says so'}."
+    reload = next((check for check in report.checks if check.name == "reload"), None)
+    if reload is None or reload.status != "passed" or report.strategy is None:
+        why = f" ({reload.detail})" if reload is not None else ""
+        return f"The verification passed without opening the model{why}."
+    if report.code_sha256 != code_sha256(target, strategy):
+        return "The last verification ran other code than this."
+    return ""

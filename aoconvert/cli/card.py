@@ -1,0 +1,88 @@
+"""``aoconvert card``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from aoconvert.cli.options import common
+from aoconvert.cli.output import Output
+from aoconvert.errors import PlanError
+
+EPILOG = """\
+A template of your own (--card-template) is the card's body in Jinja, sandboxed; what it prints is escaped for Markdown.
+
+\b
+Its variables: title, repo_id, place, kind, class_name, schemes, picture, license, license_url, source,
+code (load, usage, install, packages, strategy), proof (ok, reason, date, device, versions, checks,
+example), components, sizes, hardware, limits, verify, files, copied, command, date, versions,
+device_name, tool. Its filters: code, block("python"), link(url), size, number, percent, plural.
+aoconvert/cards/template.py says more; aoconvert/cards/template.md.jinja is an example.
+
+\b
+Examples:
+  aoconvert card
+  aoconvert card ./out --write --repo-id user/CogVideoX-5b-int8wo
+  aoconvert card --license other --set-metadata license_name=my-terms --set-metadata license_link=LICENSE
+  aoconvert card --set-metadata "tags=[video, text-to-video]" --json
+"""
+
+
+@click.command("card", epilog=EPILOG)
+@click.argument("path", metavar="[PATH]", type=click.Path(path_type=Path), default=Path("out"))
+@click.option("--write", is_flag=True, help="Put README.md and its picture into the folder.")
+@click.option("--overwrite", is_flag=True, help="Replace a README.md that was changed by hand.")
+@click.option("--repo-id", metavar="REPO_ID", help="Where it will be published; the code on the card opens that.")
+@click.option(
+    "--card-template", "template", metavar="FILE", type=click.Path(path_type=Path), help="Jinja template of the body."
+)
+@click.option("--license", metavar="NAME", help="Licence, in place of the source's.")
+@click.option(
+    "--set-metadata",
+    "metadata",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A key of the front matter; VALUE is a YAML scalar or list, empty leaves the key out. Repeatable.",
+)
+@common
+def command(
+    *,
+    path: Path,
+    write: bool,
+    overwrite: bool,
+    repo_id: str | None,
+    template: Path | None,
+    license: str | None,
+    metadata: tuple[str, ...],
+    out: Output,
+) -> None:
+    """Print the model card of a converted checkpoint. Default: ./out.
+
+    It is made from the manifest and the last verification, and says what was proven. With --write the paths of the
+    files are printed in its place.
+    """
+    from aoconvert import cards
+    from aoconvert.cards.metadata import parse_metadata
+
+    if overwrite and not write:
+        raise click.UsageError("--overwrite needs --write")
+    options = cards.CardOptions(template, license, parse_metadata(metadata))
+    card = cards.render(path, options, repo_id=repo_id)
+    if write and not overwrite and cards.edited(path):
+        raise PlanError(
+            [f"{path / cards.CARD_NAME} was changed by hand, or was not written by aoconvert"],
+            hint="--overwrite replaces it; without --write the card is printed",
+        )
+    for line in card.warnings:
+        out.warning(line)
+    written = [str(place) for place in cards.write(path, card)] if write else []
+    data = {
+        "path": str(path),
+        "card": card.text,
+        "picture": card.picture,
+        "written": written,
+        "warnings": list(card.warnings),
+    }
+    shown = "\n".join(written) or card.text.rstrip()
+    out.result(lambda: shown, data, str(path / cards.CARD_NAME) if write else shown)

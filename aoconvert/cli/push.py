@@ -1,0 +1,102 @@
+"""``aoconvert push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aoconvert.cli.options import common
+from aoconvert.cli.output import Output
+from aoconvert.words import size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from aoconvert.hub.types import Pushed
+
+EXAMPLES = """\b
+Examples:
+  aoconvert push user/CogVideoX-5b-int8wo
+  aoconvert push user/CogVideoX-5b-int8wo ./out --private --dry-run
+  aoconvert push org/model-fp8 --create-pr --license apache-2.0
+  aoconvert push user/model --revision int4 --tag v1.0 --json
+"""
+
+
+@click.command("push", epilog=EXAMPLES)
+@click.argument("repo_id", metavar="REPO_ID")
+@click.argument("checkpoint", metavar="[PATH]", default="out", type=click.Path(path_type=Path))
+@click.option("--private/--public", default=None, help="Visibility of a new repo; an existing one is not changed.")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to, made when absent; or refs/pr/N.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request; a second run goes on with the same one.")
+@click.option("--commit-message", metavar="TEXT", help="First line of the commit.")
+@click.option("--commit-description", metavar="TEXT", help="What the commit says below it.")
+@click.option("--tag", metavar="NAME", help="Name the commit.")
+@click.option("--collection", metavar="SLUG", help="Add the repo to this collection.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; never stored.")
+@click.option("--dry-run", is_flag=True, help="Show files, bytes and the card; change nothing.")
+@click.option("--allow-unverified", is_flag=True, help="Publish without a verification that passed; the card says so.")
+@click.option("--rehash", is_flag=True, help="Compare every file's SHA-256 with the manifest, not its time of change.")
+@click.option("--replace", is_flag=True, help="Delete other weights on the branch that a loader would take first.")
+@click.option(
+    "--card-template",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A Jinja template for the card.",
+)
+@click.option("--license", metavar="ID", help="Licence of the result, where the source's is not known.")
+@click.option("--set-metadata", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the card's metadata.")
+@common
+def command(*, repo_id: str, checkpoint: Path, out: Output, settings: tuple[str, ...], **choices: Any) -> int:
+    """Publish a converted checkpoint on the Hugging Face Hub, with its model card. Default: ./out.
+
+    Everything that could go wrong is checked first. The weights are uploaded, then one commit changes the branch from
+    what it was to the whole checkpoint, and what arrived is compared with what was sent. After any failure, the same
+    command goes on: what has arrived is not sent again.
+    """
+    from aoconvert.cards.metadata import parse_metadata
+    from aoconvert.hub.run import push
+    from aoconvert.hub.types import PushOptions
+
+    options = PushOptions(metadata=parse_metadata(settings), **choices)
+    with out.watch() as progress:
+        done = push(checkpoint, repo_id, options, progress)
+    for line in done.warnings:
+        out.warning(line)
+    out.result(lambda: table(done), done.to_dict(), done.url)
+    return 0
+
+
+def table(done: Pushed) -> RenderableType:
+    """What was done, or would be, for people."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = Table(box=None, pad_edge=False)
+    rows.add_column("file", overflow="fold")
+    rows.add_column("size", justify="right", no_wrap=True)
+    rows.add_column("", no_wrap=True)
+    for file in done.files:
+        rows.add_row(Text(file.path), size(file.size), _said(done, new=file.path in done.sent))
+    for path in done.deleted:
+        rows.add_row(Text(path), "", "to be deleted" if done.dry_run else "deleted")
+    lines = [Text(_last_line(done), style="bold")]
+    if done.pr_url is not None:
+        lines.append(Text(f"pull request: {done.pr_url}"))
+    return Group(Text(done.card), rows, *lines) if done.dry_run else Group(rows, *lines)
+
+
+def _said(done: Pushed, *, new: bool) -> str:
+    if not new:
+        return "there already"
+    return "to be sent" if done.dry_run else "sent"
+
+
+def _last_line(done: Pushed) -> str:
+    if done.nothing_to_do:
+        return f"nothing to do: {done.pr_url or done.url} holds exactly this"
+    if done.dry_run:
+        return f"nothing was changed; {len(done.sent)} files, {size(done.bytes_uploaded)}, would go to {done.url}"
+    return f"published: {done.url} (commit {(done.commit or '')[:12]}, {size(done.bytes_uploaded)})"

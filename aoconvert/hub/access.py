@@ -1,0 +1,186 @@
+"""May this account do what a push is to do? Every problem is found before anything is changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aoconvert.errors import HubError, HubRefusal
+from aoconvert.hub.remote import Changes, Job, Tip, changes, find_tip, foreign_problem
+from aoconvert.sources.hub_errors import LOGIN_HINT, WRITE_HINT, failed_status, translated
+from aoconvert.verification.report import some
+
+if TYPE_CHECKING:
+    from huggingface_hub import GitRefs, HfApi, ModelInfo
+
+_ROLES_THAT_CREATE = ("admin", "write", "contributor")
+# What git forbids in a branch's name: https://git-scm.com/docs/git-check-ref-format
+_BAD_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[/.-]|/\.|[/.]$|\.lock(/|$)|^@$")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the Hub allows and holds.
+
+    Attributes:
+        exists: whether the repo is there.
+        tip: where the commit goes.
+        changes: what it has to change.
+        warnings: one line each.
+    """
+
+    exists: bool
+    tip: Tip
+    changes: Changes
+    warnings: tuple[str, ...]
+
+
+def ref_problem(option: str, name: str | None) -> list[str]:
+    """What is wrong with the name of a branch or tag, if something is."""
+    if name is None or (option == "--revision" and re.fullmatch(r"refs/pr/\d+", name)):
+        return []
+    if _BAD_REF.search(name) or not name or name.startswith("refs/") or re.fullmatch("[0-9a-f]{40}", name):
+        return [f"{option} {name!r} is not a name for a {'tag' if option == '--tag' else 'branch'}"]
+    return []
+
+
+def check_access(job: Job, me: Mapping[str, Any]) -> Standing:
+    """Ask the Hub for everything that could stand in the way.
+
+    Args:
+        job: the push.
+        me: what ``whoami`` answered.
+
+    Raises:
+        HubRefusal: with every problem at once.
+        HubError: the Hub cannot be asked.
+    """
+    problems = []
+    role = (me.get("auth") or {}).get("accessToken", {}).get("role")
+    if role == "read":
+        problems.append(f"this token of {job.user} is one that may only read: it may not write anything")
+    info = _info(job)
+    problems += _collection_problems(job)
+    if info is None:
+        problems += _namespace_problems(job, me)
+        tip = Tip(job.branch, None, {}, frozenset(), exists=False)
+        found = changes(job, tip)
+    else:
+        problems += _repo_problems(job, info, asked=role != "read")
+        tip = find_tip(job)
+        found = changes(job, tip)
+        problems += _ref_problems(job, tip, found)
+    if found.foreign:
+        problems.append(foreign_problem(job, found.foreign))
+    if problems:
+        raise HubRefusal(problems, hint=WRITE_HINT if any("may not write" in line for line in problems) else None)
+    warnings = []
+    if found.others:
+        warnings.append(f"{job.repo_id} keeps files that this push does not know: {some(list(found.others))}")
+    return Standing(info is not None, tip, found, tuple(warnings))
+
+
+def whoami(api: HfApi) -> dict[str, Any]:
+    """Whose token it is.
+
+    Raises:
+        HubError: no token, one that the Hub does not know, or the Hub cannot be asked.
+    """
+    with translated("Hugging Face Hub", None, doing="write"):
+        answer = api.whoami()
+        if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
+            raise HubError(f"{api.endpoint} does not answer like a Hub", hint="check HF_ENDPOINT and the proxy")
+        return answer
+
+
+def _info(job: Job) -> ModelInfo | None:
+    """The repo, if it is there and this token may see it."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    with translated(job.repo_id, None, doing="write"):
+        try:
+            return job.api.model_info(job.repo_id)
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return None
+
+
+def _namespace_problems(job: Job, me: Mapping[str, Any]) -> list[str]:
+    """Whether a repo may be made there; a fine-grained token is only known to fit when it is tried."""
+    namespace = job.repo_id.split("/")[0]
+    if namespace == job.user:
+        return []
+    orgs = {org.get("name"): org.get("roleInOrg") for org in me.get("orgs") or []}
+    if namespace not in orgs:
+        return [f"{job.repo_id} does not exist (or is hidden), and {job.user} may not create repos under {namespace}"]
+    if orgs[namespace] is not None and orgs[namespace] not in _ROLES_THAT_CREATE:
+        return [f"{job.user} is only '{orgs[namespace]}' in {namespace}, and may not create {job.repo_id}"]
+    return []
+
+
+def _repo_problems(job: Job, info: ModelInfo, *, asked: bool) -> list[str]:
+    """What is wrong with a repo that is there."""
+    problems = []
+    if info.id != job.repo_id:
+        problems.append(f"{job.repo_id} is now called {info.id}: give that name")
+    wanted = job.options.private
+    if wanted is not None and info.private is not None and wanted != info.private:
+        now, asked_for = ("private", "--public") if info.private else ("public", "--private")
+        problems.append(
+            f"{job.repo_id} is {now}, and {asked_for} was asked for (change it at {job.api.endpoint}/{job.repo_id}/"
+            f"settings, or leave {asked_for} out)"
+        )
+    if asked and not _may_write(job):
+        problems.append(f"{job.user} may not write to {job.repo_id} with this token")
+    return problems
+
+
+def _may_write(job: Job) -> bool:
+    """Whether the token may commit; for a pull request, whether it may see the repo's files."""
+    proposes = job.options.create_pr or (job.options.revision or "").startswith("refs/pr/")
+    try:
+        with translated(job.repo_id, None, doing="write"):
+            job.api.auth_check(job.repo_id, write=not proposes)
+    except HubError as error:
+        if failed_status(error.__cause__) in (401, 403, 404):
+            return False
+        raise
+    return True
+
+
+def _ref_problems(job: Job, tip: Tip, found: Changes) -> list[str]:
+    """Names of branches and tags that do not fit."""
+    with translated(job.repo_id, None, doing="write"):
+        refs: GitRefs = job.api.list_repo_refs(job.repo_id)
+    tags = {tag.name: tag.target_commit for tag in refs.tags}
+    problems = []
+    if job.branch in tags:
+        problems.append(f"{job.branch} is a tag of {job.repo_id}, and a commit needs a branch")
+    tag = job.options.tag
+    if tag is not None and tag in {branch.name for branch in refs.branches}:
+        problems.append(f"{tag} is a branch of {job.repo_id}, and cannot be a tag too")
+    if tag in tags and not (found.none and tags[tag] == tip.commit):
+        problems.append(f"{job.repo_id} has a tag {tag} already, on another commit ({tags[tag][:12]})")
+    return problems
+
+
+def _collection_problems(job: Job) -> list[str]:
+    slug = job.options.collection
+    if slug is None:
+        return []
+    try:
+        with translated(slug, None, doing="write"):
+            job.api.get_collection(slug)
+    except HubError as error:
+        if failed_status(error.__cause__) not in (401, 403, 404):
+            raise
+        return [f"there is no collection {slug}, or this token may not see it"]
+    return []
+
+
+def no_token() -> HubError:
+    """The error for whoever is not logged in."""
+    return HubError("not logged in to the Hub: there is no token", hint=LOGIN_HINT)

@@ -1,0 +1,194 @@
+"""What is sent, and everything about it that can be wrong before the network is asked."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from aoconvert import manifest as manifests
+from aoconvert.cards import CARD_NAME, PICTURE_NAME
+from aoconvert.errors import SourceError
+from aoconvert.hub.types import PushOptions, Sent
+from aoconvert.manifest import MANIFEST_NAME, FileEntry, Manifest
+from aoconvert.progress import Progress
+from aoconvert.sources.folder import list_folder, stays_inside
+from aoconvert.verification.files import file_sha256, shadows
+from aoconvert.verification.report import REPORT_NAME, some
+
+# https://huggingface.co/docs/hub/storage-limits
+FILE_LIMIT = 50_000_000_000
+FILE_RECOMMENDED = 20_000_000_000
+_OWN = frozenset({MANIFEST_NAME, REPORT_NAME, CARD_NAME, PICTURE_NAME})
+VERIFY_HINT = "run aoconvert verify, or publish it as it is with --allow-unverified"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the folder holds that is to be sent, without the card.
+
+    Attributes:
+        manifest: as it was read.
+        manifest_sha256: of ``aoconvert.json``.
+        files: in the order of the manifest, then the manifest and the verification.
+        hashed: paths whose SHA-256 was compared with the manifest's.
+        problems: what forbids to send it, one line each.
+        warnings: what whoever sends it should know, one line each.
+    """
+
+    manifest: Manifest
+    manifest_sha256: str
+    files: tuple[Sent, ...]
+    hashed: frozenset[str]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Progress) -> Contents:
+    """Look at a folder that is to be published.
+
+    Raises:
+        SourceError: it is no folder with a manifest that can be read.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"no such folder: {folder}", hint="give the output folder of aoconvert quantize")
+    manifest = manifests.load(folder)
+    manifest_sha256 = file_sha256(folder / MANIFEST_NAME)
+    entries = {entry.path: entry for entry in manifest.files()}
+    problems = [line for entry in entries.values() for line in _file_problems(folder, entry)]
+    report, found = _verification(folder, manifest_sha256)
+    warnings: list[str] = []
+    (warnings if options.allow_unverified else problems).extend(found)
+    hashed: frozenset[str] = frozenset()
+    if not problems and options.rehash:
+        problems += _rehash(folder, list(entries.values()), progress)
+        hashed = frozenset(entries) if not problems else hashed
+    elif report is not None:
+        problems += _changed(folder, entries)
+    problems += shadows(folder, {part.path: tuple(file.path for file in part.files) for part in manifest.components})
+    files = [Sent(entry.path, entry.size, entry.sha256, folder / entry.path) for entry in entries.values()]
+    files.append(Sent.from_bytes(MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes()))
+    if report is not None:
+        files.append(Sent.from_bytes(REPORT_NAME, public_report(report, folder, repo_id)))
+        warnings += _weak_spots(report)
+    warnings += _large(files) + _left_out(folder, {file.path for file in files})
+    return Contents(manifest, manifest_sha256, tuple(files), hashed, tuple(problems), tuple(warnings))
+
+
+def _file_problems(folder: Path, entry: FileEntry) -> Iterator[str]:
+    """What is wrong with one file of the manifest."""
+    parts = PurePosixPath(entry.path).parts
+    place = folder / entry.path
+    if entry.path in _OWN:
+        yield f"the manifest lists {entry.path}, which push makes itself"
+    elif any(part.startswith(".") or part == "__pycache__" for part in parts):
+        yield f"the manifest lists {entry.path}, and hidden files are not sent"
+    elif not place.is_file():
+        yield f"{entry.path} is missing"
+    elif not stays_inside(folder, entry.path):
+        yield f"{entry.path} is a link that leaves the folder"
+    elif place.stat().st_size != entry.size:
+        yield f"{entry.path} has {place.stat().st_size} bytes, the manifest says {entry.size}"
+    elif entry.size > FILE_LIMIT:
+        size = f"{entry.size / 1e9:.0f} GB"
+        yield f"{entry.path} has {size}, and the Hub takes no file over 50 GB (quantize with --max-shard-size 20GB)"
+
+
+def _verification(folder: Path, manifest_sha256: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """The report that belongs to this manifest, if there is one, and what is wrong with it."""
+    path = folder / REPORT_NAME
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, [f"not verified: there is no {REPORT_NAME}"]
+    except (OSError, ValueError, RecursionError):
+        return None, [f"not verified: {REPORT_NAME} cannot be read"]
+    if not isinstance(report, dict) or report.get("manifest_sha256") != manifest_sha256:
+        return None, [f"not verified: {REPORT_NAME} is of another {MANIFEST_NAME}"]
+    if report.get("ok") is not True:
+        failed = [name for name, status, _ in _checks(report) if status == "failed"]
+        return report, [f"the verification failed: {', '.join(failed) or 'no check passed'}"]
+    return report, []
+
+
+def _checks(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, status and detail of each check of a report."""
+    checks = report.get("checks")
+    keys = ("name", "status", "detail")
+    return [
+        (str(check.get(keys[0])), str(check.get(keys[1])), str(check.get(keys[2])))
+        for check in (checks if isinstance(checks, list) else [])
+        if isinstance(check, dict)
+    ]
+
+
+def _weak_spots(report: dict[str, Any]) -> list[str]:
+    """What a verification that passed did not look at."""
+    passed = {name for name, status, _ in _checks(report) if status == "passed"}
+    if report.get("ok") is not True or "reload" in passed:
+        return []
+    why = next((detail for name, _, detail in _checks(report) if name == "reload"), "not asked for")
+    return [f"the verification did not open the model ({why})"]
+
+
+def _changed(folder: Path, entries: dict[str, FileEntry]) -> list[str]:
+    """Files that were written after the verification."""
+    limit = (folder / REPORT_NAME).stat().st_mtime_ns
+    late = [path for path in entries if (folder / path).is_file() and (folder / path).stat().st_mtime_ns > limit]
+    if not late:
+        return []
+    return [f"written after the verification: {some(late)} (verify again, or --rehash compares the contents)"]
+
+
+def _rehash(folder: Path, entries: list[FileEntry], progress: Progress) -> list[str]:
+    """Compare the content of each file with the manifest."""
+    problems = []
+    progress.start("hash", sum(entry.size for entry in entries))
+    for entry in entries:
+        if file_sha256(folder / entry.path) != entry.sha256:
+            problems.append(other_content(entry.path))
+        progress.advance(entry.size, entry.path)
+    progress.finish()
+    return problems
+
+
+def other_content(path: str) -> str:
+    """The problem of a file that was changed."""
+    return f"{path} is not the file the manifest lists (its SHA-256 differs)"
+
+
+def _large(files: list[Sent]) -> list[str]:
+    names = [file.path for file in files if FILE_RECOMMENDED < file.size <= FILE_LIMIT]
+    return [f"over 20 GB, which the Hub advises against: {some(names)}"] if names else []
+
+
+def _left_out(folder: Path, sent: set[str]) -> list[str]:
+    """Files of the folder that nobody vouches for; hidden ones are not mentioned."""
+    names = [
+        path
+        for path in list_folder(folder, folder.name)
+        if path not in sent | _OWN
+        and not any(part.startswith(".") or part == "__pycache__" for part in path.split("/"))
+    ]
+    return [f"not sent, because the manifest does not list it: {some(names)}"] if names else []
+
+
+def public_report(report: dict[str, Any], folder: Path, repo_id: str) -> bytes:
+    """A verification as it is published: the repo's name in place of the folder's, and no path of this machine."""
+    places = {str(folder.resolve()): ".", str(folder.absolute()): ".", str(Path.home()): "~"}
+    places[tempfile.gettempdir()] = "TMP"
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            for place, shown in places.items():
+                value = value if place == "/" else value.replace(place, shown)
+            return value
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return {key: clean(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    cleaned = {**clean(report), "path": repo_id}
+    return (json.dumps(cleaned, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,35 @@
+"""Numbers for people."""
+
+from __future__ import annotations
+
+
+def size(count: float) -> str:
+    """Bytes, in powers of ten: ``3.39 GB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def number(value: float) -> str:
+    """A number of parameters: ``384``, ``9.22 k``, ``1.69 B``."""
+    for unit in ("", " k", " M"):
+        if abs(value) < 1000:
+            return f"{value:.0f}" if not unit else f"{value:.2f}{unit}"
+        value /= 1000
+    return f"{value:.2f} B"
+
+
+def percent(fraction: float) -> str:
+    """A fraction, never rounded up to all or down to nothing: ``99.1 %``, ``> 99.9 %``."""
+    if 0.9995 <= fraction < 1:
+        return "> 99.9 %"
+    if 0 < fraction < 0.0005:
+        return "< 0.1 %"
+    return f"{fraction:.1%}".replace("%", " %").replace(".0 %", " %")
+
+
+def plural(count: int, word: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

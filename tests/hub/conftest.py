@@ -1,0 +1,59 @@
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hub.fixtures import hub_client
+from hub.pushing import Pusher, pusher
+
+__all__ = ["hub_client"]
+
+# kind → builder in tests/tiny.py, and options of quantize
+KINDS = {
+    "shards": ("opt", {"max_shard_size": "20KB", "min_quantized": 0}),
+    "older": ("opt", {"min_quantized": 0}),
+    "pipeline": ("cogvideox_pipeline", {}),
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A quantized and verified checkpoint by its kind; made once, not to be changed: see ``fresh``."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            import tiny
+
+            import aoconvert
+
+            builder, options = KINDS[kind]
+            root = tmp_path_factory.mktemp(kind)
+            getattr(tiny, builder)(root / "source")
+            aoconvert.quantize(root / "source", "int8wo", output=root / "out", device="cpu", **options)
+            assert aoconvert.verify(root / "out", reload=kind == "pipeline").ok
+            made[kind] = root / "out"
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def fresh(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a checkpoint; times of change are kept."""
+    import shutil
+
+    def copy(kind: str = "shards") -> Path:
+        return Path(shutil.copytree(checkpoint(kind), tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"))
+
+    return copy
+
+
+@pytest.fixture
+def me(tmp_path: Path) -> Iterator[Pusher]:
+    """A Hub of its own, and a client process."""
+    with pusher(tmp_path / "one") as found:
+        yield found
