@@ -10,6 +10,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("AOCONVERT_CACHE_DIR", "")  # nothing of this user's is used or left
 os.environ.setdefault("AOCONVERT_COMPILE", "0")  # what tests of the kernels alone need, they compile
 # tests run side by side: threads that spin while they wait take the cores from each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

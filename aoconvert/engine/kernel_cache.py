@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aoconvert import cache
 from aoconvert.engine.kernel_child import GRAPH_VERSION
 from aoconvert.environment import version_of
 
@@ -118,25 +118,14 @@ def fits(weight: torch.Tensor, scheme: Scheme) -> bool:
     return rows > 1 and columns > 1 and whole and weight.is_contiguous() and weight.device.type == "cpu"
 
 
-def cache_folder() -> Path:
-    """Where kernels are kept; may not exist."""
-    if own := os.environ.get("AOCONVERT_CACHE_DIR"):
-        return Path(own) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "aoconvert" / "kernels"
-
-
 def get(scheme: Scheme, source: torch.dtype, base: torch.dtype) -> Kernel | None:
     """The kernel out of the cache; ``None`` where there is none, or it may not be used. Never raises."""
+    place = cache.folder("kernels")
+    if place is None:
+        return None
     try:
-        folder = cache_folder()
-        if not folder.exists():
-            return None
-        if not _trusted(folder):
-            _log.warning("%s is not used: it must be a folder of this user with mode 0700", folder)
-            return None
-        return _load(folder, _key(scheme, source, base))
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+        return _load(place, _key(scheme, source, base))
+    except OSError as error:
         _log.debug("kernel cache: %s", error)
         return None
 
@@ -156,12 +145,6 @@ def _load(folder: Path, key: str) -> Kernel | None:
     return None
 
 
-def _trusted(folder: Path) -> bool:
-    """Whether nobody but this user can have put anything there: what lies there is run."""
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-
-
 def _key(scheme: Scheme, source: torch.dtype, base: torch.dtype) -> str:
     """Everything that a library depends on, as a file name."""
     facts = {
@@ -172,10 +155,10 @@ def _key(scheme: Scheme, source: torch.dtype, base: torch.dtype) -> str:
         "dtypes": [str(source), str(base)],
         "processor": _processor(),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return cache.key(facts)
 
 
-@cache
+@functools.cache
 def _processor() -> list[str]:
     """The instructions that this processor has; the compiler uses all of them."""
     with contextlib.suppress(OSError):
@@ -191,7 +174,7 @@ class Building:
 
     def __init__(self, scheme: Scheme, source: torch.dtype, base: torch.dtype) -> None:
         self._key = _key(scheme, source, base)
-        self._folder: Path | None = None
+        self._folder = cache.folder("kernels")
         self._process: subprocess.Popen[bytes] | None = None
         self._began = time.monotonic()
         request = {
@@ -201,16 +184,14 @@ class Building:
             "base": str(base).removeprefix("torch."),
         }
         try:
-            self._folder = cache_folder()
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not _trusted(self._folder):
-                _log.debug("no kernel: %s may not be used", self._folder)
+            if self._folder is None:
+                _log.debug("no kernel: there is no cache")
             elif (compiler := shutil.which(os.environ.get("CXX", "g++"))) is None:
                 _log.debug("no kernel: there is no compiler")
             else:
                 _log.debug("compiling a kernel for %s with %s", scheme.name, compiler)
                 self._start(json.dumps(request).encode())
-        except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+        except OSError as error:
             _log.debug("no kernel: %s", error)
 
     def _start(self, request: bytes) -> None:

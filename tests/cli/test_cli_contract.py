@@ -213,11 +213,11 @@ def test_a_mistake_of_ours_is_one_line_too(
     """What cannot be foreseen is said in one line, with what to do."""
     from aoconvert.planning import make
 
-    monkeypatch.delattr(make, "choose_device")
+    monkeypatch.delattr(make, "choose_devices")
     done = call("plan", llama, "--scheme", "int8wo", "-o", tmp_path / "out")
     assert done.code == 1
     error, hint = done.stderr.splitlines()
-    assert error == "error: unexpected NameError: name 'choose_device' is not defined"
+    assert error == "error: unexpected NameError: name 'choose_devices' is not defined"
     assert "AOCONVERT_DEBUG=1" in hint
 
 

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import aoconvert
 from aoconvert import manifest
-from aoconvert.api import make_options, plan_options
+from aoconvert.api import make_options
 from aoconvert.engine.run import run
 from aoconvert.hashing import hash_on
+from aoconvert.planning.make import make
 from aoconvert.progress import Silent
+from aoconvert.sources import resolve
 
 
 def contents(folder):
@@ -57,7 +59,7 @@ def start(task, output, report, room=None):
         return process
     try:
         options = make_options(task["scheme"], {"output": output, "device": "cpu", **task["options"]})
-        plan = plan_options(task["source"], options, need_weights=True)
+        plan = make(resolve(str(task["source"])), options, need_weights=True)
         if room is not None:
             free = shutil.disk_usage(output.parent).free
             with (output.parent / "ballast").open("xb") as file:

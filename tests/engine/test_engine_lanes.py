@@ -1,4 +1,4 @@
-"""The way over a GPU's lanes. On a machine without one its code runs on the CPU; on a GPU it is compared with the CPU."""
+"""The way over a GPU's lanes: without one its code runs on the CPU; on a GPU it is compared with the CPU."""
 
 from __future__ import annotations
 

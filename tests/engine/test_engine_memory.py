@@ -54,10 +54,10 @@ def convert(layers: int, folder: Path) -> tuple[int, dict[str, object]]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit was measured on Linux")
 def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    one, first = convert(9, tmp_path)
-    two, second = convert(18, tmp_path)
-    assert 1.0e9 < float(str(first["bytes_in"])) < 1.1e9
-    assert 2.0e9 < float(str(second["bytes_in"])) < 2.1e9
+    one, first = convert(5, tmp_path)
+    two, second = convert(10, tmp_path)
+    assert 5.5e8 < float(str(first["bytes_in"])) < 6.5e8
+    assert 1.1e9 < float(str(second["bytes_in"])) < 1.2e9
     if torch.version.cuda is None:  # a CUDA build of torch alone takes 300 MB more
         assert one < LIMIT
     assert two < 1.1 * one

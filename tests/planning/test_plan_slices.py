@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import prod
 
 import pytest
@@ -34,7 +35,7 @@ def test_pieces_cover_the_rows_in_order(shape: tuple[int, ...], action: Action, 
         ranges = slices(tensor, scheme)
     assert ranges[0][0] == 0
     assert ranges[-1][1] == (shape[0] if shape else 1)
-    assert all(first[1] == second[0] for first, second in zip(ranges, ranges[1:], strict=False))
+    assert all(first[1] == second[0] for first, second in itertools.pairwise(ranges))
     if len(ranges) > 1:
         row = prod(shape[1:]) * 2
         assert all(start < stop for start, stop in ranges)
