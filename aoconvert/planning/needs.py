@@ -23,7 +23,8 @@ def needs(plans: Sequence[ComponentPlan], copied: Sequence[CopyPlan], device: st
     merged = sum(t.bytes_in for plan in plans if plan.copied is not None for t in plan.tensors if t.origin is None)
     disk = sum(file.size for plan in plans for file in plan.files) + sum(item.size for item in copied) + merged
     built = any(plan.skeleton.model is not None for plan in plans)
-    host = (_IMPORTS_BYTES if built else _FEWER_IMPORTS_BYTES) + max((_tensors_peak(plan, device) for plan in plans), default=0)
+    imports = _IMPORTS_BYTES if built else _FEWER_IMPORTS_BYTES
+    host = imports + max((_tensors_peak(plan, device) for plan in plans), default=0)
     on_device = 0 if device == "cpu" else max((_on_device(plan) for plan in plans), default=0)
     return Needs(disk_bytes=disk, device_peak_bytes=on_device, host_peak_bytes=host)
 
