@@ -210,7 +210,8 @@ def _reload(run: _Run, target: Target, loaded: Loaded) -> tuple[Status, str]:
         if status == "passed":
             run.strategy, run.device = strategy, device
             if run.options.example and example is None:
-                loaded.forward.append({"forward": {"status": "skipped", "detail": "the card has no example for it"}})
+                missing = {"status": "skipped", "detail": "the card has no example for it"}
+                loaded.forward.append({"example": True, "forward": missing})
             before = f" (from_pretrained could not: {failures[0]})" if failures else ""
             return "passed", f"{strategy}: {detail}{before}"
         failures.append(detail)

@@ -189,3 +189,24 @@ def test_quantize_and_verify_in_one_command(checkpoints: Callable[[str], Path], 
     assert values["verification"]["ok"] is True
     assert values["verification"]["strategy"] == "from-pretrained"
     assert (tmp_path / "out/aoconvert.verify.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["passed", "example skipped"], "passed"),
+        (["passed", "example passed"], "passed"),
+        (["passed", "example failed"], "failed"),
+        (["skipped", "example passed"], "skipped"),
+        (["example skipped"], "skipped"),
+        (["failed", "example passed"], "failed"),
+    ],
+)
+def test_an_example_that_was_not_run_takes_nothing_back(answers: list[str], expected: str) -> None:
+    from aoconvert.verification.loading import Loaded, check_forward
+
+    loaded = Loaded()
+    for answer in answers:
+        result = {"forward": {"status": answer.split()[-1], "detail": answer}}
+        loaded.forward.append({**result, "example": True} if "example" in answer else result)
+    assert check_forward(loaded, asked=True)[0] == expected

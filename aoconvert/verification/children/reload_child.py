@@ -85,7 +85,7 @@ def attempt_example(code: str, names: dict[str, Any]) -> dict[str, str]:
         with contextlib.redirect_stdout(sys.stderr):
             exec(compile(code, "<example>", "exec"), names)
     except ImportError as error:  # writing a video takes a package that opening the checkpoint does not
-        return {"status": "skipped", "detail": f"the card's example needs more packages: {root_cause(error)}"}
+        return {"status": "skipped", "detail": f"the card's example was not run: {root_cause(error)}"}
     except Exception as error:
         return {"status": "failed", "detail": f"the card's example failed: {root_cause(error)}"}
     return {"status": "passed", "detail": "the card's example ran"}
