@@ -29,14 +29,11 @@ class CardOptions:
         template: a Jinja template in place of aoconvert's; see ``cards.template`` for its variables.
         license: in place of the source's.
         metadata: values of the front matter that replace what is there; ``None`` leaves a key out.
-        allow_unverified: for ``push``, which otherwise refuses a checkpoint without a verification that passed. The
-            card says in both cases what was proven.
     """
 
     template: Path | None = None
     license: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    allow_unverified: bool = False
 
 
 @dataclass(frozen=True)

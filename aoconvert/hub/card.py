@@ -48,7 +48,6 @@ def render_card(folder: Path, repo_id: str, options: PushOptions) -> CardFiles:
         template=options.card_template,
         license=options.license,
         metadata=options.metadata,
-        allow_unverified=options.allow_unverified,
     )
     card = cards.render(folder, wanted, repo_id=repo_id)
     files = [Sent.from_bytes(CARD_NAME, card.text.encode())]
