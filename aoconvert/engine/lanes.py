@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aoconvert.engine.assembly import Assembly
 from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.quantize import Error, not_finite, quantize_rows, squares
 from aoconvert.errors import DeviceMemoryError, QuantizeError
-from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.schemes.apply import quantize_weight
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -109,9 +110,7 @@ class Lane:
             torch.OutOfMemoryError: the device is full.
             QuantizeError: torchao failed.
         """
-        parts: dict[str, torch.Tensor] = {}
-        kind: Any = None
-        context: Any = None
+        assembly = Assembly(len(data), self._pinned)
         with self._current():
             figures = torch.zeros(3, dtype=torch.float64, device=self.device)
             for start in range(0, len(data), step):
@@ -125,10 +124,7 @@ class Lane:
                         f"{name}: {scheme.name} failed: {failure}".splitlines()[0], hint=f"--skip {name}"
                     ) from failure
                 _count(figures, original, quantized)
-                names, context = flatten(quantized)
-                kind = type(quantized)
-                for inner in names:
-                    self._fetch(parts, inner, getattr(quantized, inner), start, len(original), len(data))
+                assembly.put_all(quantized, start, start + len(original))
             host = torch.empty(3, dtype=torch.float64, pin_memory=self._pinned).copy_(figures, non_blocking=True)
             done = self._stream.record_event() if self._stream is not None else None
 
@@ -139,8 +135,7 @@ class Lane:
             error = Error(signal, noise, largest)
             if not error.finite:
                 raise not_finite(name, data, dtype, error, scheme)
-            stride = (data.shape[1], 1)
-            return kind.__tensor_unflatten__(parts, context, data.shape, stride), error
+            return assembly.result(quantized), error
 
         return wait
 
@@ -149,16 +144,6 @@ class Lane:
         if self._stream is not None:
             self._stream.synchronize()
             torch.cuda.empty_cache()
-
-    def _fetch(
-        self, parts: dict[str, torch.Tensor], name: str, inner: torch.Tensor, start: int, count: int, rows: int
-    ) -> None:
-        """Copy an inner tensor of a block to its rows in host memory; a row of the weight may be several of it."""
-        per_row = inner.shape[0] // count
-        if name not in parts:
-            shape = (rows * per_row, *inner.shape[1:])
-            parts[name] = torch.empty(shape, dtype=inner.dtype, pin_memory=self._pinned)
-        parts[name][start * per_row : (start + count) * per_row].copy_(inner, non_blocking=True)
 
     def _current(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from aoconvert.engine.assembly import Assembly
 from aoconvert.engine.lanes import Lanes, Pending
 from aoconvert.engine.quantize import Error
 from aoconvert.planning.slices import is_streamed
@@ -85,25 +86,7 @@ class _Work:
     plan: TensorPlan
     streamed: bool
     error: Error | None
-    parts: dict[str, torch.Tensor] = field(default_factory=dict)
-    last: torch.Tensor | None = None
-
-    def put(self, name: str, inner: torch.Tensor, piece: Piece) -> None:
-        """Copy the rows of an inner tensor to their place; a row of the tensor may be several of it."""
-        per_row = inner.shape[0] // (piece.stop - piece.start)
-        if name not in self.parts:
-            self.parts[name] = torch.empty((self.plan.shape[0] * per_row, *inner.shape[1:]), dtype=inner.dtype)
-        self.parts[name][piece.start * per_row : piece.stop * per_row].copy_(inner)
-
-    def result(self) -> torch.Tensor:
-        """The whole tensor."""
-        assert self.last is not None
-        if not is_wrapper(self.last):
-            return self.parts[""]
-        _, context = flatten(self.last)
-        shape = torch.Size(self.plan.shape)
-        whole: torch.Tensor = type(self.last).__tensor_unflatten__(self.parts, context, shape, (shape[1], 1))  # type: ignore[attr-defined]
-        return whole
+    assembly: Assembly
 
 
 class Processor:
@@ -145,7 +128,12 @@ class Processor:
         plan = piece.plan
         if self._work is None:
             streamed = is_streamed(plan, self._scheme)
-            self._work = _Work(plan, streamed, Error() if plan.action == "quantize" else None)
+            self._work = _Work(
+                plan,
+                streamed,
+                Error() if plan.action == "quantize" else None,
+                Assembly(plan.shape[0] if plan.shape else 1),
+            )
             if streamed:
                 self._send(Begin(plan, self._like(plan)), 0)
         work = self._work
@@ -176,14 +164,14 @@ class Processor:
             if work.streamed and name == first:
                 self._send(Rows(work.plan, part, release), part.nbytes)
             else:
-                work.put(name, part, piece)
+                work.assembly.put(name, part, piece.start, piece.stop)
         if not work.streamed:
             release()
-        work.last = rows
         if piece.last and work.streamed:
-            self._send(End(work.plan, work.parts, work.error), 0)
+            self._send(End(work.plan, work.assembly.parts, work.error), 0)
         elif piece.last:
-            self._send(Whole(work.plan, work.result(), work.error, nothing), work.plan.bytes_out)
+            whole = work.assembly.result(rows) if is_wrapper(rows) else work.assembly.parts[""]
+            self._send(Whole(work.plan, whole, work.error, nothing), work.plan.bytes_out)
 
     def _like(self, plan: TensorPlan) -> torch.Tensor:
         empty = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype), device="meta")

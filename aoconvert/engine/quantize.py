@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from aoconvert.engine.assembly import Assembly
 from aoconvert.errors import QuantizeError
-from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.schemes.apply import quantize_weight
 
 if TYPE_CHECKING:
     from aoconvert.engine.kernels import Checked
@@ -86,36 +87,6 @@ def squares(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-@dataclass
-class _Assembly:
-    """Builds a torchao tensor out of blocks of its rows."""
-
-    shape: torch.Size
-    parts: dict[str, torch.Tensor] = field(default_factory=dict)
-    template: torch.Tensor | None = None
-
-    def put(self, start: int, stop: int, block: torch.Tensor) -> None:
-        names, _ = flatten(block)
-        for name in names:
-            inner = getattr(block, name)
-            per_row, rest = divmod(inner.shape[0], stop - start)
-            if rest:
-                raise QuantizeError(f"{type(block).__name__}.{name} does not go by rows")
-            if name not in self.parts:
-                rows = self.shape[0] * per_row
-                self.parts[name] = torch.empty((rows, *inner.shape[1:]), dtype=inner.dtype)
-            self.parts[name][start * per_row : stop * per_row].copy_(inner)
-        self.template = block
-
-    def result(self) -> torch.Tensor:
-        block = self.template
-        assert block is not None
-        _, context = flatten(block)
-        stride = (self.shape[1], 1)
-        whole: torch.Tensor = type(block).__tensor_unflatten__(self.parts, context, self.shape, stride)  # type: ignore[attr-defined]
-        return whole
-
-
 def quantize_tensor(
     name: str,
     weight: torch.Tensor,
@@ -181,7 +152,7 @@ def _eager(
     rows, columns = weight.shape
     step = max(1, elements // columns) if scheme.rowwise else rows
     error = Error()
-    assembly = _Assembly(weight.shape)
+    assembly = Assembly(rows)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         original = weight[start:stop].to(device)
@@ -198,8 +169,8 @@ def _eager(
         error.add(original, quantized)
         if step >= rows:
             return quantized.to("cpu"), error
-        assembly.put(start, stop, quantized)
-    return assembly.result(), error
+        assembly.put_all(quantized, start, stop)
+    return assembly.result(quantized), error
 
 
 def not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: Error, scheme: Scheme) -> QuantizeError:
