@@ -12,7 +12,7 @@ Importing it imports neither torch nor the model libraries.
 
 from aoconvert.version import __version__  # isort: skip
 
-from aoconvert.api import card, inspect, load, plan, push, quantize, verify
+from aoconvert.api import card, inspect, load, plan, push, quantize, repack, verify
 from aoconvert.errors import (
     AoconvertError,
     HubError,
@@ -50,5 +50,6 @@ __all__ = [
     "plan",
     "push",
     "quantize",
+    "repack",
     "verify",
 ]

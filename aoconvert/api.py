@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
     from aoconvert.planning import Plan
+    from aoconvert.repacking import Repacked
     from aoconvert.sources import Source
     from aoconvert.verification.report import Report
 
 
-def plan(source: str | Path, scheme: str, **options: Unpack[QuantizeKwargs]) -> Plan:
+def plan(source: str | Path, scheme: str | None = None, **options: Unpack[QuantizeKwargs]) -> Plan:
     """Decide everything about a conversion and write nothing. No weights are read.
 
     Args:
@@ -41,7 +43,11 @@ def plan(source: str | Path, scheme: str, **options: Unpack[QuantizeKwargs]) -> 
 
 
 def quantize(
-    source: str | Path, scheme: str, *, progress: Progress | None = None, **options: Unpack[QuantizeKwargs]
+    source: str | Path,
+    scheme: str | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[QuantizeKwargs],
 ) -> QuantizeResult:
     """Quantize a checkpoint into ``output`` (default ``./out``), one tensor at a time.
 
@@ -166,6 +172,43 @@ def load(
     return open_checkpoint(_checkpoint(checkpoint, revision, token, cache_dir, local_files_only), kwargs)
 
 
+def repack(
+    checkpoint: str | Path,
+    layout_device: str,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Repacked:
+    """Pack the int4 weights of a converted checkpoint for another device; nothing is quantized again.
+
+    Args:
+        checkpoint: a folder that ``quantize`` wrote.
+        layout_device: ``cpu`` (this machine's), ``cuda`` or ``xpu``.
+        output: folder for the result; default: ``checkpoint`` with ``-cuda`` (or the other device) at its end.
+        overwrite: replace an earlier result there.
+        progress: is told what happens; default: silent.
+
+    Returns:
+        What was done; ``output`` is the folder, ``manifest`` what is in it.
+
+    Raises:
+        SourceError: no manifest, or other files than it lists.
+        PlanError: weights that the layout cannot take, or an output that is in the way, with every problem.
+        QuantizeError: a weight whose scales or zero points the layout cannot hold exactly.
+        WriteError: disk full, or no permission.
+    """
+    from aoconvert.repacking import repack as run
+
+    folder = Path(checkpoint)
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    place = Path(output) if output is not None else named.with_name(f"{named.name}-{layout_device}")
+    words = ["aoconvert", "repack", named.name, "--layout-device", layout_device]
+    return run(
+        folder, layout_device, place, overwrite=overwrite, progress=progress or Silent(), command=shlex.join(words)
+    )
+
+
 def card(
     checkpoint: str | Path,
     *,
@@ -239,29 +282,40 @@ def _checkpoint(
     return source.root
 
 
-def make_options(scheme: str, options: Mapping[str, Any]) -> QuantizeOptions:
+def make_options(scheme: str | None, options: Mapping[str, Any]) -> QuantizeOptions:
     """Typed options out of keyword arguments."""
     values = dict(options)
-    for name in ("output", "cache_dir"):
+    for name in ("output", "cache_dir", "recipe"):
         if values.get(name) is not None:
             values[name] = Path(values[name])
-    if isinstance(values.get("max_shard_size"), str):
-        values["max_shard_size"] = parse_size(values["max_shard_size"])
-    if isinstance(values.get("skip"), str):
-        values["skip"] = (values["skip"],)
-    if "skip" in values:
-        values["skip"] = tuple(values["skip"])
+    for name in ("max_shard_size", "target_size"):
+        if isinstance(values.get(name), str):
+            values[name] = parse_size(values[name])
+    for name in ("skip", "candidates"):
+        if name in values:
+            values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
     if isinstance(values.get("components"), Sequence):
         names = [values["components"]] if isinstance(values["components"], str) else values["components"]
         values["components"] = dict.fromkeys(names)
     return QuantizeOptions(scheme=scheme, **values)
 
 
-def plan_options(source: str | Path, options: QuantizeOptions) -> Plan:
+def plan_options(source: str | Path, options: QuantizeOptions, *, progress: Progress | None = None) -> Plan:
     """``plan`` with its options already made."""
+    return _made(_resolved(source, options), options, progress or Silent(), need_weights=False)
+
+
+def _made(source: Source, options: QuantizeOptions, progress: Progress, *, need_weights: bool) -> Plan:
+    """The plan; with ``auto`` the schemes are searched first."""
     from aoconvert.planning.make import make
 
-    return make(_resolved(source, options), options)
+    if not options.searches:
+        return make(source, options, need_weights=need_weights)
+    from aoconvert.searching import search
+
+    found = search(source, options, progress, lambda paths: _download(source, paths, progress))
+    made = make(source, options, need_weights=need_weights, rules=found.rules)
+    return replace(made, warnings=(*made.warnings, *found.warnings))
 
 
 def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
@@ -269,7 +323,9 @@ def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
     from aoconvert import schemes
     from aoconvert.sources import resolve
 
-    schemes.find(options.scheme, options.settings)
+    for name in {options.scheme, *options.components.values(), *options.candidates}:
+        if name is not None and not (name == options.scheme and options.searches):
+            schemes.find(name, options.settings)
     return resolve(
         str(source),
         revision=options.revision,
@@ -288,17 +344,16 @@ def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: 
     resolved = _resolved(source, options)
     with HashingAhead(local_weights(resolved, options)) as ahead:
         from aoconvert.engine.run import run
-        from aoconvert.planning.make import make
 
-        made = make(resolved, options, need_weights=True)
+        made = _made(resolved, options, progress, need_weights=True)
         if made.source.kind == "hub":
-            _download(made, progress)
+            _download(made.source, made.fetch, progress)
         digests = ahead.stop()
     return run(made, progress, command=command_line(made, options), resume=options.resume, begun=digests)
 
 
-def _download(made: Plan, progress: Progress) -> None:
-    progress.start("download", sum(made.source.files()[path].size for path in made.fetch))
+def _download(source: Source, paths: Sequence[str], progress: Progress) -> None:
+    progress.start("download", sum(source.files()[path].size for path in paths))
     done = 0
 
     def report(fetched: int, _: int) -> None:
@@ -306,13 +361,23 @@ def _download(made: Plan, progress: Progress) -> None:
         progress.advance(fetched - done)
         done = fetched
 
-    made.source.fetch(made.fetch, report)
+    source.fetch(paths, report)
     progress.finish()
+
+
+_VALUES = (
+    *("min_sqnr", "target_bits", "target_size"),
+    *("subfolder", "variant", "dtype", "layout_device", "max_shard_size", "min_quantized"),
+)
+_FLAGS = ("component_only", "include_embeddings", "untie", "fuse_qkv", "trust_remote_code")
 
 
 def command_line(made: Plan, options: QuantizeOptions) -> str:
     """The command that makes the same result again: no token, no absolute path, the revision pinned."""
-    words = ["aoconvert", "quantize", made.source.repo_id or made.source.label, "--scheme", options.scheme]
+    words = ["aoconvert", "quantize", made.source.repo_id or made.source.label]
+    words += ["--scheme", options.scheme] if options.scheme is not None else []
+    words += ["--recipe", options.recipe.name] if options.recipe is not None else []
+    words += ["--candidates", ",".join(options.candidates)] if options.candidates else []
     if made.source.revision:
         words += ["--revision", made.source.revision]
     if options.group_size is not None:
@@ -321,13 +386,12 @@ def command_line(made: Plan, options: QuantizeOptions) -> str:
     words += [word for pattern in options.skip for word in ("--skip", pattern)]
     for name, scheme in options.components.items():
         words += ["--component", f"{name}={scheme}" if scheme else name]
-    defaults = QuantizeOptions(scheme=options.scheme)
-    for flag in ("subfolder", "variant", "dtype", "max_shard_size", "min_quantized"):
+    defaults = QuantizeOptions(scheme="int8wo")
+    for flag in _VALUES:
         if getattr(options, flag) != getattr(defaults, flag):
             words += ["--" + flag.replace("_", "-"), str(getattr(options, flag))]
     if made.device != "cpu":
         words += ["--device", made.device]  # how many there were does not change the bytes
-    words += [
-        f"--{flag.replace('_', '-')}" for flag in ("component_only", "trust_remote_code") if getattr(options, flag)
-    ]
+    words += [] if options.default_skips else ["--no-default-skips"]
+    words += [f"--{flag.replace('_', '-')}" for flag in _FLAGS if getattr(options, flag)]
     return shlex.join(words)

@@ -120,12 +120,16 @@ class EnvironmentEntry(_Model):
 
 
 class LayoutEntry(_Model):
-    """Where the packed layout can be used: ``any`` for plain ones."""
+    """Where the packed layout can be used: ``any`` for plain ones.
+
+    ``unconfirmed``: why nobody can be sure yet that the packed bytes are those of that device.
+    """
 
     device: Literal["any", "cpu", "cuda", "xpu"]
     packing: str
     min_capability: list[int] | None = None
     requires: list[str] = Field(default_factory=list, description="package>=version")
+    unconfirmed: str | None = None
 
 
 class LoadEntry(_Model):
@@ -140,7 +144,9 @@ class TensorEntry(_Model):
     """One state-dict entry, as it was written.
 
     ``sha256`` is over the bytes of the inner tensors in ``data_names`` order (a plain tensor: its own bytes).
-    ``sqnr_db`` is 20·log10(‖w‖ / ‖w − dequantized‖), against the source's weight.
+    ``sqnr_db`` is 20·log10(‖w‖ / ‖w − dequantized‖), against the source's weight. ``scheme`` is what it was quantized
+    to. ``repaired_rows`` counts rows of zeros for which torchao gives no scale, so that they would become NaN, and
+    which were given one.
     """
 
     name: str
@@ -148,12 +154,14 @@ class TensorEntry(_Model):
     dtype: str
     action: Action
     reason: str | None = None
+    scheme: str | None = None
     class_name: str
     data_names: list[str] = Field(default_factory=list)
     bytes_in: int
     bytes_out: int
     sqnr_db: float | None = None
     max_abs_error: float | None = None
+    repaired_rows: int = Field(default=0, ge=0)
     file: RelativePath | None = None
     sha256: Sha256 | None = None
 
@@ -188,6 +196,7 @@ class ComponentEntry(_Model):
     imports: list[str] = Field(description="modules to import before loading")
     load: LoadEntry
     loads_with: dict[str, str]
+    fused_qkv: bool = Field(default=False, description="query, key and value projections were fused first")
     tensors: list[TensorEntry]
     totals: Totals
 

@@ -11,6 +11,8 @@ from typing import TypedDict
 
 from aoconvert.errors import UsageError
 
+AUTO = "auto"
+LAYOUT_DEVICES = ("cpu", "cuda", "xpu")
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -22,11 +24,21 @@ class QuantizeKwargs(TypedDict, total=False):
 
     group_size: int | None
     settings: Mapping[str, str]
+    recipe: str | Path | None
+    candidates: str | Sequence[str]
+    min_sqnr: float | None
+    target_bits: float | None
+    target_size: int | str | None
     skip: str | Sequence[str]
     components: str | Sequence[str] | Mapping[str, str | None]
     component_only: bool
+    include_embeddings: bool
+    untie: bool
+    default_skips: bool
+    fuse_qkv: bool
     dtype: str
     device: str
+    layout_device: str | None
     max_shard_size: int | str | None
     min_quantized: float
     output: str | Path
@@ -46,14 +58,24 @@ class QuantizeOptions:
     """Everything ``quantize`` and ``plan`` can be told.
 
     Attributes:
-        scheme: scheme name, see ``aoconvert schemes``.
+        scheme: scheme name, see ``aoconvert schemes``; ``auto`` searches; ``None`` where the recipe says all.
         group_size: values per scale along in_features, where the scheme has groups.
         settings: fields of the torchao config, as text.
+        recipe: file with rules: which scheme for which tensors.
+        candidates: schemes that ``auto`` chooses among.
+        min_sqnr: least SQNR in dB that ``auto`` accepts for a tensor.
+        target_bits: bits per weight that ``auto`` may spend on a component.
+        target_size: bytes that ``auto`` may spend on the weights files.
         skip: exact tensor or module names, or ``re:`` patterns that match one fully; not quantized.
         components: pipeline parts to quantize → scheme name, or ``None`` for ``scheme``. Empty: the denoiser.
         component_only: write only that component, not the pipeline.
+        include_embeddings: quantize embedding tables too, with a scheme that they can take.
+        untie: write tensors that share their memory as tensors of their own, so that they can be quantized apart.
+        default_skips: leave alone what a careful converter leaves alone (output head, routers …).
+        fuse_qkv: fuse the query, key and value projections of a diffusers model before they are quantized.
         dtype: of what is not quantized and the base of what is; ``auto`` keeps the source's.
         device: where to quantize: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``xpu``.
+        layout_device: device type that packed weights are for; default: where they are quantized.
         max_shard_size: bytes of tensors a file, or ``None`` for the library's default.
         min_quantized: least fraction of the parameters outside embeddings that must be quantized.
         output: folder that will hold the result.
@@ -68,14 +90,24 @@ class QuantizeOptions:
         trust_remote_code: run the model code inside the checkpoint.
     """
 
-    scheme: str
+    scheme: str | None
     group_size: int | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    recipe: Path | None = None
+    candidates: tuple[str, ...] = ()
+    min_sqnr: float | None = None
+    target_bits: float | None = None
+    target_size: int | None = None
     skip: tuple[str, ...] = ()
     components: Mapping[str, str | None] = field(default_factory=dict)
     component_only: bool = False
+    include_embeddings: bool = False
+    untie: bool = False
+    default_skips: bool = True
+    fuse_qkv: bool = False
     dtype: str = "bfloat16"
     device: str = "auto"
+    layout_device: str | None = None
     max_shard_size: int | None = None
     min_quantized: float = 0.5
     output: Path = Path("out")
@@ -92,6 +124,7 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        self._check_scheme()
         if not 0 <= self.min_quantized <= 1:
             raise UsageError(f"min_quantized {self.min_quantized} is not a fraction between 0 and 1")
         if self.max_shard_size is not None and self.max_shard_size <= 0:
@@ -102,6 +135,37 @@ class QuantizeOptions:
                     re.compile(pattern[3:])
                 except re.error as error:
                     raise UsageError(f"--skip {pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def searches(self) -> bool:
+        """Whether the schemes are to be searched."""
+        return self.scheme is not None and self.scheme.strip().lower() == AUTO
+
+    def _check_scheme(self) -> None:
+        if self.scheme is None and self.recipe is None:
+            raise UsageError("no scheme", hint="--scheme NAME (see 'aoconvert schemes'), or --recipe FILE")
+        if self.layout_device not in (None, *LAYOUT_DEVICES):
+            raise UsageError(f"layout_device {self.layout_device!r} is not one of {', '.join(LAYOUT_DEVICES)}")
+        goals = {name: getattr(self, name) for name in ("min_sqnr", "target_bits", "target_size")}
+        given = [name for name, value in goals.items() if value is not None]
+        flags = ", ".join(
+            "--" + name.replace("_", "-") for name in (*given, *(["candidates"] if self.candidates else []))
+        )
+        if flags and not self.searches:
+            raise UsageError(f"{flags}: only --scheme auto searches", hint="--scheme auto")
+        if not self.searches:
+            return
+        if self.recipe is not None:
+            raise UsageError("--scheme auto and --recipe exclude each other: auto makes the recipe")
+        if self.group_size is not None or self.settings:
+            raise UsageError("--scheme auto takes no --group-size and no --set", hint="--candidates int4wo,int8wo")
+        if len(given) != 1:
+            raise UsageError(
+                "--scheme auto needs one goal",
+                hint="--min-sqnr DB for every tensor, or --target-bits B or --target-size SIZE for the whole",
+            )
+        if goals[given[0]] <= 0:
+            raise UsageError(f"--{given[0].replace('_', '-')} must be positive")
 
 
 def parse_size(text: str) -> int:

@@ -49,7 +49,14 @@ def _qwen3_vl_moe() -> Any:
 
 
 def _ernie() -> Any:
-    text = {**_TEXT, "moe_num_experts": 4, "moe_intermediate_size": [16, 8], "head_dim": 128, "pad_token_id": 0}
+    text = {
+        **_TEXT,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": [16, 8],
+        "head_dim": 128,
+        "pad_token_id": 0,
+    }
     text["mlp_layer_types"] = ["dense", "sparse"]
     vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32}
     return transformers.Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision)
@@ -97,7 +104,11 @@ MODELS: Mapping[str, tuple[str, Callable[[], Any], Mapping[str | None, int]]] = 
         lambda: transformers.Qwen3MoeConfig(**_TEXT, num_experts=12, moe_intermediate_size=16, head_dim=8),
         {"stacked": 4},
     ),
-    "olmoe": ("OlmoeForCausalLM", lambda: transformers.OlmoeConfig(**_TEXT, num_experts=4), {"stacked": 4}),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        lambda: transformers.OlmoeConfig(**_TEXT, num_experts=4, num_experts_per_tok=2),
+        {"stacked": 4},
+    ),
     "deepseek-v3": ("DeepseekV3ForCausalLM", _deepseek_v3, {"stacked": 2}),
     "phimoe": ("PhimoeForCausalLM", lambda: transformers.PhimoeConfig(**_TEXT, num_local_experts=4), {"stacked": 4}),
     "gpt-oss": ("GptOssForCausalLM", lambda: transformers.GptOssConfig(**_TEXT, num_local_experts=4, head_dim=8), {}),

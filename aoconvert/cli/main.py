@@ -22,6 +22,7 @@ from aoconvert.version import __version__
 _COMMANDS = {
     "quantize": "Quantize a checkpoint into a torchao checkpoint.",
     "plan": "Show what quantize would do, and write nothing.",
+    "repack": "Pack the int4 weights of a checkpoint for another device.",
     "verify": "Prove that a converted checkpoint loads.",
     "card": "Print the model card of a converted checkpoint, or write it.",
     "push": "Publish a converted checkpoint on the Hugging Face Hub.",

@@ -11,7 +11,7 @@ import click
 
 from aoconvert.cli.output import Output
 from aoconvert.errors import UsageError
-from aoconvert.options import DTYPES, QuantizeOptions, parse_size
+from aoconvert.options import DTYPES, LAYOUT_DEVICES, QuantizeOptions, parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,9 +36,25 @@ def conversion(function: F) -> F:
     """Everything ``quantize`` and ``plan`` take; the command receives ``options: QuantizeOptions``."""
     decorators = [
         click.argument("source", metavar="SOURCE"),
-        click.option("--scheme", required=True, metavar="NAME", help="What to quantize to; see 'aoconvert schemes'."),
+        click.option("--scheme", metavar="NAME", help="What to quantize to; see 'aoconvert schemes'. auto searches."),
         click.option("--group-size", type=click.IntRange(min=1), help="Values per scale, where the scheme has groups."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the torchao config."),
+        click.option(
+            "--recipe",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            metavar="FILE",
+            help="Rules, which scheme for which tensors: a TOML file, or the config.json of an earlier result.",
+        ),
+        click.option(
+            "--candidates",
+            metavar="NAME,NAME",
+            help="Schemes that auto chooses among. Default: by what the layout can run.",
+        ),
+        click.option(
+            "--min-sqnr", type=float, metavar="DB", help="auto: the smallest scheme a tensor that has this SQNR."
+        ),
+        click.option("--target-bits", type=float, metavar="B", help="auto: spend this many bits per weight at best."),
+        click.option("--target-size", metavar="SIZE", help="auto: spend this many bytes at best, e.g. 8GB."),
         click.option(
             "--skip",
             multiple=True,
@@ -53,6 +69,18 @@ def conversion(function: F) -> F:
             help="Part of a pipeline to quantize. Repeatable. Default: the denoiser.",
         ),
         click.option("--component-only", is_flag=True, help="Write just that component, not the pipeline."),
+        click.option("--include-embeddings", is_flag=True, help="Quantize embedding tables too."),
+        click.option(
+            "--untie", is_flag=True, help="Write tied tensors (output head, embedding) as tensors of their own."
+        ),
+        click.option(
+            "--no-default-skips",
+            "default_skips",
+            flag_value=False,
+            default=True,
+            help="Quantize also what is left alone for quality: output head, routers, T5's wo.",
+        ),
+        click.option("--fuse-qkv", is_flag=True, help="Fuse the q, k and v projections of a diffusers model first."),
         click.option(
             "--dtype",
             type=click.Choice(DTYPES),
@@ -66,6 +94,11 @@ def conversion(function: F) -> F:
             show_default=True,
             metavar="auto|cpu|cuda|cuda:N|xpu",
             help="Where to quantize; cuda:0,cuda:1 or cuda:all share it.",
+        ),
+        click.option(
+            "--layout-device",
+            type=click.Choice(LAYOUT_DEVICES),
+            help="What a packed layout (int4) is for. Default: where it is quantized.",
         ),
         click.option(
             "--max-shard-size",
@@ -124,10 +157,13 @@ def _options(values: dict[str, Any]) -> QuantizeOptions:
     for item in values.pop("components"):
         name, _, scheme = item.partition("=")
         components[name] = scheme or None
-    shard = values.pop("max_shard_size")
+    shard, size = values.pop("max_shard_size"), values.pop("target_size")
+    names = (values.pop("candidates") or "").split(",")
     return QuantizeOptions(
         settings=settings,
         components=components,
+        candidates=tuple(name.strip() for name in names if name.strip()),
+        target_size=parse_size(size) if size is not None else None,
         max_shard_size=parse_size(shard) if shard is not None else None,
         **values,
     )

@@ -31,8 +31,8 @@ Examples:
 def command(*, source: str, options: QuantizeOptions, out: Output, tensors: bool) -> None:
     """Show what quantize would do with SOURCE: every decision, and the exact sizes. Nothing is written.
 
-    Reads configs and headers, never weights. Of a Hub repo only those are fetched. A folder with nothing but its
-    config.json can be planned too.
+    Reads configs and headers, never weights (only --scheme auto does). Of a Hub repo only those are fetched. A folder
+    with nothing but its config.json can be planned too.
     """
     show(source, options, out, tensors=tensors)
 
@@ -41,7 +41,8 @@ def show(source: str, options: QuantizeOptions, out: Output, *, tensors: bool) -
     """Make the plan and print it."""
     from aoconvert import api
 
-    made = api.plan_options(source, options)
+    with out.watch() as progress:
+        made = api.plan_options(source, options, progress=progress)
     for line in made.warnings:
         out.warning(line)
     out.result(lambda: _render(made, tensors=tensors), made.to_dict(), str(sum(file.size for file in _files(made))))
@@ -59,7 +60,7 @@ def _render(plan: Plan, *, tensors: bool) -> RenderableType:
     parts: list[RenderableType] = []
     for item in plan.components:
         totals = item.totals
-        parts.append(Text(f"{item.component.title} ({item.component.class_name}) → {item.scheme.name}", style="bold"))
+        parts.append(Text(f"{item.component.title} ({item.component.class_name}) → {item.scheme_name}", style="bold"))
         parts.append(
             Text(
                 f"  {size(totals.bytes_in)} → {size(totals.bytes_out)}, {totals.bits_per_weight:.2f} bits a weight, "

@@ -46,7 +46,7 @@ class Assembly:
     def result(self, like: torch.Tensor) -> torch.Tensor:
         """The whole tensor, of the class and with the attributes of ``like``, one of its blocks of rows."""
         _, context = flatten(like)
-        columns = like.shape[1]
-        shape, stride = torch.Size((self.rows, columns)), (columns, 1)
+        shape = torch.Size((self.rows, *like.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
         whole: torch.Tensor = type(like).__tensor_unflatten__(self.parts, context, shape, stride)  # type: ignore[attr-defined]
         return whole

@@ -106,7 +106,7 @@ class Journal:
     def finished(self, plan: ComponentPlan) -> dict[str, TensorResult]:
         """The results of a component that need not be made again, by tensor name."""
         return {
-            tensor.written.name: TensorResult(tensor.written, line.sqnr_db, line.max_abs_error)
+            tensor.written.name: TensorResult(tensor.written, line.sqnr_db, line.max_abs_error, line.repaired)
             for path in _paths(plan)
             if (file := self._files.get(path))
             for line, tensor in zip(file.lines, file.stored, strict=True)
@@ -150,6 +150,7 @@ class Journal:
             prefix=stored.sha256,
             sqnr_db=result.sqnr_db,
             max_abs_error=result.max_abs_error,
+            repaired=result.repaired,
             source={file: _mark_line(mark) for file, mark in marks.items()},
         )
         self._append(line)

@@ -63,6 +63,7 @@ class TensorLine(_Line):
     prefix: Sha256
     sqnr_db: float | None
     max_abs_error: float | None
+    repaired: int = Field(ge=0)
     source: dict[str, MarkLine]
 
 
@@ -193,11 +194,19 @@ def _plan_values(plan: Plan) -> list[Any]:
             component.component.name,
             component.component.class_name,
             component.folder,
-            component.scheme.name,
-            component.scheme.config_dict,
             plan.dtype,
             [
-                [t.name, t.shape, t.source_dtype, t.dtype, t.action, t.file, t.origin, t.bytes_out]
+                [
+                    t.name,
+                    t.shape,
+                    t.source_dtype,
+                    t.dtype,
+                    t.action,
+                    t.file,
+                    t.origin,
+                    t.bytes_out,
+                    t.scheme.key if t.scheme is not None else None,
+                ]
                 for t in component.tensors
             ],
             component.order,

@@ -25,6 +25,7 @@ import torch
 
 from aoconvert.environment import import_torchao
 from aoconvert.schemes.apply import flatten, quantize_with
+from aoconvert.schemes.dequantize import dequantize
 
 # Part of the key of a kernel: to be raised whenever the graph, or how it is compiled, changes.
 GRAPH_VERSION = 1
@@ -94,7 +95,7 @@ def graph(config: Any, base: torch.dtype, example: torch.Tensor) -> torch.fx.Gra
         quantized = quantize_with(rows.to(base), config)
         names, _ = flatten(quantized)
         weight = rows.to(torch.float32)
-        difference = weight - quantized.dequantize().to(torch.float32)
+        difference = weight - dequantize(quantized)
         wide, narrow = weight.to(torch.float64), difference.to(torch.float64)
         figures = ((wide * wide).sum(1), (narrow * narrow).sum(1), difference.abs().amax(1))
         return (*(getattr(quantized, name) for name in names), *figures)

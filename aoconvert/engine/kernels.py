@@ -2,9 +2,9 @@
 
 The stream's part, once a component::
 
-    with Kernels(scheme, device, bytes_to_quantize) as kernels:
+    with Kernels(device, bytes_to_quantize) as kernels:
         ...
-        quantize_tensor(name, data, dtype, scheme, device, kernel=kernels.for_tensor(data.dtype, dtype))
+        quantize_tensor(name, data, dtype, scheme, device, kernel=kernels.for_tensor(scheme, data.dtype, dtype))
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ class Checked:
     def _check(self, weight: torch.Tensor, done: kernel_cache.Rows) -> None:
         """Compare with eager, block by block."""
         rows, columns = weight.shape
-        step = max(2, _CHECK // columns)
+        step = self._scheme.block(max(2, _CHECK // columns))
         checked = rows if not self._built else min(step, rows)
         figures = Error()
         for start in range(0, checked, step):
@@ -120,34 +121,33 @@ class Kernels:
     ``AOCONVERT_COMPILE=0`` switches them off; ``1`` waits for every build before the first tensor.
 
     Args:
-        scheme: the component's.
         device: where the arithmetic runs; kernels are for the CPU.
-        bytes_to_quantize: bytes of the source, as they pay only for large models.
+        bytes_to_quantize: a scheme's key → bytes of the source, as a kernel pays only for many.
     """
 
-    def __init__(self, scheme: Scheme, device: str, bytes_to_quantize: int) -> None:
+    def __init__(self, device: str, bytes_to_quantize: Mapping[str, int]) -> None:
         choice = os.environ.get("AOCONVERT_COMPILE", "auto")
-        self._scheme = scheme
-        self._usable = scheme.rowwise and device == "cpu" and choice != "0"
+        self._usable = device == "cpu" and choice != "0"
         self._wait = choice == "1"
-        self._build = self._wait or bytes_to_quantize >= _WORTH_BYTES
-        self._found: dict[tuple[torch.dtype, torch.dtype], Checked | Building | None] = {}
+        self._bytes = bytes_to_quantize
+        self._found: dict[tuple[str, torch.dtype, torch.dtype], Checked | Building | None] = {}
 
-    def for_tensor(self, source: torch.dtype, base: torch.dtype) -> Checked | None:
+    def for_tensor(self, scheme: Scheme, source: torch.dtype, base: torch.dtype) -> Checked | None:
         """The kernel for a tensor of dtype ``source`` that is cast to ``base``; ``None``: eager."""
-        if not self._usable:
+        if not self._usable or not scheme.rowwise:
             return None
-        key = source, base
+        key = scheme.key, source, base
         if key not in self._found:
-            kernel = kernel_cache.get(self._scheme, source, base)
-            building = None if kernel or not self._build else kernel_cache.start(self._scheme, source, base)
-            self._found[key] = Checked(kernel, self._scheme, base) if kernel else building
+            kernel = kernel_cache.get(scheme, source, base)
+            build = self._wait or self._bytes.get(scheme.key, 0) >= _WORTH_BYTES
+            building = None if kernel or not build else kernel_cache.start(scheme, source, base)
+            self._found[key] = Checked(kernel, scheme, base) if kernel else building
         found = self._found[key]
         if isinstance(found, Building):
             kernel = found.wait() if self._wait else found.ready()
             if not found.done:
                 return None
-            found = self._found[key] = Checked(kernel, self._scheme, base) if kernel else None
+            found = self._found[key] = Checked(kernel, scheme, base) if kernel else None
         return found
 
     def close(self) -> None:

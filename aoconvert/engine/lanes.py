@@ -12,9 +12,10 @@ import torch
 
 from aoconvert.engine.assembly import Assembly
 from aoconvert.engine.kernels import Kernels
-from aoconvert.engine.quantize import Error, not_finite, quantize_rows, squares
+from aoconvert.engine.quantize import Error, quantize_rows, squares
 from aoconvert.errors import DeviceMemoryError, QuantizeError
 from aoconvert.schemes.apply import quantize_weight
+from aoconvert.schemes.dequantize import dequantize
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -37,13 +38,11 @@ class Lanes:
 
     Args:
         devices: ``("cpu",)``, or GPUs.
-        scheme: what to quantize to.
         kernels: compiled arithmetic for the CPU.
         allow_cpu: what does not fit a GPU's memory is done on the CPU; otherwise it is an error.
     """
 
     devices: Sequence[str]
-    scheme: Scheme
     kernels: Kernels
     allow_cpu: bool = False
     _lanes: list[Lane] = field(default_factory=list)
@@ -57,24 +56,25 @@ class Lanes:
         """How many pieces should be under way before the first is waited for."""
         return len(self._lanes)
 
-    def start(self, name: str, data: torch.Tensor, dtype: torch.dtype) -> Pending:
+    def start(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> Pending:
         """Begin with rows of a weight; the result is to be asked for in the order of the calls.
 
         ``data`` must stay as it is until then.
         """
         if not self._lanes:
-            outcome = self._on_cpu(name, data, dtype)
+            outcome = self._on_cpu(name, data, dtype, scheme)
             return lambda: outcome
         lane = min(self._lanes, key=lambda lane: lane.bytes)
         lane.bytes += data.nbytes
-        step = max(1, DEVICE_BLOCK // max(1, data.shape[-1])) if self.scheme.rowwise else len(data)
+        step = _block(scheme, data, DEVICE_BLOCK // max(1, data[:1].numel())) if scheme.rowwise else len(data)
         while True:
             try:
-                return lane.start(name, data, dtype, self.scheme, step)
+                return lane.start(name, data, dtype, scheme, step)
             except torch.OutOfMemoryError:
                 lane.clear()
-                if self.scheme.rowwise and step > 1:
-                    step = max(1, step // 8)
+                smaller = _block(scheme, data, step // 8)
+                if scheme.rowwise and smaller < step:
+                    step = smaller
                     continue
             if not self.allow_cpu:
                 raise DeviceMemoryError(
@@ -82,13 +82,18 @@ class Lanes:
                     hint="free the GPU, or let what does not fit go to the CPU with --device auto",
                 )
             _log.warning("%s has no memory left for %s: it is quantized on the CPU", lane.device, name)
-            outcome = self._on_cpu(name, data, dtype)
+            outcome = self._on_cpu(name, data, dtype, scheme)
             return lambda: outcome
 
-    def _on_cpu(self, name: str, data: torch.Tensor, dtype: torch.dtype) -> Outcome:
+    def _on_cpu(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> Outcome:
         error = Error()
-        kernel = self.kernels.for_tensor(data.dtype, dtype)
-        return quantize_rows(name, data, dtype, self.scheme, "cpu", error, kernel=kernel), error
+        kernel = self.kernels.for_tensor(scheme, data.dtype, dtype)
+        return quantize_rows(name, data, dtype, scheme, "cpu", error, kernel=kernel), error
+
+
+def _block(scheme: Scheme, data: torch.Tensor, rows: int) -> int:
+    """Rows that are quantized at once; a row of stacked experts is one expert."""
+    return scheme.block(rows) if data.dim() == 2 else max(1, rows)
 
 
 class Lane:
@@ -133,8 +138,9 @@ class Lane:
                 done.synchronize()
             signal, noise, largest = host.tolist()
             error = Error(signal, noise, largest)
-            if not error.finite:
-                raise not_finite(name, data, dtype, error, scheme)
+            if not error.finite:  # again, block by block: rows of zeros are repaired, and anything else is named
+                error = Error()
+                return quantize_rows(name, data, dtype, scheme, str(self.device), error), error
             return assembly.result(quantized), error
 
         return wait
@@ -152,7 +158,7 @@ class Lane:
 def _count(figures: torch.Tensor, original: torch.Tensor, quantized: torch.Tensor) -> None:
     """As ``Error.add``, with the sums left on the device: reading one would wait for it."""
     weight = original.to(torch.float32)
-    difference = weight - quantized.dequantize().to(torch.float32)
+    difference = weight - dequantize(quantized)
     figures[0] += squares(weight)
     figures[1] += squares(difference)
     figures[2] = torch.maximum(figures[2], difference.abs().amax().to(torch.float64))

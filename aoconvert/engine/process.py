@@ -99,7 +99,6 @@ class Processor:
 
     def __init__(self, lanes: Lanes, send: Send) -> None:
         self._lanes = lanes
-        self._scheme = lanes.scheme
         self._send = send
         self._under_way: deque[tuple[Piece, Pending | None]] = deque()
         self._work: _Work | None = None
@@ -113,8 +112,8 @@ class Processor:
         """
         plan = piece.plan
         pending = None
-        if plan.action == "quantize":
-            pending = self._lanes.start(plan.name, piece.data, getattr(torch, plan.dtype))
+        if plan.scheme is not None:
+            pending = self._lanes.start(plan.name, piece.data, getattr(torch, plan.dtype), plan.scheme)
         self._under_way.append((piece, pending))
         while len(self._under_way) > self._lanes.depth:
             self._finish(*self._under_way.popleft())
@@ -127,11 +126,11 @@ class Processor:
     def _finish(self, piece: Piece, pending: Pending | None) -> None:
         plan = piece.plan
         if self._work is None:
-            streamed = is_streamed(plan, self._scheme)
+            streamed = is_streamed(plan)
             self._work = _Work(
                 plan,
                 streamed,
-                Error() if plan.action == "quantize" else None,
+                Error() if plan.scheme is not None else None,
                 Assembly(plan.shape[0] if plan.shape else 1),
             )
             if streamed:
@@ -175,4 +174,4 @@ class Processor:
 
     def _like(self, plan: TensorPlan) -> torch.Tensor:
         empty = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype), device="meta")
-        return quantize_weight(empty, self._scheme) if plan.action == "quantize" else empty
+        return quantize_weight(empty, plan.scheme) if plan.scheme is not None else empty

@@ -10,7 +10,9 @@ import torch
 
 from aoconvert.engine.assembly import Assembly
 from aoconvert.errors import QuantizeError
-from aoconvert.schemes.apply import quantize_weight
+from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.schemes.dequantize import dequantize
+from aoconvert.schemes.repair import repair
 
 if TYPE_CHECKING:
     from aoconvert.engine.kernels import Checked
@@ -42,7 +44,7 @@ class Quantized:
 
 @dataclass
 class Error:
-    """‖w‖², ‖w − dequantized‖² and max |w − dequantized|.
+    """‖w‖², ‖w − dequantized‖² and max |w − dequantized|; ``repaired`` counts rows of zeros that were given a scale.
 
     The differences are float32, their squares and sums float64, in which those squares are exact. So block sizes,
     threads and the way of computing change the sums by some 1e-15 of themselves, which no rounded figure shows.
@@ -51,11 +53,12 @@ class Error:
     signal: float = 0.0
     noise: float = 0.0
     largest: float = 0.0
+    repaired: int = 0
 
     def add(self, original: torch.Tensor, quantized: torch.Tensor) -> None:
         """Count in a block: the source's rows and what torchao made of them."""
         weight = original.to(torch.float32)
-        difference = weight - quantized.dequantize().to(torch.float32)
+        difference = weight - dequantize(quantized)
         low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
         self.merge(Error(float(squares(weight)), float(squares(difference)), max(-float(low), float(high))))
 
@@ -64,6 +67,7 @@ class Error:
         self.signal += other.signal
         self.noise += other.noise
         self.largest = max(self.largest, other.largest)
+        self.repaired += other.repaired
 
     @property
     def finite(self) -> bool:
@@ -122,7 +126,7 @@ def quantize_rows(
 
     Args:
         name: for messages.
-        weight: the source's weight, (rows, in_features), floating, on the CPU.
+        weight: the source's weight, (rows, in_features) or (experts, rows, in_features), floating, on the CPU.
         dtype: base dtype; the weight is cast to it before it is quantized.
         scheme: what to quantize it to.
         device: where the arithmetic runs.
@@ -136,21 +140,31 @@ def quantize_rows(
     Raises:
         QuantizeError: NaN or infinity in the weight, or torchao failed on it.
     """
-    done = kernel.quantize(weight) if kernel is not None else None
+    flat = weight.reshape(-1, weight.shape[-1]) if scheme.rowwise else weight
+    done = kernel.quantize(flat) if kernel is not None else None
     if done is None:
-        done = _eager(name, weight, dtype, scheme, device, block or (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK))
+        done = _eager(name, flat, dtype, scheme, device, block or (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK))
     result, figures = done
     if not figures.finite:
         raise not_finite(name, weight, dtype, figures, scheme)
     error.merge(figures)
-    return result
+    return result if result.shape == weight.shape else _stacked(result, weight, dtype, scheme)
+
+
+def _stacked(rows: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> torch.Tensor:
+    """Rows of stacked experts as torchao's tensor of the stack: the same values, inner tensors of another shape."""
+    like = quantize_weight(weight.to("meta", dtype), scheme)
+    names, context = flatten(like)
+    parts = {name: getattr(rows, name).reshape(getattr(like, name).shape) for name in names}
+    stack: torch.Tensor = type(like).__tensor_unflatten__(parts, context, like.shape, like.stride())  # type: ignore[attr-defined]
+    return stack
 
 
 def _eager(
     name: str, weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme, device: str, elements: int
 ) -> tuple[torch.Tensor, Error]:
-    rows, columns = weight.shape
-    step = max(1, elements // columns) if scheme.rowwise else rows
+    rows = len(weight)
+    step = scheme.block(elements // weight.shape[-1]) if scheme.rowwise else rows
     error = Error()
     assembly = Assembly(rows)
     for start in range(0, rows, step):
@@ -166,11 +180,21 @@ def _eager(
             raise QuantizeError(
                 f"torchao left {name} {list(weight.shape)} unquantized under {scheme.name}", hint=f"--skip {name}"
             )
-        error.add(original, quantized)
+        error.merge(_measured(original, quantized))
         if step >= rows:
             return quantized.to("cpu"), error
         assembly.put_all(quantized, start, stop)
     return assembly.result(quantized), error
+
+
+def _measured(original: torch.Tensor, quantized: torch.Tensor) -> Error:
+    """The error of a block; rows of zeros that have become NaN are repaired in place."""
+    error = Error()
+    error.add(original, quantized)
+    if math.isfinite(error.signal) and not error.finite and (rows := repair(quantized)):
+        error = Error(repaired=rows)
+        error.add(original, quantized)
+    return error
 
 
 def not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: Error, scheme: Scheme) -> QuantizeError:
@@ -180,6 +204,6 @@ def not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: Error
     if not bool(weight.to(dtype).isfinite().all()):
         return QuantizeError(f"{name} overflows {str(dtype).removeprefix('torch.')}", hint="choose --dtype bfloat16")
     return QuantizeError(
-        f"{name}: {scheme.name} gives NaN for it (a row of zeros has no float8 scale)",
+        f"{name}: {scheme.name} gives NaN for it",
         hint=f"--skip {name}, or choose int8wo",
     )

@@ -24,7 +24,7 @@ from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry
 from aoconvert.models import join
 from aoconvert.planning import ComponentPlan, Plan
 from aoconvert.planning.files import index_name
-from aoconvert.planning.types import layout_dict, vars_of
+from aoconvert.planning.types import config_dict, layout_dict, vars_of
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import FileDigest
 from aoconvert.writers.index import write_index
@@ -179,7 +179,7 @@ def _components(
                 model_config(
                     component.component.library,
                     component.component.config,
-                    quantization_config(component.component.library, component.scheme.config, component.skip_modules),
+                    quantization_config(component.component.library, component.config, component.skip_modules),
                     plan.dtype,
                 ),
             )
@@ -210,12 +210,14 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
                 dtype=tensor.dtype,
                 action=tensor.action,
                 reason=tensor.reason,
+                scheme=tensor.scheme.name if tensor.scheme is not None else None,
                 class_name=result.written.class_name if result else "torch.Tensor",
                 data_names=list(result.written.data_names) if result else [],
                 bytes_in=tensor.bytes_in,
                 bytes_out=result.written.nbytes if result else 0,
                 sqnr_db=result.sqnr_db if result else None,
                 max_abs_error=result.max_abs_error if result else None,
+                repaired_rows=result.repaired if result else 0,
                 file=tensor.file,
                 sha256=result.written.sha256 if result else None,
             )
@@ -228,18 +230,21 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         path=plan.folder,
         library=plan.component.library,
         class_name=plan.component.class_name,
-        scheme=plan.scheme.name,
-        config=plan.scheme.config_dict,
+        scheme=plan.scheme_name,
+        config=config_dict(plan.config),
         dtype=_base_dtype(plan, whole),
-        layout=manifest.LayoutEntry(**layout_dict(plan.scheme)),
+        layout=manifest.LayoutEntry(**layout_dict(plan.layout, plan.unconfirmed)),
         format="bin",
         files=sealed + extra,
         safe_globals=[name for name in names if name.partition(".")[0] not in ("torch", "collections", "builtins")],
         imports=["torchao"],
         load=manifest.LoadEntry(
-            strategy="from_pretrained", class_name=plan.component.class_name, kwargs=_load_kwargs(plan, whole)
+            strategy="assign" if plan.skeleton.fused else "from_pretrained",
+            class_name=plan.component.class_name,
+            kwargs=_load_kwargs(plan, whole),
         ),
-        loads_with={"torchao": f">={plan.scheme.min_torchao}", "torch": ">=2.6"},
+        loads_with={"torchao": f">={plan.min_torchao}", "torch": ">=2.6"},
+        fused_qkv=bool(plan.skeleton.fused),
         tensors=tensors,
         totals=manifest.Totals(**vars_of(plan.totals), worst_sqnr_db=min(worst, default=None)),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,16 +42,17 @@ class Reading(Protocol):
 
 @dataclass(frozen=True)
 class TensorResult:
-    """What was written for one tensor of the plan."""
+    """What was written for one tensor of the plan; ``repaired``: rows of zeros that were given a scale."""
 
     written: WrittenTensor
     sqnr_db: float | None = None
     max_abs_error: float | None = None
+    repaired: int = 0
 
     @classmethod
     def of(cls, written: WrittenTensor, error: Error | None) -> TensorResult:
         """With the error of a quantized weight."""
-        return cls(written) if error is None else cls(written, error.sqnr_db, error.largest)
+        return cls(written) if error is None else cls(written, error.sqnr_db, error.largest, error.repaired)
 
 
 @dataclass
@@ -181,7 +183,7 @@ class _Stream:
 
     def _read(self, out: Channel[Piece], pool: BufferPool) -> None:
         for tensor in self._ordered():
-            pieces = slices(tensor, self.plan.scheme)
+            pieces = slices(tensor)
             for start, stop in pieces:
                 nbytes = -(-tensor.bytes_in * (stop - start) // pieces[-1][1]) if pieces[-1][1] else 0
                 buffer = pool.take(nbytes)
@@ -201,10 +203,12 @@ class _Stream:
             out.put(message, nbytes)
             waited += time.perf_counter() - began
 
-        plan = self.plan
-        to_quantize = sum(tensor.bytes_in for tensor in self._ordered() if tensor.action == "quantize")
-        with torch.no_grad(), Kernels(plan.scheme, self.devices[0], to_quantize) as kernels:
-            processor = Processor(Lanes(self.devices, plan.scheme, kernels, self.allow_cpu), send)
+        to_quantize: Counter[str] = Counter()
+        for tensor in self._ordered():
+            if tensor.scheme is not None:
+                to_quantize[tensor.scheme.key] += tensor.bytes_in
+        with torch.no_grad(), Kernels(self.devices[0], to_quantize) as kernels:
+            processor = Processor(Lanes(self.devices, kernels, self.allow_cpu), send)
             while (piece := source.get()) is not None:
                 began, waited = time.perf_counter(), 0.0
                 processor.take(piece)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aoconvert.environment import version_at_least, version_of
@@ -12,6 +13,7 @@ from aoconvert.inspection.foreign import PACKAGES, scheme_of_kind
 from aoconvert.inspection.types import Component, FileFacts, Loading
 from aoconvert.inspection.writer import written_by
 from aoconvert.manifest import Manifest
+from aoconvert.schemes import int4
 from aoconvert.verification.contents import TensorEntry
 
 # It reads only torchao configs there; which release first refused a name is not known (shared facts).
@@ -43,12 +45,16 @@ def component(
     classes = {part.class_name.rpartition(".")[2] for entry in entries for part in compat.parts(entry)} or {
         tensor.class_name.rpartition(".")[2] for file in files for tensor in file.tensors
     }
-    layout = compat.layout_of_classes(classes)
+    layout, packing = compat.layout_of_classes(classes), _cpu_packing(name, manifest)
+    if layout is not None and packing is not None:
+        layout = replace(layout, note=None)  # the manifest says what the file does not
     loading = _loading(kind, files, entries, classes)
     needs = PACKAGES.get(kind, ())
     writer = written_by(files, config, manifest)
     scheme = _scheme(kind, files, quantization)
     problems, unknown = _problems(kind, files, loading, layout, needs, library, quantization)
+    if packing is not None and (misfit := int4.misfit(packing)) is not None:
+        problems.append(misfit)
     problems = [problem, *problems] if problem else problems
     advice = _advice(kind, scheme, files, loading, layout, bool(problems), quantization, entries)
     return Component(
@@ -67,6 +73,12 @@ def component(
         advice=tuple(advice),
         loads_here=False if problems else None if unknown else True,
     )
+
+
+def _cpu_packing(name: str, manifest: Manifest | None) -> str | None:
+    """What the manifest says of the component's packing, where that is for one kind of CPU."""
+    found = [entry.layout.packing for entry in manifest.components if entry.name == name] if manifest else []
+    return found[0] if found and int4.cpu_layout(found[0]) is not None else None
 
 
 def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

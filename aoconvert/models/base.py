@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Library = Literal["diffusers", "transformers"]
-Kind = Literal["linear", "embedding", "other"]
+Kind = Literal["linear", "embedding", "experts", "other"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,16 @@ class TensorSpec:
         module: name of the owning module.
         module_class: class name of the owning module, e.g. ``"Linear"``.
         parameter: a parameter, not a buffer.
-        kind: ``linear`` for the weight torchao's ``quantize_`` takes, ``embedding`` for an embedding table.
+        kind: ``linear`` for the weight torchao's ``quantize_`` takes, ``embedding`` for an embedding table, ``experts``
+            for a mixture's stack of matrices in one 3-D parameter; whether a scheme can run there is for
+            ``experts.settle`` to say.
         tied_to: name of the tensor that this one shares its memory with, or ``None``.
         keep_fp32: the class asks for float32 whatever the model's dtype.
         output_head: weight of the output embeddings (``lm_head``).
-        single_row: its layer sees one row per sample (modulation, timestep, pooled projection).
+        single_row: its layer sees one row per sample (modulation, timestep, pooled projection), or may see no more: an
+            expert sees the tokens that are routed to it.
+        hint: why a careful converter leaves it alone by default, in words; a matter of quality, not of what can be
+            loaded and run, which the fields above say.
     """
 
     name: str
@@ -83,6 +88,7 @@ class TensorSpec:
     keep_fp32: bool = False
     output_head: bool = False
     single_row: bool = False
+    hint: str | None = None
 
     @property
     def numel(self) -> int:
@@ -97,12 +103,14 @@ class TensorSpec:
 class Skeleton:
     """A component's empty model and what it is made of.
 
-    ``model`` is on ``meta`` as a whole; ``None`` where what it is made of was known without building it.
+    ``model`` is on ``meta`` as a whole; ``None`` where what it is made of was known without building it. ``fused``
+    names the layers that ``models.fused`` put in the place of others.
     """
 
     component: Component
     model: nn.Module | None = field(repr=False)
     tensors: tuple[TensorSpec, ...] = field(repr=False)
+    fused: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __iter__(self) -> Iterator[TensorSpec]:
         return iter(self.tensors)
@@ -192,11 +200,46 @@ def single_row_modules(model: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
+def _count_of_experts(module: nn.Module | None) -> int | None:
+    """How many experts a module holds, in stacks or as modules of their own."""
+    from torch import nn
+
+    count = getattr(module, "num_experts", None)
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    return count if isinstance(count, int) and not isinstance(count, bool) else None
+
+
+def router_modules(model: nn.Module) -> Mapping[str, str]:
+    """Linear layers that choose or weigh experts: module name → what it is.
+
+    They are small, and a wrong choice of expert costs far more than their bytes: llm-compressor's recipes and NVIDIA's
+    Model Optimizer leave them alone, and so do the published FP8 mixtures. Found by structure: beside ``experts`` (a
+    stack or a list of modules), a linear layer with one output for each of them, or with a single output.
+    """
+    from torch import nn
+
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        count = _count_of_experts(getattr(module, "experts", None))
+        if count is None or not isinstance(module.experts, nn.Module):
+            continue
+        for child, layer in module.named_modules():
+            if not isinstance(layer, nn.Linear) or child.split(".")[0] == "experts":
+                continue
+            if layer.out_features == count:
+                found[f"{name}.{child}".lstrip(".")] = "router of a mixture of experts"
+            elif layer.out_features == 1:
+                found[f"{name}.{child}".lstrip(".")] = "gate of a mixture's shared expert"
+    return found
+
+
 def describe_tensors(
     model: nn.Module,
     *,
     tied: Mapping[str, str],
     keep_fp32: frozenset[str],
+    precise: frozenset[str],
     output_head: str | None,
 ) -> tuple[TensorSpec, ...]:
     """Every tensor of ``model.state_dict()``, in its order.
@@ -205,26 +248,23 @@ def describe_tensors(
         model: a model with its parameters on ``meta``.
         tied: state-dict key → the key it shares its memory with.
         keep_fp32: keys that stay in float32.
+        precise: keys that the class lists as in need of float32, whether or not they get it.
         output_head: name of the output-embedding module, if any.
     """
-    from torch import nn
 
     modules = dict(model.named_modules())
     single_row = single_row_modules(model)
+    routers = router_modules(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     specs = []
     for name, tensor in model.state_dict().items():
         owner = name.rpartition(".")[0]
         module = modules.get(owner, model)
-        kind: Kind = "other"
-        if name.endswith("weight") and tensor.dim() == 2:
-            # torchao's own filter: NonDynamicallyQuantizableLinear is nn.MultiheadAttention's output projection
-            if isinstance(module, nn.Linear) and not isinstance(
-                module, nn.modules.linear.NonDynamicallyQuantizableLinear
-            ):
-                kind = "linear"
-            elif isinstance(module, nn.Embedding):
-                kind = "embedding"
+        is_head = bool(output_head) and owner == output_head
+        kind = _kind(name, tensor, module) if name in parameters else "other"
+        hint = None
+        if kind != "other":
+            hint = "output head" if is_head else routers.get(owner) or (_PRECISE if name in precise else None)
         specs.append(
             TensorSpec(
                 name=name,
@@ -237,8 +277,26 @@ def describe_tensors(
                 parameter=name in parameters,
                 tied_to=tied.get(name),
                 keep_fp32=name in keep_fp32,
-                output_head=bool(output_head) and owner == output_head,
-                single_row=owner in single_row,
+                output_head=is_head,
+                single_row=kind == "experts" or owner in single_row,
+                hint=hint,
             )
         )
     return tuple(specs)
+
+
+_PRECISE = "its class lists it in _keep_in_fp32_modules"
+
+
+def _kind(name: str, tensor: torch.Tensor, module: nn.Module) -> Kind:
+    from torch import nn
+
+    if name.endswith("weight") and tensor.dim() == 2:
+        # torchao's own filter: NonDynamicallyQuantizableLinear is nn.MultiheadAttention's output projection
+        if isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "linear"
+        if isinstance(module, nn.Embedding):
+            return "embedding"
+    if tensor.dim() == 3 and tensor.dtype.is_floating_point and _count_of_experts(module) == tensor.shape[0]:
+        return "experts"
+    return "other"

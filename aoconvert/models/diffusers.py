@@ -46,20 +46,27 @@ def empty_model(component: Component) -> nn.Module:
     return build_empty(component, lambda: cls.from_config(dict(component.config)))
 
 
-def skeleton(component: Component, dtype: torch.dtype) -> Skeleton:
-    """The empty model and its tensors. ``dtype`` is what floating tensors will be cast to.
+def kept_in_float32(model: nn.Module) -> frozenset[str]:
+    """State-dict keys that stay in float32 for every dtype.
 
-    diffusers keeps ``_keep_in_fp32_modules`` in float32 for every dtype, and matches them against the parts of the
-    parameter's name (``load_model_dict_into_meta``).
+    diffusers matches ``_keep_in_fp32_modules`` against the parts of the parameter's name
+    (``load_model_dict_into_meta``).
     """
+    wanted = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return frozenset(name for name in model.state_dict() if wanted & set(name.split(".")))
+
+
+def skeleton(component: Component, dtype: torch.dtype) -> Skeleton:
+    """The empty model and its tensors. ``dtype`` is what floating tensors will be cast to."""
     built: Skeleton | None = None
 
     def make() -> list[dict[str, Any]] | None:
         nonlocal built
         model = empty_model(component)
-        wanted = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-        keep = frozenset(name for name in model.state_dict() if wanted & set(name.split(".")))
-        built = Skeleton(component, model, describe_tensors(model, tied={}, keep_fp32=keep, output_head=None))
+        keep = kept_in_float32(model)
+        built = Skeleton(
+            component, model, describe_tensors(model, tied={}, keep_fp32=keep, precise=keep, output_head=None)
+        )
         renames = any(getattr(module, "_from_deprecated_attn_block", False) for module in model.modules())
         return None if renames or _unreleased() else to_json(built.tensors)
 

@@ -134,11 +134,19 @@ def _mapping(source: Source, path: str) -> Mapping[str, Any]:
     return values
 
 
-def build_skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
+def build_skeleton(
+    component: Component, dtype: torch.dtype, *, code_root: Path | None = None, fuse_qkv: bool = False
+) -> Skeleton:
     """The empty model of a component, by its library.
 
+    Args:
+        component: the component.
+        dtype: what floating tensors will be cast to.
+        code_root: folder with the checkpoint's own code; only given with ``--trust-remote-code``.
+        fuse_qkv: with one matrix for query, key and value, where a diffusers model offers that.
+
     Raises:
-        SourceError: the class is unknown, does not take the config, or the weights are quantized already.
+        SourceError: the class is unknown, does not take the config, cannot fuse, or the weights are quantized already.
     """
     quantized = component.config.get("quantization_config")
     if isinstance(quantized, dict) and quantized:
@@ -147,9 +155,11 @@ def build_skeleton(component: Component, dtype: torch.dtype, *, code_root: Path 
             f"{component.title} is already quantized ({method})", hint="start from the original, unquantized model"
         )
     if component.library == "diffusers":
-        from aoconvert.models import diffusers
+        from aoconvert.models import diffusers, fused
 
-        return diffusers.skeleton(component, dtype)
+        return fused.skeleton(component) if fuse_qkv else diffusers.skeleton(component, dtype)
+    if fuse_qkv:
+        raise SourceError(f"{component.title}: only models of diffusers can be fused", hint="leave out --fuse-qkv")
     from aoconvert.models import transformers
 
     with quiet_imports():  # a model class imports transformers' quantizers, and those more of torchao

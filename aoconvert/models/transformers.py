@@ -97,10 +97,16 @@ def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None
     if plan:
         pattern, _, _ = build_glob_alternation(list(plan))
         keep |= {name for name in names if pattern.search(name)}
+    precise = frozenset[str]()
+    # in float16 both lists count: whoever wrote them found these layers in need of float32
+    if every := model._get_dtype_plan(torch.float16):
+        pattern, _, _ = build_glob_alternation(list(every))
+        precise = frozenset(name for name in names if pattern.search(name))
     head = model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if head is not None and module is head), None)
     tied = {name: target for name, target in model.all_tied_weights_keys.items() if name in set(names)}
-    return Skeleton(component, model, describe_tensors(model, tied=tied, keep_fp32=keep, output_head=head_name))
+    described = describe_tensors(model, tied=tied, keep_fp32=keep, precise=precise, output_head=head_name)
+    return Skeleton(component, model, described)
 
 
 @dataclass(frozen=True)

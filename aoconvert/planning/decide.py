@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,46 +10,15 @@ from aoconvert.errors import QuantizeError
 from aoconvert.models import Skeleton, TensorSpec
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import Recipe
+from aoconvert.planning.choices import Choices, Wishes, choose
 from aoconvert.planning.inventory import Inventory
 from aoconvert.planning.types import Action, TensorPlan
-from aoconvert.schemes import Scheme, blocker
+from aoconvert.rules import Rules
+from aoconvert.schemes import Scheme
 from aoconvert.schemes.apply import quantize_weight
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class SkipRules:
-    """``--skip`` patterns: exact tensor or module names, or ``re:`` with a full match (``FqnToConfig``'s syntax)."""
-
-    patterns: tuple[str, ...]
-
-    def match(self, spec: TensorSpec) -> str | None:
-        """The first pattern that matches the tensor or its module."""
-        for pattern in self.patterns:
-            if pattern.startswith("re:"):
-                if re.fullmatch(pattern[3:], spec.name) or re.fullmatch(pattern[3:], spec.module):
-                    return pattern
-            elif pattern in (spec.name, spec.module):
-                return pattern
-        return None
-
-    def unmatched(self, specs: Iterable[TensorSpec]) -> list[str]:
-        """One line for every pattern that matches nothing, with the nearest names."""
-        names = {name for spec in specs for name in (spec.name, spec.module) if name}
-        lines = []
-        for pattern in self.patterns:
-            if pattern.startswith("re:"):
-                if any(re.fullmatch(pattern[3:], name) for name in names):
-                    continue
-                near: list[str] = []
-            elif pattern in names:
-                continue
-            else:
-                near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.5)
-            lines.append(f"--skip {pattern!r} matches nothing" + (f" (nearest: {', '.join(near)})" if near else ""))
-        return lines
 
 
 def meta_output(spec: TensorSpec, dtype: torch.dtype, scheme: Scheme | None) -> torch.Tensor:
@@ -83,61 +50,46 @@ def nbytes(tensor: torch.Tensor) -> int:
     return sum(nbytes(getattr(tensor, name)) for name in names)
 
 
-def _reason(
-    spec: TensorSpec, dtype: torch.dtype, scheme: Scheme, skip: SkipRules, shared: frozenset[str]
-) -> str | None:
-    """Why the tensor is not quantized, or ``None`` if it is."""
-    if not spec.floating:
-        return "not a floating tensor"
-    if spec.kind == "embedding":
-        return "an embedding table"
-    if spec.kind != "linear":
-        if spec.parameter and len(spec.shape) == 3 and "expert" in spec.name:
-            return "experts in one 3-D parameter; this scheme takes the weights of linear layers"
-        return f"{spec.module_class}: not the weight of a linear layer"
-    pattern = skip.match(spec)
-    if pattern is not None:
-        return f"--skip {pattern}"
-    if spec.name in shared:
-        return "shared with another tensor; quantized and tied cannot be loaded again"
-    if spec.output_head:
-        return "output head"
-    if spec.keep_fp32:
-        return "the model class keeps it in float32"
-    if scheme.needs_rows and spec.single_row:
-        return f"sees one row per sample, which {scheme.name} cannot run"
-    return blocker(spec.shape, dtype, scheme)
-
-
 @dataclass(frozen=True)
 class Decisions:
-    """The tensors of one component, in state-dict order, with what they will be on ``meta``."""
+    """The tensors of one component, in state-dict order, with what they will be on ``meta``.
+
+    ``implementation``: how its quantized experts have to be multiplied, see :mod:`aoconvert.models.experts`.
+    """
 
     tensors: tuple[TensorPlan, ...]
     outputs: Mapping[str, torch.Tensor]
+    implementation: str | None
     problems: tuple[str, ...]
 
 
 def decide(
-    skeleton: Skeleton, scheme: Scheme, skip: SkipRules, dtype: torch.dtype | None, inventory: Inventory | None
+    skeleton: Skeleton,
+    rules: Rules,
+    wishes: Wishes,
+    dtype: torch.dtype | None,
+    inventory: Inventory | None,
+    free: Mapping[str, str] | None = None,
 ) -> Decisions:
     """Decide for every tensor of a model.
 
     Args:
         skeleton: the empty model.
-        scheme: what to quantize linear weights to.
-        skip: what the user left out.
+        rules: which scheme is for which tensor.
+        wishes: what else the user said about that.
         dtype: of everything floating; ``None`` keeps the source's.
         inventory: the checkpoint's tensors; ``None`` where only the config is known.
+        free: state-dict key → the key that it was tied to, under which the checkpoint may hold it.
     """
-    decider = _Decider(skeleton, scheme, skip, dtype, inventory)
+    decider = _Decider(skeleton, dtype, inventory, free or {})
+    decider.choose(rules, wishes)
     tensors = [made for spec in skeleton if (made := decider.plan(spec)) is not None]
     problems = decider.problems
     if decider.missing:
         shown = ", ".join(decider.missing[:3])
         more = f" and {len(decider.missing) - 3} more" if len(decider.missing) > 3 else ""
         problems.append(f"{skeleton.component.title}: the checkpoint does not hold {shown}{more}")
-    return Decisions(tuple(tensors), decider.outputs, tuple(problems))
+    return Decisions(tuple(tensors), decider.outputs, decider.choices.implementation, tuple(problems))
 
 
 @dataclass
@@ -145,20 +97,32 @@ class _Decider:
     """Goes through the tensors of one component and collects what is wrong with them."""
 
     skeleton: Skeleton
-    scheme: Scheme
-    skip: SkipRules
     dtype: torch.dtype | None
     inventory: Inventory | None
+    free: Mapping[str, str]
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    choices: Choices = field(default_factory=Choices)
 
     def __post_init__(self) -> None:
         self._twins: dict[str, list[str]] = {}
         for spec in self.skeleton:
             if spec.tied_to:
                 self._twins.setdefault(spec.tied_to, []).append(spec.name)
-        self._cache: dict[tuple[tuple[int, ...], torch.dtype, bool], torch.Tensor] = {}
+        self._cache: dict[tuple[tuple[int, ...], torch.dtype, str | None], torch.Tensor] = {}
+
+    def choose(self, rules: Rules, wishes: Wishes) -> None:
+        """Say which tensor gets which scheme."""
+        dtypes = {spec.name: self._dtypes(spec)[1] for spec in self.skeleton}
+        self.choices = choose(self.skeleton, dtypes, rules, wishes)
+        self.problems += self.choices.problems
+
+    def _dtypes(self, spec: TensorSpec) -> tuple[torch.dtype, torch.dtype]:
+        """The tensor's dtype in the checkpoint, and the one it will have."""
+        made = self._origin(spec) or (self.inventory.recipes.get(spec.name) if self.inventory else None)
+        found = made.dtype if made else (spec.dtype if not spec.floating else self.dtype or spec.dtype)
+        return found, _target_dtype(spec, found, self.dtype)
 
     def plan(self, spec: TensorSpec) -> TensorPlan | None:
         """What happens to one tensor; ``None`` where something is wrong with it."""
@@ -166,19 +130,15 @@ class _Decider:
         recipe = self.inventory.recipes.get(spec.name) if self.inventory else None
         if not self._is_usable(spec, origin, recipe):
             return None
-        made = origin or recipe
-        found = made.dtype if made else (spec.dtype if not spec.floating else self.dtype or spec.dtype)
-        target = _target_dtype(spec, found, self.dtype)
-        if spec.tied_to:
-            why: str | None = f"the same tensor as {spec.tied_to}"
-        else:
-            why = _reason(spec, target, self.scheme, self.skip, frozenset(self._twins))
+        found, target = self._dtypes(spec)
+        choice = self.choices.of(spec)
+        why = choice.reason
         action: Action = (
             "tied" if spec.tied_to else "quantize" if why is None else "cast" if target != found else "keep"
         )
         written = action != "tied"
         if written:
-            self.outputs[spec.name] = self._output(spec, target, quantized=why is None)
+            self.outputs[spec.name] = self._output(spec, target, choice.scheme)
         return TensorPlan(
             name=spec.name,
             shape=spec.shape,
@@ -186,7 +146,7 @@ class _Decider:
             source_dtype=str(found).removeprefix("torch."),
             action=action,
             reason=why,
-            candidate=spec.kind == "linear" or (spec.parameter and len(spec.shape) > 1 and spec.kind == "other"),
+            candidate=spec.parameter and len(spec.shape) > 1 and spec.kind != "embedding",
             parameter=spec.parameter,
             embedding=spec.kind == "embedding",
             bytes_in=0 if not written else recipe.bytes_in(spec.name) if recipe else spec.numel * found.itemsize,
@@ -194,6 +154,7 @@ class _Decider:
             origin=(origin.file, origin.name) if origin and written else None,
             sources=tuple((source.file, source.name) for source in recipe) if recipe and written else (),
             working_bytes=recipe.working_bytes(spec.name, target) if recipe and written else 0,
+            scheme=choice.scheme,
         )
 
     def _origin(self, spec: TensorSpec) -> SourceTensor | None:
@@ -203,6 +164,7 @@ class _Decider:
         if spec.name in self.inventory.merged:
             return None
         names = [spec.name, *self._twins.get(spec.name, ())]
+        names += [self.free[spec.name]] if spec.name in self.free else []
         return next((self.inventory.direct[name] for name in names if name in self.inventory.direct), None)
 
     def _is_usable(self, spec: TensorSpec, origin: SourceTensor | None, recipe: Recipe | None) -> bool:
@@ -224,10 +186,10 @@ class _Decider:
             return False
         return True
 
-    def _output(self, spec: TensorSpec, dtype: torch.dtype, *, quantized: bool) -> torch.Tensor:
-        key = (spec.shape, dtype, quantized)
+    def _output(self, spec: TensorSpec, dtype: torch.dtype, scheme: Scheme | None) -> torch.Tensor:
+        key = (spec.shape, dtype, scheme.key if scheme is not None else None)
         if key not in self._cache:
-            self._cache[key] = meta_output(spec, dtype, self.scheme if quantized else None)
+            self._cache[key] = meta_output(spec, dtype, scheme)
         return self._cache[key]
 
 

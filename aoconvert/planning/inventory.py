@@ -10,6 +10,7 @@ from aoconvert.errors import SourceError
 from aoconvert.models import Skeleton
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import CannotFollow, Recipe, follow
+from aoconvert.models.fused import conversions
 
 if TYPE_CHECKING:
     from aoconvert.sources import Source
@@ -111,6 +112,10 @@ def take(source: Source, skeleton: Skeleton, weights: WeightFiles | None) -> Inv
         from aoconvert.models import diffusers
 
         names = diffusers.source_names(skeleton, found, sharded=weights.index is not None)
+        if skeleton.fused:
+            here = {name: found[origin] for name, origin in names.items()}
+            recipes = {name: made for made in follow(skeleton, conversions(skeleton), here) for name in made.targets}
+            return _inventory(skeleton, found, names, merged=frozenset(recipes), recipes=recipes)
         return _inventory(skeleton, found, names)
     from aoconvert.models import transformers
 

@@ -5,34 +5,36 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoconvert import schemes
+from aoconvert import recipes, schemes
 from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError
 from aoconvert.manifest import MANIFEST_NAME
-from aoconvert.models import Component, ModelLayout, build_skeleton, identify, join
+from aoconvert.models import Component, identify
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
-from aoconvert.planning.decide import Decisions, SkipRules, decide
-from aoconvert.planning.inventory import Inventory, take
+from aoconvert.planning.component import component_warnings, plan_component
 from aoconvert.planning.needs import needs
-from aoconvert.planning.types import ComponentPlan, CopyPlan, FilePlan, Needs, Plan, TensorPlan
+from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, Plan
 from aoconvert.planning.weights import choose, is_only
-from aoconvert.sources.weights import find_weights
+from aoconvert.rules import Rules, skipping, unmatched
 from aoconvert.words import size
 
 if TYPE_CHECKING:
-    import torch
-
-    from aoconvert.schemes import Scheme
     from aoconvert.sources import Source
 
 
-def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False) -> Plan:
+def make(
+    source: Source,
+    options: QuantizeOptions,
+    *,
+    need_weights: bool = False,
+    rules: Mapping[str, Rules] | None = None,
+) -> Plan:
     """Decide everything about a conversion.
 
     Args:
@@ -40,6 +42,7 @@ def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False
         options: what the user asked for.
         need_weights: the plan will be carried out: a source without weights is a problem, and so is a disk that is
             too small (otherwise a warning).
+        rules: component name → which scheme for which tensor; by default what the options say.
 
     Raises:
         PlanError: with every problem at once.
@@ -48,25 +51,22 @@ def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False
     """
     layout = identify(source, options.subfolder)
     chosen, problems = choose(layout, options)
-    asked = {item.name: _scheme(options, item) for item in chosen}
     devices: tuple[str, ...] = ("cpu",)
     try:
         devices = choose_devices(options.device)
     except PlanError as error:
         problems += error.problems
-    for scheme in {scheme.name: scheme for scheme in asked.values()}.values():
-        why = schemes.availability(scheme.name)
-        if why:
-            problems.append(f"{scheme.name}: {why}")
-
+    asked = rules or {item.name: resolve_rules(options, item, devices[0]) for item in chosen}
     plans: list[ComponentPlan] = []
     warnings: list[str] = []
     for component in chosen:
-        made, found = _component(source, layout, component, asked[component.name], options, need_weights=need_weights)
+        made, found = plan_component(
+            source, layout, component, asked[component.name], options, need_weights=need_weights
+        )
         plans.append(made)
         problems += found
-        warnings += _component_warnings(made)
-    problems += _unmatched_skips(plans, options)
+        warnings += component_warnings(made)
+    problems += _unmatched(plans)
 
     copied: tuple[CopyPlan, ...] = ()
     if chosen:
@@ -104,135 +104,38 @@ def make(source: Source, options: QuantizeOptions, *, need_weights: bool = False
     )
 
 
-def _scheme(options: QuantizeOptions, component: Component) -> Scheme:
-    name = options.components.get(component.name) or options.scheme
-    return schemes.get(name, group_size=options.group_size, settings=options.settings)
+def resolve_rules(options: QuantizeOptions, component: Component, device: str) -> Rules:
+    """Which scheme is for which tensor of a component, by what the user said.
 
+    Args:
+        options: what the user said.
+        component: the model.
+        device: where it is quantized; packed layouts are made for it unless the user says otherwise.
 
-def _dtype(name: str) -> torch.dtype | None:
-    import torch
-
-    return None if name == "auto" else getattr(torch, name)
-
-
-def _component(
-    source: Source,
-    layout: ModelLayout,
-    component: Component,
-    scheme: Scheme,
-    options: QuantizeOptions,
-    *,
-    need_weights: bool,
-) -> tuple[ComponentPlan, list[str]]:
-    import torch
-
-    dtype = _dtype(options.dtype)
-    code = source.root / component.folder if options.trust_remote_code else None
-    skeleton = build_skeleton(component, dtype or torch.bfloat16, code_root=code)
-    weights = find_weights(source, component.folder, component.library, variant=options.variant)
-    problems = []
-    if weights is None and need_weights:
-        problems.append(f"{component.title}: no weights in {join(source.label, component.folder)}")
-    inventory = take(source, skeleton, weights)
-    skip = SkipRules(options.skip)
-    decisions = decide(skeleton, scheme, skip, dtype, inventory)
-    problems += decisions.problems
-    folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
-    tensors, order, files = _lay_out(component, folder, decisions, inventory, options.max_shard_size)
-    plan = ComponentPlan(
-        component=component,
-        scheme=scheme,
-        folder=folder,
-        tensors=tensors,
-        order=order,
-        files=files,
-        skip_modules=_skip_modules(component, tensors),
-        unused=inventory.unused if inventory else (),
-        copied=inventory.obstacle if inventory else None,
-        weights=weights,
-        skeleton=skeleton,
-        recipes=inventory.recipes if inventory else {},
-    )
-    totals = plan.totals
-    if not decisions.problems and totals.quantized_fraction < options.min_quantized:
-        skipped = sum(t.numel for t in plan.skipped)
-        problems.append(
-            f"{component.title}: {scheme.name} would quantize {totals.quantized_fraction:.0%} of the parameters "
-            f"outside embeddings, less than --min-quantized {options.min_quantized:g} ({skipped:,} parameters in "
-            f"{len(plan.skipped)} matrices are left out: {_reasons(plan.skipped)})"
-        )
-    elif not decisions.problems and not totals.quantized_parameters:
-        problems.append(f"{component.title}: nothing is left to quantize ({_reasons(plan.skipped)})")
-    return plan, problems
-
-
-def _reasons(skipped: Sequence[TensorPlan]) -> str:
-    """The reasons, most parameters first."""
-    weight: dict[str, int] = {}
-    for tensor in skipped:
-        weight[tensor.reason or ""] = weight.get(tensor.reason or "", 0) + tensor.numel
-    return "; ".join(sorted(weight, key=lambda reason: -weight[reason])[:3]) or "no matrices"
-
-
-def _lay_out(
-    component: Component, folder: str, decisions: Decisions, inventory: Inventory | None, limit: int | None
-) -> tuple[tuple[TensorPlan, ...], tuple[str, ...], tuple[FilePlan, ...]]:
-    """Deal tensors to files, and compute each file's exact size."""
-    from aoconvert.writers.torch_bin import predict_size
-
-    default = (
-        plan_files.DIFFUSERS_FILE_BYTES if component.library == "diffusers" else plan_files.TRANSFORMERS_FILE_BYTES
-    )
-    order = inventory.order if inventory else ()
-    dealt = plan_files.assign(decisions.tensors, order, limit or default)
-    where: dict[str, str] = {}
-    files = []
-    for number, names in enumerate(dealt, start=1):
-        path = join(folder, plan_files.weights_name(component, number, len(dealt)))
-        where.update(dict.fromkeys(names, path))
-        # the pickle lists tensors in state-dict order, their data lies in the order it was read
-        listed = [tensor.name for tensor in decisions.tensors if where.get(tensor.name) == path]
-        files.append(FilePlan(path, predict_size({name: decisions.outputs[name] for name in names}, listed)))
-    tensors = tuple(replace(tensor, file=where.get(tensor.name)) for tensor in decisions.tensors)
-    return tensors, tuple(name for names in dealt for name in names), tuple(files)
-
-
-def _skip_modules(component: Component, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
-    """``modules_to_not_convert``: linear modules that stay as they are.
-
-    diffusers matches an entry as a substring of a parameter's name; an entry that would also catch a quantized
-    parameter is written as the full parameter name, which it matches exactly.
+    Raises:
+        UsageError: an unknown scheme or setting, or a recipe that makes no sense.
+        PlanError: a scheme that cannot be made with what is installed.
     """
-    quantized = [tensor.name for tensor in tensors if tensor.action == "quantize"]
-    entries = []
-    for tensor in tensors:
-        if not tensor.candidate or tensor.action == "quantize" or not tensor.name.endswith(".weight"):
-            continue
-        module = tensor.name.removesuffix(".weight")
-        clash = component.library == "diffusers" and any(f"{module}." in name for name in quantized)
-        entries.append(tensor.name if clash else module)
-    return tuple(entries)
-
-
-def _component_warnings(plan: ComponentPlan) -> list[str]:
-    title = plan.component.title
-    lines = [f"{title}: {note}" for note in plan.scheme.notes]
-    if plan.component.library == "diffusers" and len(plan.files) > 1:
-        lines.append(
-            f"{title}: diffusers opens a sharded .bin only with use_safetensors=False, and a pipeline not at all"
+    place = device.partition(":")[0]
+    name = options.components.get(component.name) or options.scheme
+    default = None
+    if name is not None:
+        default = schemes.get(
+            name,
+            group_size=options.group_size,
+            settings=options.settings,
+            layout_device=options.layout_device or place,
         )
-    if plan.unused:
-        shown = ", ".join(plan.unused[:3]) + (", …" if len(plan.unused) > 3 else "")
-        lines.append(f"{title}: {len(plan.unused)} tensors of the checkpoint have no place in the model: {shown}")
-    if plan.copied is not None:
-        lines.append(f"{title}: transformers makes a copy of its merged tensors while it runs ({plan.copied})")
-    return lines
+    made = Rules((), default)
+    if options.recipe is not None:
+        recipe = recipes.load(options.recipe)
+        made = recipes.rules(recipe, component.name, default, layout_device=options.layout_device, device=place)
+    return replace(made, skip=skipping(options.skip))
 
 
-def _unmatched_skips(plans: Sequence[ComponentPlan], options: QuantizeOptions) -> list[str]:
-    if not plans:
-        return []
-    return SkipRules(options.skip).unmatched([spec for plan in plans for spec in plan.skeleton])
+def _unmatched(plans: Sequence[ComponentPlan]) -> list[str]:
+    rules = list(dict.fromkeys(rule for plan in plans for rule in plan.rules))
+    return unmatched(rules, [name for plan in plans for spec in plan.skeleton for name in (spec.name, spec.module)])
 
 
 def _output_problems(source: Source, options: QuantizeOptions) -> list[str]:

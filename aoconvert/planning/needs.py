@@ -29,9 +29,9 @@ def needs(plans: Sequence[ComponentPlan], copied: Sequence[CopyPlan], device: st
     return Needs(disk_bytes=disk, device_peak_bytes=on_device, host_peak_bytes=host)
 
 
-def _pieces(tensor: TensorPlan, plan: ComponentPlan) -> tuple[int, int]:
+def _pieces(tensor: TensorPlan) -> tuple[int, int]:
     """How many pieces a tensor comes in, and the source bytes of the largest."""
-    ranges = slices(tensor, plan.scheme)
+    ranges = slices(tensor)
     rows = ranges[-1][1]
     return len(ranges), -(-tensor.bytes_in * ranges[0][1] // rows) if rows else 0
 
@@ -42,9 +42,9 @@ def _tensors_peak(plan: ComponentPlan, device: str) -> int:
     for tensor, count, largest in _ordered(plan):
         fits = largest <= SLICE_BYTES
         pooled = max(pooled, largest if fits else 0)
-        whole = tensor.action == "quantize" and not plan.scheme.rowwise and device == "cpu"
+        whole = tensor.scheme is not None and not tensor.scheme.rowwise and device == "cpu"
         arithmetic = tensor.numel * _WHOLE_BYTES if whole else 0
-        if is_streamed(tensor, plan.scheme):
+        if is_streamed(tensor):
             result = 2 * -(-tensor.bytes_out // count)
         elif tensor.bytes_in == tensor.bytes_out and tensor.dtype == tensor.source_dtype and count == 1:
             result = 0  # it is written from where it was read
@@ -75,7 +75,7 @@ def _waiting(results: Sequence[int]) -> int:
 def _ordered(plan: ComponentPlan) -> Iterator[tuple[TensorPlan, int, int]]:
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     for name in plan.order:
-        yield tensors[name], *_pieces(tensors[name], plan)
+        yield tensors[name], *_pieces(tensors[name])
 
 
 def _on_device(plan: ComponentPlan) -> int:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aoconvert.planning.types import TensorPlan
-    from aoconvert.schemes import Scheme
 
 SLICE_BYTES = 32 << 20
 """Most source bytes of a piece, as far as single rows allow it."""
@@ -19,22 +18,27 @@ WHOLE_BYTES = 128 << 20
 """A result up to this size is put together in memory; a larger one goes to its file piece by piece."""
 
 
-def by_rows(tensor: TensorPlan, scheme: Scheme) -> bool:
-    """Whether the pieces of a tensor can be worked on one by one: copied, cast, or quantized row by row."""
+def by_rows(tensor: TensorPlan) -> bool:
+    """Whether the pieces of a tensor can be worked on one by one: copied, cast, or quantized row by row.
+
+    A row of stacked experts is one expert.
+    """
     if len(tensor.shape) < 1 or tensor.shape[0] < 2 or 0 in tensor.shape:
         return False
-    return tensor.action != "quantize" or (scheme.rowwise and len(tensor.shape) == 2)
+    return tensor.scheme is None or tensor.scheme.rowwise
 
 
-def slices(tensor: TensorPlan, scheme: Scheme) -> list[tuple[int, int]]:
+def slices(tensor: TensorPlan) -> list[tuple[int, int]]:
     """Row ranges (start, stop) of dimension 0 that cover the tensor in order; one range for what must stay whole."""
     rows = tensor.shape[0] if tensor.shape else 1
-    if tensor.bytes_in <= SLICE_BYTES or not by_rows(tensor, scheme):
+    if tensor.bytes_in <= SLICE_BYTES or not by_rows(tensor):
         return [(0, rows)]
     step = max(1, SLICE_BYTES // (prod(tensor.shape[1:]) * (tensor.bytes_in // tensor.numel)))
+    if tensor.scheme is not None and len(tensor.shape) == 2:
+        step = tensor.scheme.block(step)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def is_streamed(tensor: TensorPlan, scheme: Scheme) -> bool:
+def is_streamed(tensor: TensorPlan) -> bool:
     """Whether the result is written piece by piece, because it is too large to be put together in memory."""
-    return tensor.bytes_out > WHOLE_BYTES and by_rows(tensor, scheme)
+    return tensor.bytes_out > WHOLE_BYTES and by_rows(tensor)

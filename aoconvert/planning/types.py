@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from packaging.version import Version
+
+from aoconvert.schemes.base import Layout
+from aoconvert.schemes.layouts import merged
+
 if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
+
     from aoconvert.models import Component, ModelLayout, Skeleton
     from aoconvert.models.conversions import Recipe
+    from aoconvert.rules import Rules
     from aoconvert.schemes import Scheme
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles
@@ -29,6 +37,7 @@ class TensorPlan:
         dtype: dtype it will have; for a quantized one the dtype it dequantizes to.
         source_dtype: dtype in the checkpoint.
         action: ``quantize``, ``cast`` (to ``dtype``), ``keep`` (same bytes) or ``tied`` (not written).
+        scheme: what it is quantized to; ``None`` where it is not.
         reason: why it is not quantized; ``None`` where it is.
         candidate: a matrix that somebody could expect to be quantized (embeddings not counted).
         parameter: a parameter, not a buffer.
@@ -56,6 +65,7 @@ class TensorPlan:
     origin: tuple[str, str] | None = None
     sources: tuple[tuple[str, str], ...] = ()
     working_bytes: int = 0
+    scheme: Scheme | None = None
 
     @property
     def numel(self) -> int:
@@ -105,6 +115,8 @@ class ComponentPlan:
     """Everything about one model that will be quantized.
 
     Attributes:
+        rules: which scheme is for which tensor.
+        config: torchao's config that says the same: a plain one, or an ``FqnToConfig``.
         folder: its folder in the output, ``""`` for the root.
         tensors: in state-dict order.
         order: their names in the order they are read and written, file by file.
@@ -116,7 +128,8 @@ class ComponentPlan:
     """
 
     component: Component
-    scheme: Scheme
+    rules: Rules
+    config: AOBaseConfig
     folder: str
     tensors: tuple[TensorPlan, ...]
     order: tuple[str, ...]
@@ -127,6 +140,37 @@ class ComponentPlan:
     weights: WeightFiles | None
     skeleton: Skeleton = field(repr=False, compare=False)
     recipes: Mapping[str, Recipe] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme in use, the one of most parameters first."""
+        counts: dict[str, int] = {}
+        found: dict[str, Scheme] = {}
+        for tensor in self.tensors:
+            if tensor.scheme is not None:
+                counts[tensor.scheme.key] = counts.get(tensor.scheme.key, 0) + tensor.numel
+                found[tensor.scheme.key] = tensor.scheme
+        return tuple(found[key] for key in sorted(found, key=lambda key: -counts[key]))
+
+    @property
+    def scheme_name(self) -> str:
+        """The scheme's name; of several schemes all, with ``+`` between."""
+        return "+".join(dict.fromkeys(scheme.name for scheme in self.schemes))
+
+    @property
+    def min_torchao(self) -> str:
+        """Oldest torchao that loads every scheme in use and computes the right thing."""
+        return max((scheme.min_torchao for scheme in self.schemes), key=Version, default="0.13")
+
+    @property
+    def layout(self) -> Layout:
+        """What the stored weights of all schemes together are made for."""
+        return merged([scheme.layout for scheme in self.schemes])
+
+    @property
+    def unconfirmed(self) -> str | None:
+        """Why nobody can be sure yet of the packed bytes of one of the schemes."""
+        return next((scheme.unconfirmed for scheme in self.schemes if scheme.unconfirmed), None)
 
     @property
     def totals(self) -> Totals:
@@ -221,15 +265,16 @@ def _component_dict(plan: ComponentPlan) -> dict[str, Any]:
         "name": plan.component.name,
         "library": plan.component.library,
         "class": plan.component.class_name,
-        "scheme": plan.scheme.name,
-        "config": plan.scheme.config_dict,
-        "layout": layout_dict(plan.scheme),
+        "scheme": plan.scheme_name,
+        "config": config_dict(plan.config),
+        "layout": layout_dict(plan.layout, plan.unconfirmed),
         "tensors": [
             {
                 "name": t.name,
                 "shape": list(t.shape),
                 "dtype": t.dtype,
                 "action": t.action,
+                "scheme": t.scheme.name if t.scheme is not None else None,
                 "reason": t.reason,
                 "bytes_in": t.bytes_in,
                 "bytes_out": t.bytes_out,
@@ -247,12 +292,20 @@ def vars_of(totals: Totals) -> dict[str, Any]:
     return {name: getattr(totals, name) for name in totals.__dataclass_fields__}
 
 
-def layout_dict(scheme: Scheme) -> Mapping[str, Any]:
-    """The scheme's packed layout, with the manifest's keys."""
-    layout = scheme.layout
+def config_dict(config: AOBaseConfig) -> dict[str, Any]:
+    """A torchao config as ``config_to_dict`` gives it, for config.json and the manifest."""
+    from torchao.core.config import config_to_dict
+
+    values: dict[str, Any] = config_to_dict(config)
+    return values
+
+
+def layout_dict(layout: Layout, unconfirmed: str | None = None) -> Mapping[str, Any]:
+    """What the stored weights are made for, with the manifest's keys."""
     return {
         "device": layout.device,
         "packing": layout.packing,
         "min_capability": list(layout.min_capability) if layout.min_capability else None,
         "requires": list(layout.requires),
+        "unconfirmed": unconfirmed,
     }

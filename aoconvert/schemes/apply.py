@@ -1,5 +1,6 @@
 """torchao's own quantization of one weight. No arithmetic of ours: a weight goes in a bare linear layer, and
-``torchao.quantization.quantize_`` does the rest."""
+``torchao.quantization.quantize_`` does the rest. Where torchao asks for a GPU first, :mod:`.direct` and :mod:`.int4`
+call the same functions of torchao without the question."""
 
 from __future__ import annotations
 
@@ -25,24 +26,33 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Quantize one weight of a linear layer.
 
     Args:
-        weight: floating tensor of shape (out_features, in_features), on any device; on ``meta`` the result has the
-            real class and the real inner shapes, at no cost.
+        weight: floating tensor of shape (out_features, in_features), or (experts, out_features, in_features) where the
+            scheme has that rank, on any device; on ``meta`` the result has the real class and the real inner shapes,
+            at no cost.
         scheme: what to quantize it to.
 
     Returns:
         torchao's tensor subclass of the same shape on the same device. Where torchao declines to quantize, the weight
         itself: compare the types.
     """
+    if (int4 := scheme.int4) is not None:
+        return _int4(weight, int4.group_size, int4.device, int4.algorithm)
     return quantize_with(weight, scheme.meta_config if weight.is_meta else scheme.config)
 
 
 def quantize_with(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
-    """The same with a torchao config, whatever it is."""
+    """The same with a torchao config, whatever it is; but the layouts of int4 are more than their config."""
     import_torchao()
     import torch
     from torch import nn
     from torchao.quantization import quantize_
 
+    from aoconvert.schemes import direct
+
+    weight = weight.detach()
+    if (quantizer := direct.quantizer(config)) is not None:
+        with torch.no_grad():
+            return quantizer(weight, config)
     if getattr(config, "set_inductor_config", False):
         # it only sets process-wide compiler flags, and imports the compiler (70 MB, seconds) to do so
         config = dataclasses.replace(config, set_inductor_config=False)
@@ -55,3 +65,12 @@ def quantize_with(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
     # garbage collection
     linear.__dict__.pop("extra_repr", None)
     return result
+
+
+def _int4(weight: torch.Tensor, group_size: int, device: str, algorithm: str) -> torch.Tensor:
+    import torch
+
+    from aoconvert.schemes import int4
+
+    with torch.no_grad():
+        return int4.quantize(weight.detach(), group_size=group_size, device=device, algorithm=algorithm)

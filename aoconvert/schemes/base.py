@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +26,21 @@ class Layout:
     packing: str
     min_capability: tuple[int, int] | None
     requires: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Int4:
+    """How the weights of ``int4wo`` are made: see :mod:`aoconvert.schemes.int4`.
+
+    Attributes:
+        group_size: how many values share a scale and a zero point.
+        device: ``cuda``, ``cpu``, ``xpu`` or ``plain``.
+        algorithm: ``tinygemm`` or ``hqq``.
+    """
+
+    group_size: int
+    device: str
+    algorithm: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,13 @@ class Scheme:
         summary: one line, when to choose it.
         bits: stored bits a weight, without scales and zero points (8 for every intx).
         notes: what whoever chooses it should know first.
+        bytes_per_parameter: of a weight of 4096 rows and about as many columns, scales and padding included.
+        dtypes: dtypes that a weight may have before.
+        multiples: out_features and in_features must be multiples of these.
+        embeddings: rows can be looked up in it, so that the weight of an ``nn.Embedding`` can take it.
+        unconfirmed: why nobody can be sure of the packed bytes yet; ``None`` where somebody can.
+        source: where the summary comes from.
+        int4: for ``int4wo`` how it is packed, which its config does not say for every device; else ``None``.
     """
 
     name: str
@@ -71,3 +95,20 @@ class Scheme:
     summary: str
     bits: float
     notes: tuple[str, ...]
+    bytes_per_parameter: float
+    dtypes: tuple[str, ...]
+    multiples: tuple[int, int]
+    embeddings: bool
+    unconfirmed: str | None
+    source: str
+    int4: Int4 | None = None
+
+    def block(self, rows: int) -> int:
+        """The largest number of rows, not above ``rows`` where possible, that can be quantized on its own."""
+        unit = self.multiples[0]
+        return max(unit, rows - rows % unit)
+
+    @cached_property
+    def key(self) -> str:
+        """The same for schemes that make the same of every weight."""
+        return json.dumps([self.name, self.config_dict, self.layout.device], sort_keys=True)

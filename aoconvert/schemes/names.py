@@ -11,7 +11,9 @@ from packaging.requirements import Requirement
 
 from aoconvert.environment import version_at_least, version_of
 from aoconvert.errors import UnknownSchemeError, UsageError
-from aoconvert.schemes.table import FAMILIES, MISSING, Family, SchemeEntry, catalogue
+from aoconvert.schemes.table import FAMILIES, MISSING, PRESETS, Family, SchemeEntry, catalogue
+
+AUTO = "auto"
 
 
 def normalize(name: str) -> str:
@@ -24,11 +26,19 @@ def find(name: str, settings: Mapping[str, str] | None = None) -> SchemeEntry:
 
     Raises:
         UnknownSchemeError: no such scheme; the hint holds the nearest names, or what to take instead.
-        UsageError: a family's name without the setting that it needs, or with an unknown value for it.
+        UsageError: a family's name without the setting that it needs, or with an unknown value for it; ``auto``,
+            which is many schemes.
     """
     key = normalize(name)
+    if key == AUTO:
+        raise UsageError(
+            "auto is not a single scheme: it chooses one for each tensor",
+            hint="quantize and plan take it; here name a scheme, such as int8wo",
+        )
     if (entry := _entries().get(key)) is not None:
         return entry
+    if (preset := _presets().get(key)) is not None:
+        return _entries()[preset[0]]
     for family in FAMILIES:
         if key in map(normalize, family.names):
             return _member(name, family, settings or {})
@@ -38,6 +48,12 @@ def find(name: str, settings: Mapping[str, str] | None = None) -> SchemeEntry:
                 f"scheme {name!r} is {missing.reason}", hint=f"nearest that works: {match.expand(missing.nearest)}"
             )
     raise UnknownSchemeError(f"there is no scheme {name!r}", hint=_nearest(key))
+
+
+def preset_group_size(name: str) -> int | None:
+    """The group size that a name brings along (``int4wo-64``, ``quanto-int2``)."""
+    preset = _presets().get(normalize(name))
+    return preset[1] if preset is not None else None
 
 
 def availability(scheme: str | SchemeEntry) -> str | None:
@@ -64,6 +80,12 @@ def _entries() -> dict[str, SchemeEntry]:
             if found.setdefault(normalize(name), entry) is not entry:
                 raise AssertionError(f"{name} stands for {found[normalize(name)].name} and {entry.name}")
     return found
+
+
+@cache
+def _presets() -> dict[str, tuple[str, int]]:
+    """Normalized name -> canonical name and group size."""
+    return {preset.name: (preset.scheme, preset.group_size) for preset in PRESETS}
 
 
 def _member(name: str, family: Family, settings: Mapping[str, str]) -> SchemeEntry:

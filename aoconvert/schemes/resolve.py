@@ -12,38 +12,70 @@ import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from aoconvert.environment import import_torchao
+from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.schemes import settings as values
-from aoconvert.schemes.base import Layout, Scheme
-from aoconvert.schemes.names import availability, find
-from aoconvert.schemes.table import SchemeEntry, catalogue
+from aoconvert.schemes.apply import flatten, quantize_with
+from aoconvert.schemes.base import Int4, Layout, Scheme
+from aoconvert.schemes.describe import activation, granularity_of, min_torchao, notes
+from aoconvert.schemes.names import availability, find, preset_group_size
+from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
 
 if TYPE_CHECKING:
     import torch
     from torchao.core.config import AOBaseConfig
 
+_LAYOUT_DEVICES = ("cpu", "cuda", "xpu", "plain")
+_INT4_GROUP = 128  # torchao's default
+_INT4_ALGORITHM = "int4_choose_qparams_algorithm"
+_MEASURED = 4096  # rows, and about as many columns, of the weight whose bytes a parameter are given
 
-def get(name: str, *, group_size: int | None = None, settings: Mapping[str, str] | None = None) -> Scheme:
+
+def get(
+    name: str,
+    *,
+    group_size: int | None = None,
+    settings: Mapping[str, str] | None = None,
+    layout_device: str | None = None,
+) -> Scheme:
     """The scheme ``name`` with a group size and with fields of its torchao config (``--set``).
+
+    Args:
+        name: any of its names; one like ``int4wo-64`` brings its group size along.
+        group_size: values that share a scale.
+        settings: fields of the torchao config, as text.
+        layout_device: what the packed weights are made for: ``cpu`` (and ``None``), ``cuda``, ``xpu``, or ``plain``.
+            Only ``int4wo`` depends on it; other layouts are the same for every device.
 
     Raises:
         UnknownSchemeError: no such scheme; the hint holds the nearest.
-        UsageError: a setting or a group size that torchao, or the name, does not allow.
+        UsageError: a setting, a group size or a device that torchao, or the name, does not allow.
         PlanError: the scheme cannot run with the installed packages.
     """
     settings = settings or {}
     entry = find(name, settings)
+    if layout_device is not None and layout_device not in _LAYOUT_DEVICES:
+        raise UsageError(
+            f"there is no layout for device {layout_device!r}", hint=f"take {', '.join(_LAYOUT_DEVICES[:3])}"
+        )
+    if group_size is None and entry.group_field not in settings:
+        group_size = preset_group_size(name)
+    is_int4 = entry.name == INT4["cpu"].name
+    if is_int4:
+        entry = INT4[layout_device or "cpu"]
     if (reason := availability(entry)) is not None:
         raise PlanError([f"scheme {entry.name} does not run here: {reason}"], hint="upgrade the package")
     import_torchao()
+    if is_int4:
+        return _int4wo(entry, layout_device or "cpu", group_size, settings)
     config = _build(entry, group_size, settings)
     return _describe(entry, config, _sample(entry, config))
 
 
 def _build(entry: SchemeEntry, group_size: int | None, settings: Mapping[str, str]) -> AOBaseConfig:
     """torchao's config: what the name fixes, then the group size, then the settings."""
-    cls = getattr(importlib.import_module(entry.config.rpartition(".")[0]), entry.config_class)
+    with quiet_imports():
+        cls = getattr(importlib.import_module(entry.config.rpartition(".")[0]), entry.config_class)
     fields = {key: values.parse(cls, key, text) for key, text in entry.fields}
     for key, text in settings.items():
         value = values.parse(cls, key, text)
@@ -54,14 +86,15 @@ def _build(entry: SchemeEntry, group_size: int | None, settings: Mapping[str, st
                 hint=_other(entry, key, text),
             )
         fields[key] = value
+    fields = {key: values.parse(cls, key, text) for key, text in entry.defaults if key not in fields} | fields
     if group_size is not None:
         if entry.group_field is None:
-            raise UsageError(f"{entry.name} has no group size: torchao quantizes it per row or per tensor")
+            raise UsageError(f"{entry.name} has no group size to choose", hint="leave --group-size out")
         if entry.group_field in settings:
             raise UsageError(f"group size {group_size} and {entry.group_field} say the same thing", hint="give one")
         fields[entry.group_field] = values.group(group_size)
     try:
-        config = cls(**fields)
+        config: AOBaseConfig = cls(**fields)
     except (AssertionError, ValueError, TypeError) as error:
         hint = "use --group-size N" if "group_size" in settings else None
         raise UsageError(f"{entry.name}: torchao refuses this config: {_why(error)}", hint=hint) from error
@@ -77,7 +110,7 @@ def _other(entry: SchemeEntry, key: str, text: str) -> str:
         if other.config == entry.config and dict(other.fields).get(key) == wanted:
             return f"use scheme {other.name}"
     if key.endswith("packing_format"):
-        return "other packings depend on the device that loads them and are not in this version"
+        return "other packings are for one device only: int4wo has such, --layout-device chooses"
     return "leave it out"
 
 
@@ -89,101 +122,145 @@ def _why(error: BaseException) -> str:
 
 
 def _sample(entry: SchemeEntry, config: AOBaseConfig) -> torch.Tensor:
-    """A weight of 2 rows, in bfloat16 on the CPU, quantized by torchao with ``config``.
+    """A weight in bfloat16 on the CPU, quantized by torchao with ``config``.
 
-    Two groups a row where there are groups, so that per group cannot be taken for per row.
+    It has 128 rows or, where a long group is asked for, 2; and at least two groups a row where there are groups, so
+    that per group cannot be taken for per row.
 
     Raises:
         UsageError: torchao cannot quantize with this config.
     """
     import torch
-    from torchao.quantization import PerGroup, quantize_
+    from torchao.quantization import PerGroup
 
-    granularities = [value for value in vars(config).values() if isinstance(value, PerGroup)]
-    in_features = 2 * granularities[0].group_size if granularities else 64
-    linear = torch.nn.Linear(in_features, 2, bias=False, device="meta")
-    weight = torch.linspace(-1, 1, 2 * in_features).reshape(2, in_features).to(torch.bfloat16)
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    # inductor's settings are process-wide: a look at a scheme must not change them
-    quiet = {"set_inductor_config": False} if hasattr(config, "set_inductor_config") else {}
+    groups = [value.group_size for value in vars(config).values() if isinstance(value, PerGroup)]
+    rows, columns = (2, 2 * groups[0]) if groups else (128, 256)
+    weight = torch.linspace(-1, 1, rows * columns).reshape(rows, columns).to(torch.bfloat16)
     try:
-        quantize_(linear, dataclasses.replace(config, **quiet))
+        made = quantize_with(weight, config)
     except Exception as error:
         raise UsageError(f"{entry.name}: torchao cannot quantize with this config: {_why(error)}") from error
-    if type(linear.weight).__name__ != entry.tensor_class:
-        raise UsageError(f"{entry.name}: with this config torchao makes a {type(linear.weight).__name__} instead")
-    return linear.weight
+    if type(made).__name__ != entry.tensor_class:
+        raise UsageError(f"{entry.name}: with this config torchao makes a {type(made).__name__} instead")
+    return made
 
 
 def _describe(entry: SchemeEntry, config: AOBaseConfig, sample: Any) -> Scheme:
     """What torchao made of the sample, in words and numbers."""
     from torchao.core.config import config_to_dict
 
-    in_features = sample.shape[1]
-    block_rows, block_columns = sample.block_size
-    group_size = block_columns if block_columns < in_features else None
-    per_row = "per row" if group_size is None else f"per group of {group_size}"
+    group_size, granularity = granularity_of(sample)
+    if granularity.startswith("per block") and not entry.whole:
+        raise UsageError(f"{entry.name} has no blocks", hint="use scheme float8dq_block")
     hqq = getattr(getattr(config, "intx_choose_qparams_algorithm", None), "name", None) == "HQQ_SCALE_ONLY"
-    bits = 8.0 * sample.qdata.numel() * sample.qdata.element_size() / sample.numel()
-    minimum = _min_torchao(entry, config, group_size)
+    meta_config = _without_hqq(config) if hqq else config
+    bits, size = _sizes(quantize_with(_large(group_size), meta_config))
+    minimum = min_torchao(entry, config, group_size)
+    per_row_activation = granularity == "per row" and getattr(sample, "mm_config", None) is not None
     return Scheme(
         name=entry.name,
         config=config,
         config_dict=config_to_dict(config),
-        meta_config=_without_hqq(config) if hqq else config,
+        meta_config=meta_config,
         tensor_class=entry.tensor_class,
         weight_dtype=entry.weight_dtype,
-        activation=_activation(sample),
-        granularity=per_row if block_rows == 1 else "per tensor",
+        activation=activation(sample),
+        granularity=granularity,
         group_size=group_size,
         # HQQ stops iterating when the worst row of the whole tensor has converged
-        rowwise=block_rows == 1 and not hqq,
+        rowwise=granularity.startswith(("per row", "per group")) and not hqq and not entry.whole,
         needs_rows=entry.needs_rows,
         single_values=hqq,
-        ranks=entry.ranks,
-        layout=Layout("any", entry.packing, None, (f"torchao>={minimum}",)),
+        # torchao cannot take one expert out of several that share a scale
+        ranks=tuple(rank for rank in entry.ranks if rank == 2 or granularity != "per tensor"),
+        layout=Layout(entry.device, entry.packing, entry.min_capability, (f"torchao>={minimum}",)),
         min_torchao=minimum,
         summary=entry.summary,
         bits=bits,
-        notes=_notes(entry, bits, group_size),
+        notes=notes(entry, bits, granularity),
+        bytes_per_parameter=size,
+        # torchao's _float8_dynamic_activation_float8_weight_quantize_tensor: rows in bfloat16 only
+        dtypes=("bfloat16",) if per_row_activation else entry.dtypes,
+        multiples=entry.multiples,
+        embeddings=entry.embeddings,
+        unconfirmed=None,
+        source=entry.source,
     )
+
+
+def _int4wo(entry: SchemeEntry, device: str, group_size: int | None, settings: Mapping[str, str]) -> Scheme:
+    """``int4wo``: the config does not say everything, and torchao makes most layouts on their device only."""
+    from torchao.core.config import config_to_dict
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    from aoconvert.schemes import int4
+
+    parsed = {key: values.parse(Int4WeightOnlyConfig, key, text) for key, text in settings.items()}
+    if extra := parsed.keys() - {_INT4_ALGORITHM, "group_size"}:
+        raise UsageError(
+            f"{min(extra)} of {entry.name} cannot be set",
+            hint=f"--layout-device chooses the packing; --set takes {_INT4_ALGORITHM}",
+        )
+    if group_size is not None and "group_size" in parsed:
+        raise UsageError(f"group size {group_size} and group_size say the same thing", hint="give one")
+    size = parsed.get("group_size", group_size or _INT4_GROUP) if group_size != 0 else 0
+    algorithm = parsed[_INT4_ALGORITHM].value if _INT4_ALGORITHM in parsed else "tinygemm"
+    config = int4.config(size, device, algorithm)
+    if (reason := int4.unavailable(device)) is not None:
+        raise PlanError([f"scheme {entry.name} does not run here: {reason}"])
+    bits, stored = _sizes(int4.quantize(_large(size), group_size=size, device=device, algorithm=algorithm))
+    unconfirmed = int4.UNCONFIRMED.get(device)
+    more = [f"unconfirmed: {unconfirmed}"] if unconfirmed else []
+    if device == "cpu":
+        more.append(
+            f"packed for CPUs with the {int4.machine_layout()} layout, as this one has: wrong numbers on others"
+        )
+    return Scheme(
+        name=entry.name,
+        config=config,
+        config_dict=config_to_dict(config),
+        meta_config=config,
+        tensor_class=entry.tensor_class,
+        weight_dtype=entry.weight_dtype,
+        activation=None,
+        granularity=f"per group of {size}",
+        group_size=size,
+        rowwise=False,
+        needs_rows=False,
+        single_values=False,
+        ranks=entry.ranks,
+        layout=Layout(entry.device, int4.packing(device), entry.min_capability, entry.requires),
+        min_torchao=entry.min_torchao,
+        summary=entry.summary,
+        bits=bits,
+        notes=(*notes(entry, bits, f"per group of {size}"), *more),
+        bytes_per_parameter=stored,
+        dtypes=entry.dtypes,
+        multiples=entry.multiples,
+        embeddings=False,
+        unconfirmed=unconfirmed,
+        source=entry.source,
+        int4=Int4(size, device, algorithm),
+    )
+
+
+def _large(group_size: int | None) -> torch.Tensor:
+    """A weight on ``meta`` of 4096 rows and about as many columns, a whole number of groups."""
+    import torch
+
+    group = group_size or 1
+    columns = group * max(1, _MEASURED // group)
+    return torch.empty(_MEASURED, columns, dtype=torch.bfloat16, device="meta")
+
+
+def _sizes(tensor: Any) -> tuple[float, float]:
+    """Stored bits a value without scales, and bytes a value with them."""
+    names, _ = flatten(tensor)
+    stored = sum(getattr(tensor, name).nbytes for name in names)
+    return 8.0 * tensor.qdata.nbytes / tensor.numel(), stored / tensor.numel()
 
 
 def _without_hqq(config: AOBaseConfig) -> AOBaseConfig:
     from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
     return dataclasses.replace(config, intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.AFFINE)
-
-
-def _min_torchao(entry: SchemeEntry, config: AOBaseConfig, group_size: int | None) -> str:
-    """Files of torchao 0.18 were loaded and run in 0.13, 0.14.1, 0.15, 0.16 and 0.17.
-
-    Before 0.17, Int8Tensor loads groups but fails in forward, and silently takes asymmetric activations for symmetric.
-    """
-    asymmetric = getattr(getattr(config, "act_mapping_type", None), "name", None) == "ASYMMETRIC"
-    if entry.tensor_class == "Int8Tensor" and (group_size is not None or asymmetric):
-        return "0.17"
-    return entry.min_torchao
-
-
-def _activation(sample: Any) -> str | None:
-    """What the quantized weight will do to its input."""
-    if getattr(sample, "activation_quantization", None) is not None:
-        return "int8 per token, asymmetric, dynamic"  # the one kind that IntxUnpackedToInt8Tensor knows
-    if (kwargs := getattr(sample, "act_quant_kwargs", None)) is None:
-        return None
-    per = "per tensor" if type(kwargs.granularity).__name__ == "PerTensor" else "per token"
-    return f"int8 {per}, {'asymmetric, ' if kwargs.mapping_type.name == 'ASYMMETRIC' else ''}dynamic"
-
-
-def _notes(entry: SchemeEntry, bits: float, group_size: int | None) -> tuple[str, ...]:
-    """What whoever chooses it should know first."""
-    notes = []
-    value_bits = int(entry.weight_dtype.removeprefix("int")) if entry.weight_dtype.startswith("int") else bits
-    if value_bits < bits:
-        notes.append(f"stores each {value_bits}-bit value in one byte: the file is not smaller than int8wo's")
-        if group_size is None:
-            notes.append("one scale for a whole row: a group size of 32 to 128 is more accurate")
-    if entry.needs_rows:
-        notes.append("fails in layers that see a single row of input (modulation, timestep): leave those out")
-    return tuple(notes)

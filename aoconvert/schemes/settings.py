@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import re
 import types
 import typing
@@ -20,7 +21,10 @@ from aoconvert.errors import UsageError
 GROUP_SIZES = range(2, 65537)
 
 _GRANULARITY = re.compile(r"(?:per_?)?(row|tensor|group|axis)(?:\((?:\w+=)?([0-9]{1,9})\)|\(\)|:([0-9]{1,9}))?")
+_BLOCK = re.compile(r"(?:per_?)?block:([0-9]{1,5})x([0-9]{1,5})")
 _GRANULARITIES = "per_row, per_tensor, per_group:N, per_axis:0"
+# torchao has 6-bit floats, torch has no dtype for them
+_FLOAT6 = ("fp6_e2m3", "fp6_e3m2")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -47,7 +51,8 @@ def parse(config_class: type, key: str, text: str) -> Any:
             return parser(text.strip())
         except _Refused as refused:
             accepted.append(str(refused))
-    raise UsageError(f"{key}={text!r}: not a value of this field", hint=f"{key} takes {' or '.join(accepted)}")
+    takes = " or ".join(dict.fromkeys(accepted))
+    raise UsageError(f"{key}={text!r}: not a value of this field", hint=f"{key} takes {takes}")
 
 
 def group(size: int) -> Any:
@@ -79,12 +84,15 @@ def _parsers(annotation: Any) -> list[Callable[[str], Any]]:
     simple: dict[Any, Callable[[str], Any]] = {
         bool: _bool,
         int: _int,
+        float: _float,
         type(None): _none,
         torch.dtype: _dtype,
         Granularity: _granularity,
     }
     if annotation in simple:
         return [simple[annotation]]
+    if isinstance(annotation, type) and issubclass(annotation, Granularity):
+        return [_granularity]
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return [partial(_enum, annotation)]
     return [_no_text]
@@ -102,6 +110,16 @@ def _int(text: str) -> int:
     return int(text)
 
 
+def _float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise _Refused("a number") from None
+    if not math.isfinite(value):
+        raise _Refused("a finite number")
+    return value
+
+
 def _none(text: str) -> None:
     if text.lower() != "none":
         raise _Refused("none")
@@ -110,6 +128,8 @@ def _none(text: str) -> None:
 def _dtype(text: str) -> Any:
     import torch
 
+    if text.lower() in _FLOAT6:
+        return text.lower()
     value = getattr(torch, text.lower().removeprefix("torch."), None)
     if not isinstance(value, torch.dtype):
         raise _Refused("a torch dtype (int4, float8_e4m3fn, bfloat16 …)")
@@ -118,9 +138,12 @@ def _dtype(text: str) -> Any:
 
 def _granularity(text: str) -> Any:
     from torchao.quantization import PerAxis, PerRow
-    from torchao.quantization.granularity import PerTensor
+    from torchao.quantization.granularity import PerBlock, PerTensor
 
-    match = _GRANULARITY.fullmatch(text.lower().replace("-", "_").replace(" ", ""))
+    plain = text.lower().replace("-", "_").replace(" ", "")
+    if block := _BLOCK.fullmatch(plain):
+        return PerBlock([int(block[1]), int(block[2])])
+    match = _GRANULARITY.fullmatch(plain)
     kind, number = (match[1], match[2] or match[3] or "") if match else ("", "")
     if number and kind in ("group", "axis"):
         return group(int(number)) if kind == "group" else PerAxis(int(number))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from aoconvert.schemes.base import Scheme
 
-DTYPES = ("bfloat16", "float16", "float32")
+_SWIZZLED_ROWS = 128
+_BLOCK = 128
 
 
 def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str | None:
@@ -26,16 +27,33 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str |
             integers too.
         scheme: what :func:`aoconvert.schemes.get` returned.
     """
+    if scheme.int4 is not None:
+        from aoconvert.schemes import int4
+
+        return int4.blocker(shape, dtype, group_size=scheme.int4.group_size, device=scheme.int4.device)
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        return f"dtype {name} is none of {', '.join(DTYPES)}"
+    if name not in scheme.dtypes:
+        many = "none of " if len(scheme.dtypes) > 1 else "not "
+        return f"dtype {name} is {many}{', '.join(scheme.dtypes)}"
     if len(shape) not in scheme.ranks:
         return f"{len(shape)} dimensions, {scheme.name} takes {' or '.join(map(str, scheme.ranks))}"
     if 0 in shape:
         return "it is empty"
-    in_features = shape[-1]
+    out_features, in_features = shape[-2:]
+    for label, value, multiple in zip(
+        ("out_features", "in_features"), (out_features, in_features), scheme.multiples, strict=True
+    ):
+        if value % multiple:
+            return f"{label} {value} is not a multiple of {multiple}"
     if scheme.group_size is not None and in_features % scheme.group_size:
         return f"in_features {in_features} is not a multiple of group size {scheme.group_size}"
+    # the scales of all experts are laid out in tiles of 128 rows, and one expert must not end inside a tile;
+    # torchao takes some of these, and then gives an expert the scales of another
+    if scheme.layout.packing == "swizzled" and prod(shape[:-2]) > 1 and out_features % _SWIZZLED_ROWS:
+        return f"out_features {out_features} of several experts is not a multiple of {_SWIZZLED_ROWS}"
+    # torchao's _is_128_128_scaled then sees blocks where there is one scale, and its product fails
+    if scheme.granularity == "per tensor" and scheme.layout.min_capability is not None and shape == (_BLOCK, _BLOCK):
+        return f"torchao takes a {_BLOCK} x {_BLOCK} weight with one scale for one in blocks, and cannot run it"
     # torchao's choose_qparams reduces a block of one value over the whole tensor and fails on the shape of the result
     if in_features == 1 and scheme.granularity == "per row" and prod(shape) > 1 and not scheme.single_values:
         return "in_features 1: a row of one value has no scale of its own"

@@ -124,10 +124,12 @@ def check_numbers(target: Target, loaded: Loaded, source: str | None) -> tuple[S
     return "passed", f"{count} tensors compared with the source{shown}"
 
 
-def check_forward(loaded: Loaded, *, asked: bool) -> tuple[Status, str]:
-    """What the forward passes of the reloaded models gave."""
+def check_forward(loaded: Loaded, *, asked: bool, obstacle: str | None = None) -> tuple[Status, str]:
+    """What the forward passes of the reloaded models gave; ``obstacle``: why there were none."""
     if not asked:
         return "skipped", "not asked for"
+    if obstacle is not None:
+        return "skipped", obstacle
     if not loaded.forward:
         return "skipped", "nothing was reloaded"
     # an example that could not be tried does not take back a forward pass that went well

@@ -11,19 +11,24 @@ from aoconvert import manifest as manifests
 from aoconvert.environment import import_diffusers, import_torchao
 from aoconvert.errors import VerificationError
 from aoconvert.manifest import MANIFEST_NAME
+from aoconvert.schemes import int4
 from aoconvert.verification.code import Strategy, load_code
 from aoconvert.verification.files import file_sha256, shadows
-from aoconvert.verification.pickles import check_bin
+from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.report import REPORT_NAME
-from aoconvert.verification.target import Target, from_folder, from_manifest
+from aoconvert.verification.target import Target, from_folder, from_manifest, with_imports
 
 
 def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
     """See ``aoconvert.load``."""
     has_manifest = (folder / MANIFEST_NAME).is_file()
     target = from_manifest(folder, manifests.load(folder)) if has_manifest else from_folder(folder)
-    for path in target.files:
-        check_bin(folder / path)
+    names = {use.name for path in target.files for use in read_loadable(folder / path).globals}
+    if not has_manifest:
+        target = with_imports(target, names)
+    for entry in target.manifest.components if target.manifest is not None else ():
+        if (reason := int4.misfit(entry.layout.packing)) is not None:
+            raise VerificationError(f"{folder}: {reason}")
     stale = shadows(folder, {part.folder: part.files for part in target.parts})
     if stale:
         raise VerificationError(stale[0], hint="remove it, or make the checkpoint again")
@@ -38,6 +43,8 @@ def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
 
 def _strategies(target: Target) -> tuple[Strategy, ...]:
     """The way that the last verification of this manifest proved, or both in turn."""
+    if target.fused:
+        return ("assign",)
     report = target.folder / REPORT_NAME
     if report.is_file():
         values = json.loads(report.read_text(encoding="utf-8"))

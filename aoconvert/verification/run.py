@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from aoconvert import manifest as manifests
-from aoconvert.environment import choose_device, versions
+from aoconvert.environment import versions
 from aoconvert.errors import AoconvertError
 from aoconvert.manifest import MANIFEST_NAME, Manifest
 from aoconvert.progress import Progress
@@ -19,10 +19,11 @@ from aoconvert.verification.code import Strategy, code_sha256, load_code
 from aoconvert.verification.files import check_files, file_sha256, shadows
 from aoconvert.verification.loading import Loaded, check_forward, check_load, check_numbers, check_reload
 from aoconvert.verification.pickles import read_loadable
+from aoconvert.verification.place import Place, choose_place
 from aoconvert.verification.report import REPORT_NAME, Check, CheckName, Report, Status, some
-from aoconvert.verification.target import Target, from_folder, from_manifest, validate
+from aoconvert.verification.target import Target, from_folder, from_manifest, validate, with_imports
 from aoconvert.verification.usage import usage_code
-from aoconvert.verification.versions import device_obstacle, version_problems
+from aoconvert.verification.versions import version_problems
 
 Choice = Literal["auto", "from-pretrained", "assign"]
 
@@ -36,8 +37,9 @@ class VerifyOptions:
         reload: open the checkpoint with the library, which holds the whole model.
         forward: take one forward pass of what was opened.
         example: also run the model card's example, at the smallest sizes.
-        device: where to open it and take the forward pass; ``auto``: the layout's device, else the CPU.
-        require_device: a layout whose device is not here is a failure, not a skipped check.
+        device: where to open it and take the forward pass; ``auto``: the layout's device where it is here, else the
+            CPU.
+        require_device: weights that cannot run here are a failure, not a skipped check.
         source: the original, to compare the numbers with.
     """
 
@@ -66,6 +68,7 @@ class _Run:
     example: bool = False
     target: Target | None = None
     manifest: Manifest | None = None
+    place: Place | None = None
 
     def check(self, name: CheckName, work: Callable[[], tuple[Status, str]]) -> Status:
         """Run one check; an error of ours fails it."""
@@ -121,22 +124,22 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
 def _checks(run: _Run) -> None:
     run.require("manifest", lambda: _manifest(run))
     run.require("files", lambda: _files(run))
+    run.require("pickle", lambda: _pickle(run))
     target = run.target
     assert target is not None
-    run.require("pickle", lambda: _pickle(target))
-    obstacle = _obstacle(target)
-    run.check("versions", lambda: _versions(target, obstacle, run.options))
+    run.check("versions", lambda: _versions(run, target))
     loaded = Loaded()
     run.require("load", lambda: check_load(target, loaded))
+    place = run.place
     if not run.options.reload:
         run.check("reload", lambda: ("skipped", "not asked for"))
-    elif obstacle:
-        run.check("reload", lambda: ("skipped", obstacle))
+    elif place is None:
+        run.check("reload", lambda: ("skipped", "the device that was asked for is not here"))
     else:
-        run.check("reload", lambda: _reload(run, target, loaded))
+        run.check("reload", lambda: _reload(run, target, place, loaded))
     run.check("numbers", lambda: check_numbers(target, loaded, run.options.source))
     asked = run.options.reload and (run.options.forward or run.options.example)
-    run.check("forward", lambda: check_forward(loaded, asked=asked))
+    run.check("forward", lambda: check_forward(loaded, asked=asked, obstacle=place.obstacle if place else None))
     run.example = loaded.example
 
 
@@ -163,9 +166,11 @@ def _files(run: _Run) -> tuple[Status, str]:
     return "passed", f"{sum(1 for _ in run.manifest.files())} files, {hashed / 1e9:.2f} GB hashed"
 
 
-def _pickle(target: Target) -> tuple[Status, str]:
+def _pickle(run: _Run) -> tuple[Status, str]:
+    target = run.target
+    assert target is not None
     problems = []
-    known = set()
+    known: set[str] = set()
     for path in target.files:
         try:
             known |= {use.name for use in read_loadable(target.folder / path).globals}
@@ -173,60 +178,56 @@ def _pickle(target: Target) -> tuple[Status, str]:
             problems.append(error.message.replace(f"{target.folder}/", ""))
     if problems:
         return "failed", some(problems)
-    if target.manifest is not None:
-        extra = sorted(name for name in known if name.startswith("torchao.") and name not in target.safe_globals)
-        if extra:
-            return "failed", f"the pickles name {extra[0]}, which the manifest does not list"
+    if target.manifest is None:
+        run.target = with_imports(target, known)
+    elif extra := sorted(name for name in known if name.startswith("torchao.") and name not in target.safe_globals):
+        return "failed", f"the pickles name {extra[0]}, which the manifest does not list"
     return "passed", f"{len(target.files)} file(s), {len(known)} names, all on the list of safe ones"
 
 
-def _obstacle(target: Target) -> str | None:
-    if target.manifest is None:
-        return None
-    return next((why for entry in target.manifest.components if (why := device_obstacle(entry))), None)
-
-
-def _versions(target: Target, obstacle: str | None, options: VerifyOptions) -> tuple[Status, str]:
-    if target.manifest is None:
-        return "skipped", "no manifest says what it needs"
-    problems = [line for entry in target.manifest.components for line in version_problems(entry)]
+def _versions(run: _Run, target: Target) -> tuple[Status, str]:
+    """Whether this environment can open it, and whether this machine can run it."""
+    run.place = choose_place(target, run.options.device)
+    entries = target.manifest.components if target.manifest is not None else []
+    problems = [line for entry in entries for line in version_problems(entry)]
     if problems:
         return "failed", some(problems)
-    if obstacle:
-        return ("failed" if options.require_device else "skipped"), obstacle
-    wanted = sorted({f"{k}{v}" for entry in target.manifest.components for k, v in entry.loads_with.items()})
+    if run.place.obstacle is not None:
+        return ("failed" if run.options.require_device else "skipped"), run.place.obstacle
+    if not entries:
+        return "skipped", "no manifest says what it needs"
+    wanted = sorted({f"{k}{v}" for entry in entries for k, v in entry.loads_with.items()})
     return "passed", f"needs {', '.join(wanted)}"
 
 
-def _reload(run: _Run, target: Target, loaded: Loaded) -> tuple[Status, str]:
-    """Try the ways of loading in turn; the first that works is the one to put on a card."""
+def _reload(run: _Run, target: Target, where: Place, loaded: Loaded) -> tuple[Status, str]:
+    """Try the ways of loading in turn; the first that works is the one to put on a card.
+
+    Where the weights cannot run they are opened all the same, and nothing is computed with them.
+    """
     failures: list[str] = []
-    device = _device(target, run.options)
-    place = str(target.folder.resolve())
-    example = usage_code(target, place, small=True) if run.options.example else None
-    for strategy in _strategies(run.options.strategy):
-        code = load_code(target, place, strategy, device=device)
-        status, detail = check_reload(target, code, loaded, forward=run.options.forward, example=example)
+    folder = str(target.folder.resolve())
+    can_run = where.obstacle is None
+    wanted = run.options.example and can_run
+    example = usage_code(target, folder, small=True) if wanted else None
+    for strategy in _strategies(target, run.options.strategy):
+        code = load_code(target, folder, strategy, device=where.device)
+        forward = run.options.forward and can_run
+        status, detail = check_reload(target, code, loaded, forward=forward, example=example)
         if status == "passed":
-            run.strategy, run.device = strategy, device
-            if run.options.example and example is None:
+            run.strategy, run.device = strategy, where.device
+            if wanted and example is None:
                 missing = {"status": "skipped", "detail": "the card has no example for it"}
                 loaded.forward.append({"example": True, "forward": missing})
             before = f" (from_pretrained could not: {failures[0]})" if failures else ""
-            return "passed", f"{strategy}: {detail}{before}"
+            on = "" if can_run else f", on {where.device}"
+            return "passed", f"{strategy}: {detail}{on}{before}"
         failures.append(detail)
     return "failed", "; ".join(failures)
 
 
-def _device(target: Target, options: VerifyOptions) -> str:
-    if options.device != "auto":
-        return choose_device(options.device)
-    layouts = {entry.layout.device for entry in target.manifest.components} if target.manifest else set()
-    return next((device for device in sorted(layouts) if device not in ("any", "cpu")), "cpu")
-
-
-def _strategies(choice: Choice) -> Iterator[Strategy]:
-    if choice in ("auto", "from-pretrained"):
+def _strategies(target: Target, choice: Choice) -> Iterator[Strategy]:
+    if choice == "from-pretrained" or (choice == "auto" and not target.fused):
         yield "from-pretrained"
     if choice in ("auto", "assign"):
         yield "assign"

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from aoconvert.errors import SourceError
 from aoconvert.manifest import ComponentEntry, Manifest, TensorEntry
 from aoconvert.models import ModelLayout, identify, join
+from aoconvert.schemes.imports import imports
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.weights import find_weights
 from aoconvert.verification.files import LOADED
@@ -40,6 +41,7 @@ class Part:
         kwargs: for ``from_pretrained``.
         safe_globals: names its pickles need beyond torch's own; ``None`` without a manifest.
         tensors: what the manifest says of each tensor, by name; ``None`` without a manifest.
+        fused: its query, key and value projections were fused before they were quantized.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Part:
     kwargs: Mapping[str, Any]
     safe_globals: tuple[str, ...] | None
     tensors: Mapping[str, TensorEntry] | None = field(repr=False)
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Target:
         """All names that the pickles need beyond torch's own."""
         return tuple(sorted({name for part in self.parts for name in part.safe_globals or ()}))
 
+    @property
+    def fused(self) -> bool:
+        """Whether a part has fused projections, which ``from_pretrained`` does not build."""
+        return any(part.fused for part in self.parts)
+
 
 def validate(manifest: Manifest) -> None:
     """Check every value of a manifest that later becomes part of a program.
@@ -93,6 +101,8 @@ def validate(manifest: Manifest) -> None:
         _identifier(entry.class_name)
         if entry.name:
             _identifier(entry.name)
+        if entry.fused_qkv and entry.library != "diffusers":
+            raise SourceError(f"the manifest says that {entry.class_name} has fused projections, as in diffusers only")
         for name in entry.imports:
             if not _MODULE.fullmatch(name):
                 raise SourceError(f"the manifest wants to import {name!r}, which is no part of torchao")
@@ -136,6 +146,7 @@ def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
         kwargs=dict(entry.load.kwargs),
         safe_globals=tuple(entry.safe_globals),
         tensors={tensor.name: tensor for tensor in entry.tensors},
+        fused=entry.fused_qkv,
     )
 
 
@@ -176,6 +187,11 @@ def from_folder(folder: Path) -> Target:
             hint="aoconvert inspect says what it is",
         )
     return Target(folder, layout.kind, _identifier(layout.class_name), tuple(parts), ("torchao",), None)
+
+
+def with_imports(target: Target, names: Iterable[str]) -> Target:
+    """A checkpoint without a manifest, and the modules that register the names in its pickles."""
+    return replace(target, imports=tuple(imports(names)))
 
 
 def _identifier(name: str) -> str:

@@ -24,21 +24,3 @@ def version_problems(entry: ComponentEntry) -> list[str]:
         elif not allowed.contains(Version(here).base_version, prereleases=True):
             problems.append(f"{package} {here} is here; the checkpoint needs {package}{wanted}")
     return problems
-
-
-def device_obstacle(entry: ComponentEntry) -> str | None:
-    """Why the packed layout cannot be used here, or ``None``."""
-    layout = entry.layout
-    if layout.device in ("any", "cpu"):
-        return None
-    import torch
-
-    backend = getattr(torch, layout.device)
-    if not backend.is_available():
-        return f"its layout is for {layout.device}, and there is no such device here"
-    if layout.min_capability and layout.device == "cuda":
-        have = torch.cuda.get_device_capability()
-        if have < tuple(layout.min_capability):
-            wanted = ".".join(map(str, layout.min_capability))
-            return f"its layout needs CUDA capability {wanted}, the device here has {have[0]}.{have[1]}"
-    return None

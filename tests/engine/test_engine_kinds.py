@@ -109,7 +109,7 @@ def test_several_components_each_with_its_scheme(checkpoints: Callable[[str], Pa
         return {type(m.weight.data).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)}
 
     assert kinds(pipe.transformer) == {"Int8Tensor"}
-    assert kinds(pipe.text_encoder_2) == {"Float8Tensor"}
+    assert kinds(pipe.text_encoder_2) == {"Float8Tensor", "Tensor"}  # T5 keeps its wo
     assert kinds(pipe.text_encoder) == {"IntxUnpackedToInt8Tensor"}
     assert tiny.flux_step(pipe).isfinite().all()
 

@@ -64,11 +64,11 @@ def test_nan_is_named_when_the_result_is_asked_for() -> None:
 
 def test_pieces_are_dealt_by_bytes() -> None:
     scheme = schemes.get("int8wo")
-    lanes = Lanes(("cpu",), scheme, Kernels(scheme, "cpu", 0))
+    lanes = Lanes(("cpu",), Kernels("cpu", {}))
     assert lanes.depth == 0
     lanes._lanes = [Lane("cpu"), Lane("cpu")]
     for rows in (100, 10, 10, 10):
-        lanes.start("w", torch.randn(rows, 64), torch.bfloat16)()
+        lanes.start("w", torch.randn(rows, 64), torch.bfloat16, scheme)()
     assert [lane.bytes for lane in lanes._lanes] == [100 * 64 * 4, 30 * 64 * 4]
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torchao.quantization import quantize_
 
 from aoconvert import schemes
-from aoconvert.engine.quantize import quantize_tensor, squares
+from aoconvert.engine.quantize import Error, quantize_rows, quantize_tensor, squares
 from aoconvert.errors import QuantizeError
+from aoconvert.schemes.apply import quantize_weight
 
 CASES = [
     ("int8wo", None), ("int8wo", 32), ("int8dq", None), ("float8wo", None), ("float8wo", 64), ("float8wo_e5m2", None),
@@ -136,11 +137,33 @@ def test_nan_and_infinity_are_refused_by_name(name: str, value: float) -> None:
         quantize_tensor("blocks.3.fc.weight", weight, torch.bfloat16, schemes.get(name), "cpu", block=640)
 
 
-def test_float8_of_a_zero_row_is_refused_by_name() -> None:
-    weight = torch.ones(40, 64)
+@pytest.mark.parametrize("block", [None, 5 * 64])
+@pytest.mark.parametrize("name", ["float8wo", "float8wo_e5m2", "float8dq_row"])
+def test_rows_of_zeros_are_repaired_and_counted(name: str, block: int | None) -> None:
+    """torchao gives them the scale 0, and codes that load as NaN; nothing else changes."""
+    weight = torch.randn(48, 64)
     weight[7] = 0
-    with pytest.raises(QuantizeError, match=r"fc\.weight: float8wo gives NaN"):
-        quantize_tensor("fc.weight", weight, torch.bfloat16, schemes.get("float8wo"), "cpu")
+    weight[30:33] = 0
+    scheme = schemes.get(name)
+    error = Error()
+    ours = quantize_rows("fc.weight", weight, torch.bfloat16, scheme, "cpu", error, block=block)
+    assert error.repaired == 4
+    theirs = quantize_weight(weight.bfloat16(), scheme)
+    values = ours.dequantize()
+    assert values.isfinite().all()
+    zero = (weight == 0).all(1)
+    assert not values[zero].any()
+    assert torch.equal(ours.scale[~zero], theirs.scale[~zero])
+    assert torch.equal(ours.qdata[~zero].view(torch.uint8), theirs.qdata[~zero].view(torch.uint8))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("int8wo", {}), ("float8wo", {}), ("int8dq", {})])
+@pytest.mark.parametrize("block", [None, 3 * 32])
+def test_stacked_experts_are_the_whole(name: str, settings: dict[str, str], block: int | None) -> None:
+    weight = torch.randn(3, 10, 32)
+    scheme = schemes.get(name, settings=settings)
+    ours = quantize_rows("experts.up_proj", weight, torch.bfloat16, scheme, "cpu", Error(), block=block)
+    assert_equal(ours, quantize_weight(weight.bfloat16(), scheme))
 
 
 def test_overflow_in_the_cast_is_refused() -> None:

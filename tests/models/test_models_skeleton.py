@@ -60,6 +60,31 @@ def test_t5_keeps_wo_in_float32_below_float16_only(checkpoints: Callable[[str], 
     assert kept
 
 
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [("t5", ""), ("cogvideox", "text_encoder"), pytest.param("wan", "text_encoder", marks=pytest.mark.exhaustive)],
+)
+def test_what_a_class_wants_in_float32_is_left_alone_by_a_hint(
+    name: str, component: str, checkpoints: Callable[[str], Path]
+) -> None:
+    """T5's ``wo``: the loader keeps it in float32 for float16 alone, the hint does not depend on that."""
+    skeleton = skeleton_of(checkpoints(name), component, dtype=torch.bfloat16)
+    hinted = {spec.name for spec in skeleton if spec.hint}
+    assert hinted == {spec.name for spec in skeleton if spec.name.endswith(".wo.weight")}
+    assert hinted
+    assert {spec.hint for spec in skeleton} == {None, "its class lists it in _keep_in_fp32_modules"}
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "opt", "flux", "bert"])
+def test_hints_are_few(name: str, checkpoints: Callable[[str], Path]) -> None:
+    """Of a transformer nothing, of a language model its head."""
+    skeleton = skeleton_of(checkpoints(name), tiny.FAMILIES[name].component)
+    hinted = {spec.name: spec.hint for spec in skeleton if spec.hint}
+    heads = {spec.name for spec in skeleton if spec.output_head}
+    assert hinted == dict.fromkeys(heads, "output head")
+    assert bool(heads) == (name in ("llama-tied", "opt"))
+
+
 def test_ties(checkpoints: Callable[[str], Path]) -> None:
     tied = {spec.name: spec.tied_to for spec in skeleton_of(checkpoints("llama-tied")) if spec.tied_to}
     assert tied == {"lm_head.weight": "model.embed_tokens.weight"}

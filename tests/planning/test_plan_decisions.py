@@ -1,17 +1,12 @@
 """What is quantized, what is not and why, and that all problems are named at once."""
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import LLAMA, build_llama, llama_shapes, llama_tensors, write_config
-from hypothesis import given
-from hypothesis import strategies as st
 
 import aoconvert
-from aoconvert.models.base import TensorSpec
-from aoconvert.planning.decide import SkipRules
 from aoconvert.planning.types import Plan, TensorPlan
 
 
@@ -26,35 +21,6 @@ def problems(source: Path, tmp_path: Path, scheme: str = "int8wo", **options: ob
         aoconvert.plan(source, scheme, device="cpu", **options)
     assert not any("\n" in line for line in caught.value.problems)
     return caught.value.problems
-
-
-def spec(name: str) -> TensorSpec:
-    return TensorSpec(name, (2, 2), True, torch.bfloat16, name.rpartition(".")[0], "Linear", "linear")
-
-
-NAMES = st.text("ab.1", min_size=1, max_size=6)
-
-
-@given(st.lists(NAMES, max_size=6), st.lists(NAMES, max_size=4))
-def test_exact_patterns(names: list[str], patterns: list[str]) -> None:
-    specs = [spec(name) for name in names]
-    rules = SkipRules(tuple(patterns))
-    for item in specs:
-        hit = [pattern for pattern in patterns if pattern in (item.name, item.module)]
-        assert rules.match(item) == (hit[0] if hit else None)
-    unused = [p for p in patterns if p not in names and p not in [item.module for item in specs]]
-    lines = rules.unmatched(specs)
-    assert len(lines) == len(unused)
-    for pattern, line in zip(unused, lines, strict=True):
-        assert line.startswith(f"--skip {pattern!r} matches nothing")
-
-
-@given(st.lists(NAMES, max_size=6), NAMES)
-def test_an_escaped_name_as_a_regex_is_the_exact_name(names: list[str], name: str) -> None:
-    regex, exact = SkipRules((f"re:{re.escape(name)}",)), SkipRules((name,))
-    specs = [spec(item) for item in names]
-    assert [bool(regex.match(item)) for item in specs] == [bool(exact.match(item)) for item in specs]
-    assert bool(regex.unmatched(specs)) == bool(exact.unmatched(specs))
 
 
 def test_skip(llama: Path, tmp_path: Path) -> None:
@@ -239,7 +205,7 @@ def test_skip_modules_of_diffusers_are_substrings(pipeline: Path, tmp_path: Path
 
 def test_skip_modules_that_clash(tmp_path: Path) -> None:
     from aoconvert.models import Component
-    from aoconvert.planning.make import _skip_modules
+    from aoconvert.planning.component import _skip_modules
 
     def tensor(name: str, action: str) -> TensorPlan:
         return TensorPlan(

@@ -31,6 +31,53 @@ def test_every_entry_has_a_row() -> None:
     assert {entry.name: entry.config_class for entry in schemes.catalogue()} == {row.scheme: row.config for row in ROWS}
 
 
+def test_every_entry_says_when_to_choose_it_and_who_says_so() -> None:
+    for entry in schemes.catalogue():
+        assert entry.summary
+        assert entry.source
+        assert "\n" not in entry.summary + entry.source
+
+
+# every name that diffusers documented for TorchAoConfig up to 0.33, and those of diffusers-torchao's tables
+DOCUMENTED = (
+    *("int4wo", "int4_weight_only", "int4dq", "int8_dynamic_activation_int4_weight"),
+    *("int8wo", "int8_weight_only", "int8dq", "int8_dynamic_activation_int8_weight"),
+    *("float8wo", "float8_weight_only", "float8wo_e5m2", "float8wo_e4m3", "float8dq", "float8dq_e4m3"),
+    *("float8dq_e4m3_tensor", "float8dq_e4m3_row", "float8_dynamic_activation_float8_weight"),
+    *(f"uint{bits}wo" for bits in range(1, 8)),
+    *("fp8wo", "fp8dq", "fp8dqrow"),
+)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_names_work(name: str) -> None:
+    assert schemes.get(name).name == schemes.find(name).name
+
+
+def test_auto_is_no_single_scheme() -> None:
+    for name in ("auto", " AUTO "):
+        with pytest.raises(UsageError, match="not a single scheme") as caught:
+            schemes.find(name)
+        assert caught.value.exit_code == 2
+        assert not isinstance(caught.value, UnknownSchemeError)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "group_size"),
+    [
+        ("int4wo-32", "int4wo", 32),
+        ("INT4WO_64", "int4wo", 64),
+        ("int4-weight-only-128", "int4wo", 128),
+        ("quanto-int4", "int4wo", 128),
+        ("quanto-int2", "uint2wo", 128),
+    ],
+)
+def test_a_name_may_bring_a_group_size(name: str, scheme: str, group_size: int) -> None:
+    made = schemes.get(name)
+    assert (made.name, made.group_size) == (scheme, group_size)
+    assert schemes.get(name, group_size=64).group_size == 64
+
+
 @pytest.mark.parametrize(
     ("name", "setting", "scheme"),
     [
@@ -38,7 +85,11 @@ def test_every_entry_has_a_row() -> None:
         ("intx_weight_only", "torch.int8", "intx8wo"),
         ("IntxWeightOnlyConfig", "INT4", "intx4wo"),
         ("Int8DynamicActivationIntxWeightConfig", "int4", "int4dq"),
+        ("Int8DynamicActivationIntxWeightConfig", "int3", "int8dq_int3"),
+        ("uintx_weight_only", "int4", "uint4wo"),
         ("Float8WeightOnlyConfig", "float8_e5m2", "float8wo_e5m2"),
+        ("MXDynamicActivationMXWeightConfig", "float4_e2m1fn_x2", "mxfp4"),
+        ("MXDynamicActivationMXWeightConfig", "fp6_e3m2", "mxfp6_e3m2"),
     ],
 )
 def test_a_family_is_chosen_by_its_setting(name: str, setting: str, scheme: str) -> None:
@@ -59,33 +110,29 @@ def test_a_bare_family_says_what_to_choose(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason", "nearest"),
     [
-        ("int4wo", "not in this version", "intx4wo"),
-        ("int4_weight_only", "not in this version", "intx4wo"),
-        ("Int4WeightOnlyConfig", "not in this version", "intx4wo"),
-        ("int4wo-128", "not in this version", "intx4wo"),
-        ("float8dq", "not in this version", "float8wo"),
-        ("fp8dq", "not in this version", "float8wo"),
-        ("fp8dqrow", "not in this version", "float8wo"),
-        ("float8dq_e4m3_row", "not in this version", "float8wo"),
-        ("float8_dynamic_activation_float8_weight", "not in this version", "float8wo"),
-        ("float8_static_activation_float8_weight", "not in this version", "float8wo"),
-        ("Float8DynamicActivationFloat8WeightConfig", "not in this version", "float8wo"),
-        ("fp6_e3m2", "gone from torchao", "float8wo"),
-        ("fpx_weight_only", "gone from torchao", "float8wo"),
-        ("uint4wo", "gone from torchao", "intx4wo with --set mapping_type=ASYMMETRIC"),
-        ("uint7wo", "gone from torchao", "intx7wo with --set mapping_type=ASYMMETRIC"),
-        ("uintx_weight_only", "gone from torchao", "ASYMMETRIC"),
-        ("GemliteUIntXWeightOnlyConfig", "gone from torchao", "intx1wo"),
-        ("autoquant", "gone from torchao", "int8wo"),
-        ("sparsify", "sparse", "int8dq"),
-        ("marlin", "sparse", "int8dq"),
-        ("int8_dynamic_activation_int8_semi_sparse_weight", "sparse", "int8dq"),
-        ("nf4", "not in this version", "int8wo"),
-        ("mxfp8", "not in this version", "float8wo"),
-        ("mxfp4", "not in this version", "float8wo"),
-        ("nvfp4", "not in this version", "float8wo"),
-        ("NVFP4WeightOnlyConfig", "not in this version", "float8wo"),
-        ("MXDynamicActivationMXWeightConfig", "not in this version", "float8wo"),
+        ("float8_static_activation_float8_weight", "calibration", "float8dq"),
+        ("Float8StaticActivationFloat8WeightConfig", "calibration", "float8dq"),
+        ("Int8StaticActivationInt8WeightConfig", "calibration", "int8dq"),
+        ("awq", "calibration", "int4wo"),
+        ("float8dq_e5m2", "e5m2 by e5m2", "float8dq"),
+        ("Float8DynamicActivationInt4WeightConfig", "mslk", "int4wo"),
+        ("fp6_e3m2", "gone since torchao 0.16", "mxfp6_e3m2"),
+        ("fp4_e2m1", "gone since torchao 0.16", "nvfp4wo"),
+        ("fpx_weight_only", "gone since torchao 0.16", "float8wo"),
+        ("FPXWeightOnlyConfig", "gone since torchao 0.16", "float8wo"),
+        ("UIntXWeightOnlyConfig", "gone since torchao 0.17", "uint1wo to uint8wo"),
+        ("GemliteUIntXWeightOnlyConfig", "gone since torchao 0.17", "int4wo"),
+        ("autoquant", "gone since torchao 0.17", "int8wo"),
+        ("sparsify", "2:4", "int8dq"),
+        ("marlin_sparse", "0.16 dropped", "int4wo"),
+        ("int8_dynamic_activation_int8_semi_sparse_weight", "0.17 dropped", "int8dq"),
+        ("Float8DynamicActivationFloat8SemiSparseWeightConfig", "Hopper", "float8dq_row"),
+        ("nf4", "config_from_dict", "nvfp4wo"),
+        ("NF4WeightOnlyConfig", "aten.alias", "int4wo"),
+        ("quanto", "Quanto", "quanto-int8"),
+        ("hqq", "int4wo", "int4_choose_qparams_algorithm=hqq"),
+        ("mxfp6", "two schemes", "mxfp6_e2m3"),
+        ("mxint8", "not in torchao", "int8wo"),
     ],
 )
 def test_known_names_that_are_not_here(name: str, reason: str, nearest: str) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -11,14 +12,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheme_table import ROWS, VARIANTS, Row, attributes, get, inner, quantize, variant_id
+from scheme_table import ROWS, VARIANTS, Row, attributes, get, inner, parameters, quantize, variant_id, weight_shape
 from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import quantize_
 
 from aoconvert import schemes
+from aoconvert.errors import PlanError, UsageError
+from aoconvert.schemes import int4
+from aoconvert.schemes.apply import quantize_weight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWWISE = [made for made in map(get, VARIANTS) if made.rowwise]
-variants = pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+variants = pytest.mark.parametrize("variant", parameters())
 
 
 def weight(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -34,32 +39,86 @@ def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Bit for bit: NaN equals NaN, -0 does not equal 0."""
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+    return torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (left, right)))
 
 
-def pieces_equal_whole(made: torch.Tensor, config: Any, cuts: list[int]) -> bool:
+def assert_same(made: torch.Tensor, reference: torch.Tensor) -> None:
+    """Class, attributes, and every bit of the inner tensors."""
+    assert type(made) is type(reference)
+    assert attributes(made) == attributes(reference)
+    assert (made.shape, made.dtype, made.device) == (reference.shape, reference.dtype, reference.device)
+    assert inner(made).keys() == inner(reference).keys()
+    for name, tensor in inner(made).items():
+        assert same_bytes(tensor, inner(reference)[name]), name
+        assert tensor.stride() == inner(reference)[name].stride(), name
+
+
+def pieces_equal_whole(values: torch.Tensor, made: schemes.Scheme, cuts: list[int]) -> bool:
     """Whether quantizing blocks of rows and concatenating their inner tensors gives the whole."""
-    whole = quantize(made, config)
-    edges = [0, *cuts, made.shape[0]]
-    blocks = [quantize(made[i:j].clone(), config) for i, j in itertools.pairwise(edges)]
+    whole = quantize(values, made.config)
+    edges = [0, *cuts, values.shape[0]]
+    blocks = [quantize(values[i:j].clone(), made.config) for i, j in itertools.pairwise(edges)]
     if any(attributes(block) != attributes(whole) or inner(block).keys() != inner(whole).keys() for block in blocks):
         return False
-    return all(
-        same_bytes(torch.cat([inner(block)[name] for block in blocks]), tensor) for name, tensor in inner(whole).items()
-    )
+    for name, tensor in inner(whole).items():
+        parts = [inner(block)[name] for block in blocks]
+        if not tensor.shape or not same_bytes(torch.cat(parts), tensor):
+            return False
+    return True
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.scheme)
 def test_defaults(row: Row) -> None:
     made = schemes.get(row.scheme)
     assert type(made.config).__name__ == row.config
-    assert made.config.version == 2
     assert (made.name, made.tensor_class, made.weight_dtype) == (row.scheme, row.tensor_class, row.weight_dtype)
     assert (made.activation, made.granularity) == (row.activation, row.granularity)
-    assert (made.ranks, made.needs_rows, made.bits) == (row.ranks, row.needs_rows, 8.0)
-    assert (made.min_torchao, made.layout.requires) == (row.min_torchao, (f"torchao>={row.min_torchao}",))
-    assert (made.layout.device, made.layout.min_capability) == ("any", None)
+    assert (made.ranks, made.needs_rows, made.bits) == (row.ranks, row.needs_rows, row.bits)
+    assert round(made.bytes_per_parameter, 2) == row.bytes
+    assert made.min_torchao == row.min_torchao
+    assert (made.layout.device, made.layout.min_capability) == (row.device, row.capability)
+    assert made.embeddings == row.embeddings
     assert made.summary == schemes.find(row.scheme).summary
+    if made.int4 is None:
+        assert made.layout.requires == (f"torchao>={row.min_torchao}",)
+        assert made.config.version in (1, 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+def test_only_int4_depends_on_the_device(device: str) -> None:
+    made = schemes.get("int4wo", layout_device=device)
+    assert made.layout.device == device
+    assert made.int4 is not None
+    assert made.int4.device == device
+    assert (made.unconfirmed is None) == (device == "cpu")
+    assert any("unconfirmed" in note for note in made.notes) == (device != "cpu")
+    for name in ("int8wo", "float8dq", "nvfp4wo"):
+        assert schemes.get(name, layout_device=device) == schemes.get(name)
+
+
+def test_unknown_layout_devices_are_refused() -> None:
+    with pytest.raises(UsageError, match="tpu"):
+        schemes.get("int8wo", layout_device="tpu")
+
+
+def test_int4_for_mslk_says_that_it_is_missing() -> None:
+    with pytest.raises(PlanError, match="mslk"):
+        schemes.get("int4wo", layout_device="plain")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+def test_int4_is_what_its_layout_makes(device: str) -> None:
+    made = schemes.get("int4wo", group_size=32, layout_device=device)
+    values = weight(32, 128, torch.bfloat16, 4)
+    got = quantize_weight(values, made)
+    assert type(got).__name__ == made.tensor_class
+    expected = int4.quantize(values, group_size=32, device=device, algorithm="tinygemm")
+    assert inner(got).keys() == inner(expected).keys()
+    assert all(same_bytes(tensor, inner(expected)[name]) for name, tensor in inner(got).items())
+    on_meta = quantize_weight(values.to("meta"), made)
+    assert {n: (t.shape, t.dtype) for n, t in inner(on_meta).items()} == {
+        n: (t.shape, t.dtype) for n, t in inner(got).items()
+    }
 
 
 @variants
@@ -75,89 +134,144 @@ def test_config_round_trip(variant: Any) -> None:
 @variants
 def test_description_is_what_torchao_makes(variant: Any) -> None:
     made = get(variant)
-    columns = 6 * (made.group_size or 5)
-    whole = quantize(weight(9, columns, torch.bfloat16, 1), made.config)
+    rows, columns = weight_shape(made, 9, 6 if made.group_size else 30)
+    whole = quantize(weight(rows, columns, torch.bfloat16, 1), made.config)
     assert type(whole).__name__ == made.tensor_class
     expected = {
         "per row": [1, columns],
-        "per tensor": [9, columns],
-        f"per group of {made.group_size}": [1, made.group_size],
+        "per tensor": [rows, columns],
+        "per block of 128x128": [128, 128],
     }
-    assert list(whole.block_size) == expected[made.granularity]
-    assert made.bits == 8 * whole.qdata.nbytes / (9 * columns)
-    dtype = getattr(whole, "target_dtype", whole.qdata.dtype)
-    assert str(dtype) == f"torch.{made.weight_dtype}"
+    block = whole.block_size if isinstance(whole.block_size, list | tuple) else [1, whole.block_size]
+    assert list(block) == expected.get(made.granularity, [1, made.group_size])
+    if made.group_size:
+        assert made.granularity.startswith(f"per group of {made.group_size}")
+    assert ("and per tensor" in made.granularity) == (getattr(whole, "per_tensor_scale", None) is not None)
+    assert made.bits == 8 * whole.qdata.nbytes / (rows * columns)
     dynamic = getattr(whole, "act_quant_kwargs", None) or getattr(whole, "activation_quantization", None)
     assert (made.activation is not None) == (dynamic is not None)
+    if whole.qdata.dtype != torch.uint8:
+        assert str(getattr(whole, "target_dtype", whole.qdata.dtype)) == f"torch.{made.weight_dtype}"
 
 
 @variants
-def test_meta_has_the_same_inner_tensors(variant: Any) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_is_what_torchaos_handler_makes(variant: Any, dtype: torch.dtype) -> None:
     made = get(variant)
-    real = weight(4, 2 * (made.group_size or 48), torch.bfloat16, 2)
-    on_meta, on_cpu = quantize(real.to("meta"), made.meta_config), quantize(real, made.config)
-    assert type(on_meta) is type(on_cpu)
-    described = [{name: (t.shape, t.dtype) for name, t in inner(made_of).items()} for made_of in (on_meta, on_cpu)]
+    rows, columns = weight_shape(made, 20, 3 if made.group_size else 48)
+    values = weight(rows, columns, dtype, 5)
+    if (schemes.blocker((rows, columns), dtype, made)) is not None:
+        assert str(dtype).removeprefix("torch.") not in made.dtypes
+        return
+    got, expected = quantize_weight(values, made), quantize(values, made.config)
+    assert_same(got, expected)
+    on_meta = quantize_weight(values.to("meta"), made)
+    assert type(on_meta) is type(got)
+    described = [{name: (t.shape, t.dtype) for name, t in inner(tensor).items()} for tensor in (on_meta, got)]
     assert described[0] == described[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["float8dq", "float8dq_row", "float8dq_block", "nvfp4"])
+@pytest.mark.parametrize("shape", [(256, 384), (2, 128, 256)], ids=str)
+def test_a_capable_gpu_writes_the_same(name: str, shape: tuple[int, ...]) -> None:
+    """The whole handler, no question answered for it; its bytes, and ours made on the CPU and on the GPU."""
+    made = schemes.get(name)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (made.layout.min_capability or (0, 0)):
+        pytest.skip(f"needs a CUDA device of capability {made.layout.min_capability}")
+    if schemes.blocker(shape, torch.bfloat16, made) is not None:
+        pytest.skip("the scheme does not take this shape")
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(6)).bfloat16()
+    linear = torch.nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(values.cuda(), requires_grad=False)
+    quantize_(linear, made.config)
+    assert_same(quantize_weight(values.cuda(), made), linear.weight.detach())
+    assert_same(quantize_weight(values, made), linear.weight.detach().cpu())
+
+
+EMBEDDINGS = [row.scheme for row in ROWS if row.scheme not in ("intx2wo", "intx3wo", "intx5wo", "intx6wo", "intx7wo")]
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_embeddings_are_said_of_the_right_ones(name: str) -> None:
+    made = schemes.get(name)
+    embedding = torch.nn.Embedding(128, 256, dtype=torch.bfloat16)
+    quantized = quantize_weight(embedding.weight.detach(), made)
+    embedding.weight = torch.nn.Parameter(quantized, requires_grad=False)
+    indices = torch.tensor([[0, 127], [5, 5]])
+    if not made.embeddings:
+        with pytest.raises(NotImplementedError):
+            embedding(indices)
+        return
+    assert torch.equal(embedding(indices), quantized.dequantize()[indices])
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_rowwise_blocks_are_bit_identical(data: st.DataObject) -> None:
     made = data.draw(st.sampled_from(ROWWISE))
-    rows = data.draw(st.integers(1, 24))
-    columns = data.draw(st.integers(1, 5)) * made.group_size if made.group_size else data.draw(st.integers(2, 70))
-    cuts = data.draw(st.lists(st.integers(1, rows - 1), unique=True).map(sorted)) if rows > 1 else []
-    values = weight(rows, columns, data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 999)))
-    assert pieces_equal_whole(values, made.config, cuts)
+    rows = data.draw(st.integers(1, 24)) * made.multiples[0]
+    groups = data.draw(st.integers(1, 5)) if made.group_size else data.draw(st.integers(2, 70))
+    rows, columns = weight_shape(made, rows, groups)
+    places = st.integers(1, rows // made.multiples[0] - 1).map(lambda place: place * made.multiples[0])
+    cuts = data.draw(st.lists(places, unique=True).map(sorted)) if rows > made.multiples[0] else []
+    dtype = data.draw(st.sampled_from([dtype for dtype in DTYPES if str(dtype).removeprefix("torch.") in made.dtypes]))
+    assert pieces_equal_whole(weight(rows, columns, dtype, data.draw(st.integers(0, 999))), made, cuts)
 
 
 def test_rowwise_is_said_of_the_right_ones() -> None:
-    assert {variant_id(v) for v in VARIANTS if not get(v).rowwise} == {
+    """Those that are not: blocks of 16 rows do not make the whole; hqq has a test of its own."""
+    for variant in VARIANTS:
+        made = get(variant)
+        if made.rowwise or "hqq_scale_only" in variant[2].values():
+            continue
+        step = 128 if made.multiples[0] == 128 else 16
+        rows, columns = 3 * step, 384
+        values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(7)).bfloat16()
+        blocks = [step] if step == 16 else [64]
+        with contextlib.suppress(Exception):  # blocks that torchao does not even take
+            assert not pieces_equal_whole(values, made, blocks), variant
+    assert {variant_id(v) for v in VARIANTS if not get(v).rowwise and get(v).tensor_class == "Int8Tensor"} == {
         "int8wo-per_tensor",
         "int8dq-per_tensor",
-        "float8wo-tensor",
-        "intx3wo-g5-hqq_scale_only",
-        "intx8wo-hqq_scale_only",
     }
-
-
-@pytest.mark.parametrize("name", ["int8wo", "int8dq", "float8wo"])
-def test_per_tensor_is_not_rowwise(name: str) -> None:
-    made = schemes.get(name, settings={"granularity": "per_tensor"})
-    assert not pieces_equal_whole(weight(16, 32, torch.float32, 0), made.config, [5])
+    assert get(("float8dq_row", None, {})).rowwise
+    assert not schemes.get("int4wo").rowwise
 
 
 def test_hqq_is_not_rowwise() -> None:
     """It stops when the worst row has converged; in short rows the result rarely shows it, in long ones often."""
     made = schemes.get("intx8wo", settings={"intx_choose_qparams_algorithm": "hqq_scale_only"})
+    assert not made.rowwise
     long = [torch.randn(4, 65536, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    assert not all(pieces_equal_whole(values, made.config, [1, 2, 3]) for values in long)
+    assert not all(pieces_equal_whole(values, made, [1, 2, 3]) for values in long)
 
 
 @variants
 def test_forward_on_the_cpu(variant: Any) -> None:
     made = get(variant)
-    columns = 2 * (made.group_size or 32)
-    linear = torch.nn.Linear(columns, 8, dtype=torch.float32)
-    original = linear.weight.detach().clone()
-    linear.weight = quantize(original, made.config)
-    inputs = torch.randn(20, columns, generator=torch.Generator().manual_seed(0))
+    if made.layout.device == "cuda":
+        pytest.skip("needs a GPU")
+    dtype = torch.float32 if "float32" in made.dtypes else torch.bfloat16
+    rows, columns = weight_shape(made, 8, 2 if made.group_size else 32)
+    linear = torch.nn.Linear(columns, rows, dtype=dtype)
+    linear.weight = torch.nn.Parameter(quantize_weight(linear.weight.detach(), made), requires_grad=False)
+    inputs = torch.randn(20, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         got, expected = linear(inputs), torch.nn.functional.linear(inputs, linear.weight.dequantize(), linear.bias)
     error = (got - expected).norm() / expected.norm()
-    assert error < (1e-5 if made.activation is None else 0.05)
+    assert error < (1e-5 if made.activation is None else 0.05 if "int8" in made.activation else 0.1)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if 3 in row.ranks], ids=lambda row: row.scheme)
 @pytest.mark.parametrize("group_size", [None, 16])
-def test_stacked_experts_are_rowwise_too(row: Row, group_size: int | None) -> None:
+def test_stacked_experts_are_quantized_one_by_one(row: Row, group_size: int | None) -> None:
     if group_size and schemes.find(row.scheme).group_field is None:
         pytest.skip("no groups")
     made = schemes.get(row.scheme, group_size=group_size)
-    experts = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    experts = torch.randn(3, 128, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
     assert schemes.blocker(tuple(experts.shape), experts.dtype, made) is None
-    assert pieces_equal_whole(experts, made.config, [1])
+    assert pieces_equal_whole(experts, made, [1])  # along the experts, also where rows depend on each other
 
 
 def test_older_torchao_is_ruled_out_where_it_computes_wrongly() -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode
 from torchao.quantization import MappingType, PerAxis, PerGroup, PerRow
-from torchao.quantization.granularity import PerTensor
-from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
+from torchao.quantization.granularity import PerBlock, PerTensor
+from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm, IntxChooseQParamsAlgorithm
 
 from aoconvert import schemes
 from aoconvert.errors import AoconvertError, UsageError
@@ -40,6 +41,14 @@ from aoconvert.errors import AoconvertError, UsageError
         ("intx4wo", "scale_dtype", "none", None),
         ("intx4wo", "weight_dtype", "int4", torch.int4),
         ("intx4wo", "intx_packing_format", "UNPACKED_TO_INT8", "unpacked_to_int8"),
+        ("float8dq", "activation_value_ub", "1e3", 1000.0),
+        ("float8dq_row", "granularity", "per_row", [PerRow(), PerRow()]),
+        ("float8dq_block", "granularity", "PerBlock:1x128,block:128x128", [PerBlock([1, 128]), PerBlock([128, 128])]),
+        ("mxfp6_e2m3", "weight_dtype", "FP6_E2M3", "fp6_e2m3"),
+        ("mxfp8", "scaling_mode", "floor", ScaleCalculationMode.FLOOR),
+        ("nvfp4", "use_triton_kernel", "true", True),
+        ("int4wo", "group_size", "32", 32),
+        ("int4wo", "int4_choose_qparams_algorithm", "HQQ", Int4ChooseQParamsAlgorithm.HQQ),
         ("intx4wo", "intx_choose_qparams_algorithm", "hqq_scale_only", IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY),
     ],
 )
@@ -80,11 +89,25 @@ def test_values(scheme: str, key: str, text: str, value: Any) -> None:
         ("intx4wo", None, {"granularity": "per_axis:1"}, "axis must be 0", None),
         ("intx4wo", None, {"weight_dtype": "int2"}, "contradicts scheme intx4wo", "intx2wo"),
         ("float8wo", None, {"weight_dtype": "float8_e5m2"}, "contradicts scheme float8wo", "float8wo_e5m2"),
-        ("int4dq", None, {"weight_dtype": "int8"}, "contradicts scheme int4dq", "leave it out"),
-        ("intx4wo", None, {"intx_packing_format": "opaque_torchao_auto"}, "contradicts", "not in this version"),
-        ("int4dq", None, {"intx_packing_format": "opaque_aten_kleidiai"}, "contradicts", "not in this version"),
+        ("int4dq", None, {"weight_dtype": "int8"}, "contradicts scheme int4dq", "int8dq_int8"),
+        ("intx4wo", None, {"intx_packing_format": "opaque_torchao_auto"}, "contradicts", "int4wo"),
+        ("int4dq", None, {"intx_packing_format": "opaque_aten_kleidiai"}, "contradicts", "int4wo"),
         ("int4dq", None, {"act_mapping_type": "symmetric"}, "MappingType.ASYMMETRIC", None),
         ("int8wo", 32, {"granularity": "row"}, "say the same", "give one"),
+        ("int4wo", None, {"int4_packing_format": "plain"}, "cannot be set", "--layout-device"),
+        ("int4wo", None, {"int4_choose_qparams_algorithm": "gptq"}, "not a value", "TINYGEMM, HQQ"),
+        ("int4wo", 32, {"group_size": "32"}, "say the same", None),
+        ("int4wo", 48, {}, "no group size 48", "32, 64"),
+        ("int4wo", 0, {}, "no group size 0", "32, 64"),
+        ("float8dq", 32, {}, "no group size", None),
+        ("float8dq", None, {"granularity": "block:1x128,block:128x128"}, "no blocks", "float8dq_block"),
+        ("float8dq_row", None, {"granularity": "per_tensor"}, "contradicts scheme float8dq_row", "leave it out"),
+        ("float8dq", None, {"activation_value_ub": "nan"}, "not a value", "a finite number"),
+        ("float8dq", None, {"mm_config": "x"}, "not a value", "no value on the command line"),
+        ("float8dq", None, {"kernel_preference": "cuda"}, "not a value", "AUTO, TORCH"),
+        ("mxfp8", None, {"block_size": "16"}, "contradicts", None),
+        ("mxfp8", None, {"weight_dtype": "fp6_e2m3"}, "contradicts", "mxfp6_e2m3"),
+        ("nvfp4", None, {"step": "prepare"}, "contradicts", "leave it out"),
         ("int8wo", 0, {}, "group size 0", "32, 64"),
         ("int8wo", 1, {}, "group size 1", "32, 64"),
         ("int8wo", -32, {}, "group size -32", "32, 64"),
@@ -124,7 +147,7 @@ _KEYS = ["granularity", "weight_dtype", "version", "scale_dtype", "reduce_range"
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(["int8wo", "int8dq", "float8wo", "intx4wo", "int4dq"]),
+    st.sampled_from(["int8wo", "int8dq", "float8wo", "intx4wo", "int4dq", "float8dq", "mxfp8", "nvfp4", "int4wo"]),
     st.dictionaries(
         st.one_of(st.sampled_from(_KEYS), st.text(max_size=8)),
         st.one_of(

@@ -1,0 +1,69 @@
+"""``aoconvert repack``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from aoconvert.cli.options import common
+from aoconvert.cli.output import Output
+from aoconvert.words import size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from aoconvert.repacking import Repacked
+
+EXAMPLES = """\b
+Examples:
+  aoconvert repack ./out --layout-device cuda
+  aoconvert repack ./FLUX.1-dev-int4wo --layout-device cpu -o ./FLUX.1-dev-int4wo-cpu
+"""
+
+
+@click.command("repack", epilog=EXAMPLES)
+@click.argument("checkpoint", metavar="PATH", type=click.Path(path_type=Path))
+@click.option(
+    "--layout-device",
+    "device",
+    type=click.Choice(["cpu", "cuda", "xpu"]),
+    required=True,
+    help="What to pack for; cpu is the CPU of this machine.",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the result. Default: PATH-DEVICE, beside it."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result of aoconvert there.")
+@common
+def command(*, checkpoint: Path, device: str, output: Path | None, overwrite: bool, out: Output) -> int:
+    """Pack the int4 weights of a converted checkpoint for another device.
+
+    Nothing is quantized again: the same codes, scales and zero points, read again from what was written. Everything
+    else is taken over.
+    """
+    from aoconvert import api
+
+    with out.watch() as progress:
+        done = api.repack(checkpoint, device, output=output, overwrite=overwrite, progress=progress)
+    if done.unconfirmed is not None:
+        out.warning(f"unconfirmed: {done.unconfirmed}")
+    out.result(lambda: _summary(done), done.to_dict(), str(done.output))
+    return 0
+
+
+def _summary(done: Repacked) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for entry in done.manifest.components:
+        if entry.name in done.before:
+            layouts = f"{done.before[entry.name]} → {entry.layout.packing}"
+            table.add_row(entry.name or entry.class_name, f"{layouts}, {size(entry.totals.bytes_out)}")
+    table.add_row("weights", f"{done.weights} packed anew, every code, scale and zero point the same")
+    table.add_row("time", f"{done.seconds:.1f} s")
+    table.add_row("output", str(done.output))
+    return table

@@ -1,0 +1,150 @@
+"""Which scheme a tensor gets, and why another gets none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from aoconvert.models import Skeleton, TensorSpec
+from aoconvert.models.experts import settle
+from aoconvert.rules import Rule, Rules
+from aoconvert.schemes import Scheme, blocker
+from aoconvert.schemes.apply import quantize_weight
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What else the user said about which tensors are quantized.
+
+    Attributes:
+        embeddings: embedding tables too, with a scheme that they can take.
+        default_skips: leave alone what a careful converter leaves alone.
+    """
+
+    embeddings: bool = False
+    default_skips: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The scheme for a tensor, or why there is none; ``rule`` is the one that asked for a scheme."""
+
+    scheme: Scheme | None
+    reason: str | None
+    rule: Rule | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The choices for a component, by tensor.
+
+    Attributes:
+        implementation: how its quantized experts have to be multiplied, ``None`` where that makes no difference.
+        problems: what was asked for and cannot be had.
+    """
+
+    tensors: Mapping[str, Choice] = field(default_factory=dict)
+    implementation: str | None = None
+    problems: tuple[str, ...] = ()
+
+    def of(self, spec: TensorSpec) -> Choice:
+        """The choice for a tensor; one that shares its memory has none of its own."""
+        if spec.tied_to:
+            return Choice(None, f"the same tensor as {spec.tied_to}")
+        return self.tensors[spec.name]
+
+
+def choose(skeleton: Skeleton, dtypes: Mapping[str, torch.dtype], rules: Rules, wishes: Wishes) -> Choices:
+    """Choose for every tensor of a model that is written.
+
+    Args:
+        skeleton: the empty model.
+        dtypes: of its tensors when they are quantized.
+        rules: which scheme is for which tensor.
+        wishes: what else the user said about that.
+    """
+    twins: dict[str, list[TensorSpec]] = {}
+    for spec in skeleton:
+        if spec.tied_to:
+            twins.setdefault(spec.tied_to, []).append(spec)
+    found = {
+        spec.name: _choose(spec, dtypes[spec.name], rules, wishes, twins.get(spec.name, []))
+        for spec in skeleton
+        if not spec.tied_to
+    }
+    experts = {
+        spec.name: choice.scheme
+        for spec in skeleton
+        if spec.kind == "experts" and (choice := found[spec.name]).scheme is not None
+    }
+    implementation = None
+    if experts:
+        settled = settle(skeleton, experts, quantize_weight)
+        implementation = settled.implementation
+        found |= {name: Choice(None, why, found[name].rule) for name, why in settled.refused.items()}
+    return Choices(found, implementation, tuple(_refused(skeleton, found)))
+
+
+def _choose(spec: TensorSpec, dtype: torch.dtype, rules: Rules, wishes: Wishes, twins: list[TensorSpec]) -> Choice:
+    rule = rules.match(spec.name, spec.module)
+    asked = rule if rule is not None and rule.scheme is not None else None
+    if (why := _unquantizable(spec, wishes, asked)) is not None:
+        return Choice(None, why, asked)
+    scheme = rule.scheme if rule is not None else rules.default
+    if scheme is None:
+        return Choice(None, rule.label if rule is not None else "no rule is for it")
+    why = "the model class keeps it in float32" if spec.keep_fp32 else None
+    if why is None and asked is None and wishes.default_skips:
+        why = _taste(spec, twins)
+    why = why or _unfit(spec, scheme, twins) or blocker(spec.shape, dtype, scheme)
+    return Choice(scheme if why is None else None, why, asked)
+
+
+def _unquantizable(spec: TensorSpec, wishes: Wishes, rule: Rule | None) -> str | None:
+    """Why no scheme can take the tensor, whatever it is."""
+    if not spec.floating:
+        return "not a floating tensor"
+    if spec.kind == "embedding":
+        return None if wishes.embeddings or rule is not None else "an embedding table"
+    if spec.kind in ("linear", "experts"):
+        return None
+    if spec.module_class.startswith("Conv"):
+        return f"{spec.module_class}: a convolution; torchao's weight schemes are for linear layers"
+    return f"{spec.module_class}: not the weight of a linear layer"
+
+
+def _taste(spec: TensorSpec, twins: list[TensorSpec]) -> str | None:
+    """Why a careful converter leaves the tensor alone, though the scheme could take it."""
+    if spec.hint is not None:
+        return spec.hint
+    twin = next((twin for twin in twins if twin.hint is not None), None)
+    return f"the same tensor as {twin.name} ({twin.hint})" if twin is not None else None
+
+
+def _unfit(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | None:
+    """Why what the scheme makes of the tensor could not be loaded, or not be used."""
+    if scheme.needs_rows and spec.single_row:
+        return f"sees one row per sample, which {scheme.name} cannot run"
+    if not scheme.embeddings and any(item.kind == "embedding" for item in (spec, *twins)):
+        return f"an embedding table, and no rows can be looked up in {scheme.name}"
+    return None
+
+
+def _refused(skeleton: Skeleton, found: Mapping[str, Choice]) -> list[str]:
+    """One line for every rule that asked for a scheme, and got it for no tensor at all."""
+    got = {choice.rule for choice in found.values() if choice.rule is not None and choice.scheme is not None}
+    blocked: dict[Rule, list[tuple[str, str]]] = {}
+    for spec in skeleton:
+        choice = found.get(spec.name)
+        if choice is not None and choice.rule is not None and choice.rule not in got:
+            blocked.setdefault(choice.rule, []).append((spec.name, choice.reason or ""))
+    lines = []
+    for rule, tensors in blocked.items():
+        # a module's bias says nothing about its rule
+        name, why = next((item for item in tensors if not item[0].endswith("bias")), tensors[0])
+        lines.append(f"{skeleton.component.title}: {rule.label} quantizes nothing ({name}: {why})")
+    return lines

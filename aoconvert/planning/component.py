@@ -1,0 +1,185 @@
+"""The plan of one model: its tensors, its files, its ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from aoconvert.models import Component, ModelLayout, Skeleton, build_skeleton, join
+from aoconvert.models.ties import untied
+from aoconvert.options import QuantizeOptions
+from aoconvert.planning import files as plan_files
+from aoconvert.planning.choices import Wishes
+from aoconvert.planning.decide import Decisions, decide
+from aoconvert.planning.inventory import Inventory, take
+from aoconvert.planning.types import ComponentPlan, FilePlan, TensorPlan
+from aoconvert.planning.weights import is_only
+from aoconvert.recipes import fqn_to_config
+from aoconvert.rules import Rules
+from aoconvert.sources.weights import find_weights
+
+if TYPE_CHECKING:
+    import torch
+    from torchao.core.config import AOBaseConfig
+
+    from aoconvert.sources import Source
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
+def plan_component(
+    source: Source,
+    layout: ModelLayout,
+    component: Component,
+    rules: Rules,
+    options: QuantizeOptions,
+    *,
+    need_weights: bool,
+) -> tuple[ComponentPlan, list[str]]:
+    """Decide everything about one model.
+
+    Args:
+        source: the resolved source.
+        layout: what the source holds.
+        component: the model.
+        rules: which scheme is for which of its tensors.
+        options: what the user asked for.
+        need_weights: a model without weights is a problem.
+
+    Returns:
+        The plan, and what is wrong.
+    """
+    import torch
+
+    dtype = _dtype(options.dtype)
+    code = source.root / component.folder if options.trust_remote_code else None
+    fuse = options.fuse_qkv and (component.library == "diffusers" or layout.kind != "pipeline")
+    skeleton = build_skeleton(component, dtype or torch.bfloat16, code_root=code, fuse_qkv=fuse)
+    free: Mapping[str, str] = {}
+    problems = []
+    if options.untie:
+        apart = untied(skeleton, dtype or torch.bfloat16, code_root=code)
+        skeleton, free = apart.skeleton, apart.free
+        if not free:
+            why = next(iter(apart.stuck.values()), "none of its tensors share their memory")
+            problems.append(f"{component.title}: --untie: {why}")
+    weights = find_weights(source, component.folder, component.library, variant=options.variant)
+    if weights is None and need_weights:
+        problems.append(f"{component.title}: no weights in {join(source.label, component.folder)}")
+    inventory = take(source, skeleton, weights)
+    wishes = Wishes(options.include_embeddings, options.default_skips)
+    decisions = decide(skeleton, rules, wishes, dtype, inventory, free)
+    problems += decisions.problems
+    folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
+    tensors, order, files = _lay_out(component, folder, decisions, inventory, options.max_shard_size)
+    plan = ComponentPlan(
+        component=_with_config(skeleton.component, decisions),
+        rules=rules,
+        config=_config(rules, decisions, skeleton),
+        folder=folder,
+        tensors=tensors,
+        order=order,
+        files=files,
+        skip_modules=_skip_modules(component, tensors),
+        unused=inventory.unused if inventory else (),
+        copied=inventory.obstacle if inventory else None,
+        weights=weights,
+        skeleton=skeleton,
+        recipes=inventory.recipes if inventory else {},
+    )
+    totals = plan.totals
+    if not decisions.problems and totals.quantized_fraction < options.min_quantized:
+        skipped = sum(t.numel for t in plan.skipped)
+        problems.append(
+            f"{component.title}: {_asked(rules)} would quantize {totals.quantized_fraction:.0%} of the parameters "
+            f"outside embeddings, less than --min-quantized {options.min_quantized:g} ({skipped:,} parameters in "
+            f"{len(plan.skipped)} matrices are left out: {_reasons(plan.skipped)})"
+        )
+    elif not decisions.problems and not totals.quantized_parameters:
+        problems.append(f"{component.title}: nothing is left to quantize ({_reasons(plan.skipped)})")
+    return plan, problems
+
+
+def _with_config(component: Component, decisions: Decisions) -> Component:
+    """The model with what its ``config.json`` has to say so that it can be loaded and used."""
+    if decisions.implementation is None:
+        return component
+    return replace(component, config={**component.config, "experts_implementation": decisions.implementation})
+
+
+def _asked(rules: Rules) -> str:
+    return rules.default.name if rules.default is not None else "the recipe"
+
+
+def _config(rules: Rules, decisions: Decisions, skeleton: Skeleton) -> AOBaseConfig:
+    linear = {spec.name for spec in skeleton if spec.kind == "linear"}
+    return fqn_to_config(rules, {tensor.name: tensor.scheme for tensor in decisions.tensors}, linear)
+
+
+def _reasons(skipped: Sequence[TensorPlan]) -> str:
+    """The reasons, most parameters first."""
+    weight: dict[str, int] = {}
+    for tensor in skipped:
+        weight[tensor.reason or ""] = weight.get(tensor.reason or "", 0) + tensor.numel
+    return "; ".join(sorted(weight, key=lambda reason: -weight[reason])[:3]) or "no matrices"
+
+
+def _lay_out(
+    component: Component, folder: str, decisions: Decisions, inventory: Inventory | None, limit: int | None
+) -> tuple[tuple[TensorPlan, ...], tuple[str, ...], tuple[FilePlan, ...]]:
+    """Deal tensors to files, and compute each file's exact size."""
+    from aoconvert.writers.torch_bin import predict_size
+
+    default = (
+        plan_files.DIFFUSERS_FILE_BYTES if component.library == "diffusers" else plan_files.TRANSFORMERS_FILE_BYTES
+    )
+    order = inventory.order if inventory else ()
+    dealt = plan_files.assign(decisions.tensors, order, limit or default)
+    where: dict[str, str] = {}
+    files = []
+    for number, names in enumerate(dealt, start=1):
+        path = join(folder, plan_files.weights_name(component, number, len(dealt)))
+        where.update(dict.fromkeys(names, path))
+        # the pickle lists tensors in state-dict order, their data lies in the order it was read
+        listed = [tensor.name for tensor in decisions.tensors if where.get(tensor.name) == path]
+        files.append(FilePlan(path, predict_size({name: decisions.outputs[name] for name in names}, listed)))
+    tensors = tuple(replace(tensor, file=where.get(tensor.name)) for tensor in decisions.tensors)
+    return tensors, tuple(name for names in dealt for name in names), tuple(files)
+
+
+def _skip_modules(component: Component, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    """``modules_to_not_convert``: linear modules that stay as they are.
+
+    diffusers matches an entry as a substring of a parameter's name; an entry that would also catch a quantized
+    parameter is written as the full parameter name, which it matches exactly.
+    """
+    quantized = [tensor.name for tensor in tensors if tensor.action == "quantize"]
+    entries = []
+    for tensor in tensors:
+        if not tensor.candidate or tensor.action == "quantize" or not tensor.name.endswith(".weight"):
+            continue
+        module = tensor.name.removesuffix(".weight")
+        clash = component.library == "diffusers" and any(f"{module}." in name for name in quantized)
+        entries.append(tensor.name if clash else module)
+    return tuple(entries)
+
+
+def component_warnings(plan: ComponentPlan) -> list[str]:
+    """What is not wrong, but the user should know."""
+    title = plan.component.title
+    lines = list(dict.fromkeys(f"{title}: {note}" for scheme in plan.schemes for note in scheme.notes))
+    if plan.component.library == "diffusers" and len(plan.files) > 1:
+        lines.append(
+            f"{title}: diffusers opens a sharded .bin only with use_safetensors=False, and a pipeline not at all"
+        )
+    if plan.unused:
+        shown = ", ".join(plan.unused[:3]) + (", …" if len(plan.unused) > 3 else "")
+        lines.append(f"{title}: {len(plan.unused)} tensors of the checkpoint have no place in the model: {shown}")
+    if plan.copied is not None:
+        lines.append(f"{title}: transformers makes a copy of its merged tensors while it runs ({plan.copied})")
+    return lines

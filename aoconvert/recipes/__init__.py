@@ -1,0 +1,24 @@
+"""Recipes: which scheme for which tensors, in a file; and back, from what a result says about itself.
+
+Nothing here imports torch before it must: :func:`load` of a TOML file and :func:`dump` never do.
+"""
+
+from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section, rules
+from aoconvert.recipes.files import dump, load
+from aoconvert.recipes.fqn import fqn_to_config
+from aoconvert.recipes.recorded import from_config, from_manifest, from_quantization_config, scheme_of_config
+
+__all__ = [
+    "Choice",
+    "Recipe",
+    "RecipeRule",
+    "Section",
+    "dump",
+    "fqn_to_config",
+    "from_config",
+    "from_manifest",
+    "from_quantization_config",
+    "load",
+    "rules",
+    "scheme_of_config",
+]

@@ -1,0 +1,232 @@
+"""Recipe files: TOML that people write, or what an earlier result says about itself.
+
+::
+
+    default = "int8wo"                     # or "skip", or a table; without it --scheme is the default
+
+    [[rule]]
+    match = 're:transformer_blocks\\..*\\.attn1\\.to_[qkv]'
+    scheme = "int4wo"                      # or "skip"
+    group_size = 64
+    layout_device = "cuda"
+    set = { int4_choose_qparams_algorithm = "hqq" }
+
+    [component.text_encoder]               # holds alone for this component of a pipeline
+    default = { scheme = "float8wo" }
+
+Which rule is for a tensor: an exact tensor name, an exact module name, the first ``re:`` that matches the tensor's name
+fully, the first that matches the module's, the default (torchao's ``FqnToConfig``, see :mod:`aoconvert.rules`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+
+from aoconvert.errors import UsageError
+from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section, at
+from aoconvert.recipes.recorded import from_json
+from aoconvert.schemes.names import find
+
+SKIP = "skip"
+_REGEX = "re:"
+_LIMIT = 64 << 20  # bytes; a manifest of the largest models has a few megabytes
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Choice(_Model):
+    scheme: StrictStr
+    group_size: StrictInt | None = None
+    set: dict[str, StrictBool | StrictInt | StrictFloat | StrictStr] = Field(default_factory=dict)
+    layout_device: StrictStr | None = None
+
+
+class _Rule(_Choice):
+    match: StrictStr
+
+
+class _Section(_Model):
+    default: Any = None  # a name or a table: told apart by hand, for one message instead of two
+    rule: list[_Rule] = Field(default_factory=list)
+
+
+class _File(_Section):
+    component: dict[str, _Section] = Field(default_factory=dict)
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe: a TOML file, or the ``config.json`` or ``aoconvert.json`` of an earlier result.
+
+    Raises:
+        UsageError: the file cannot be read, or something in it is wrong.
+    """
+    try:
+        if path.stat().st_size > _LIMIT:
+            raise UsageError(f"recipe {path} is larger than {_LIMIT >> 20} MiB", hint="it holds rules, not weights")
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        hint = "name a .toml, a config.json or an aoconvert.json" if path.is_dir() else None
+        raise UsageError(f"recipe {path}: {error.strerror or error}", hint=hint) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"recipe {path} is not UTF-8 (byte {error.start})") from error
+    if path.suffix.lower() == ".json":
+        return from_json(text, path.name)
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"recipe {path} is not TOML: {error}", hint="strings and patterns stand in quotes") from error
+    return _recipe(values, path.name)
+
+
+def _recipe(values: Mapping[str, Any], origin: str) -> Recipe:
+    try:
+        parsed = _File.model_validate(values)
+    except ValidationError as error:
+        raise _refused(error, origin) from None
+    components = {name: _section(part, origin, f"{_component(name)} ") for name, part in parsed.component.items()}
+    recipe = Recipe(origin, _section(parsed, origin, ""), components)
+    if recipe.base == Section() and not components:
+        raise UsageError(f"{origin} has neither a default nor rules", hint='write default = "int8wo", or [[rule]]')
+    return recipe
+
+
+def _section(parsed: _Section, origin: str, prefix: str) -> Section:
+    default = None
+    if isinstance(parsed.default, str):
+        default = _choice(_Choice(scheme=parsed.default), origin, f"{prefix}default")
+    elif isinstance(parsed.default, dict):
+        try:
+            default = _choice(_Choice.model_validate(parsed.default), origin, f"{prefix}default")
+        except ValidationError as error:
+            raise _refused(error, origin, f"{prefix}default") from None
+    elif parsed.default is not None:
+        raise UsageError(
+            f"{origin}, {prefix}default: {parsed.default!r} is neither a scheme nor a table",
+            hint='default = "int8wo", or default = { scheme = "int4wo", group_size = 64 }',
+        )
+    made: dict[str, int] = {}
+    rules = []
+    for number, rule in enumerate(parsed.rule, 1):
+        place = f"{prefix}rule {number} ({rule.match!r})"
+        _check_pattern(rule.match, origin, place)
+        if (first := made.setdefault(rule.match, number)) != number:
+            raise UsageError(f"{origin}, {place}: rule {first} has the same pattern", hint="take one of them out")
+        rules.append(RecipeRule(rule.match, _choice(rule, origin, place)))
+    return Section(default, tuple(rules))
+
+
+def _check_pattern(pattern: str, origin: str, place: str) -> None:
+    if pattern == "_default":
+        raise UsageError(f"{origin}, {place}: _default is not a pattern here", hint='default = "int8wo" says it')
+    if not pattern.removeprefix(_REGEX):
+        raise UsageError(f"{origin}, {place}: an empty pattern", hint="name a tensor or module, or write re:PATTERN")
+    if pattern.startswith(_REGEX):
+        try:
+            re.compile(pattern[len(_REGEX) :])
+        except (re.error, RecursionError, OverflowError) as error:
+            hint = "in 'single quotes' a backslash is a backslash"
+            raise UsageError(f"{origin}, {place}: not a regular expression: {error}", hint=hint) from None
+
+
+def _choice(parsed: _Choice, origin: str, place: str) -> Choice:
+    settings = tuple((key, _text(value)) for key, value in parsed.set.items())
+    if parsed.scheme.strip().lower() == SKIP:
+        if settings or parsed.group_size is not None or parsed.layout_device is not None:
+            raise UsageError(
+                f'{origin}, {place}: scheme "skip" takes no options', hint="name a scheme, or leave them out"
+            )
+        return Choice(None)
+    try:
+        find(parsed.scheme, dict(settings))
+    except UsageError as error:
+        raise at(origin, place, error) from error
+    return Choice(parsed.scheme, parsed.group_size, settings, parsed.layout_device)
+
+
+def _text(value: bool | int | float | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _component(name: str) -> str:
+    return f"[component.{name if name.isprintable() else repr(name)}]"
+
+
+_KEYS = {
+    "file": "a recipe has default, [[rule]] and [component.NAME]",
+    "section": "a component has default and [[component.NAME.rule]]",
+    "rule": "a rule has match, scheme, group_size, layout_device and set",
+    "default": "a default has scheme, group_size, layout_device and set",
+}
+
+
+def _refused(error: ValidationError, origin: str, place: str = "", kind: str = "file") -> UsageError:
+    """The first thing that is wrong, with its place in words."""
+    first = error.errors()[0]
+    keys = list(first["loc"])
+    places = [origin, place] if place else [origin]
+    if keys[0] == "component" and len(keys) > 1:
+        places.append(_component(str(keys[1])))
+        keys, kind = keys[2:], "section"
+    if len(keys) > 1 and keys[0] == "rule":
+        places.append(f"rule {int(keys[1]) + 1}")
+        keys, kind = keys[2:], "rule"
+    in_set = len(keys) > 1 and keys[0] == "set"
+    key = ".".join(map(str, keys[:2] if in_set else keys))
+    if first["type"] == "extra_forbidden":
+        what = f"unknown key {key!r}"
+    elif first["type"] == "missing":
+        what = f"{key} is missing"
+    elif in_set:
+        what = f"{key} is neither text nor a number nor true or false"
+    else:
+        what = f"{key} {first['msg'].removeprefix('Input ')}".lstrip()
+    return UsageError(f"{', '.join(places)}: {what}", hint=_KEYS[kind])
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as TOML; :func:`load` makes the same of it, its origin aside."""
+    lines = [*_section_lines(recipe.base, "")]
+    for name, section in recipe.components.items():
+        key = f"component.{name if _BARE_KEY.fullmatch(name) else _quoted(name)}"
+        lines += ["", f"[{key}]", *_section_lines(section, f"{key}.")]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _section_lines(section: Section, prefix: str) -> Iterator[str]:
+    if section.default is not None:
+        pairs = list(_pairs(section.default))
+        only_scheme = len(pairs) == 1
+        yield "default = " + (pairs[0][1] if only_scheme else f"{{ {', '.join(f'{k} = {v}' for k, v in pairs)} }}")
+    for rule in section.rules:
+        yield from ("", f"[[{prefix}rule]]", f"match = {_quoted(rule.pattern)}")
+        yield from (f"{key} = {value}" for key, value in _pairs(rule.choice))
+
+
+def _pairs(choice: Choice) -> Iterator[tuple[str, str]]:
+    yield "scheme", _quoted(choice.scheme or SKIP)
+    if choice.group_size is not None:
+        yield "group_size", str(choice.group_size)
+    if choice.layout_device is not None:
+        yield "layout_device", _quoted(choice.layout_device)
+    if choice.settings:
+        pairs = (
+            f"{key if _BARE_KEY.fullmatch(key) else _quoted(key)} = {_quoted(text)}" for key, text in choice.settings
+        )
+        yield "set", f"{{ {', '.join(pairs)} }}"
+
+
+def _quoted(text: str) -> str:
+    """A TOML string: literal where it can be, so that a pattern looks as it is."""
+    if "'" not in text and text.isprintable():
+        return f"'{text}'" if "\\" in text or '"' in text else f'"{text}"'
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

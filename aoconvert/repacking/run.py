@@ -1,0 +1,277 @@
+"""``aoconvert repack``: a new checkpoint with the same int4 weights in another packed layout."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aoconvert import __version__
+from aoconvert import manifest as manifests
+from aoconvert.engine.memory import peak_host_bytes, steady_allocator
+from aoconvert.engine.output import Stage
+from aoconvert.errors import Interrupted, QuantizeError, SourceError
+from aoconvert.manifest import MANIFEST_NAME, ComponentEntry, FileEntry, Manifest, TensorEntry
+from aoconvert.planning.types import CopyPlan, layout_dict
+from aoconvert.progress import Progress
+from aoconvert.repacking.convert import CannotCarry, carry, digest, pack
+from aoconvert.repacking.prepare import PartPlan, prepare
+from aoconvert.repacking.stored import StoredFile
+from aoconvert.schemes.imports import imports
+from aoconvert.schemes.int4_parts import take_apart
+from aoconvert.sources.folder import FolderSource
+from aoconvert.verification.target import validate
+from aoconvert.writers.content import content_sha256
+from aoconvert.writers.index import write_index
+from aoconvert.writers.torch_bin import TorchBinWriter, WrittenTensor
+
+
+@dataclass(frozen=True)
+class Repacked:
+    """What was done; ``to_dict`` is what ``aoconvert repack --json`` prints.
+
+    Attributes:
+        output: the new folder.
+        manifest: what is in it.
+        before: the packing that each repacked component had, by its name.
+        weights: how many were packed anew.
+        unconfirmed: why nobody can be sure of the packed bytes yet; ``None`` where somebody can.
+        seconds: it took.
+    """
+
+    output: Path
+    manifest: Manifest
+    before: Mapping[str, str]
+    weights: int
+    unconfirmed: str | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keys are a contract (``cli.md``)."""
+        layouts = [
+            {"component": entry.name, "before": self.before[entry.name], **entry.layout.model_dump(mode="json")}
+            for entry in self.manifest.components
+            if entry.name in self.before
+        ]
+        return {
+            "output": str(self.output),
+            "manifest": str(self.output / MANIFEST_NAME),
+            "layouts": layouts,
+            "weights": self.weights,
+            "bytes_out": sum(entry.totals.bytes_out for entry in self.manifest.components),
+            "unconfirmed": self.unconfirmed,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def repack(folder: Path, device: str, output: Path, *, overwrite: bool, progress: Progress, command: str) -> Repacked:
+    """Pack the int4 weights of a checkpoint for another device. The output appears under its name when it is whole.
+
+    Nothing is quantized again: codes, scales and zero points are the same, and are read again from what was written.
+    Other tensors are copied byte for byte, other files are linked or copied. An earlier card and verification stay
+    behind: they speak of other files.
+
+    Args:
+        folder: what ``aoconvert quantize`` wrote.
+        device: ``cpu`` (as this machine packs it), ``cuda`` or ``xpu``.
+        output: the new folder.
+        overwrite: replace an earlier result there.
+        progress: is told what happens.
+        command: the command line, for the manifest.
+
+    Raises:
+        SourceError: no manifest, or files that are not those it lists.
+        PlanError: with everything that is in the way.
+        QuantizeError: a weight that the layout cannot hold exactly.
+        WriteError: disk full, or no permission.
+    """
+    steady_allocator()
+    began = time.perf_counter()
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    old = manifests.load(folder)
+    validate(old)
+    plans = prepare(folder, old, device, output, overwrite=overwrite)
+    stage = Stage(output)
+    try:
+        stage.clear()
+        progress.start("repack", sum(plan.entry.totals.bytes_out for plan in plans.values()))
+        entries = [
+            _Part(folder, plans[entry.name], device, stage, progress).run() if entry.name in plans else entry
+            for entry in old.components
+        ]
+        progress.finish()
+        others = [file for entry in old.components if entry.name not in plans for file in entry.files]
+        _take_over(folder, [*others, *old.copied], stage, progress)
+        new = old.model_copy(
+            update={
+                "tool": manifests.Tool(name="aoconvert", version=__version__),
+                "components": entries,
+                "run": _run_entry(old, command, started, time.perf_counter() - began),
+            }
+        )
+        stage.place(manifests.dump(new))
+    except KeyboardInterrupt:
+        if stage.placed:
+            raise Interrupted("interrupted; the output is whole") from None
+        stage.discard()
+        raise Interrupted("interrupted; the unfinished output was removed") from None
+    except BaseException:
+        stage.discard()
+        raise
+    return Repacked(
+        output,
+        new,
+        {name: plan.entry.layout.packing for name, plan in plans.items()},
+        sum(len(plan.names) for plan in plans.values()),
+        next(iter(plans.values())).scheme.unconfirmed,
+        time.perf_counter() - began,
+    )
+
+
+@dataclass
+class _Part:
+    """One component."""
+
+    folder: Path
+    plan: PartPlan
+    device: str
+    stage: Stage
+    progress: Progress
+    written: dict[str, WrittenTensor] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> ComponentEntry:
+        """Write its files, check them, and say what they are."""
+        entry, files, names = self.plan.entry, [], set()
+        for file in entry.files:
+            if file.path.endswith(".bin"):
+                sealed = self._weights(file.path)
+                names |= {
+                    name for name in sealed[1] if name.partition(".")[0] not in ("torch", "collections", "builtins")
+                }
+                files.append(sealed[0])
+        tensors = [self._tensor(tensor) for tensor in entry.tensors]
+        for file in entry.files:
+            if file.path.endswith(".index.json"):
+                files.append(self._index(file.path, tensors))
+            elif not file.path.endswith(".bin"):
+                files.append(self._config(file))
+        order = [file.path for file in entry.files]
+        bytes_out = sum(tensor.bytes_out for tensor in tensors)
+        bits = 8 * bytes_out / entry.totals.parameters if entry.totals.parameters else 0.0
+        return entry.model_copy(
+            update={
+                "config": self.plan.config,
+                "layout": manifests.LayoutEntry(**layout_dict(self.plan.layout)),
+                "files": sorted(files, key=lambda file: order.index(file.path)),
+                "safe_globals": sorted(names),
+                "imports": imports(names),
+                "loads_with": {**entry.loads_with, "torchao": f">={self.plan.min_torchao}"},
+                "tensors": tensors,
+                "totals": entry.totals.model_copy(update={"bytes_out": bytes_out, "bits_per_weight": bits}),
+            }
+        )
+
+    def _weights(self, path: str) -> tuple[FileEntry, tuple[str, ...]]:
+        """Write one file, and compare what it holds then. Its entry, and the names in its pickle."""
+        entries = {tensor.name: tensor for tensor in self.plan.entry.tensors if tensor.file == path}
+        target = self.stage.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with StoredFile(self.folder / path) as stored, TorchBinWriter(target) as writer:
+            if set(stored.order) != set(entries):
+                raise SourceError(f"{path}: holds other tensors than the manifest lists", hint=_DAMAGED)
+            for name in stored.order:
+                tensor = stored.read(name)
+                if content_sha256(tensor) != entries[name].sha256:
+                    raise SourceError(f"{path}: {name} is not what the manifest lists", hint=_DAMAGED)
+                self.written[name] = writer.add(name, self._packed(name, tensor))
+                self.progress.advance(entries[name].bytes_out, name)
+                del tensor
+            sealed = writer.seal(list(entries))
+        self._check(target, entries)
+        return FileEntry(path=path, size=sealed.size, sha256=sealed.sha256), sealed.globals
+
+    def _packed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name not in self.plan.names:
+            return tensor
+        try:
+            parts = carry(take_apart(tensor, self.plan.cpu_layout), self.device)
+        except CannotCarry as error:
+            raise QuantizeError(f"{name} cannot be repacked for {self.device}: {error}", hint=_AGAIN) from None
+        self.digests[name] = digest(parts)
+        return pack(parts, self.device, self.plan.algorithm)
+
+    def _check(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
+        """What was written has the codes, scales and zero points that were read, and the rest its bytes."""
+        with StoredFile(path) as stored:
+            for name in entries:
+                tensor = stored.read(name)
+                same = content_sha256(tensor) == self.written[name].sha256
+                if name in self.digests:
+                    same = same and digest(take_apart(tensor)) == self.digests[name]
+                if not same:
+                    raise QuantizeError(f"{name} is not what it was after repacking", hint="please report it")
+
+    def _tensor(self, tensor: TensorEntry) -> TensorEntry:
+        if (made := self.written.get(tensor.name)) is None:  # tied: not written
+            return tensor
+        update = {
+            "class_name": made.class_name,
+            "data_names": list(made.data_names),
+            "bytes_out": made.nbytes,
+            "sha256": made.sha256,
+        }
+        return tensor.model_copy(update=update)
+
+    def _index(self, path: str, tensors: list[TensorEntry]) -> FileEntry:
+        where = {tensor.name: Path(tensor.file).name for tensor in tensors if tensor.file is not None}
+        write_index(self.stage.root / path, where, sum(tensor.bytes_out for tensor in tensors))
+        return self.stage.write_text(path, (self.stage.root / path).read_text(encoding="utf-8"))
+
+    def _config(self, file: FileEntry) -> FileEntry:
+        """``config.json`` with the other layout's config; any other file as it is."""
+        content = (self.folder / file.path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != file.sha256:
+            raise SourceError(f"{file.path} is not what the manifest lists", hint=_DAMAGED)
+        values = json.loads(content)
+        values["quantization_config"]["quant_type"] = {"default": self.plan.config}
+        return self.stage.write_text(file.path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+_DAMAGED = "quantize again; aoconvert verify says what else changed"
+_AGAIN = "quantize again with --layout-device"
+
+
+def _take_over(folder: Path, files: list[FileEntry], stage: Stage, progress: Progress) -> None:
+    """Link or copy files that stay as they are, and see that they are what the manifest lists."""
+    if not files:
+        return
+    progress.start("copy", sum(file.size for file in files))
+    plans = [CopyPlan(file.path, file.path, file.size) for file in files]
+    for file, found in zip(files, stage.take_over(FolderSource(folder), plans, progress), strict=True):
+        if found.sha256 != file.sha256:
+            raise SourceError(f"{file.path} is not what the manifest lists", hint=_DAMAGED)
+    progress.finish()
+
+
+def _run_entry(old: Manifest, command: str, started: str, seconds: float) -> manifests.RunEntry:
+    return old.run.model_copy(
+        update={
+            "command": command,
+            "started": started,
+            "seconds": round(seconds, 3),
+            "peak_host_bytes": peak_host_bytes(),
+            "peak_device_bytes": 0,
+            "reader_seconds": 0.0,
+            "quantize_seconds": 0.0,
+            "writer_seconds": 0.0,
+            "digest": None,
+        }
+    )

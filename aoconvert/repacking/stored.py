@@ -1,0 +1,76 @@
+"""A finished ``.bin`` of torchao tensors, read one tensor at a time.
+
+``torch.load(mmap=True)`` maps the whole file, which the kernel refuses where the file is larger than RAM. Here torch
+rebuilds the tensors on the meta device, which takes no data, and the bytes of one are read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from aoconvert.readers.base import open_file, read_bytes
+from aoconvert.verification.contents import TensorEntry
+from aoconvert.verification.pickles import read_loadable
+from aoconvert.writers.content import data_names
+
+
+class StoredFile:
+    """Its pickle is checked before torch sees it. torchao's classes must be imported.
+
+    Raises:
+        SourceError: missing or damaged.
+        UnsafePickleError, UnsafeZipError: it holds what no checkpoint of torchao holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.contents = read_loadable(path)
+        self._descriptor = open_file(path)
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    @property
+    def order(self) -> list[str]:
+        """The names of the tensors, as their data lie in the file."""
+        return sorted(self.contents.tensors, key=lambda name: _first(self.contents.tensors[name]))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own.
+
+        Raises:
+            ReadError: the disk fails, or the file changed.
+        """
+        if not self._tensors:
+            self._tensors = torch.load(self._path, map_location="meta", weights_only=True)
+        return self._filled(self._tensors[name], self.contents.tensors[name], name)
+
+    def _filled(self, empty: torch.Tensor, entry: TensorEntry, name: str) -> torch.Tensor:
+        """A tensor like ``empty``, which is on meta, with its data."""
+        if names := data_names(empty):
+            kind: Any = type(empty)
+            parts = {part: self._filled(getattr(empty, part), entry.inner[part], f"{name}.{part}") for part in names}
+            context = empty.__tensor_flatten__()[1]  # type: ignore[attr-defined]
+            whole: torch.Tensor = kind.__tensor_unflatten__(parts, context, empty.size(), empty.stride())
+            return whole
+        assert entry.data is not None and entry.data.offset is not None
+        span = sum((size - 1) * step for size, step in zip(empty.shape, empty.stride(), strict=True)) + 1
+        nbytes = span * empty.element_size() if empty.numel() else 0
+        data = read_bytes(self._descriptor, entry.data.offset, nbytes, f"{self._path}: tensor {name!r}")
+        return data.view(empty.dtype).as_strided(empty.size(), empty.stride(), 0)
+
+
+def _first(tensor: TensorEntry) -> int:
+    """Where the data of a tensor begin."""
+    return min((leaf.data.offset or 0 for _, leaf in tensor.leaves() if leaf.data is not None), default=0)

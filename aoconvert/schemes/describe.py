@@ -1,0 +1,85 @@
+"""A weight that torchao quantized, in the words of the catalogue."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchao.core.config import AOBaseConfig
+
+    from aoconvert.schemes.table import SchemeEntry
+
+_ELEMENTS = {"float4_e2m1fn_x2": "float4_e2m1", "fp6_e2m3": "float6_e2m3", "fp6_e3m2": "float6_e3m2"}
+
+
+def granularity_of(sample: Any) -> tuple[int | None, str]:
+    """Group size (``None``: no groups) and what shares a scale, of a quantized matrix."""
+    columns = sample.shape[1]
+    # MXTensor and NVFP4Tensor hold the length of a group, the others (rows, columns) of a block
+    block = sample.block_size
+    block_rows, block_columns = (1, block) if isinstance(block, int) else block
+    if block_rows == 1:
+        if block_columns == columns:
+            return None, "per row"
+        also = ", and per tensor" if getattr(sample, "per_tensor_scale", None) is not None else ""
+        return block_columns, f"per group of {block_columns}{also}"
+    if "PerBlock" in type(getattr(sample.act_quant_kwargs, "granularity", None)).__name__:
+        return None, f"per block of {block_rows}x{block_columns}"
+    return None, "per tensor"
+
+
+def activation(sample: Any) -> str | None:
+    """What the quantized weight will do to its input."""
+    if getattr(sample, "activation_quantization", None) is not None:
+        return "int8 per token, asymmetric, dynamic"  # the one kind that IntxUnpackedToInt8Tensor knows
+    if (kwargs := getattr(sample, "act_quant_kwargs", None)) is None:
+        return None
+    kind = type(kwargs).__name__
+    if kind == "QuantizeTensorToMXKwargs":
+        element = str(kwargs.elem_dtype).removeprefix("torch.")
+        return f"{_ELEMENTS.get(element, element)} per group of {kwargs.block_size}, dynamic"
+    if kind == "QuantizeTensorToNVFP4Kwargs":
+        return "float4_e2m1 per group of 16, dynamic"
+    per = {"PerTensor": "per tensor", "PerRow": "per token"}.get(type(kwargs.granularity).__name__)
+    if kind == "QuantizeTensorToFloat8Kwargs":
+        dtype = str(kwargs.float8_dtype).removeprefix("torch.")
+        return f"{dtype} {per or f'per group of {kwargs.granularity.block_size[-1]}'}, dynamic"
+    return f"int8 {per}, {'asymmetric, ' if kwargs.mapping_type.name == 'ASYMMETRIC' else ''}dynamic"
+
+
+def min_torchao(entry: SchemeEntry, config: AOBaseConfig, group_size: int | None) -> str:
+    """Files of torchao 0.18 were loaded and run in 0.13, 0.14.1, 0.15, 0.16 and 0.17.
+
+    Before 0.17, Int8Tensor loads groups but fails in forward, and silently takes asymmetric activations for symmetric.
+    """
+    asymmetric = getattr(getattr(config, "act_mapping_type", None), "name", None) == "ASYMMETRIC"
+    if entry.tensor_class == "Int8Tensor" and (group_size is not None or asymmetric):
+        return "0.17"
+    return entry.min_torchao
+
+
+def notes(entry: SchemeEntry, bits: float, granularity: str) -> tuple[str, ...]:
+    """What whoever chooses it should know first."""
+    found = []
+    value_bits = bits_of(entry.weight_dtype)
+    if value_bits < round(bits):
+        found.append(f"stores each {value_bits}-bit value in one byte: the file is not smaller than int8wo's")
+        if granularity == "per row":
+            found.append("one scale for a whole row: a group size of 32 to 128 is more accurate")
+    if entry.needs_rows:
+        found.append("fails in layers that see a single row of input (modulation, timestep): leave those out")
+    if entry.device != "any":
+        found.append(f"runs on {entry.device} devices only")
+    if entry.min_capability is not None:
+        found.append(f"on CUDA it runs from compute capability {capability(entry.min_capability)} on")
+    return tuple(found)
+
+
+def bits_of(dtype: str) -> int:
+    """How many bits a value has: ``int4``, ``float8_e4m3fn``."""
+    return int(dtype.removeprefix("int").removeprefix("float").partition("_")[0])
+
+
+def capability(version: tuple[int, int]) -> str:
+    """A compute capability as people write it: ``8.9``."""
+    return ".".join(map(str, version))

@@ -1,0 +1,110 @@
+"""What an entry of the catalogue says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemeEntry:
+    """A scheme as the catalogue lists it.
+
+    Attributes:
+        name: the canonical name.
+        aliases: other names; names are compared without regard to case and to ``-`` or ``_``.
+        config: dotted name of the torchao config class.
+        fields: what the name fixes, as ``(field, value)`` in the syntax of ``--set``; settings cannot change these.
+        defaults: the same for what a setting may change.
+        group_field: the config field that takes a group size, ``None`` where torchao has no choice of groups.
+        tensor_class: torchao's class of a quantized weight.
+        weight_dtype: what a weight becomes.
+        ranks: how many dimensions a weight may have (3 for the stacked experts of a mixture of experts).
+        dtypes: dtypes that a weight may have before.
+        multiples: out_features and in_features must be multiples of these.
+        needs_rows: dies at run time in layers that see a single row of input.
+        embeddings: torchao can look rows up in it, so that it also serves the weight of an ``nn.Embedding``.
+        whole: the weight has to be quantized in one piece, because of its packing or of a scale for all of it.
+        packing: torchao's packing format.
+        device: ``any``, or the one device type that can run it.
+        min_capability: lowest CUDA compute capability that can run it.
+        requires: what has to be installed to quantize, as PEP 508 requirements.
+        min_torchao: oldest torchao that loads it, with default settings, and runs it.
+        summary: one line, when to choose it.
+        source: where that comes from.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    config: str
+    fields: tuple[tuple[str, str], ...] = ()
+    defaults: tuple[tuple[str, str], ...] = ()
+    group_field: str | None = None
+    tensor_class: str
+    weight_dtype: str
+    ranks: tuple[int, ...] = (2,)
+    dtypes: tuple[str, ...] = DTYPES
+    multiples: tuple[int, int] = (1, 1)
+    needs_rows: bool = False
+    embeddings: bool = False
+    whole: bool = False
+    packing: str = "plain"
+    device: str = "any"
+    min_capability: tuple[int, int] | None = None
+    requires: tuple[str, ...] = ("torchao>=0.18",)
+    min_torchao: str = "0.18"
+    summary: str
+    source: str
+
+    @property
+    def config_class(self) -> str:
+        """The name of the torchao config class, without its module."""
+        return self.config.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names that stand for several schemes; one setting says which.
+
+    Attributes:
+        names: the names.
+        field: the setting that chooses.
+        members: the setting's value -> the scheme's canonical name.
+        default: the scheme when the setting is not given; ``None``: it must be given.
+    """
+
+    names: tuple[str, ...]
+    field: str
+    members: tuple[tuple[str, str], ...]
+    default: str | None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A name that stands for a scheme and a group size; ``--group-size`` changes the latter.
+
+    Attributes:
+        name: the name.
+        scheme: the scheme's canonical name.
+        group_size: its group size.
+    """
+
+    name: str
+    scheme: str
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A well-known name that is no scheme here.
+
+    Attributes:
+        pattern: regular expression for the whole normalized name.
+        reason: why, in a few words.
+        nearest: what to take instead, and what differs.
+    """
+
+    pattern: str
+    reason: str
+    nearest: str

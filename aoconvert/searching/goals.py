@@ -1,0 +1,178 @@
+"""What the user wants to keep to, and the schemes that do so with little error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aoconvert.errors import PlanError
+from aoconvert.options import QuantizeOptions
+from aoconvert.searching.allocate import Option, Selection, cheapest, error_of, fit
+from aoconvert.searching.survey import Survey
+from aoconvert.words import size
+
+if TYPE_CHECKING:
+    from aoconvert.engine.quantize import Error
+    from aoconvert.schemes import Scheme
+
+_WITHIN = 0.01
+_DIGITS = 9
+
+Chosen = dict[str, dict[str, "Scheme | None"]]
+"""Component → tensor → scheme."""
+
+
+@dataclass
+class Tensor:
+    """A tensor to choose for; ``schemes`` begins with ``None``, which leaves it as it is, without an error."""
+
+    survey: Survey
+    name: str
+    schemes: list[Scheme | None]
+    errors: list[Error | None]
+
+    def options(self, cost: Callable[[str, Scheme | None], int]) -> list[Option]:
+        """What each scheme costs. The last digits of an error hang on how it was computed: they decide nothing."""
+        noises = [error.noise if error is not None else 0.0 for error in self.errors]
+        return [
+            Option(cost(self.name, scheme), float(f"{noise:.{_DIGITS}e}"))
+            for scheme, noise in zip(self.schemes, noises, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A choice; ``why`` is the reason of a tensor that could take a scheme and has none."""
+
+    chosen: Chosen
+    why: str
+    warnings: tuple[str, ...] = ()
+
+
+def reach(tensors: Sequence[Tensor], options: QuantizeOptions, fixed: int) -> Outcome:
+    """Choose by the goal that the options name.
+
+    Args:
+        tensors: what there is to choose for.
+        options: one of ``min_sqnr``, ``target_bits`` and ``target_size`` is set.
+        fixed: bytes of weights files that are not chosen for.
+
+    Raises:
+        PlanError: the goal cannot be reached.
+    """
+    if options.min_sqnr is not None:
+        limit = options.min_sqnr
+        selection = tuple(_least(tensor, limit) for tensor in tensors)
+        return Outcome(_named(tensors, selection), f"auto: no candidate reaches {limit:g} dB")
+    if options.target_bits is not None:
+        return _bits(tensors, options.target_bits)
+    assert options.target_size is not None
+    return _sized(tensors, options.target_size, fixed)
+
+
+def _least(tensor: Tensor, limit: float) -> int:
+    """The scheme with the fewest bytes whose SQNR, as the manifest will round it, is not below ``limit``."""
+    passed = []
+    for at, (scheme, error) in enumerate(zip(tensor.schemes, tensor.errors, strict=True)):
+        if error is None:
+            continue
+        sqnr = math.inf if error.noise == 0 else error.sqnr_db
+        if sqnr is not None and sqnr >= limit:
+            passed.append((tensor.survey.data_bytes(tensor.name, scheme), -sqnr, at))
+    return min(passed)[2] if passed else 0
+
+
+def _named(tensors: Sequence[Tensor], selection: Selection) -> Chosen:
+    chosen: Chosen = {}
+    for tensor, at in zip(tensors, selection, strict=True):
+        chosen.setdefault(tensor.survey.component, {})[tensor.name] = tensor.schemes[at]
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """A number of bytes, and how to speak of it: the option, a component or nothing, and bytes in its unit."""
+
+    flag: str
+    where: str
+    target: int
+    shown: Callable[[int], str]
+
+
+def _bits(tensors: Sequence[Tensor], bits: float) -> Outcome:
+    """So many bits a parameter, for each component."""
+    chosen: Chosen = {}
+    warnings: list[str] = []
+    for component in dict.fromkeys(tensor.survey.component for tensor in tensors):
+        part = [tensor for tensor in tensors if tensor.survey.component == component]
+        selection, warning = _bits_of(part, bits)
+        chosen |= _named(part, selection)
+        warnings += warning
+    return Outcome(chosen, f"auto: --target-bits {bits:g} leaves room for it as it is", tuple(warnings))
+
+
+def _bits_of(tensors: Sequence[Tensor], bits: float) -> tuple[Selection, list[str]]:
+    survey = tensors[0].survey
+    parameters = survey.plan.totals.parameters
+
+    def exact(selection: Selection) -> int:
+        return survey.data_size(_named(tensors, selection)[survey.component])
+
+    def shown(count: int) -> str:
+        return f"{8 * count / parameters:.3f} bits per weight"
+
+    goal = _Goal(f"--target-bits {bits:g}", f"{survey.plan.component.title}: ", int(bits * parameters / 8), shown)
+    return _fitted(goal, [tensor.options(survey.data_bytes) for tensor in tensors], exact, _singles(tensors))
+
+
+def _sized(tensors: Sequence[Tensor], target: int, fixed: int) -> Outcome:
+    """So many bytes, for all weights files together."""
+    surveys = {tensor.survey.component: tensor.survey for tensor in tensors}
+
+    def exact(selection: Selection) -> int:
+        return fixed + sum(surveys[name].file_size(chosen) for name, chosen in _named(tensors, selection).items())
+
+    goal = _Goal(f"--target-size {size(target)}", "", target, lambda count: f"{size(count)} ({count} bytes)")
+    items = [tensor.options(tensor.survey.file_bytes) for tensor in tensors]
+    selection, warnings = _fitted(goal, items, exact, _singles(tensors))
+    return Outcome(_named(tensors, selection), f"auto: {goal.flag} leaves room for it as it is", tuple(warnings))
+
+
+def _fitted(
+    goal: _Goal, items: Sequence[Sequence[Option]], exact: Callable[[Selection], int], singles: Sequence[Selection]
+) -> tuple[Selection, list[str]]:
+    """The selection with little error that keeps to the goal, and a warning where it stays far below.
+
+    Raises:
+        PlanError: no selection can, or one with nothing quantized does.
+    """
+    nothing = exact((0,) * len(items))
+    selection = fit(items, goal.target, exact, singles) if goal.target < nothing else None
+    if selection is None:
+        least = exact(cheapest(items))
+        raise PlanError(
+            [
+                f"{goal.where}{goal.flag} cannot be reached: it takes {goal.shown(least)} at least, "
+                f"and {goal.shown(nothing)} with nothing quantized"
+            ],
+            hint="other --candidates, or another goal",
+        )
+    reached = exact(selection)
+    if reached >= (1 - _WITHIN) * goal.target or error_of(items, selection) == 0:
+        return selection, []
+    return selection, [
+        f"{goal.where}{goal.flag}: {goal.shown(reached)} is what was reached; the next step would be more"
+    ]
+
+
+def _singles(tensors: Sequence[Tensor]) -> list[Selection]:
+    """One scheme for all that can take it, for each scheme."""
+    keys = dict.fromkeys(scheme.key for tensor in tensors for scheme in tensor.schemes if scheme is not None)
+    return [tuple(_place(tensor, key) for tensor in tensors) for key in keys]
+
+
+def _place(tensor: Tensor, key: str) -> int:
+    found = (at for at, scheme in enumerate(tensor.schemes) if scheme is not None and scheme.key == key)
+    return next(found, 0)

@@ -1,0 +1,155 @@
+"""What could be quantized, to what, and how many bytes that takes: from configs and headers, with no weights read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from aoconvert.models import Component, TensorSpec
+from aoconvert.options import QuantizeOptions
+from aoconvert.planning import files as plan_files
+from aoconvert.planning.choices import Choice, Wishes, choose
+from aoconvert.planning.decide import meta_output, nbytes
+from aoconvert.planning.types import ComponentPlan, TensorPlan
+from aoconvert.rules import Rule, Rules, skipping
+from aoconvert.writers.torch_bin import predict_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from aoconvert.schemes import Scheme
+
+_ORIGIN = "auto"
+
+
+@dataclass(frozen=True)
+class Left(Rule):
+    """A tensor that is left as it is; the origin of the rule says why."""
+
+    @property
+    def label(self) -> str:
+        """The reason, without the tensor's name: it is for that tensor alone."""
+        return self.origin
+
+
+@dataclass
+class Survey:
+    """A component whose schemes are searched.
+
+    Args:
+        plan: of the component, whatever its schemes are.
+        candidates: what may be chosen.
+        options: what the user said.
+
+    Attributes:
+        allowed: tensor → the candidates that it can take, for tensors that can take one.
+    """
+
+    plan: ComponentPlan
+    candidates: Sequence[Scheme]
+    options: QuantizeOptions
+    allowed: dict[str, list[Scheme]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        import torch
+
+        self._specs: dict[str, TensorSpec] = {spec.name: spec for spec in self.plan.skeleton}
+        self._tensors = {tensor.name: tensor for tensor in self.plan.tensors}
+        self._dtypes: dict[str, torch.dtype] = {t.name: getattr(torch, t.dtype) for t in self.plan.tensors}
+        self._skip = skipping(self.options.skip)
+        self._outputs: dict[tuple[tuple[int, ...], torch.dtype, str | None], torch.Tensor] = {}
+        self._shares: dict[tuple[tuple[int, ...], torch.dtype, str | None], int] = {}
+        self._reasons: dict[str, str] = {}
+        for scheme in self.candidates:
+            for name, choice in self._choices(Rules((), scheme, self._skip)).items():
+                if choice.scheme is not None:
+                    self.allowed.setdefault(name, []).append(scheme)
+                else:
+                    self._reasons.setdefault(name, choice.reason or "")
+
+    @property
+    def component(self) -> str:
+        """Its name in the pipeline."""
+        return self.plan.component.name
+
+    def _choices(self, rules: Rules) -> Mapping[str, Choice]:
+        wishes = Wishes(self.options.include_embeddings, self.options.default_skips)
+        return choose(self.plan.skeleton, self._dtypes, rules, wishes).tensors
+
+    def output(self, name: str, scheme: Scheme | None) -> torch.Tensor:
+        """The tensor as it would be written, on ``meta``."""
+        spec = self._specs[name]
+        key = (spec.shape, self._dtypes[name], scheme.key if scheme is not None else None)
+        if key not in self._outputs:
+            self._outputs[key] = meta_output(spec, self._dtypes[name], scheme)
+        return self._outputs[key]
+
+    def data_bytes(self, name: str, scheme: Scheme | None) -> int:
+        """Bytes of the tensor's data."""
+        return nbytes(self.output(name, scheme))
+
+    def file_bytes(self, name: str, scheme: Scheme | None) -> int:
+        """By how much the tensor makes a file longer that has such a tensor already."""
+        spec = self._specs[name]
+        key = (spec.shape, self._dtypes[name], scheme.key if scheme is not None else None)
+        if key not in self._shares:
+            tensor = self.output(name, scheme)
+            self._shares[key] = predict_size({"0": tensor, "1": tensor}) - predict_size({"0": tensor})
+        return self._shares[key]
+
+    def data_size(self, chosen: Mapping[str, Scheme | None]) -> int:
+        """Bytes of the data of all tensors, as ``Totals.bytes_out`` counts them."""
+        return sum(self.data_bytes(t.name, chosen.get(t.name)) for t in self.plan.tensors if t.action != "tied")
+
+    def file_size(self, chosen: Mapping[str, Scheme | None]) -> int:
+        """Bytes of the weights files, exact."""
+        return files_size(self.plan, self.options.max_shard_size, self._written(chosen))
+
+    def _written(self, chosen: Mapping[str, Scheme | None]) -> dict[str, torch.Tensor]:
+        return {t.name: self.output(t.name, chosen.get(t.name)) for t in self.plan.tensors if t.action != "tied"}
+
+    def rules(self, chosen: Mapping[str, Scheme | None], why: str) -> Rules:
+        """The choice as rules with exact names.
+
+        Args:
+            chosen: tensor → what it is quantized to.
+            why: the reason of those that could have been quantized and are not.
+        """
+        rules: list[Rule] = []
+        for name in self._tensors:
+            scheme = chosen.get(name)
+            if scheme is not None:
+                rules.append(Rule(name, scheme, _ORIGIN))
+            elif name in self.allowed:
+                rules.append(Left(name, None, why))
+            elif self._is_matrix(name):  # its reason would be that no rule is for it
+                rules.append(Left(name, None, self._reasons[name]))
+        return Rules(tuple(rules), None, self._skip)
+
+    def _is_matrix(self, name: str) -> bool:
+        spec = self._specs[name]
+        skipped = any(rule.matches(spec.name) or rule.matches(spec.module) for rule in self._skip)
+        return not skipped and spec.kind != "other" and name in self._reasons
+
+    def refused(self, rules: Rules) -> list[str]:
+        """Tensors that cannot have together what they can have alone: the experts of a mixture."""
+        choices = self._choices(rules)
+        return [rule.pattern for rule in rules.rules if rule.scheme is not None and not choices[rule.pattern].scheme]
+
+
+def files_size(plan: ComponentPlan, limit: int | None, outputs: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of the weights files that hold these tensors, as the plan will deal and predict them."""
+    component: Component = plan.component
+    most = limit or (
+        plan_files.DIFFUSERS_FILE_BYTES if component.library == "diffusers" else plan_files.TRANSFORMERS_FILE_BYTES
+    )
+    tensors: list[TensorPlan] = [
+        replace(tensor, bytes_out=nbytes(outputs[tensor.name])) for tensor in plan.tensors if tensor.name in outputs
+    ]
+    total = 0
+    for names in plan_files.assign(tensors, plan.order, most):
+        held = set(names)
+        listed = [tensor.name for tensor in tensors if tensor.name in held]
+        total += predict_size({name: outputs[name] for name in names}, listed)
+    return total

@@ -1,0 +1,81 @@
+"""Where a checkpoint is opened, and why its weights cannot run there.
+
+Opening, and comparing bytes, works on any device; a kernel for packed weights does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from aoconvert.environment import choose_device, device_facts
+from aoconvert.errors import PlanError
+from aoconvert.inspection.compat import Layout, layout_of
+from aoconvert.schemes import int4
+from aoconvert.schemes.describe import capability
+from aoconvert.verification.pickles import read_bin
+from aoconvert.verification.target import Target
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device as torch names it, and why the weights cannot run on it (``None``: they can)."""
+
+    device: str
+    obstacle: str | None
+
+
+def choose_place(target: Target, requested: str) -> Place:
+    """Where to open a checkpoint.
+
+    Args:
+        target: the checkpoint; without a manifest its pickles are read, which must have been found safe.
+        requested: a device; ``auto`` is the one that the packed weights are for, and the CPU where that is not here.
+
+    Raises:
+        PlanError, UsageError: a device that was asked for is not here.
+    """
+    layouts = list(_layouts(target))
+    if requested != "auto":
+        device = choose_device(requested)
+    else:
+        packed = sorted({layout.device for layout in layouts} - {"any", "cpu"})
+        device = next((kind for kind in packed if _is_here(kind)), "cpu")
+    obstacles = (_obstacle(layout, device) for layout in layouts)
+    misfits = (int4.misfit(entry.layout.packing) for entry in target.manifest.components) if target.manifest else ()
+    return Place(device, next((why for why in (*obstacles, *misfits) if why is not None), None))
+
+
+def _layouts(target: Target) -> Iterable[Layout]:
+    """What the packed weights of each part demand."""
+    if target.manifest is not None:
+        for entry in target.manifest.components:
+            least = entry.layout.min_capability
+            yield Layout(entry.layout.device, (least[0], least[1]) if least and len(least) == 2 else None)
+        return
+    for part in target.parts:
+        for file in part.files:
+            if (layout := layout_of(read_bin(target.folder / file).tensors.values())) is not None:
+                yield layout
+
+
+def _obstacle(layout: Layout, device: str) -> str | None:
+    kind = device.partition(":")[0]
+    if layout.device not in ("any", kind):
+        why = f"it is to be opened on {kind}" if _is_here(layout.device) else "there is no such device here"
+        return f"its layout is for {layout.device}, and {why}"
+    if kind != "cuda" or layout.min_capability is None:
+        return None
+    here = device_facts(device)
+    if here.capability is not None and here.capability < layout.min_capability:
+        needed, has = capability(layout.min_capability), capability(here.capability)
+        return f"its layout needs CUDA capability {needed}, {here.name} has {has}"
+    return None
+
+
+def _is_here(kind: str) -> bool:
+    try:
+        choose_device(kind)
+    except PlanError:
+        return False
+    return True

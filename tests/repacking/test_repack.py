@@ -1,0 +1,221 @@
+"""Repacking: what quantizing for the other device gives, or an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import aoconvert
+from aoconvert.errors import Interrupted, PlanError, QuantizeError, SourceError, UsageError, VerificationError
+from aoconvert.progress import Silent
+from aoconvert.schemes import int4 as layouts
+from aoconvert.schemes.int4_parts import take_apart
+from aoconvert.verification.versions import device_obstacle
+
+OTHER = {"cpu": "cuda", "cuda": "cpu"}
+HQQ = {"settings": {"int4_choose_qparams_algorithm": "hqq"}}
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file's bytes; of the manifest all that does not differ from run to run."""
+    found: dict[str, Any] = {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    manifest = json.loads(found["aoconvert.json"])
+    del manifest["run"]
+    return {**found, "aoconvert.json": manifest}
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("options", [{}, HQQ, {"group_size": 32, "max_shard_size": "150KB"}], ids=["", "hqq", "shards"])
+def test_it_is_what_quantizing_for_the_device_gives(
+    int4: Any, tmp_path: Path, device: str, options: dict[str, Any]
+) -> None:
+    if "max_shard_size" in options and device == "cuda":
+        # what is filled up changes what fits in a shard: here the files of a repacked checkpoint are the source's
+        done = aoconvert.repack(int4("cpu", **options), "cuda", output=tmp_path / "there")
+        back = aoconvert.repack(done.output, "cpu", output=tmp_path / "back")
+        assert contents(back.output) == contents(int4("cpu", **options))
+        return
+    made = aoconvert.repack(int4(OTHER[device], **{**options, "max_shard_size": None}), device, output=tmp_path / "out")
+    assert made.weights == 14
+    assert contents(made.output) == contents(int4(device, **{**options, "max_shard_size": None}))
+
+
+def test_every_value_is_carried_where_the_layouts_choose_other_scales(int4: Any, tmp_path: Path) -> None:
+    """torchao's least scale is 1e-6 on the CPU and far smaller for CUDA: repacked, it stays what it was."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        int4("cpu").parent / str(hash(str({"hidden_size": 128, "intermediate_size": 320, "vocab_size": 64}))), source
+    )
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name][3] = 0.0
+    tensors[name][5] = 1e-9
+    save_file(tensors, source / "model.safetensors")
+    options: dict[str, Any] = {"group_size": 64, "min_quantized": 0.0, "device": "cpu"}
+    for device in ("cpu", "cuda"):
+        aoconvert.quantize(source, "int4wo", layout_device=device, output=tmp_path / device, **options)
+    done = aoconvert.repack(tmp_path / "cpu", "cuda", output=tmp_path / "repacked")
+    weights = {folder: weight(tmp_path / folder, name) for folder in ("cpu", "cuda", "repacked")}
+    parts = {folder: take_apart(found) for folder, found in weights.items()}
+    for attribute in ("codes", "scale", "zero"):
+        assert torch.equal(getattr(parts["cpu"], attribute), getattr(parts["repacked"], attribute))
+    assert not torch.equal(parts["cuda"].scale, parts["repacked"].scale)
+    assert torch.equal(layouts.dequantize(weights["cpu"]), layouts.dequantize(weights["repacked"]))
+    assert done.manifest.components[0].totals.worst_sqnr_db is not None
+
+
+def weight(folder: Path, name: str) -> Any:
+    return torch.load(folder / "pytorch_model.bin", weights_only=True)[name]
+
+
+def test_a_pipeline_keeps_its_other_parts(pipeline: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"min_quantized": 0.0, "device": "cpu", "group_size": 32}
+    components = {"transformer": "int4wo", "text_encoder": "int8wo"}
+    for device in ("cpu", "cuda"):
+        aoconvert.quantize(
+            pipeline, "int4wo", layout_device=device, components=components, output=tmp_path / device, **options
+        )
+    (tmp_path / "cpu" / "README.md").write_text("an old card")
+    (tmp_path / "cpu" / "aoconvert.verify.json").write_text("{}")
+    done = aoconvert.repack(tmp_path / "cpu", "cuda", output=tmp_path / "out")
+    assert set(done.before) == {"transformer"}
+    assert contents(tmp_path / "out") == contents(tmp_path / "cuda")
+
+
+def test_a_model_for_the_cpu_made_of_one_for_cuda_computes(int4: Any, tmp_path: Path) -> None:
+    aoconvert.repack(int4("cuda"), "cpu", output=tmp_path / "out")
+    tokens = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        repacked, direct = (aoconvert.load(place)(tokens).logits for place in (tmp_path / "out", int4("cpu")))
+    assert torch.equal(repacked, direct)
+    assert torch.isfinite(repacked).all()
+
+
+def test_what_the_layout_cannot_hold_exactly_is_refused_by_name(int4: Any, tmp_path: Path) -> None:
+    for device, other in (("cpu", "xpu"), ("xpu", "cuda")):
+        with pytest.raises(QuantizeError, match=r"mlp\.down_proj\.weight cannot be repacked for .* zero point"):
+            aoconvert.repack(int4(device), other, output=tmp_path / "out")
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "to", "said"),
+    [
+        ({"dtype": "float16"}, "cpu", "cuda", "q_proj.weight: int4 for cuda takes bfloat16, not float16"),
+        ({"group_size": 256, "shape": {"hidden_size": 256}}, "cuda", "cpu", "int4 for cpu has no group size 256"),
+        (
+            {"shape": {"num_attention_heads": 16, "num_key_value_heads": 1}},
+            "cuda",
+            "cpu",
+            "k_proj.weight: out_features 8 is not a multiple of 16",
+        ),
+        ({}, "cpu", "cpu", "packed for cpu already"),
+        ({}, "cuda", "cuda", "packed for cuda already"),
+    ],
+)
+def test_what_is_in_the_way_is_said_before_any_work(
+    int4: Any, tmp_path: Path, options: dict[str, Any], device: str, to: str, said: str
+) -> None:
+    with pytest.raises(PlanError) as refused:
+        aoconvert.repack(int4(device, **options), to, output=tmp_path / "out")
+    assert any(said in problem for problem in refused.value.problems)
+    assert left(tmp_path) == []
+
+
+def test_only_checkpoints_with_int4_are_repacked(int4: Any, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"has no aoconvert\.json"):
+        aoconvert.repack(tmp_path, "cuda")
+    source = next(path for path in int4("cpu").parent.iterdir() if (path / "model.safetensors").is_file())
+    aoconvert.quantize(source, "int8wo", output=tmp_path / "int8", device="cpu", min_quantized=0.0)
+    with pytest.raises(PlanError, match="no weights of int4"):
+        aoconvert.repack(tmp_path / "int8", "cuda", output=tmp_path / "out")
+    with pytest.raises(UsageError, match="no layout for 'tpu'"):
+        aoconvert.repack(int4("cpu"), "tpu", output=tmp_path / "out")
+    assert left(tmp_path) == ["int8"]
+
+
+def test_nothing_is_replaced_unasked(int4: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(int4("cpu"), folder)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    for output in (folder, tmp_path, folder / "inside", tmp_path / "out"):
+        with pytest.raises(PlanError, match="output"):
+            aoconvert.repack(folder, "cuda", output=output, overwrite=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+    first = aoconvert.repack(folder, "cuda")
+    assert first.output == tmp_path / "model-cuda"
+    with pytest.raises(PlanError, match="--overwrite"):
+        aoconvert.repack(folder, "cuda")
+    again = aoconvert.repack(folder, "cuda", overwrite=True)
+    assert contents(again.output) == contents(int4("cuda"))
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "config.json", "generation_config.json"])
+def test_a_file_that_is_not_what_the_manifest_lists_is_refused(int4: Any, tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(int4("cpu"), folder)
+    content = bytearray((folder / file).read_bytes())
+    if file.endswith(".bin"):
+        content[100_000] ^= 1  # in the middle of a weight
+    else:
+        content += b" "
+    (folder / file).unlink()  # it may be a link to what other tests read
+    (folder / file).write_bytes(content)
+    with pytest.raises(SourceError, match="is not what the manifest lists"):
+        aoconvert.repack(folder, "cuda")
+    assert left(tmp_path) == ["model"]
+
+
+class _Stopped(Silent):
+    """Ctrl-C at some tensor."""
+
+    def advance(self, nbytes: int, current: str = "") -> None:
+        if current.startswith("model.layers.1"):
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_leaves_nothing(int4: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="unfinished output was removed"):
+        aoconvert.repack(int4("cpu"), "cuda", output=tmp_path / "out", progress=_Stopped())
+    assert left(tmp_path) == []
+
+
+def test_a_checkpoint_for_another_cpu_is_said_refused_and_repacked(int4: Any, tmp_path: Path) -> None:
+    """A machine without vector instructions packs; this one has some."""
+    if layouts.machine_layout().startswith("pairs"):
+        pytest.skip("this CPU has no vector instructions that PyTorch uses")
+    code = "import sys, aoconvert; aoconvert.repack(sys.argv[1], 'cpu', output=sys.argv[2])"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(Path(__file__).parents[2])}
+    elsewhere = tmp_path / "elsewhere"
+    subprocess.run([sys.executable, "-c", code, int4("cuda"), elsewhere], env=environment, check=True)
+    layout = json.loads((elsewhere / "aoconvert.json").read_text())["components"][0]["layout"]
+    assert layout["packing"] == "opaque_pairs32"
+    seen = aoconvert.inspect(elsewhere)
+    assert seen.loads_here is False
+    assert "CPU layout pairs32" in str(seen.to_dict()["why_not"])
+    with pytest.raises(VerificationError, match="CPU layout pairs32"):
+        aoconvert.load(elsewhere)
+    report = aoconvert.verify(elsewhere)
+    assert [check.status for check in report.checks if check.name in ("versions", "reload")] == ["skipped"] * 2
+    assert not aoconvert.repack(elsewhere, "cpu", output=tmp_path / "here").unconfirmed
+    assert contents(tmp_path / "here") == contents(int4("cpu"))
+    here = aoconvert.inspect(int4("cpu"))
+    assert here.loads_here is True
+    assert device_obstacle(aoconvert.repack(int4("cuda"), "cpu", output=tmp_path / "x").manifest.components[0]) is None
