@@ -14,7 +14,7 @@ from aoconvert.words import size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from aoconvert.planning import ComponentPlan, FilePlan, Plan
+    from aoconvert.planning import ComponentPlan, FilePlan, Plan, TensorPlan
 
 EXAMPLES = """\b
 Examples:
@@ -89,7 +89,7 @@ def _reason_table(plan: ComponentPlan) -> RenderableType:
     groups: dict[tuple[str, str], list[int]] = {}
     example: dict[tuple[str, str], str] = {}
     for tensor in plan.tensors:
-        key = (tensor.action, tensor.reason or "")
+        key = (tensor.action, _why(tensor))
         counts = groups.setdefault(key, [0, 0, 0, 0])
         for place, value in enumerate((1, tensor.numel, tensor.bytes_in, tensor.bytes_out)):
             counts[place] += value
@@ -97,6 +97,10 @@ def _reason_table(plan: ComponentPlan) -> RenderableType:
     for group, (count, numel, bytes_in, bytes_out) in sorted(groups.items(), key=lambda item: -item[1][1]):
         table.add_row(*group, example[group], str(count), f"{numel:,}", size(bytes_in), size(bytes_out))
     return table
+
+
+def _why(tensor: TensorPlan) -> str:
+    return f"to {tensor.scheme.name}" if tensor.scheme is not None else tensor.reason or ""
 
 
 def _tensor_table(plan: ComponentPlan) -> RenderableType:
@@ -114,7 +118,7 @@ def _tensor_table(plan: ComponentPlan) -> RenderableType:
             shape,
             tensor.dtype,
             tensor.action,
-            tensor.reason or "",
+            _why(tensor),
             size(tensor.bytes_in),
             size(tensor.bytes_out),
         )
