@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny  # noqa: F401  (its imports come first)
+import torch
+from diffusers import TorchAoConfig as diffusers_config
+from diffusers.quantizers.torchao import TorchAoHfQuantizer as diffusers_quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from aoconvert import schemes
 from aoconvert.errors import UsageError
@@ -281,7 +286,7 @@ def test_a_quantization_config_of_others_is_a_recipe() -> None:
         "quant_type": {"default": {"_type": "ModuleFqnToConfig", "_data": {"module_fqn_to_config": entries}}},
         "modules_to_not_convert": ["lm_head"],
     }
-    recipe = from_quantization_config(config)
+    recipe = from_quantization_config(config, "transformers")
     assert recipe.base.default == Choice("int8wo")
     made = rules(recipe, "", None)
 
@@ -294,8 +299,44 @@ def test_a_quantization_config_of_others_is_a_recipe() -> None:
     assert scheme("model.layers.1.self_attn.k_proj") == "int8wo"
     assert scheme("model.layers.0.mlp.up_proj") is None
     assert scheme("lm_head") is None
-    assert scheme("model.lm_head") is None
-    assert scheme("model.lm_head_2") == "int8wo"
+    assert scheme("lm_head_2") == "int8wo"
+
+
+MODULES = ["proj_out", "a.proj_out", "a.0.proj_out", "a.1.ff", "a.11.ff", "b.a.1.ff", "ff"]
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+@pytest.mark.parametrize(
+    "entry", ["proj_out", "proj_out.weight", "a.0", "a.1", r"a.\d+", "ff", "a", "(", "a.proj_out.weight", "out"]
+)
+def test_modules_to_not_convert_means_what_its_library_means(library: str, entry: str) -> None:
+    config = {
+        "quant_method": "torchao",
+        "quant_type": {"default": schemes.get("int8wo").config_dict},
+        "modules_to_not_convert": [entry],
+    }
+    made = rules(from_quantization_config(config, library), "", None)
+    assert made.default is not None
+    with torch.device("meta"):
+        model = torch.nn.Module()
+        for name in MODULES:
+            owner = model
+            for part in name.split(".")[:-1]:
+                if not hasattr(owner, part):
+                    owner.add_module(part, torch.nn.Module())
+                owner = owner.get_submodule(part)
+            owner.add_module(name.split(".")[-1], torch.nn.Linear(2, 2))
+    for name in MODULES:
+        rule = made.match(f"{name}.weight", name)
+        if library == "diffusers":
+            quantizer = diffusers_quantizer(diffusers_config(made.default.config))
+            quantizer.modules_to_not_convert = [entry]
+            quantized = quantizer.check_if_quantized_param(model, None, f"{name}.weight", {})
+        elif entry == "(":
+            continue  # transformers fails on it
+        else:
+            quantized = should_convert_module(f"{name}.weight", [entry])
+        assert (rule is None) == quantized, name
 
 
 NUMBERED = st.lists(st.sampled_from(["a", "b", "0", "1", "12", "x.y", "(", "q_proj"]), min_size=1, max_size=4).map(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.cache import remembered
-from aoconvert.environment import versions
+from aoconvert.environment import import_diffusers, quiet_imports, versions
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -58,12 +58,11 @@ def quantization_config(library: str, config: AOBaseConfig, skipped: Iterable[st
 
 
 def _quantization_config(library: str, config: AOBaseConfig, skipped: list[str]) -> dict[str, Any]:
-    if library == "diffusers":
-        from aoconvert.environment import import_diffusers
-
-        import_diffusers()
-        from diffusers import TorchAoConfig
-    else:
-        from transformers import TorchAoConfig
-    values: dict[str, Any] = TorchAoConfig(config, modules_to_not_convert=skipped).to_dict()
+    with quiet_imports():  # it reads the config back, and that imports all of torchao's configs
+        if library == "diffusers":
+            import_diffusers()
+            from diffusers import TorchAoConfig
+        else:
+            from transformers import TorchAoConfig
+        values: dict[str, Any] = TorchAoConfig(config, modules_to_not_convert=skipped).to_dict()
     return values

@@ -13,13 +13,10 @@ import shutil
 import signal
 import stat
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from aoconvert.cache import remembered
-from aoconvert.environment import versions
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.manifest import MANIFEST_NAME, FileEntry
 from aoconvert.planning.files import partial_folder
@@ -286,39 +283,3 @@ def _sync_tree(root: Path) -> None:
         for name in files:
             _sync(Path(folder) / name)
         _sync(Path(folder))
-
-
-def model_config(library: str, config: Mapping[str, Any], quantization: Mapping[str, Any], dtype: str) -> str:
-    """``config.json`` of the quantized model: the source's, with ``quantization_config`` and the dtype it now has."""
-    values = dict(config)
-    if library == "transformers":
-        values.pop("torch_dtype", None)
-        if dtype != "auto":
-            values["dtype"] = dtype
-    values["quantization_config"] = dict(quantization)
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def quantization_config(library: str, config: Any, skipped: Iterable[str]) -> dict[str, Any]:
-    """The canonical ``quantization_config``, written by the library's own ``TorchAoConfig``.
-
-    It is remembered: the import alone takes a second.
-    """
-    from torchao.core.config import config_to_dict
-
-    skip = list(skipped)
-    facts = {"library": library, "versions": versions(), "config": config_to_dict(config), "skipped": skip}
-    values: dict[str, Any] = remembered("configs", facts, lambda: _quantization_config(library, config, skip))
-    return values
-
-
-def _quantization_config(library: str, config: Any, skipped: list[str]) -> dict[str, Any]:
-    if library == "diffusers":
-        from aoconvert.environment import import_diffusers
-
-        import_diffusers()
-        from diffusers import TorchAoConfig
-    else:
-        from transformers import TorchAoConfig
-    values: dict[str, Any] = TorchAoConfig(config, modules_to_not_convert=skipped).to_dict()
-    return values

@@ -14,7 +14,8 @@ from typing import Any
 from aoconvert import __version__, manifest
 from aoconvert.engine.journal import Journal
 from aoconvert.engine.memory import peak_device_bytes, peak_host_bytes, steady_allocator
-from aoconvert.engine.output import Stage, model_config, quantization_config
+from aoconvert.engine.model_config import model_config, quantization_config
+from aoconvert.engine.output import Stage
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.engine.source_card import read_card
 from aoconvert.engine.stream import ComponentResult, Seconds, run_component

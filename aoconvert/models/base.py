@@ -72,6 +72,7 @@ class TensorSpec:
         output_head: weight of the output embeddings (``lm_head``).
         single_row: its layer sees one row per sample (modulation, timestep, pooled projection), or may see no more: an
             expert sees the tokens that are routed to it.
+        convolution: weight of a convolution, of whatever class.
         hint: why a careful converter leaves it alone by default, in words; a matter of quality, not of what can be
             loaded and run, which the fields above say.
     """
@@ -88,6 +89,7 @@ class TensorSpec:
     keep_fp32: bool = False
     output_head: bool = False
     single_row: bool = False
+    convolution: bool = False
     hint: str | None = None
 
     @property
@@ -213,9 +215,9 @@ def _count_of_experts(module: nn.Module | None) -> int | None:
 def router_modules(model: nn.Module) -> Mapping[str, str]:
     """Linear layers that choose or weigh experts: module name → what it is.
 
-    They are small, and a wrong choice of expert costs far more than their bytes: llm-compressor's recipes and NVIDIA's
-    Model Optimizer leave them alone, and so do the published FP8 mixtures. Found by structure: beside ``experts`` (a
-    stack or a list of modules), a linear layer with one output for each of them, or with a single output.
+    They are small, and a wrong choice of expert costs far more than their bytes: compressed-tensors (vllm-project,
+    #733), MLC (mlc-llm#2012) and NVIDIA's Model Optimizer (#1858) leave them alone. Found by structure: beside
+    ``experts`` (a stack or a list of modules), a linear layer with one output for each of them, or with a single one.
     """
     from torch import nn
 
@@ -225,7 +227,7 @@ def router_modules(model: nn.Module) -> Mapping[str, str]:
         if count is None or not isinstance(module.experts, nn.Module):
             continue
         for child, layer in module.named_modules():
-            if not isinstance(layer, nn.Linear) or child.split(".")[0] == "experts":
+            if not isinstance(layer, nn.Linear) or any("expert" in part for part in child.split(".")[:-1]):
                 continue
             if layer.out_features == count:
                 found[f"{name}.{child}".lstrip(".")] = "router of a mixture of experts"
@@ -241,6 +243,7 @@ def describe_tensors(
     keep_fp32: frozenset[str],
     precise: frozenset[str],
     output_head: str | None,
+    vocabulary: int | None = None,
 ) -> tuple[TensorSpec, ...]:
     """Every tensor of ``model.state_dict()``, in its order.
 
@@ -250,7 +253,9 @@ def describe_tensors(
         keep_fp32: keys that stay in float32.
         precise: keys that the class lists as in need of float32, whether or not they get it.
         output_head: name of the output-embedding module, if any.
+        vocabulary: how many rows the input embeddings have, 0 where there are none; ``None``: nobody knows.
     """
+    from torch import nn
 
     modules = dict(model.named_modules())
     single_row = single_row_modules(model)
@@ -263,8 +268,12 @@ def describe_tensors(
         is_head = bool(output_head) and owner == output_head
         kind = _kind(name, tensor, module) if name in parameters else "other"
         hint = None
-        if kind != "other":
-            hint = "output head" if is_head else routers.get(owner) or (_PRECISE if name in precise else None)
+        if is_head and kind != "other":
+            hint = "output head"
+        elif kind == "embedding" and vocabulary is not None and tensor.shape[0] != vocabulary:
+            hint = "not the input embeddings"  # positions, token types, a table of relative positions
+        elif kind != "other":
+            hint = routers.get(owner) or (_PRECISE if name in precise else None)
         specs.append(
             TensorSpec(
                 name=name,
@@ -279,6 +288,7 @@ def describe_tensors(
                 keep_fp32=name in keep_fp32,
                 output_head=is_head,
                 single_row=kind == "experts" or owner in single_row,
+                convolution=isinstance(module, nn.modules.conv._ConvNd) and tensor.dim() > 1,
                 hint=hint,
             )
         )

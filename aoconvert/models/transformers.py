@@ -105,8 +105,21 @@ def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None
     head = model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if head is not None and module is head), None)
     tied = {name: target for name, target in model.all_tied_weights_keys.items() if name in set(names)}
-    described = describe_tensors(model, tied=tied, keep_fp32=keep, precise=precise, output_head=head_name)
+    described = describe_tensors(
+        model, tied=tied, keep_fp32=keep, precise=precise, output_head=head_name, vocabulary=_vocabulary(model)
+    )
     return Skeleton(component, model, described)
+
+
+def _vocabulary(model: Any) -> int:
+    """Rows of the input embeddings; 0 where they are no table, as those of an image are."""
+    from torch import nn
+
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return 0
+    return table.num_embeddings if isinstance(table, nn.Embedding) else 0
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _unquantizable(spec: TensorSpec, wishes: Wishes, rule: Rule | None) -> str |
         return None if wishes.embeddings or rule is not None else "an embedding table"
     if spec.kind in ("linear", "experts"):
         return None
-    if spec.module_class.startswith("Conv"):
+    if spec.convolution:
         return f"{spec.module_class}: a convolution; torchao's weight schemes are for linear layers"
     return f"{spec.module_class}: not the weight of a linear layer"
 
@@ -122,13 +122,16 @@ def _taste(spec: TensorSpec, twins: list[TensorSpec]) -> str | None:
     if spec.hint is not None:
         return spec.hint
     twin = next((twin for twin in twins if twin.hint is not None), None)
-    return f"the same tensor as {twin.name} ({twin.hint})" if twin is not None else None
+    if twin is None:
+        return None
+    return f"the same tensor as {twin.name} ({twin.hint}); --untie, or --no-default-skips for both"
 
 
 def _unfit(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | None:
     """Why what the scheme makes of the tensor could not be loaded, or not be used."""
     if scheme.needs_rows and spec.single_row:
-        return f"sees one row per sample, which {scheme.name} cannot run"
+        rows = "an expert may see a single row" if spec.kind == "experts" else "sees one row per sample"
+        return f"{rows}, which {scheme.name} cannot run"
     if not scheme.embeddings and any(item.kind == "embedding" for item in (spec, *twins)):
         return f"an embedding table, and no rows can be looked up in {scheme.name}"
     return None

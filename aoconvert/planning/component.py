@@ -173,6 +173,10 @@ def component_warnings(plan: ComponentPlan) -> list[str]:
     """What is not wrong, but the user should know."""
     title = plan.component.title
     lines = list(dict.fromkeys(f"{title}: {note}" for scheme in plan.schemes for note in scheme.notes))
+    if plan.component.config.get("experts_implementation") == "eager":
+        lines.append(f"{title}: its experts run one after the other; nothing else multiplies them when quantized so")
+    if plan.skeleton.fused:
+        lines.append(f"{title}: from_pretrained cannot open fused projections; the load code assigns the weights")
     if plan.component.library == "diffusers" and len(plan.files) > 1:
         lines.append(
             f"{title}: diffusers opens a sharded .bin only with use_safetensors=False, and a pipeline not at all"

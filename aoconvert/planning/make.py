@@ -20,11 +20,12 @@ from aoconvert.planning import files as plan_files
 from aoconvert.planning.component import component_warnings, plan_component
 from aoconvert.planning.needs import needs
 from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, Plan
-from aoconvert.planning.weights import choose, is_only
+from aoconvert.planning.weights import choose, is_only, load_recipe
 from aoconvert.rules import Rules, skipping, unmatched
 from aoconvert.words import size
 
 if TYPE_CHECKING:
+    from aoconvert.recipes import Recipe
     from aoconvert.sources import Source
 
 
@@ -50,13 +51,14 @@ def make(
         UsageError: unknown scheme, bad setting.
     """
     layout = identify(source, options.subfolder)
-    chosen, problems = choose(layout, options)
+    recipe = load_recipe(options)
+    chosen, problems = choose(layout, options, recipe)
     devices: tuple[str, ...] = ("cpu",)
     try:
         devices = choose_devices(options.device)
     except PlanError as error:
         problems += error.problems
-    asked = rules or {item.name: resolve_rules(options, item, devices[0]) for item in chosen}
+    asked = rules or {item.name: resolve_rules(options, item, devices[0], recipe) for item in chosen}
     plans: list[ComponentPlan] = []
     warnings: list[str] = []
     for component in chosen:
@@ -104,13 +106,14 @@ def make(
     )
 
 
-def resolve_rules(options: QuantizeOptions, component: Component, device: str) -> Rules:
+def resolve_rules(options: QuantizeOptions, component: Component, device: str, recipe: Recipe | None = None) -> Rules:
     """Which scheme is for which tensor of a component, by what the user said.
 
     Args:
         options: what the user said.
         component: the model.
         device: where it is quantized; packed layouts are made for it unless the user says otherwise.
+        recipe: what ``options.recipe`` holds.
 
     Raises:
         UsageError: an unknown scheme or setting, or a recipe that makes no sense.
@@ -127,8 +130,7 @@ def resolve_rules(options: QuantizeOptions, component: Component, device: str) -
             layout_device=options.layout_device or place,
         )
     made = Rules((), default)
-    if options.recipe is not None:
-        recipe = recipes.load(options.recipe)
+    if recipe is not None:
         made = recipes.rules(recipe, component.name, default, layout_device=options.layout_device, device=place)
     return replace(made, skip=skipping(options.skip))
 

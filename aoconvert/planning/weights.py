@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aoconvert import recipes
 from aoconvert.errors import AoconvertError
 from aoconvert.models import Component, ModelLayout, identify
 from aoconvert.options import QuantizeOptions
 from aoconvert.sources.weights import find_weights
 
 if TYPE_CHECKING:
+    from aoconvert.recipes import Recipe
     from aoconvert.sources import Source
 
 
@@ -21,7 +23,7 @@ def local_weights(source: Source, options: QuantizeOptions) -> list[Path]:
     try:
         layout = identify(source, options.subfolder)
         found = []
-        for component in choose(layout, options)[0]:
+        for component in choose(layout, options, load_recipe(options))[0]:
             weights = find_weights(source, component.folder, component.library, variant=options.variant)
             found += [source.local(path) for path in weights.files] if weights is not None else []
     except AoconvertError:
@@ -29,21 +31,37 @@ def local_weights(source: Source, options: QuantizeOptions) -> list[Path]:
     return found
 
 
-def choose(layout: ModelLayout, options: QuantizeOptions) -> tuple[list[Component], list[str]]:
-    """The components to quantize, and what is wrong with what was asked for."""
+def load_recipe(options: QuantizeOptions) -> Recipe | None:
+    """The recipe, where one is given.
+
+    Raises:
+        UsageError: it is none, or has a mistake.
+    """
+    return recipes.load(options.recipe) if options.recipe is not None else None
+
+
+def choose(
+    layout: ModelLayout, options: QuantizeOptions, recipe: Recipe | None = None
+) -> tuple[list[Component], list[str]]:
+    """The components to quantize, and what is wrong with what was asked for.
+
+    ``--component`` says which; else the recipe's sections do; else it is the denoiser.
+    """
     problems = []
     known = [item.name for item in layout.components if item.name]
+    named = {name: f"{recipe.origin} [component.{name}]" for name in recipe.components} if recipe is not None else {}
+    wanted = {name: f"--component {name}" for name in options.components}
     chosen: list[Component] = []
-    if options.components:
-        for name in options.components:
-            component = layout.component(name) if name else None
-            if component is not None:
+    for name, origin in {**named, **wanted}.items():
+        component = layout.component(name) if name else None
+        if component is not None:
+            if not wanted or name in wanted:
                 chosen.append(component)
-            elif layout.kind != "pipeline":
-                problems.append(f"--component {name}: the source is a single model, not a pipeline")
-            else:
-                problems.append(f"--component {name}: the pipeline's models are {', '.join(known)}")
-    else:
+        elif layout.kind != "pipeline":
+            problems.append(f"{origin}: the source is a single model, not a pipeline")
+        else:
+            problems.append(f"{origin}: the pipeline's models are {', '.join(known)}")
+    if not (named or wanted):
         chosen = list(layout.default_components)
         if not chosen:
             problems.append(

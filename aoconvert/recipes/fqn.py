@@ -59,7 +59,7 @@ def fqn_to_config(rules: Rules, decided: Mapping[str, Scheme | None], linear: Co
 def fold(names: Iterable[str]) -> Iterator[str]:
     """Few patterns in ``FqnToConfig``'s syntax that together match these names and nothing else.
 
-    Names inside of modules that differ in numbers and in their last part only become one regular expression with alternatives.
+    Names inside modules that differ only in numbers and in their last part become one regular expression.
     """
     groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for name in names:

@@ -39,7 +39,8 @@ def from_json(text: str, origin: str) -> Recipe:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"recipe {origin} is not JSON: {error}", hint=_NO_RECIPE) from None
     if isinstance(values, dict) and isinstance(values.get("quantization_config"), dict):
-        return from_quantization_config(values["quantization_config"], origin)
+        library = "diffusers" if "_class_name" in values else "transformers"
+        return from_quantization_config(values["quantization_config"], library, origin)
     if isinstance(values, dict) and "components" in values and "tool" in values:
         try:
             return from_manifest(Manifest.model_validate(values), origin)
@@ -50,8 +51,14 @@ def from_json(text: str, origin: str) -> Recipe:
     raise UsageError(f"{origin} says nothing about quantization", hint=_NO_RECIPE)
 
 
-def from_quantization_config(values: Mapping[str, Any], origin: str = "config.json") -> Recipe:
+def from_quantization_config(values: Mapping[str, Any], library: str, origin: str = "config.json") -> Recipe:
     """A recipe from the ``quantization_config`` of a ``config.json``.
+
+    Args:
+        values: the ``quantization_config``.
+        library: whose ``config.json`` it is: ``diffusers`` and ``transformers`` differ in what names in
+            ``modules_to_not_convert`` mean.
+        origin: name of the file, for messages and reasons.
 
     Raises:
         UsageError: it is not torchao's, or its torchao config is not one that aoconvert can make.
@@ -66,14 +73,27 @@ def from_quantization_config(values: Mapping[str, Any], origin: str = "config.js
     skipped = values.get("modules_to_not_convert") or []
     if not (isinstance(skipped, list) and all(isinstance(name, str) and name for name in skipped)):
         raise UsageError(f"{origin}: modules_to_not_convert is not a list of names")
-    left_out = tuple(RecipeRule(_anywhere(name), Choice(None)) for name in dict.fromkeys(skipped))
+    left_out = tuple(RecipeRule(_as_pattern(name, library), Choice(None)) for name in dict.fromkeys(skipped))
     section = from_config(config, origin)
     return Recipe(origin, Section(section.default, (*left_out, *section.rules)))
 
 
-def _anywhere(name: str) -> str:
-    """Both libraries take a part of a name for all modules whose name holds it as a part."""
-    return rf"re:(?:.*\.)?{re.escape(name)}(?:\..*)?"
+def _as_pattern(entry: str, library: str) -> str:
+    """What an entry of ``modules_to_not_convert`` matches among the names of parameters.
+
+    diffusers (``TorchAoHfQuantizer.check_if_quantized_param``): a name that holds the entry and a dot, or is the entry.
+    transformers (``quantizers_utils.should_convert_module``): a name that begins with the entry, as a regular
+    expression up to the end of a part, or ends in it.
+    """
+    literal = re.escape(entry)
+    if library == "diffusers":
+        return rf"re:.*{literal}\..*|{literal}"
+    try:
+        re.compile(entry)
+    except (re.error, RecursionError, OverflowError):
+        entry = literal
+    pattern = rf"re:(?:{entry})(?:(?<=\.)|(?=\.|$)).*"
+    return rf"{pattern}|.*{literal}" if entry.endswith(".weight") else pattern
 
 
 def from_manifest(manifest: Manifest, origin: str = "aoconvert.json") -> Recipe:
@@ -91,7 +111,7 @@ def from_manifest(manifest: Manifest, origin: str = "aoconvert.json") -> Recipe:
 def _of_component(part: ComponentEntry, origin: str) -> Section:
     device = part.layout.device if part.layout.device != "any" else None
     section = from_config(part.config, origin, device)
-    if section.default is None:
+    if section.rules:
         return section
     # one config for every linear layer but these
     left_out = (

@@ -86,7 +86,7 @@ def expected(decided: Mapping[str, schemes.Scheme | None], model: nn.Module) -> 
 
 
 @pytest.mark.parametrize("build", [mixtral, opt, flux])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 9))])
 def test_torchao_makes_of_the_recorded_config_what_was_decided(build: Any, seed: int) -> None:
     chosen = [schemes.get("int8wo"), schemes.get("float8wo", group_size=16), schemes.get("intx4wo"), None, None]
     model = build()

@@ -214,10 +214,7 @@ def _unet() -> Any:
     ("make", "why"),
     [
         (_unet, "not supported for models having added KV"),
-        (
-            lambda: D.AutoencoderTiny(block_out_channels=(16,), num_encoder_blocks=(1,), num_decoder_blocks=(1,)),
-            "has no",
-        ),
+        (D.AutoencoderTiny, "has no"),
         (lambda: D.AutoencoderKL(mid_block_add_attention=False, norm_num_groups=8, block_out_channels=(16,)), "has no"),
     ],
 )

@@ -69,20 +69,40 @@ def test_what_a_class_wants_in_float32_is_left_alone_by_a_hint(
 ) -> None:
     """T5's ``wo``: the loader keeps it in float32 for float16 alone, the hint does not depend on that."""
     skeleton = skeleton_of(checkpoints(name), component, dtype=torch.bfloat16)
-    hinted = {spec.name for spec in skeleton if spec.hint}
-    assert hinted == {spec.name for spec in skeleton if spec.name.endswith(".wo.weight")}
-    assert hinted
-    assert {spec.hint for spec in skeleton} == {None, "its class lists it in _keep_in_fp32_modules"}
+    hinted = {spec.name: spec.hint for spec in skeleton if spec.hint and spec.kind == "linear"}
+    assert set(hinted) == {spec.name for spec in skeleton if spec.name.endswith(".wo.weight")}
+    assert set(hinted.values()) == {"its class lists it in _keep_in_fp32_modules"}
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "opt", "flux", "bert"])
 def test_hints_are_few(name: str, checkpoints: Callable[[str], Path]) -> None:
     """Of a transformer nothing, of a language model its head."""
     skeleton = skeleton_of(checkpoints(name), tiny.FAMILIES[name].component)
-    hinted = {spec.name: spec.hint for spec in skeleton if spec.hint}
+    hinted = {spec.name: spec.hint for spec in skeleton if spec.hint and spec.kind == "linear"}
     heads = {spec.name for spec in skeleton if spec.output_head}
     assert hinted == dict.fromkeys(heads, "output head")
     assert bool(heads) == (name in ("llama-tied", "opt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("bert", {"embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"}),
+        ("t5", {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"}),
+        ("opt", {"model.decoder.embed_positions.weight"}),
+        ("llama-tied", set()),
+    ],
+)
+def test_tables_beside_the_input_embeddings(name: str, others: set[str], checkpoints: Callable[[str], Path]) -> None:
+    tables = {spec.name: spec.hint for spec in skeleton_of(checkpoints(name)) if spec.kind == "embedding"}
+    assert {table for table, hint in tables.items() if hint == "not the input embeddings"} == others
+    assert set(tables.values()) - {"not the input embeddings"} == {None}
+
+
+def test_convolutions_of_any_class(checkpoints: Callable[[str], Path]) -> None:
+    found = {spec.module_class for spec in skeleton_of(checkpoints("cogvideox"), "vae") if spec.convolution}
+    assert found == {"Conv2d", "CogVideoXSafeConv3d"}
+    assert all(spec.kind == "other" for spec in skeleton_of(checkpoints("cogvideox"), "vae") if spec.convolution)
 
 
 def test_ties(checkpoints: Callable[[str], Path]) -> None:
