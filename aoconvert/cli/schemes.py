@@ -12,7 +12,7 @@ from aoconvert.cli.output import Output
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from aoconvert.schemes import Scheme, SchemeEntry
+    from aoconvert.schemes import SchemeEntry
 
 EXAMPLES = """\b
 Examples:
@@ -31,31 +31,20 @@ def command(*, name: str | None, out: Output) -> None:
 
     if name is not None:
         entry = schemes.find(name)
-        if out.mode == "quiet":
-            out.result(lambda: "", None, entry.name)
-            return
-        data = _data(entry, name)
+        data = _data(entry)
         out.result(lambda: _one(data), data, entry.name)
         return
     entries = schemes.catalogue()
-    # names alone need no torch
-    rows = [] if out.mode == "quiet" else [_data(entry, entry.name) for entry in entries]
+    rows = [_data(entry) for entry in entries]
     out.result(lambda: _all(rows), rows, "\n".join(entry.name for entry in entries))
 
 
-def _data(entry: SchemeEntry, name: str) -> dict[str, Any]:
-    """What the catalogue says, and what torchao makes of a weight where it is installed."""
+def _data(entry: SchemeEntry) -> dict[str, Any]:
     from aoconvert import schemes
-    from aoconvert.errors import PlanError
-    from aoconvert.schemes.here import cannot_run
+    from aoconvert.schemes.describe import notes
 
-    scheme, why = None, schemes.availability(entry)
-    if why is None:
-        try:
-            scheme = schemes.get(name)
-        except PlanError as error:
-            why = error.message
-    cannot = why if scheme is None else cannot_run(scheme.layout)
+    why = schemes.availability(entry)
+    cannot = _cannot_run(entry, why)
     return {
         "name": entry.name,
         "aliases": list(entry.aliases),
@@ -73,56 +62,49 @@ def _data(entry: SchemeEntry, name: str) -> dict[str, Any]:
         "source": entry.source,
         "quantizes_here": why is None,
         "why_not_quantized": why,
+        "activation_dtype": entry.activation,
+        "granularity": entry.granularity,
+        "bytes_per_parameter": entry.bytes_per_parameter,
         "device": entry.device,
         "min_capability": list(entry.min_capability) if entry.min_capability else None,
         "ranks": list(entry.ranks),
         "from_dtypes": list(entry.dtypes),
+        "multiples": list(entry.multiples),
         "embeddings": entry.embeddings,
         "layouts": _layouts(entry),
-        **_measured(scheme),
+        "notes": list(notes(entry, int(8 * entry.bytes_per_parameter), entry.granularity)),
     }
 
 
-def _measured(scheme: Scheme | None) -> dict[str, Any]:
-    """What only a quantized weight shows; nothing of it where torchao is missing."""
-    return {
-        "activation_dtype": scheme.activation if scheme else None,
-        "granularity": scheme.granularity if scheme else None,
-        "group_size": scheme.group_size if scheme else None,
-        "bits": scheme.bits if scheme else None,
-        "bytes_per_parameter": round(scheme.bytes_per_parameter, 4) if scheme else None,
-        "notes": list(scheme.notes) if scheme else [],
-    }
+def _cannot_run(entry: SchemeEntry, why_not_quantized: str | None) -> str | None:
+    """Why it does not run here; what cannot quantize for want of a package cannot run either."""
+    from aoconvert.schemes.here import cannot_run
+
+    return why_not_quantized or cannot_run(entry.device, entry.min_capability)
 
 
 def _layouts(entry: SchemeEntry) -> list[dict[str, Any]]:
-    """The layouts that ``--layout-device`` chooses among; for most schemes one, for any device."""
+    """The layouts that ``--layout-device`` chooses among; most schemes have one, for any device."""
     from aoconvert import schemes
-    from aoconvert.errors import PlanError
-    from aoconvert.schemes.here import cannot_run
+    from aoconvert.schemes import int4
     from aoconvert.schemes.table import INT4
 
     if entry.name != INT4["cpu"].name:
         return []
     found = []
-    for device, layout_entry in INT4.items():
-        scheme, why = None, schemes.availability(layout_entry)
-        if why is None:
-            try:
-                scheme = schemes.get(entry.name, layout_device=device)
-            except PlanError as error:
-                why = error.message
-        cannot = why if scheme is None else cannot_run(scheme.layout)
+    for device, layout in INT4.items():
+        why = schemes.availability(layout)
+        cannot = _cannot_run(layout, why)
         found.append(
             {
                 "layout_device": device,
-                "packing": scheme.layout.packing if scheme else layout_entry.packing,
-                "tensor_class": layout_entry.tensor_class,
+                "packing": layout.packing,
+                "tensor_class": layout.tensor_class,
                 "quantizes_here": why is None,
                 "why_not_quantized": why,
                 "runs_here": cannot is None,
                 "why_not": cannot,
-                "unconfirmed": scheme.unconfirmed if scheme else None,
+                "unconfirmed": int4.UNCONFIRMED.get(device),
             }
         )
     return found
@@ -142,11 +124,10 @@ def _all(rows: list[dict[str, Any]]) -> RenderableType:
     for title in ("scheme", "torchao config", "bytes/parameter", "loads with", "here", "when to choose it"):
         table.add_column(title, overflow="fold", justify="right" if title.startswith("bytes") else "left")
     for row in rows:
-        size = row["bytes_per_parameter"]
         table.add_row(
             row["name"],
             row["config"].rpartition(".")[2],
-            f"{size:.2f}" if size is not None else "?",
+            f"{row['bytes_per_parameter']:.2f}",
             f"torchao ≥ {row['min_torchao_to_load']}",
             _here(row),
             row["summary"],
@@ -166,10 +147,9 @@ def _one(row: dict[str, Any]) -> RenderableType:
     table.add_row("torchao config", f"{row['config']}({settings})")
     table.add_row("weights", f"{row['weight_dtype']}, {row['tensor_class']}, {row['packing']}")
     table.add_row("activations", row["activation_dtype"] or "as they are")
-    table.add_row("granularity", row["granularity"] or "?")
+    table.add_row("granularity", row["granularity"])
     table.add_row("--group-size", "yes" if row["group_size_option"] else "no")
-    size = row["bytes_per_parameter"]
-    table.add_row("file size", f"{size:.4f} bytes a parameter, scales included (bfloat16: 2)" if size else "?")
+    table.add_row("file size", f"{row['bytes_per_parameter']:.2f} bytes a parameter, scales included (bfloat16: 2)")
     table.add_row("takes", _takes(row))
     table.add_row("needs", ", ".join(row["requires"]))
     table.add_row("loads with", f"torchao ≥ {row['min_torchao_to_load']}")
@@ -191,7 +171,9 @@ def _takes(row: dict[str, Any]) -> str:
     """What weights it takes."""
     kinds = ["linear layers", *(["stacked experts"] if 3 in row["ranks"] else [])]
     kinds += ["embeddings"] if row["embeddings"] else []
-    return f"{', '.join(kinds)}, in {', '.join(row['from_dtypes'])}"
+    out, into = row["multiples"]
+    shape = f"; out_features a multiple of {out}, in_features of {into}" if (out, into) != (1, 1) else ""
+    return f"{', '.join(kinds)}, in {', '.join(row['from_dtypes'])}{shape}"
 
 
 def _runs_on(row: dict[str, Any]) -> str:

@@ -99,7 +99,7 @@ def _choose(spec: TensorSpec, dtype: torch.dtype, rules: Rules, wishes: Wishes, 
         return Choice(None, rule.label if rule is not None else "no rule is for it")
     why = "the model class keeps it in float32" if spec.keep_fp32 else None
     if why is None and asked is None and wishes.default_skips:
-        why = _taste(spec, twins)
+        why = _taste(spec, scheme, twins)
     why = why or _unfit(spec, scheme, twins) or blocker(spec.shape, dtype, scheme)
     return Choice(scheme if why is None else None, why, asked)
 
@@ -117,8 +117,10 @@ def _unquantizable(spec: TensorSpec, wishes: Wishes, rule: Rule | None) -> str |
     return f"{spec.module_class}: not the weight of a linear layer"
 
 
-def _taste(spec: TensorSpec, twins: list[TensorSpec]) -> str | None:
+def _taste(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | None:
     """Why a careful converter leaves the tensor alone, though the scheme could take it."""
+    if spec.single_row and spec.kind == "linear" and scheme.activation and scheme.layout.min_capability:
+        return "sees one row per sample: quantized activations cost accuracy there and save no time"
     if spec.hint is not None:
         return spec.hint
     twin = next((twin for twin in twins if twin.hint is not None), None)

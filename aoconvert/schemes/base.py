@@ -111,4 +111,4 @@ class Scheme:
     @cached_property
     def key(self) -> str:
         """The same for schemes that make the same of every weight."""
-        return json.dumps([self.name, self.config_dict, self.layout.device], sort_keys=True)
+        return json.dumps([self.config_dict, self.layout.device, self.layout.packing], sort_keys=True)

@@ -1,32 +1,75 @@
-"""What this machine can do with a scheme."""
+"""What this machine can do with a scheme. Imports no torch: the driver says which GPUs there are."""
 
 from __future__ import annotations
 
-from aoconvert.environment import Device, choose_device, device_facts
-from aoconvert.errors import PlanError
-from aoconvert.schemes.base import Layout
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+
+from aoconvert.environment import version_of
 from aoconvert.schemes.describe import capability
 
+_SECONDS = 20  # an NVIDIA driver that has to wake its GPUs takes a few
 
-def cannot_run(layout: Layout) -> str | None:
-    """Why weights of this layout cannot run here, ``None`` where they can. Imports torch.
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU: its name and its compute capability."""
+
+    name: str
+    capability: tuple[int, int]
+
+
+def cannot_run(device: str, min_capability: tuple[int, int] | None) -> str | None:
+    """Why a layout cannot run here, ``None`` where it can.
 
     A layout for any device runs on the CPU where there is nothing else; a CUDA device has to be new enough for it.
+
+    Args:
+        device: ``any``, or the device that the layout is for.
+        min_capability: the lowest CUDA compute capability that it needs.
     """
-    if layout.device == "cpu":
+    if device == "xpu":
+        return None if _build() == "xpu" else "it needs an XPU, and a torch that was built for one"
+    if device == "cpu" or (device == "any" and min_capability is None):
         return None
-    found = _device("auto" if layout.device == "any" else layout.device)
-    if found is None:
-        return f"it needs a {layout.device} device, and there is none"
-    if found.type == "cuda" and layout.min_capability is not None:
-        needed, has = layout.min_capability, found.capability
-        if has is not None and has < needed:
-            return f"it needs compute capability {capability(needed)}, {found.name} has {capability(has)}"
+    found = gpus()
+    if not found:
+        return "it needs a CUDA device, and torch has none here" if device == "cuda" else None
+    best = max(found, key=lambda gpu: gpu.capability)
+    if min_capability is not None and best.capability < min_capability:
+        return (
+            f"it needs compute capability {capability(min_capability)}, {best.name} has {capability(best.capability)}"
+        )
     return None
 
 
-def _device(requested: str) -> Device | None:
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs that the installed torch can use, by ``nvidia-smi``."""
+    program = shutil.which("nvidia-smi")
+    if program is None or _build() in ("cpu", "xpu"):
+        return ()
+    command = [program, "--query-gpu=compute_cap,name", "--format=csv,noheader"]
     try:
-        return device_facts(choose_device(requested))
-    except PlanError:
-        return None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return parse(done.stdout) if done.returncode == 0 else ()
+
+
+def parse(text: str) -> tuple[Gpu, ...]:
+    """The lines ``9.0, NVIDIA H100 80GB HBM3``; others are left out."""
+    found = []
+    for line in text.splitlines():
+        number, _, name = (part.strip() for part in line.partition(","))
+        major, _, minor = number.partition(".")
+        if major.isdecimal() and minor.isdecimal():
+            found.append(Gpu(name, (int(major), int(minor))))
+    return tuple(found)
+
+
+def _build() -> str:
+    """What the installed torch was built for, as its version says: ``cpu``, ``xpu``, ``cu130``, or nothing."""
+    return (version_of("torch") or "").partition("+")[2]

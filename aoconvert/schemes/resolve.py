@@ -83,7 +83,7 @@ def _build(entry: SchemeEntry, group_size: int | None, settings: Mapping[str, st
             fixed = dict(entry.fields)[key]
             raise UsageError(
                 f"{key}={text!r} contradicts scheme {entry.name}, which has {key}={fixed}",
-                hint=_other(entry, key, text),
+                hint=_other(entry, cls, key, value),
             )
         fields[key] = value
     fields = {key: values.parse(cls, key, text) for key, text in entry.defaults if key not in fields} | fields
@@ -103,11 +103,11 @@ def _build(entry: SchemeEntry, group_size: int | None, settings: Mapping[str, st
     return config
 
 
-def _other(entry: SchemeEntry, key: str, text: str) -> str:
+def _other(entry: SchemeEntry, cls: type, key: str, value: Any) -> str:
     """The scheme of the same config class that fixes ``key`` at this value, if there is one."""
-    wanted = text.strip().lower().removeprefix("torch.")
     for other in catalogue():
-        if other.config == entry.config and dict(other.fields).get(key) == wanted:
+        text = dict(other.fields).get(key)
+        if other.config == entry.config and text is not None and values.parse(cls, key, text) == value:
             return f"use scheme {other.name}"
     if key.endswith("packing_format"):
         return "other packings are for one device only: int4wo has such, --layout-device chooses"
@@ -150,8 +150,6 @@ def _describe(entry: SchemeEntry, config: AOBaseConfig, sample: Any) -> Scheme:
     from torchao.core.config import config_to_dict
 
     group_size, granularity = granularity_of(sample)
-    if granularity.startswith("per block") and not entry.whole:
-        raise UsageError(f"{entry.name} has no blocks", hint="use scheme float8dq_block")
     hqq = getattr(getattr(config, "intx_choose_qparams_algorithm", None), "name", None) == "HQQ_SCALE_ONLY"
     meta_config = _without_hqq(config) if hqq else config
     bits, size = _sizes(quantize_with(_large(group_size), meta_config))
@@ -208,6 +206,7 @@ def _int4wo(entry: SchemeEntry, device: str, group_size: int | None, settings: M
     config = int4.config(size, device, algorithm)
     if (reason := int4.unavailable(device)) is not None:
         raise PlanError([f"scheme {entry.name} does not run here: {reason}"])
+    requires = (f"torchao>={entry.min_torchao}", *(text for text in entry.requires if not text.startswith("torchao")))
     bits, stored = _sizes(int4.quantize(_large(size), group_size=size, device=device, algorithm=algorithm))
     unconfirmed = int4.UNCONFIRMED.get(device)
     more = [f"unconfirmed: {unconfirmed}"] if unconfirmed else []
@@ -229,7 +228,7 @@ def _int4wo(entry: SchemeEntry, device: str, group_size: int | None, settings: M
         needs_rows=False,
         single_values=False,
         ranks=entry.ranks,
-        layout=Layout(entry.device, int4.packing(device), entry.min_capability, entry.requires),
+        layout=Layout(entry.device, int4.packing(device), entry.min_capability, requires),
         min_torchao=entry.min_torchao,
         summary=entry.summary,
         bits=bits,

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from aoconvert import schemes
-from aoconvert.environment import Device
-from aoconvert.schemes import Layout, here
+from aoconvert.schemes import here
 
 
 def test_every_scheme_has_a_size_and_its_demands(call: Callable[..., Any]) -> None:
@@ -16,8 +15,10 @@ def test_every_scheme_has_a_size_and_its_demands(call: Callable[..., Any]) -> No
     assert list(rows) == [entry.name for entry in schemes.catalogue()]
     for name, row in rows.items():
         made = schemes.get(name)
-        assert row["bytes_per_parameter"] == round(made.bytes_per_parameter, 4)
+        assert row["bytes_per_parameter"] == round(made.bytes_per_parameter, 2)
         assert (row["granularity"], row["activation_dtype"]) == (made.granularity, made.activation)
+        assert (row["ranks"], row["from_dtypes"]) == (list(made.ranks), list(made.dtypes))
+        assert set(row["notes"]) <= set(made.notes)
         assert row["summary"]
         assert row["source"]
         assert row["quantizes_here"]
@@ -33,31 +34,49 @@ def test_every_scheme_has_a_size_and_its_demands(call: Callable[..., Any]) -> No
 
 def test_one_scheme_in_words(call: Callable[..., Any]) -> None:
     shown = call("schemes", "int4wo-64").stdout
-    for text in ("per group of 64", "0.5625 bytes a parameter", "for cuda", "unconfirmed", "choose it"):
+    for text in ("per group of 128", "0.53 bytes a parameter", "for cuda", "unconfirmed", "choose it"):
         assert text in shown
     assert call("schemes", "fp8dq", "-q").stdout == "float8dq\n"
     assert call("schemes", "auto").code == 2
 
 
+OLD, HOPPER, BLACKWELL = here.Gpu("an old GPU", (8, 6)), here.Gpu("a Hopper", (9, 0)), here.Gpu("a Blackwell", (10, 0))
+
+
 @pytest.mark.parametrize(
-    ("layout", "device", "reason"),
+    ("device", "capability", "gpus", "reason"),
     [
-        (Layout("any", "plain", None, ()), None, None),
-        (Layout("any", "plain", (8, 9), ()), Device("cpu", "a CPU", None), None),
-        (Layout("any", "plain", (8, 9), ()), Device("cuda", "an old GPU", (8, 6)), "8.9, an old GPU has 8.6"),
-        (Layout("any", "plain", (8, 9), ()), Device("cuda", "a GPU", (9, 0)), None),
-        (Layout("cuda", "swizzled", (10, 0), ()), Device("cuda", "a GPU", (9, 0)), "10.0, a GPU has 9.0"),
-        (Layout("cuda", "swizzled", (10, 0), ()), Device("cuda", "a GPU", (10, 0)), None),
-        (Layout("cuda", "swizzled", (10, 0), ()), None, "needs a cuda device"),
-        (Layout("cpu", "opaque_avx2", None, ()), None, None),
+        ("any", None, (), None),
+        ("any", (8, 9), (), None),
+        ("any", (8, 9), (OLD,), "it needs compute capability 8.9, an old GPU has 8.6"),
+        ("any", (8, 9), (OLD, HOPPER), None),
+        ("cuda", (10, 0), (HOPPER,), "it needs compute capability 10.0, a Hopper has 9.0"),
+        ("cuda", (10, 0), (BLACKWELL,), None),
+        ("cuda", None, (OLD,), None),
+        ("cuda", (8, 0), (), "it needs a CUDA device, and torch has none here"),
+        ("cpu", None, (BLACKWELL,), None),
     ],
 )
 def test_what_runs_on_which_device(
-    layout: Layout, device: Device | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    capability: tuple[int, int] | None,
+    gpus: tuple[here.Gpu, ...],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(here, "_device", lambda requested: device or (None if requested != "auto" else _CPU))
-    found = here.cannot_run(layout)
-    assert (found is None) if reason is None else reason in (found or "")
+    monkeypatch.setattr(here, "gpus", lambda: gpus)
+    assert here.cannot_run(device, capability) == reason
 
 
-_CPU = Device("cpu", "a CPU", None)
+def test_what_the_driver_says() -> None:
+    text = "9.0, NVIDIA H100 80GB HBM3\n10.0, NVIDIA B200\n[N/A], unknown\nFailed to initialize NVML\n"
+    assert here.parse(text) == (here.Gpu("NVIDIA H100 80GB HBM3", (9, 0)), here.Gpu("NVIDIA B200", (10, 0)))
+
+
+@pytest.mark.gpu
+def test_the_driver_and_torch_see_the_same_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert torch.cuda.get_device_capability() in [gpu.capability for gpu in here.gpus()]

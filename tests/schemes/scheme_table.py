@@ -240,7 +240,6 @@ VARIANTS: tuple[Variant, ...] = (
     ("float8wo", 16, {}),
     ("float8wo", None, {"granularity": "tensor"}),
     ("float8wo_e5m2", 3, {}),
-    ("float8dq", None, {"granularity": "per_row"}),
     ("float8dq_row", None, {"activation_value_ub": "100", "kernel_preference": "torch"}),
     ("mxfp4", None, {"scaling_mode": "floor"}),
     ("nvfp4", None, {"use_dynamic_per_tensor_scale": "false"}),

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aoconvert.schemes import cpu_packing
@@ -29,7 +29,7 @@ def random_codes(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 16, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", [pytest.param("avx2", marks=pytest.mark.exhaustive), "default"])
 def test_a_layout_is_what_the_op_writes_with_these_instructions(capability: str) -> None:
     weights = [random_codes(rows, 6) for rows in ROWS]
     done = subprocess.run(
@@ -47,6 +47,7 @@ def test_a_layout_is_what_the_op_writes_with_these_instructions(capability: str)
     assert [cpu_packing.pack(codes, layout).tolist() for codes in weights] == words
 
 
+@settings(deadline=None)
 @given(st.sampled_from(ROWS), st.integers(0, 5), st.integers(0, 2**30))
 def test_this_machines_layout_is_what_the_op_writes_here(rows: int, half: int, seed: int) -> None:
     codes = random_codes(rows, 2 * half, seed)
@@ -54,6 +55,7 @@ def test_this_machines_layout_is_what_the_op_writes_here(rows: int, half: int, s
     assert torch.equal(cpu_packing.pack(codes, cpu_packing.machine_layout()), packed)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(ROWS), st.integers(0, 5), st.sampled_from(cpu_packing.LAYOUTS), st.integers(0, 2**30))
 def test_unpacking_gives_the_codes(rows: int, half: int, layout: str, seed: int) -> None:
     codes = random_codes(rows, 2 * half, seed)

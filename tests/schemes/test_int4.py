@@ -64,7 +64,7 @@ def test_it_is_what_torchaos_own_code_makes(rows: int, columns: int, device: str
     assert_same(made, torchao(weight, 64, device, algorithm))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from(["cuda", "xpu"]),
     st.integers(1, 20),
@@ -104,7 +104,7 @@ def test_the_plain_layout_is_planned_anywhere_and_made_with_mslk_only() -> None:
             int4.quantize(normal(8, 128), group_size=64, device="plain")
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["cuda", "cpu", "xpu"]),
     st.sampled_from(

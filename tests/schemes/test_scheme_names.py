@@ -97,6 +97,13 @@ def test_a_family_is_chosen_by_its_setting(name: str, setting: str, scheme: str)
     assert schemes.get(name, settings={"weight_dtype": setting}).name == scheme
 
 
+def test_float8_dynamic_is_chosen_by_its_granularity() -> None:
+    config = "Float8DynamicActivationFloat8WeightConfig"
+    assert schemes.get(config).name == "float8dq"
+    assert schemes.get(config, settings={"granularity": "per-row"}).name == "float8dq_row"
+    assert schemes.get(config, settings={"granularity": "tensor"}).name == "float8dq"
+
+
 @pytest.mark.parametrize("name", ["intx", "intxwo", "intx-weight-only", "IntxWeightOnlyConfig"])
 def test_a_bare_family_says_what_to_choose(name: str) -> None:
     with pytest.raises(UsageError) as caught:

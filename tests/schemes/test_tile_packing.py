@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from warps import pack_by_threads
 
@@ -22,6 +22,7 @@ def halves(codes: torch.Tensor) -> torch.Tensor:
     return (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 3), TILES, st.integers(0, 2**30))
 def test_it_packs_as_the_threads_of_the_kernel_do(rows: int, across: int, tiles: int, seed: int) -> None:
     codes = random_codes(rows, across * 16 * tiles, seed)
@@ -31,6 +32,7 @@ def test_it_packs_as_the_threads_of_the_kernel_do(rows: int, across: int, tiles:
     assert packed.tolist() == pack_by_threads(halves(codes).tolist(), tiles)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(1, 5), TILES, st.integers(0, 2**30))
 def test_unpacking_gives_the_codes_and_rows_of_zeros(rows: int, across: int, tiles: int, seed: int) -> None:
     codes = random_codes(rows, across * 16 * tiles, seed)
@@ -41,6 +43,7 @@ def test_unpacking_gives_the_codes_and_rows_of_zeros(rows: int, across: int, til
     assert not unpacked[rows:].any()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 2), TILES, st.integers(0, 2**30))
 def test_packing_what_was_unpacked_gives_the_same_words(down: int, across: int, tiles: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,10 @@ class SchemeEntry:
         group_field: the config field that takes a group size, ``None`` where torchao has no choice of groups.
         tensor_class: torchao's class of a quantized weight.
         weight_dtype: what a weight becomes.
+        activation: what activations become at run time, ``None`` for weight-only. This and the next two are said here
+            for the default settings; tests hold them against what torchao makes.
+        granularity: what shares one scale.
+        bytes_per_parameter: how many bytes a parameter takes in a file, scales included, of 4096 x 4096.
         ranks: how many dimensions a weight may have (3 for the stacked experts of a mixture of experts).
         dtypes: dtypes that a weight may have before.
         multiples: out_features and in_features must be multiples of these.
@@ -43,6 +47,9 @@ class SchemeEntry:
     group_field: str | None = None
     tensor_class: str
     weight_dtype: str
+    activation: str | None = None
+    granularity: str = "per row"
+    bytes_per_parameter: float = 1.0
     ranks: tuple[int, ...] = (2,)
     dtypes: tuple[str, ...] = DTYPES
     multiples: tuple[int, int] = (1, 1)

@@ -31,6 +31,15 @@ FAMILIES = (
         default="float8wo",
     ),
     Family(
+        names=("Float8DynamicActivationFloat8WeightConfig",),
+        field="granularity",
+        members=(
+            *(("per_tensor", "float8dq"), ("tensor", "float8dq")),
+            *(("per_row", "float8dq_row"), ("row", "float8dq_row")),
+        ),
+        default="float8dq",
+    ),
+    Family(
         names=("mx", "MXDynamicActivationMXWeightConfig", "MXFPInferenceConfig"),
         field="weight_dtype",
         members=(

@@ -8,6 +8,7 @@ _QUANTIZATION = "torchao.quantization."
 _MX = "torchao.prototype.mx_formats."
 _BLACKWELL = (10, 0)
 _ADA = (8, 9)
+_NVFP4_SCALES = "per group of 16, and per tensor"
 
 
 def _float8wo(name: str, aliases: tuple[str, ...], dtype: str, summary: str) -> SchemeEntry:
@@ -68,7 +69,8 @@ def _float8dq(
         "fields": (("weight_dtype", "float8_e4m3fn"), ("packing_format", "plain"), *fields),
         "tensor_class": "Float8Tensor",
         "weight_dtype": "float8_e4m3fn",
-        "ranks": (2, 3),
+        "activation": "float8_e4m3fn per tensor, dynamic",
+        "granularity": "per tensor",
         "multiples": (16, 16),
         "embeddings": True,
         "min_capability": _ADA,
@@ -83,9 +85,9 @@ FLOAT8_DYNAMIC = (
         "float8dq",
         (
             *(name for name in _dynamic_names("", "_tensor", "_e4m3", "_e4m3_tensor") if name != "float8dq"),
-            *("float8_dynamic", "fp8_dynamic", "Float8DynamicActivationFloat8WeightConfig"),
+            *("float8_dynamic", "fp8_dynamic"),
         ),
-        (),
+        (("granularity", "per_tensor"),),
         "multiplies in float8, one scale a weight: for speed on Ada, Hopper and newer GPUs; see float8dq_row",
         source="diffusers-torchao's README: fp8dq on an H100; torchao's default granularity",
     ),
@@ -96,6 +98,9 @@ FLOAT8_DYNAMIC = (
         "multiplies in float8, one scale a row and token: the fastest on an H100; outliers cost less than in float8dq",
         source="diffusers-torchao's README: fp8dqrow, 2.966 s for Flux.1-dev on an H100",
         dtypes=("bfloat16",),
+        activation="float8_e4m3fn per token, dynamic",
+        granularity="per row",
+        ranks=(2, 3),
     ),
     _float8dq(
         "float8dq_block",
@@ -103,6 +108,9 @@ FLOAT8_DYNAMIC = (
         (("granularity", "per_block:1x128,per_block:128x128"),),
         "float8 in blocks of 128 x 128: for outliers in few columns; its kernel needs Triton",
         source="torchao: _granularity_is_a_1_128_w_128_128; arXiv:2412.19437 (DeepSeek-V3), section 3.3.2",
+        activation="float8_e4m3fn per group of 128, dynamic",
+        granularity="per block of 128x128",
+        ranks=(2, 3),
         multiples=(128, 128),
         whole=True,
         device="cuda",
@@ -120,6 +128,9 @@ def _mx(name: str, aliases: tuple[str, ...], dtype: str, label: str, *, emulated
         fields=(("weight_dtype", dtype), ("activation_dtype", dtype), ("block_size", "32"), *kernel),
         tensor_class="MXTensor",
         weight_dtype=label,
+        activation=f"{label} per group of 32, dynamic",
+        granularity="per group of 32",
+        bytes_per_parameter=0.53 if label == "float4_e2m1" else 1.03,
         dtypes=("bfloat16",),
         whole=True,
         packing="swizzled",
@@ -182,6 +193,9 @@ MICROSCALING = (
         defaults=(("use_triton_kernel", "false"),),
         tensor_class="NVFP4Tensor",
         weight_dtype="float4_e2m1",
+        activation="float4_e2m1 per group of 16, dynamic",
+        granularity=_NVFP4_SCALES,
+        bytes_per_parameter=0.56,
         ranks=(2, 3),
         dtypes=("bfloat16", "float32"),
         multiples=(16, 16),
@@ -198,6 +212,8 @@ MICROSCALING = (
         config=_MX + "NVFP4WeightOnlyConfig",
         tensor_class="NVFP4Tensor",
         weight_dtype="float4_e2m1",
+        granularity=_NVFP4_SCALES,
+        bytes_per_parameter=0.56,
         dtypes=("bfloat16", "float32"),
         multiples=(16, 16),
         whole=True,
