@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from aoconvert.cards import layers
+from aoconvert.cards import layers, schemes
 from aoconvert.manifest import ComponentEntry
-from aoconvert.schemes.table import catalogue
 
 
 def describe(entry: ComponentEntry) -> dict[str, Any]:
     """The variables of ``components``, see ``cards.template``."""
     totals = entry.totals
     found = layers.layers(entry)
-    known = next((scheme for scheme in catalogue() if scheme.name == entry.scheme), None)
-    config = str(entry.config.get("_type", ""))
+    used = schemes.used(entry)
     return {
         "name": entry.name,
         "class_name": entry.class_name,
         "scheme": entry.scheme,
-        "config": config,
-        "weights": known.weight_dtype if known is not None else entry.scheme,
-        "granularity": _granularity(entry.config),
-        "dynamic": "DynamicActivation" in config,
+        "config": str(entry.config.get("_type", "")),
+        "weights": _and(row["weights"] for row in used),
+        "granularity": used[0]["granularity"] if len(used) == 1 else None,
+        "dynamic": any(row["dynamic"] for row in used),
+        "schemes": used,
+        "rules": schemes.rules(entry),
+        "what": _what(entry),
         "dtype": entry.dtype,
         "device": entry.layout.device,
         "packing": entry.layout.packing,
@@ -46,17 +48,21 @@ def describe(entry: ComponentEntry) -> dict[str, Any]:
     }
 
 
-def _granularity(config: dict[str, Any]) -> str | None:
-    """How many values share a scale, from torchao's config; ``None`` where it does not say."""
-    data = config.get("_data")
-    if not isinstance(data, dict):
-        return None
-    found = data.get("weight_granularity") or data.get("granularity")
-    if isinstance(found, list) and found:  # activations, then weights
-        found = found[-1]
-    if not isinstance(found, dict):
-        return None
-    inner = found.get("_data")
-    group = inner.get("group_size") if isinstance(inner, dict) else None
-    names = {"PerRow": "row", "PerTensor": "tensor", "PerAxis": "row"}
-    return f"{group} values" if isinstance(group, int) else names.get(str(found.get("_type")))
+def _what(entry: ComponentEntry) -> list[dict[str, Any]]:
+    """The quantized weights by what they belong to."""
+    names = {"linear": "weights of linear layers", "experts": "stacked experts", "embedding": "embedding tables"}
+    found = [tensor for tensor in entry.tensors if tensor.action == "quantize"]
+    rows = []
+    for kind, what in names.items():
+        members = [tensor for tensor in found if layers.role(tensor) == kind]
+        if members:
+            parameters = sum(layers.count(tensor) for tensor in members)
+            weights = _and(row["weights"] for row in schemes.used(entry.model_copy(update={"tensors": members})))
+            rows.append({"what": what, "count": len(members), "parameters": parameters, "stored": weights})
+    return rows
+
+
+def _and(words: Iterable[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``, each word once."""
+    *before, last = dict.fromkeys(words) or ("",)
+    return f"{', '.join(before)} and {last}" if before else last

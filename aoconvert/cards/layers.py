@@ -46,6 +46,11 @@ def kind_of(name: str) -> str:
     return "feed-forward" if _BLOCK.search(name) and parts[-1] == "dense" else "other"
 
 
+def role(tensor: TensorEntry) -> str:
+    """``linear``, ``experts`` or ``embedding``; what a manifest before ``kind`` says nothing of is a linear layer's."""
+    return "experts" if len(tensor.shape) == 3 else str(getattr(tensor, "kind", None) or "linear")
+
+
 def layers(component: ComponentEntry) -> list[Layer]:
     """The quantized weights, in the model's order."""
     found = [tensor for tensor in component.tensors if tensor.action == "quantize"]

@@ -6,11 +6,14 @@ group_offloading; transformers' quantizer_torchao; peft's tuners/lora/torchao.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from aoconvert.cards.markdown import Md, text
+from aoconvert.cards.layers import role
+from aoconvert.cards.markdown import Md, code, text
 from aoconvert.inspection.compat import short
 from aoconvert.inspection.release_names import RELEASES
+from aoconvert.manifest import TensorEntry
+from aoconvert.schemes import int4
 from aoconvert.verification.code import Strategy
 from aoconvert.verification.target import Target
 
@@ -26,6 +29,25 @@ _BIN = (
     "pins."
 )
 _BYTES = "torchao keeps each of these values in a whole byte: the file is no smaller than one of int8."
+_UNCONFIRMED = "unconfirmed: {why}. `aoconvert verify` on such a device tells."
+_ONE_CPU = (
+    "PyTorch packs 4-bit weights for the vector instructions of the CPU, here {layout}; on a CPU with others they load "
+    "and give wrong numbers. `aoconvert verify` tells, `aoconvert repack --layout-device cpu` packs them again."
+)
+_ZEROS = (
+    "torchao has no scale for values that are all zero and would make NaN of them. {count} such {rows} given one, and "
+    "load as zeros."
+)
+_EAGER = (
+    "`config.json` asks for `experts_implementation: eager`, a loop over the experts. transformers' default, one "
+    "product for all, cannot multiply these weights."
+)
+_EMBEDDINGS = "the embedding tables are quantized too{shared}."
+_UNTIED = "the output head was tied to the embedding table in the source, and is a tensor of its own here."
+_FUSED = (
+    "query, key and value projections are one layer each. `from_pretrained` alone builds them apart; adapters for the "
+    "model with separate projections do not fit."
+)
 _LORA = "adapters need peft and torchao 0.16 or later. Merging or fusing one dequantizes, adds, and quantizes again."
 _OFFLOAD_TRANSFORMERS = "transformers refuses a `device_map` that puts part of the model on disk."
 _OFFLOAD_DIFFUSERS = (
@@ -58,8 +80,10 @@ def _limits(target: Target, strategy: Strategy) -> Iterable[tuple[str, str]]:
         needs = ", ".join(text(span.replace(">=", "≥ ")) for span in sorted(spans))
         known = f" (torchao {needs}; {short(len(RELEASES) - 1)} is the newest that was tried)" if needs else ""
         yield "torchao", _BIN.format(known=known)
-    if "IntxUnpackedToInt8Tensor" in classes:
+    if "IntxUnpackedToInt8Tensor" in classes or any("mxfp6" in (tensor.scheme or "") for tensor in tensors):
         yield "size", _BYTES
+    yield from _of_layout(target)
+    yield from _of_layers(target, tensors)
     yield "LoRA", _LORA
     if target.kind == "transformers":
         yield "offload", _OFFLOAD_TRANSFORMERS
@@ -67,6 +91,35 @@ def _limits(target: Target, strategy: Strategy) -> Iterable[tuple[str, str]]:
             yield "pull requests", _BOT
     else:
         yield "offload", _OFFLOAD_DIFFUSERS
+
+
+def _of_layout(target: Target) -> Iterable[tuple[str, str]]:
+    assert target.manifest is not None
+    for layout in [entry.layout for entry in target.manifest.components]:
+        if layout.unconfirmed is not None:
+            yield "layout", _UNCONFIRMED.format(why=text(layout.unconfirmed))
+        if (cpu := int4.cpu_layout(layout.packing)) is not None:
+            yield "one kind of CPU", _ONE_CPU.format(layout=code(cpu))
+
+
+def _of_layers(target: Target, tensors: Sequence[TensorEntry]) -> Iterable[tuple[str, str]]:
+    assert target.manifest is not None
+    if repaired := sum(tensor.repaired_rows for tensor in tensors):
+        yield "zeros", _ZEROS.format(count=repaired, rows="row was" if repaired == 1 else "rows were")
+    if any(part.config.get("experts_implementation") == "eager" for part in target.parts):
+        yield "experts", _EAGER
+    if any(role(tensor) == "embedding" for tensor in tensors):
+        names = {tensor.name for tensor in tensors}
+        tied = any(
+            tensor.action == "tied" and tensor.name not in names
+            for entry in target.manifest.components
+            for tensor in entry.tensors
+        )
+        yield "embeddings", _EMBEDDINGS.format(shared=", with the output head that is tied to them" if tied else "")
+    if "--untie" in target.manifest.run.command.split():
+        yield "ties", _UNTIED
+    if target.fused:
+        yield "fused", _FUSED
 
 
 def hardware(target: Target) -> Md:
@@ -77,6 +130,8 @@ def hardware(target: Target) -> Md:
         layout = entry.layout
         least = ".".join(map(str, layout.min_capability or []))
         needs = f", compute capability {least} or higher" if least else ""
+        if layout.device == "any":
+            needs = f", of CUDA devices those of compute capability {least} or higher" if least else ""
         device = "any device" if layout.device == "any" else f"{layout.device} only"
         lines.append(f"{device}{needs} ({text(layout.packing)} layout)")
     return Md("; ".join(dict.fromkeys(lines)))

@@ -44,6 +44,7 @@ def make(folder: Path, options: CardOptions, repo_id: str | None) -> tuple[str, 
     header = to_yaml(front)
     picture = draw([(entry.name, layers(entry)) for entry in manifest.components])
     proof = prove(folder, target)
+    parts = [describe(entry) for entry in manifest.components]
     values = {
         **_what(target, folder, repo_id),
         "license": front.get("license_name") or front.get("license"),
@@ -51,9 +52,10 @@ def make(folder: Path, options: CardOptions, repo_id: str | None) -> tuple[str, 
         "picture": PICTURE_NAME if picture is not None else None,
         "code": _code(target, proof.strategy, repo_id or str(folder), hub=repo_id is not None),
         "proof": _proof(proof),
-        "components": [describe(entry) for entry in manifest.components],
+        "components": parts,
         "sizes": _sizes(manifest),
         "hardware": hardware(target),
+        "needs": list(dict.fromkeys((item["package"], item["range"]) for part in parts for item in part["loads_with"])),
         "limits": limits(target, proof.strategy),
         "verify": shlex.join(["aoconvert", "verify", repo_id or str(folder)]),
         **_origin(manifest),
@@ -64,7 +66,7 @@ def make(folder: Path, options: CardOptions, repo_id: str | None) -> tuple[str, 
 def _what(target: Target, folder: Path, repo_id: str | None) -> dict[str, Any]:
     manifest = target.manifest
     assert manifest is not None
-    schemes = list(dict.fromkeys(entry.scheme for entry in manifest.components))
+    schemes = list(dict.fromkeys(name for entry in manifest.components for name in entry.scheme.split("+")))
     name = (repo_id or manifest.source.repo_id or "").rpartition("/")[2]
     title = name if repo_id else f"{name or target.class_name} {', '.join(schemes)}"
     return {

@@ -100,7 +100,7 @@ def front_matter(
             "license_name": _like(_LICENSE, card.license_name),
             "license_link": _like(_LINK, card.license_link),
         }
-    schemes = [part.scheme for part in manifest.components if _like(_TAG, part.scheme)]
+    schemes = [name for part in manifest.components for name in part.scheme.split("+") if _like(_TAG, name)]
     values: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": None,

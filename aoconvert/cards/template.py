@@ -14,13 +14,17 @@ text is escaped where it is written, so no filter is needed for safety:
   (activations are quantized too), ``dtype``, ``device``, ``packing``, ``capability``, ``loads_with`` (package, range),
   ``parameters``, ``quantized_parameters``, ``quantized_fraction``, ``layers``, ``bytes_in``, ``bytes_out``,
   ``bits_in``, ``bits_out``, and tables:
+  ``schemes`` (``name``, ``weights``, ``granularity``, ``dynamic``, ``tensors``, ``experts``, ``parameters``,
+  ``bytes_per_parameter``, ``median``, ``lowest``), ``rules`` (``pattern``, ``scheme``; torchao's ``FqnToConfig``),
+  ``what`` (``what``, ``count``, ``parameters``, ``stored``: the quantized weights),
   ``quantized`` (``pattern``, ``count``, ``shape``, ``parameters``, ``sqnr``),
   ``kept`` (``pattern``, ``leaves``, ``count``, ``parameters``, ``stored``, ``reason``), and the same by reason:
   ``groups`` (``what``, ``count``, ``parameters``, ``stored``, ``reason``),
   ``kinds`` (``kind``, ``layers``, ``parameters``, ``median``, ``lowest``),
   ``worst`` (``name``, ``sqnr``, ``shape``);
 - ``sizes``: ``rows`` (``name``, ``scheme``, ``bytes_in``, ``bytes_out``, ``bits_in``, ``bits_out``), ``total``;
-- ``hardware`` (a text), ``verify`` (a command), ``limits``: ``title``, ``text``;
+- ``hardware`` (a text), ``needs`` (pairs of package and range), ``verify`` (a command),
+  ``limits``: ``title``, ``text``;
 - ``files`` (``path``, ``size``, ``sha256``), ``copied`` (a number), ``command`` (or null), ``date``, ``versions``
   (name, version), ``device_name``, ``tool`` (name and version).
 

@@ -69,6 +69,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "CutlassSemiSparseTensorImpl": Layout("cuda"),
     "Int4PackedTensorImpl": Layout("cuda"),
     "Int4PreshuffledTensor": Layout("cuda"),
+    "Int4Tensor": Layout("cuda", note="torchao 0.18 runs it with the package mslk"),
     "Int4CPUAQTTensorImpl": Layout(
         "cpu", note=f"{_MACHINE}; torchao 0.8 and 0.9 wrote broken weights in this layout when HQQ was on"
     ),
@@ -266,14 +267,8 @@ def parts(tensor: TensorEntry) -> Iterable[TensorEntry]:
             yield from parts(inner)
 
 
-def layout_of(tensors: Iterable[TensorEntry]) -> Layout | None:
-    """The first layout that only one device can use."""
-    classes = {part.class_name.rpartition(".")[2] for tensor in tensors for part in parts(tensor)}
-    return layout_of_classes(classes)
-
-
 def layout_of_classes(classes: Iterable[str]) -> Layout | None:
-    """As ``layout_of``, by the last components of class names."""
+    """The first layout that only one device can use, by the last components of class names."""
     return next((LAYOUTS[name] for name in sorted(classes) if name in LAYOUTS), None)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from aoconvert.environment import version_at_least, version_of
 from aoconvert.errors import UsageError
 from aoconvert.inspection import compat
+from aoconvert.inspection.demands import demand_of, signs
 from aoconvert.inspection.foreign import PACKAGES, scheme_of_kind
 from aoconvert.inspection.types import Component, FileFacts, Loading
 from aoconvert.inspection.writer import written_by
@@ -40,12 +41,13 @@ def component(
         problem: why no loader finds its files.
     """
     quantization = quantization_config(config)
+    files = signs(files, quantization)
     kind = _kind(files)
     entries = [tensor.entry for file in files for tensor in file.tensors if tensor.entry is not None]
     classes = {part.class_name.rpartition(".")[2] for entry in entries for part in compat.parts(entry)} or {
         tensor.class_name.rpartition(".")[2] for file in files for tensor in file.tensors
     }
-    layout, packing = compat.layout_of_classes(classes), _cpu_packing(name, manifest)
+    layout, packing = demand_of(files), _cpu_packing(name, manifest)
     if layout is not None and packing is not None:
         layout = replace(layout, note=None)  # the manifest says what the file does not
     loading = _loading(kind, files, entries, classes)
@@ -220,7 +222,8 @@ def _advice(
         advice.append(f"packed for {layout.device}: {layout.note}")
     if layout is not None and layout.min_capability:
         need = _dotted(layout.min_capability)
-        advice.append(f"packed for {layout.device}: it runs only on capability {need} or higher")
+        packed = "on CUDA it runs" if layout.device == "any" else f"packed for {layout.device}: it runs"
+        advice.append(f"{packed} only on capability {need} or higher")
     advice += _foreign_advice(kind, config)
     places = {leaf.location for entry in entries for _, leaf in entry.leaves()}
     if any(place.startswith(("cuda", "xpu")) for place in places):

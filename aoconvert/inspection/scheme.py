@@ -34,7 +34,8 @@ def _of_class(name: str, part: TensorEntry, dynamic: bool, by_name: Mapping[str,
         return "int8wo" if attributes.get("act_quant_kwargs") is None else "int8dq"
     if name in ("Float8Tensor", "Float8TrainingTensor"):
         data = part.inner.get("qdata")
-        return _float8(data.dtype if data else None, attributes.get("act_quant_kwargs") is not None)
+        kwargs = attributes.get("act_quant_kwargs")
+        return _float8(data.dtype if data else None, kwargs is not None, _granularity(kwargs))
     if name == "IntxUnpackedToInt8Tensor":
         bits = _bits(attributes.get("target_dtype"))
         return _intx(bits, attributes.get("activation_quantization") is not None)
@@ -44,10 +45,27 @@ def _of_class(name: str, part: TensorEntry, dynamic: bool, by_name: Mapping[str,
         return "float8dq_int4"
     if name in _FIXED:
         return _FIXED[name]
+    if name == "NVFP4Tensor":
+        return "nvfp4wo" if attributes.get("act_quant_kwargs") is None else "nvfp4"
     if name == "MXTensor":
         element = _symbol(attributes.get("elem_dtype", attributes.get("_elem_dtype"))) or ""
-        return "mxfp4" if "float4" in element else "mxfp8" if "float8" in element else "mx"
+        return _mx(element, attributes.get("act_quant_kwargs") is not None)
     return None
+
+
+def _mx(element: str, dynamic: bool) -> str:
+    """Today's torchao multiplies with activations in the same dtype; what older ones left alone is marked ``wo``."""
+    found = next((scheme for dtype, scheme in _MX_ELEMENTS.items() if dtype in element), "mx")
+    return found if dynamic else f"{found}wo"
+
+
+_MX_ELEMENTS = {
+    "float8_e4m3": "mxfp8",
+    "float8_e5m2": "mxfp8_e5m2",
+    "float4_e2m1": "mxfp4",
+    "fp6_e2m3": "mxfp6_e2m3",
+    "fp6_e3m2": "mxfp6_e3m2",
+}
 
 
 _FIXED = {
@@ -60,7 +78,6 @@ _FIXED = {
     "FbgemmInt4Tensor": "int4wo",
     "FbgemmFp8Tensor": "float8dq",
     "NF4Tensor": "nf4",
-    "NVFP4Tensor": "nvfp4",
     "MarlinQQQTensor": "int4_marlin_qqq",
 }
 
@@ -111,16 +128,26 @@ def _floatx(by_name: Mapping[str, TensorEntry]) -> str | None:
     return None
 
 
-def _float8(dtype: str | None, dynamic: bool) -> str | None:
+def _float8(dtype: str | None, dynamic: bool, granularity: str | None = None) -> str | None:
     if dtype is None or not dtype.startswith("float8"):
         return None
-    return ("float8dq" if dynamic else "float8wo") + ("_e5m2" if "e5m2" in dtype else "")
+    if not dynamic:
+        return "float8wo" + ("_e5m2" if "e5m2" in dtype else "")
+    return "float8dq" + {"PerRow": "_row", "PerBlock": "_block"}.get(granularity or "", "")
+
+
+def _granularity(kwargs: Value) -> str | None:
+    """Of the activations: the last component of its class's name."""
+    found = kwargs.state.get("granularity") if isinstance(kwargs, Instance) else None
+    return found.class_name.rpartition(".")[2] if isinstance(found, Instance) else None
 
 
 def _intx(bits: int | None, dynamic: bool) -> str | None:
     if bits is None:
         return None
-    return f"int{bits}dq" if dynamic else f"intx{bits}wo"
+    if not dynamic:
+        return f"intx{bits}wo"
+    return "int4dq" if bits == 4 else f"int8dq_int{bits}"
 
 
 def _symbol(value: Value) -> str | None:
@@ -143,14 +170,20 @@ def scheme_of_flat(class_name: str, data: Mapping[str, Any], stored: str | None)
     """
     if class_name == "Int8Tensor":
         return "int8wo" if data.get("act_quant_kwargs") is None else "int8dq"
+    kwargs = data.get("act_quant_kwargs")
     if class_name == "Float8Tensor":
-        return _float8(stored, data.get("act_quant_kwargs") is not None)
+        inner = kwargs.get("_data") if isinstance(kwargs, Mapping) else None
+        granularity = inner.get("granularity") if isinstance(inner, Mapping) else None
+        kind = str(granularity.get("_type")) if isinstance(granularity, Mapping) else None
+        return _float8(stored, kwargs is not None, kind)
     if class_name == "IntxUnpackedToInt8Tensor":
         value = data.get("target_dtype")
         text = value.get("_data") if isinstance(value, Mapping) else value
         return _intx(
             _bits(f"torch.{str(text).removeprefix('torch.')}"), data.get("activation_quantization") is not None
         )
+    if class_name == "NVFP4Tensor":
+        return "nvfp4wo" if kwargs is None else "nvfp4"
     if class_name == "MXTensor":
-        return "mxfp4" if stored in ("uint8", "float4_e2m1fn_x2") else "mxfp8"
+        return _mx(str(data.get("elem_dtype")), kwargs is not None)
     return _FIXED.get(class_name)

@@ -21,6 +21,7 @@ from aoconvert.repacking.convert import CLASSES
 from aoconvert.schemes import int4
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.schemes.base import Layout, Scheme
+from aoconvert.schemes.imports import imports
 from aoconvert.schemes.layouts import merged
 from aoconvert.sources.folder import FolderSource
 from aoconvert.verification.pickles import read_loadable
@@ -55,6 +56,12 @@ class PartPlan:
         return self.scheme.int4.algorithm if self.scheme.int4 is not None else "tinygemm"
 
     @property
+    def unconfirmed(self) -> str | None:
+        """Why nobody can be sure of the packed bytes yet, of int4 or of another scheme of the component."""
+        before = self.entry.layout.unconfirmed
+        return self.scheme.unconfirmed or (None if before in int4.UNCONFIRMED.values() else before)
+
+    @property
     def min_torchao(self) -> str:
         """Oldest torchao that loads the component then; what its other schemes ask for is in the manifest's bound."""
         if only_int4(self.entry, self.names):
@@ -74,7 +81,7 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
     if device not in DEVICES:
         raise UsageError(f"there is no layout for {device!r} to repack to", hint=f"take {', '.join(DEVICES)}")
     import_torchao()
-    for name in {name for entry in manifest.components for name in entry.imports}:
+    for name in imports([name for entry in manifest.components for name in entry.safe_globals]):
         importlib.import_module(name)
     plans: dict[str, PartPlan] = {}
     problems: list[str] = []
@@ -156,10 +163,14 @@ def _layout(entry: ComponentEntry, names: frozenset[str], new: Layout) -> Layout
     """The new layout of int4, with that of the component's other schemes."""
     if only_int4(entry, names):
         return new
-    old = ("tile_packed_to_4d", "plain_int32", int4.packing("cpu"), f"opaque_{int4.cpu_layout(entry.layout.packing)}")
-    others = [part for part in entry.layout.packing.split("+") if part not in old]
     requires = tuple(text for text in entry.layout.requires if not text.startswith("mslk"))
-    return merged([Layout("any", part, None, requires) for part in others] + [new])
+    layouts = [
+        new
+        if part in ("tile_packed_to_4d", "plain_int32") or int4.cpu_layout(part)
+        else Layout("any", part, None, requires)
+        for part in entry.layout.packing.split("+")
+    ]
+    return merged(layouts if new in layouts else [new, *layouts])  # mslk's layout of int4 is called plain, too
 
 
 def _weights_problems(folder: Path, entry: ComponentEntry, names: frozenset[str], device: str) -> list[str]:

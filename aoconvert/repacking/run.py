@@ -130,7 +130,7 @@ def repack(folder: Path, device: str, output: Path, *, overwrite: bool, progress
         new,
         {name: plan.entry.layout.packing for name, plan in plans.items()},
         sum(len(plan.names) for plan in plans.values()),
-        next(iter(plans.values())).scheme.unconfirmed,
+        next(iter(plans.values())).unconfirmed,
         time.perf_counter() - began,
     )
 
@@ -169,7 +169,7 @@ class _Part:
         return entry.model_copy(
             update={
                 "config": self.plan.config,
-                "layout": manifests.LayoutEntry(**layout_dict(self.plan.layout)),
+                "layout": manifests.LayoutEntry(**layout_dict(self.plan.layout, self.plan.unconfirmed)),
                 "files": sorted(files, key=lambda file: order.index(file.path)),
                 "safe_globals": sorted(names),
                 "imports": imports(names),

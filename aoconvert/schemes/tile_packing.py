@@ -25,6 +25,7 @@ ROWS = 8
 COLUMNS = 16
 LANES = 32
 INNER_K_TILES = (2, 4, 8)
+_LOWER = 0x0F0F0F0F0F0F0F0F  # of each of eight bytes
 
 
 def pack(codes: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
@@ -49,14 +50,12 @@ def pack(codes: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
     rows, columns = codes.shape
     if missing := -rows % ROWS:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, missing))
-    down, across = codes.shape[0] // ROWS, columns // (COLUMNS * inner_k_tiles)
-    # row of tiles, row, group of tiles, pair of tiles, tile of the pair, +8, c, +1
-    parts = codes.reshape(down, ROWS, across, inner_k_tiles // 2, 2, 2, 4, 2)
-    packed = codes.new_zeros((down, across, ROWS, 4, inner_k_tiles // 2), dtype=torch.int32)
-    for shift, (odd, tile, upper) in _nibbles():
-        nibble = parts[:, :, :, :, tile, upper, :, odd].permute(0, 2, 1, 4, 3)
-        packed |= nibble.to(torch.int32) << shift
-    return packed.reshape(down, across, LANES, inner_k_tiles // 2)
+    down, across, pairs = codes.shape[0] // ROWS, columns // (COLUMNS * inner_k_tiles), inner_k_tiles // 2
+    # eight columns in one integer: lane and odd column; a column and the eighth after it share a byte
+    eights = _words(codes).reshape(down, ROWS, across, pairs, 2, 2)
+    bytes_ = (eights[..., 0] | eights[..., 1] << 4).view(torch.uint8).reshape(down, ROWS, across, pairs, 2, 4, 2)
+    lanes = bytes_.permute(0, 2, 1, 5, 3, 6, 4).contiguous()
+    return lanes.view(torch.int32).reshape(down, across, LANES, pairs)
 
 
 def unpack(packed: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
@@ -77,18 +76,22 @@ def unpack(packed: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
     _check_tiles(inner_k_tiles)
     if packed.dim() != 4 or packed.shape[2:] != (LANES, inner_k_tiles // 2) or packed.dtype != torch.int32:
         raise ValueError(f"{packed.dtype} of shape {tuple(packed.shape)} is not packed with {inner_k_tiles} k-tiles")
-    down, across = packed.shape[:2]
-    lanes = packed.reshape(down, across, ROWS, 4, inner_k_tiles // 2)
-    codes = packed.new_empty((down, ROWS, across, inner_k_tiles // 2, 2, 2, 4, 2), dtype=torch.uint8)
-    for shift, (odd, tile, upper) in _nibbles():
-        codes[:, :, :, :, tile, upper, :, odd] = ((lanes >> shift) & 15).permute(0, 2, 1, 4, 3)
-    return codes.reshape(down * ROWS, across * COLUMNS * inner_k_tiles)
+    (down, across), pairs = packed.shape[:2], inner_k_tiles // 2
+    lanes = packed.contiguous().view(torch.uint8).reshape(down, across, ROWS, 4, pairs, 2, 2)
+    bytes_ = lanes.permute(0, 2, 1, 4, 6, 3, 5).contiguous()
+    eights = bytes_.view(torch.int64).reshape(-1)
+    codes = torch.stack((eights & _LOWER, (eights >> 4) & _LOWER), dim=-1)
+    return codes.view(torch.uint8).reshape(down * ROWS, across * COLUMNS * inner_k_tiles)
 
 
-def _nibbles() -> list[tuple[int, tuple[int, int, int]]]:
-    """The shift of each nibble of an int32 with what lies there: (odd column, tile of the pair, upper 8 columns)."""
-    places = [(odd, tile, upper) for odd in (0, 1) for tile in (0, 1) for upper in (0, 1)]
-    return [(4 * position, place) for position, place in enumerate(places)]
+def _words(codes: torch.Tensor) -> torch.Tensor:
+    """Eight codes in an int64, in memory order."""
+    import torch
+
+    codes = codes.to(torch.uint8).contiguous()
+    if codes.storage_offset() % 8:
+        codes = codes.clone()
+    return codes.view(torch.int64)
 
 
 def _check_tiles(inner_k_tiles: int) -> None:

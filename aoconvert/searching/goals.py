@@ -26,7 +26,7 @@ Chosen = dict[str, dict[str, "Scheme | None"]]
 
 @dataclass
 class Tensor:
-    """A tensor to choose for; ``schemes`` begins with ``None``, which leaves it as it is, without an error."""
+    """A tensor to choose for; the scheme ``None`` leaves it as it is, without an error."""
 
     survey: Survey
     name: str
@@ -93,11 +93,20 @@ def _named(tensors: Sequence[Tensor], selection: Selection) -> Chosen:
 
 @dataclass(frozen=True)
 class _Goal:
-    """A number of bytes, and how to speak of it: the option, a component or nothing, and bytes in its unit."""
+    """A number of bytes, and how to speak of it.
+
+    Attributes:
+        flag: the option that names it.
+        where: the component and a colon, or nothing.
+        target: bytes.
+        nothing: bytes where nothing is quantized.
+        shown: a number of bytes in the option's unit.
+    """
 
     flag: str
     where: str
     target: int
+    nothing: int
     shown: Callable[[int], str]
 
 
@@ -123,7 +132,8 @@ def _bits_of(tensors: Sequence[Tensor], bits: float) -> tuple[Selection, list[st
     def shown(count: int) -> str:
         return f"{8 * count / parameters:.3f} bits per weight"
 
-    goal = _Goal(f"--target-bits {bits:g}", f"{survey.plan.component.title}: ", int(bits * parameters / 8), shown)
+    where, target = f"{survey.plan.component.title}: ", int(bits * parameters / 8)
+    goal = _Goal(f"--target-bits {bits:g}", where, target, survey.data_size({}), shown)
     return _fitted(goal, [tensor.options(survey.data_bytes) for tensor in tensors], exact, _singles(tensors))
 
 
@@ -134,7 +144,11 @@ def _sized(tensors: Sequence[Tensor], target: int, fixed: int) -> Outcome:
     def exact(selection: Selection) -> int:
         return fixed + sum(surveys[name].file_size(chosen) for name, chosen in _named(tensors, selection).items())
 
-    goal = _Goal(f"--target-size {size(target)}", "", target, lambda count: f"{size(count)} ({count} bytes)")
+    def shown(count: int) -> str:
+        return f"{size(count)} ({count} bytes)"
+
+    nothing = fixed + sum(survey.file_size({}) for survey in surveys.values())
+    goal = _Goal(f"--target-size {size(target)}", "", target, nothing, shown)
     items = [tensor.options(tensor.survey.file_bytes) for tensor in tensors]
     selection, warnings = _fitted(goal, items, exact, _singles(tensors))
     return Outcome(_named(tensors, selection), f"auto: {goal.flag} leaves room for it as it is", tuple(warnings))
@@ -148,27 +162,24 @@ def _fitted(
     Raises:
         PlanError: no selection can, or one with nothing quantized does.
     """
-    nothing = exact((0,) * len(items))
-    selection = fit(items, goal.target, exact, singles) if goal.target < nothing else None
+    selection = fit(items, goal.target, exact, singles) if goal.target < goal.nothing else None
     if selection is None:
         least = exact(cheapest(items))
         raise PlanError(
             [
                 f"{goal.where}{goal.flag} cannot be reached: it takes {goal.shown(least)} at least, "
-                f"and {goal.shown(nothing)} with nothing quantized"
+                f"and {goal.shown(goal.nothing)} with nothing quantized"
             ],
             hint="other --candidates, or another goal",
         )
     reached = exact(selection)
     if reached >= (1 - _WITHIN) * goal.target or error_of(items, selection) == 0:
         return selection, []
-    return selection, [
-        f"{goal.where}{goal.flag}: {goal.shown(reached)} is what was reached; the next step would be more"
-    ]
+    return selection, [f"{goal.where}{goal.flag}: {goal.shown(reached)} is the nearest below it that was found"]
 
 
 def _singles(tensors: Sequence[Tensor]) -> list[Selection]:
-    """One scheme for all that can take it, for each scheme."""
+    """One scheme for all that can take it, for each scheme; the others have their first choice."""
     keys = dict.fromkeys(scheme.key for tensor in tensors for scheme in tensor.schemes if scheme is not None)
     return [tuple(_place(tensor, key) for tensor in tensors) for key in keys]
 

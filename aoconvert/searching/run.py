@@ -132,16 +132,46 @@ def _measure(base: Plan, surveys: Sequence[Survey], progress: Progress) -> tuple
 def _settle(
     surveys: Sequence[Survey], tensors: Sequence[Tensor], options: QuantizeOptions, fixed: int
 ) -> tuple[dict[str, Rules], Outcome]:
-    """Choose, and again as long as something was chosen that cannot be had together with the rest."""
+    """Choose, and again as long as the whole is not what may be written."""
     while True:
         outcome = reach(tensors, options, fixed)
         rules = {
             survey.component: survey.rules(outcome.chosen.get(survey.component, {}), outcome.why) for survey in surveys
         }
         refused = {(survey.component, name) for survey in surveys for name in survey.refused(rules[survey.component])}
-        if not refused:
-            return rules, outcome
         for tensor in tensors:
             if (tensor.survey.component, tensor.name) in refused:
                 at = tensor.schemes.index(outcome.chosen[tensor.survey.component][tensor.name])
                 del tensor.schemes[at], tensor.errors[at]
+        more = options.min_sqnr is None and [_force(survey, tensors, outcome, options) for survey in surveys]
+        if not refused and not (more and any(more)):
+            return rules, outcome
+
+
+def _force(survey: Survey, tensors: Sequence[Tensor], outcome: Outcome, options: QuantizeOptions) -> bool:
+    """Take the choice to leave them as they are from tensors, as far as ``--min-quantized`` asks for it.
+
+    Those with the least error a parameter first. ``True`` where there were such tensors.
+    """
+    chosen = outcome.chosen.get(survey.component, {})
+    missing = options.min_quantized - survey.quantized_fraction(chosen)
+    free = [
+        tensor
+        for tensor in tensors
+        if tensor.survey is survey and chosen[tensor.name] is None and len(tensor.schemes) > 1
+        if survey.parameters(tensor.name)
+    ]
+    if missing <= 0 or not free:
+        return False
+
+    def harm(tensor: Tensor) -> float:
+        return min(error.noise for error in tensor.errors if error is not None) / survey.parameters(tensor.name)
+
+    names: dict[str, Scheme | None] = dict(chosen)
+    for tensor in sorted(free, key=harm):
+        if survey.quantized_fraction(names) >= options.min_quantized:
+            break
+        at = tensor.schemes.index(None)
+        del tensor.schemes[at], tensor.errors[at]
+        names[tensor.name] = tensor.schemes[0]
+    return True

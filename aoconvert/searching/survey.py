@@ -109,6 +109,17 @@ class Survey:
     def _written(self, chosen: Mapping[str, Scheme | None]) -> dict[str, torch.Tensor]:
         return {t.name: self.output(t.name, chosen.get(t.name)) for t in self.plan.tensors if t.action != "tied"}
 
+    def quantized_fraction(self, chosen: Mapping[str, Scheme | None]) -> float:
+        """As ``Totals.quantized_fraction`` counts it."""
+        outside = [t for t in self.plan.tensors if t.parameter and not t.embedding and t.action != "tied"]
+        total = sum(tensor.numel for tensor in outside)
+        return sum(tensor.numel for tensor in outside if chosen.get(tensor.name)) / total if total else 0.0
+
+    def parameters(self, name: str) -> int:
+        """Parameters of a tensor outside embeddings; of an embedding 0."""
+        tensor = self._tensors[name]
+        return 0 if tensor.embedding else tensor.numel
+
     def rules(self, chosen: Mapping[str, Scheme | None], why: str) -> Rules:
         """The choice as rules with exact names.
 

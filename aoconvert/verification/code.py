@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
+from aoconvert.models.fused import FUSED
 from aoconvert.verification.target import Part, Target
 
 Strategy = Literal["from-pretrained", "assign"]
@@ -52,9 +53,15 @@ def code_sha256(target: Target, strategy: Strategy) -> str:
 
 
 def _device(target: Target, device: str | None) -> str:
-    if device is None and target.manifest is not None:
-        device = next((e.layout.device for e in target.manifest.components if e.layout.device != "any"), None)
-    return repr(device) if device is not None else '"cuda" if torch.cuda.is_available() else "cpu"'
+    """The device as Python: the one that the weights are packed for, or a GPU that they can run on."""
+    layouts = [entry.layout for entry in target.manifest.components] if target.manifest is not None else []
+    if device is None:
+        device = next((layout.device for layout in layouts if layout.device != "any"), None)
+    if device is not None:
+        return repr(device)
+    least = max((tuple(layout.min_capability) for layout in layouts if layout.min_capability), default=None)
+    able = f" and torch.cuda.get_device_capability() >= {least}" if least else ""
+    return f'"cuda" if torch.cuda.is_available(){able} else "cpu"'
 
 
 def _from_pretrained(program: _Program, target: Target, place: str) -> None:
@@ -103,6 +110,8 @@ def _assign_part(part: Part) -> list[str]:
             "with init_empty_weights():",
             f"    {variable} = {part.class_name}(config)",
         ]
+    if part.fused:
+        lines += _fuse(variable)
     lines += ["state = {}"]
     # no f-string in the program: a brace in a file's name would be code there
     lines += [f"state.update(torch.load(folder + {'/' + path!r}, weights_only=True, mmap=True))" for path in part.files]
@@ -116,6 +125,18 @@ def _assign_part(part: Part) -> list[str]:
         lines += [f"{variable}.tie_weights()"]
     lines += [f"{variable}.eval()"]
     return lines
+
+
+def _fuse(variable: str) -> list[str]:
+    """What :func:`aoconvert.models.fused.fuse` does: fuse, and take out the layers that are not used any more."""
+    return [
+        f"{variable}.fuse_qkv_projections()",
+        f"for module in {variable}.modules():",
+        f"    for fused, parts in {dict(FUSED)!r}.items():",
+        "        if hasattr(module, fused) and hasattr(module, parts[0]):",
+        "            for part in parts:",
+        "                delattr(module, part)",
+    ]
 
 
 def _dtype(target: Target) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from aoconvert.engine.quantize import Error
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.environment import import_torchao
 from aoconvert.errors import SourceError
+from aoconvert.manifest import ComponentEntry
+from aoconvert.planning import Plan
 from aoconvert.planning.make import make
+from aoconvert.schemes import int4
+from aoconvert.schemes.dequantize import dequantize
 from aoconvert.sources import resolve
+from aoconvert.verification.opening import allowed
 from aoconvert.verification.target import Part, Target
 
 _TOLERANCE_DB = 0.05
@@ -35,46 +41,78 @@ def compare_with_source(target: Target, source: str) -> tuple[float, int, list[s
     import_torchao()
     worst, count, problems = math.inf, 0, []
     for part, entry in zip(target.parts, target.manifest.components, strict=True):
-        with tempfile.TemporaryDirectory() as scratch:
-            options: dict[str, Any] = {"output": Path(scratch) / "out", "dtype": entry.dtype, "min_quantized": 0.0}
-            if part.name:
-                options["components"] = {part.name: None}
-            plan = make(resolve(source), make_options(entry.scheme, {**options, "device": "cpu"}), need_weights=True)
-            plan.source.fetch(plan.fetch)
-            [component] = plan.components
-            state = load_state(target, part)
-            with ComponentReading(component, plan, Path(scratch)) as reading:
-                for tensor in component.tensors:
-                    if tensor.action == "tied" or tensor.name not in state:
-                        continue
-                    sqnr, problem = _compare(tensor.name, reading.read(tensor, None, None), state[tensor.name], part)
-                    count += 1
-                    worst = min(worst, sqnr)
-                    problems += [problem] if problem else []
+        state = load_state(target, part)
+        for name, original in _originals(source, part, entry, state):
+            sqnr, problem = _compare(name, original, state[name], part, entry.layout.packing)
+            count += 1
+            worst = min(worst, sqnr)
+            problems += [problem] if problem else []
     return worst, count, problems
+
+
+def _originals(
+    source: str, part: Part, entry: ComponentEntry, state: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The source's tensors under the names that the checkpoint has for them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = _reading_plan(source, Path(scratch), part, entry, untie=False)
+        if any(tensor.action == "tied" and tensor.name in state for tensor in plan.components[0].tensors):
+            plan = _reading_plan(source, Path(scratch), part, entry, untie=True)
+        plan.source.fetch(plan.fetch)
+        [component] = plan.components
+        with ComponentReading(component, plan, Path(scratch)) as reading:
+            for tensor in component.tensors:
+                if tensor.action != "tied" and tensor.name in state:
+                    yield tensor.name, reading.read(tensor, None, None)
+
+
+def _reading_plan(source: str, scratch: Path, part: Part, entry: ComponentEntry, *, untie: bool) -> Plan:
+    """A plan that says where each of the model's tensors comes from; what it would quantize is of no interest."""
+    options: dict[str, Any] = {
+        "output": scratch / "out",
+        "dtype": entry.dtype,
+        "device": "cpu",
+        "min_quantized": 0.0,
+        "include_embeddings": True,
+        "default_skips": False,
+        "fuse_qkv": part.fused,
+        "untie": untie,
+    }
+    if part.name:
+        options["components"] = {part.name: None}
+    return make(resolve(source), make_options("int8wo", options), need_weights=True)
 
 
 def load_state(target: Target, part: Part) -> dict[str, torch.Tensor]:
     """A part's state dict, mapped, with ``weights_only=True``.
 
-    Its pickles were found safe before, and the load check has shown that the manifest's names are enough; here torch
-    also knows what ``import torchao`` registered.
+    Its pickles were found safe before.
     """
     state: dict[str, torch.Tensor] = {}
-    for file in part.files:
-        state |= torch.load(target.folder / file, weights_only=True, mmap=True)
+    with allowed(target):
+        for file in part.files:
+            state |= torch.load(target.folder / file, weights_only=True, mmap=True)
     return state
 
 
-def _compare(name: str, original: torch.Tensor, written: torch.Tensor, part: Part) -> tuple[float, str | None]:
+def _compare(
+    name: str, original: torch.Tensor, written: torch.Tensor, part: Part, packing: str
+) -> tuple[float, str | None]:
     entry = (part.tensors or {})[name]
     if entry.action != "quantize":
         same = torch.equal(original.to(written.dtype), written)
         return math.inf, None if same else f"{name} is not the source's tensor"
     error = Error()
-    error.add(original, written)
+    error.add(original, _values(written, packing))
     sqnr = error.sqnr_db if error.sqnr_db is not None else math.inf
     stated = entry.sqnr_db if entry.sqnr_db is not None else math.inf
     if sqnr != stated and not abs(sqnr - stated) <= _TOLERANCE_DB:
         return sqnr, f"{name} has an SQNR of {sqnr:.2f} dB to the source, the manifest says {stated:.2f}"
     return sqnr, None
+
+
+def _values(written: torch.Tensor, packing: str) -> torch.Tensor:
+    """What a quantized tensor stands for; int4 for the CPU in the layout it was packed in, wherever this runs."""
+    if type(written).__name__ == "Int4OpaqueTensor":
+        return int4.dequantize(written, int4.cpu_layout(packing))
+    return dequantize(written)

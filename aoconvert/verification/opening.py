@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +56,25 @@ def _strategies(target: Target) -> tuple[Strategy, ...]:
     return ("from-pretrained", "assign")
 
 
-def _open(target: Target, strategy: Strategy, kwargs: dict[str, Any]) -> Any:
+@contextlib.contextmanager
+def allowed(target: Target) -> Iterator[None]:
+    """Have ``torch.load(weights_only=True)`` accept what a checkpoint's pickles name."""
     import torch
 
     import_torchao()
-    import_diffusers()
     for name in target.imports:
         importlib.import_module(name)
     # torch takes back on exit what it was given on entry, also what was registered before
     known = torch.serialization.get_safe_globals()
-    allowed = [found for name in target.safe_globals if (found := _object(name)) not in known]
-    with torch.serialization.safe_globals(allowed):
+    with torch.serialization.safe_globals(
+        [found for name in target.safe_globals if (found := _object(name)) not in known]
+    ):
+        yield
+
+
+def _open(target: Target, strategy: Strategy, kwargs: dict[str, Any]) -> Any:
+    import_diffusers()
+    with allowed(target):
         if strategy == "from-pretrained":
             return _from_pretrained(target, kwargs)
         names: dict[str, Any] = {}

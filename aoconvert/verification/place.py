@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from aoconvert.environment import choose_device, device_facts
 from aoconvert.errors import PlanError
-from aoconvert.inspection.compat import Layout, layout_of
+from aoconvert.inspection.compat import Layout
+from aoconvert.inspection.demands import demand_of_entries
 from aoconvert.schemes import int4
 from aoconvert.schemes.describe import capability
 from aoconvert.verification.pickles import read_bin
@@ -55,7 +56,7 @@ def _layouts(target: Target) -> Iterable[Layout]:
         return
     for part in target.parts:
         for file in part.files:
-            if (layout := layout_of(read_bin(target.folder / file).tensors.values())) is not None:
+            if (layout := demand_of_entries(read_bin(target.folder / file).tensors.values())) is not None:
                 yield layout
 
 

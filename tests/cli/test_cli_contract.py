@@ -91,7 +91,6 @@ def test_group_help_and_version(call: Call) -> None:
     [
         (["nosuch"], "No such command 'nosuch'"),
         (["plan"], "Missing argument 'SOURCE'"),
-        (["plan", "x"], "no scheme"),
         (["plan", "x", "--schme", "int8wo"], "No such option '--schme'"),
         (["plan", "x", "--scheme", "int8wo", "y"], "unexpected extra argument"),
         (["plan", "x", "--scheme", "int8wo", "--json", "-q"], "exclude each other"),
@@ -113,6 +112,28 @@ def test_usage_errors(call: Call, arguments: list[str], said: str) -> None:
 # --- the three modes
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no scheme"),
+        (["--scheme", "int8wo", "--min-sqnr", "30"], "--min-sqnr: only --scheme auto searches"),
+        (["--scheme", "int8wo", "--candidates", "int8wo"], "--candidates: only --scheme auto searches"),
+        (["--scheme", "auto"], "--scheme auto needs one goal"),
+        (["--scheme", "auto", "--min-sqnr", "30", "--target-bits", "5"], "--scheme auto needs one goal"),
+        (["--scheme", "auto", "--target-size", "much"], "'much' is not a size"),
+        (["--scheme", "auto", "--target-bits", "-1"], "--target-bits must be positive"),
+        (["--scheme", "auto", "--min-sqnr", "30", "--group-size", "32"], "--scheme auto takes no --group-size"),
+        (["--scheme", "auto", "--min-sqnr", "30", "--candidates", "int8w"], "there is no scheme 'int8w'"),
+    ],
+)
+def test_options_that_exclude_each_other(call: Call, llama: Path, arguments: list[str], said: str) -> None:
+    done = call("plan", llama, *arguments)
+    assert done.code == 2
+    error, hint = done.stderr.splitlines()
+    assert error.startswith(f"error: {said}")
+    assert hint.startswith("hint: ")
+
+
 def test_plan_json(call: Call, llama: Path, tmp_path: Path) -> None:
     options = ["--scheme", "int8wo", "--device", "cpu", "-o", tmp_path / "out", "--json"]
     done = call("plan", llama, *options)
@@ -125,7 +146,7 @@ def test_plan_json(call: Call, llama: Path, tmp_path: Path) -> None:
     component = made["components"][0]
     keys = ["name", "library", "class", "scheme", "config", "layout", "tensors", "files", "totals"]
     assert list(component) == keys
-    keys = ["name", "shape", "dtype", "action", "reason", "bytes_in", "bytes_out", "file"]
+    keys = ["name", "shape", "dtype", "action", "scheme", "reason", "bytes_in", "bytes_out", "file"]
     assert all(list(tensor) == keys for tensor in component["tensors"])
     assert all(list(file) == ["path", "size"] for file in component["files"])
     assert set(made["needs"]) == {"disk_bytes", "device_peak_bytes", "host_peak_bytes"}
@@ -142,7 +163,7 @@ def test_plan_for_people(call: Call, llama: Path, tmp_path: Path) -> None:
         assert part in done.stdout
     done = call("plan", llama, *options, "--tensors")
     (line,) = [line for line in done.stdout.splitlines() if "model.layers.1.mlp.down_proj.weight" in line]
-    assert " ".join(line.split()) == "model.layers.1.mlp.down_proj.weight 64×160 bfloat16 quantize 20.48 kB 10.56 kB"
+    assert " ".join(line.split()) == "model.layers.1.mlp.down_proj.weight 64×160 bfloat16 quantize to int8wo 20.48 kB 10.56 kB"
     done = call("plan", llama, *options, "-q")
     size = int(done.stdout)
     assert call("quantize", llama, *options, "-q").stdout == f"{tmp_path / 'out'}\n"

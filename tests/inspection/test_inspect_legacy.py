@@ -40,7 +40,7 @@ SCHEMES = {
     "float8wo_e4m3": "float8wo",
     "float8dq_e4m3_perrow": "float8dq",
     "float8dq_e4m3_pertensor": "float8dq",
-    "float8dq_e4m3_perrow_v2": "float8dq",
+    "float8dq_e4m3_perrow_v2": "float8dq_row",
     "fp6_e3m2": "fp6_e3m2",
     "nf4_b64": "nf4",
 }

@@ -48,7 +48,7 @@ def configs() -> dict[str, tuple[Any, str]]:
             "int4dq",
         ),
         "mx": (MXDynamicActivationMXWeightConfig(), "mxfp8"),
-        "nvfp4wo": (NVFP4WeightOnlyConfig(), "nvfp4"),
+        "nvfp4wo": (NVFP4WeightOnlyConfig(), "nvfp4wo"),
     }
 
 

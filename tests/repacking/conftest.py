@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,45 @@ import aoconvert
 
 __all__ = ["pipeline"]
 
+SHAPE: Mapping[str, Any] = {"hidden_size": 128, "intermediate_size": 320, "vocab_size": 64}
+Sources = Callable[..., Path]
 Quantized = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def int4(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    """Quantize the model to int4 for a device; the same options give the same folder, which is never written to."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """A tiny Llama; the same changes of its shape give the same folder, which is never written to."""
+    root = tmp_path_factory.mktemp("models")
     made: dict[str, Path] = {}
-    root = tmp_path_factory.mktemp("int4")
 
-    def quantize(device: str, *, shape: dict[str, Any] | None = None, **options: Any) -> Path:
-        model = {"hidden_size": 128, "intermediate_size": 320, "vocab_size": 64, **(shape or {})}
-        source = root / str(hash(str(model)))
-        if not source.exists():
-            source.mkdir()
-            build_llama(source, **model)
-        key = f"{device} {model} {options}"
+    def build(**changes: Any) -> Path:
+        key = str(changes)
         if key not in made:
-            output = root / str(len(made))
-            values = {"group_size": 64, "min_quantized": 0.0, "device": "cpu", **options}
-            aoconvert.quantize(source, "int4wo", layout_device=device, output=output, **values)
-            made[key] = output
+            made[key] = root / str(len(made))
+            made[key].mkdir()
+            build_llama(made[key], **{**SHAPE, **changes})
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def int4(tmp_path_factory: pytest.TempPathFactory, source: Sources) -> Quantized:
+    """The model in int4 for a device; the same options give the same folder, which is never written to."""
+    root = tmp_path_factory.mktemp("int4")
+    made: dict[str, Path] = {}
+
+    def quantize(device: str, *, shape: Mapping[str, Any] | None = None, **options: Any) -> Path:
+        key = f"{device} {shape} {options}"
+        if key not in made:
+            made[key] = root / str(len(made))
+            quantize_for(device, source(**(shape or {})), made[key], **options)
         return made[key]
 
     return quantize
+
+
+def quantize_for(device: str, model: Path, output: Path, **options: Any) -> None:
+    """To int4 in groups of 64, unless the options say otherwise."""
+    values = {"group_size": 64, "min_quantized": 0.0, "device": "cpu", **options}
+    aoconvert.quantize(model, "int4wo", layout_device=device, output=output, **values)

@@ -12,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from repacking.conftest import quantize_for
+from safetensors.torch import load_file, save_file
 
 import aoconvert
+from aoconvert import manifest as manifests
 from aoconvert.errors import Interrupted, PlanError, QuantizeError, SourceError, UsageError, VerificationError
 from aoconvert.progress import Silent
+from aoconvert.schemes import cpu_packing
 from aoconvert.schemes import int4 as layouts
 from aoconvert.schemes.int4_parts import take_apart
-from aoconvert.verification.versions import device_obstacle
+from aoconvert.verification.place import choose_place
+from aoconvert.verification.target import from_manifest
 
 OTHER = {"cpu": "cuda", "cuda": "cpu"}
 HQQ = {"settings": {"int4_choose_qparams_algorithm": "hqq"}}
@@ -39,49 +44,69 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("options", [{}, HQQ, {"group_size": 32, "max_shard_size": "150KB"}], ids=["", "hqq", "shards"])
+@pytest.mark.parametrize("options", [{}, HQQ], ids=["tinygemm", "hqq"])
 def test_it_is_what_quantizing_for_the_device_gives(
     int4: Any, tmp_path: Path, device: str, options: dict[str, Any]
 ) -> None:
-    if "max_shard_size" in options and device == "cuda":
-        # what is filled up changes what fits in a shard: here the files of a repacked checkpoint are the source's
-        done = aoconvert.repack(int4("cpu", **options), "cuda", output=tmp_path / "there")
-        back = aoconvert.repack(done.output, "cpu", output=tmp_path / "back")
-        assert contents(back.output) == contents(int4("cpu", **options))
-        return
-    made = aoconvert.repack(int4(OTHER[device], **{**options, "max_shard_size": None}), device, output=tmp_path / "out")
+    made = aoconvert.repack(int4(OTHER[device], **options), device, output=tmp_path / "out")
     assert made.weights == 14
-    assert contents(made.output) == contents(int4(device, **{**options, "max_shard_size": None}))
+    assert contents(made.output) == contents(int4(device, **options))
 
 
-def test_every_value_is_carried_where_the_layouts_choose_other_scales(int4: Any, tmp_path: Path) -> None:
+def test_shards_stay_as_they_were_cut(int4: Any, tmp_path: Path) -> None:
+    """Quantizing would cut them anew: what is filled up for CUDA changes what fits in a file."""
+    sharded = int4("cpu", group_size=32, max_shard_size="150KB")
+    there = aoconvert.repack(sharded, "cuda", output=tmp_path / "there")
+    assert left(there.output) == left(sharded)
+    index = json.loads((there.output / "pytorch_model.bin.index.json").read_text())
+    assert index["metadata"]["total_size"] == there.manifest.components[0].totals.bytes_out
+    back = aoconvert.repack(there.output, "cpu", output=tmp_path / "back")
+    assert contents(back.output) == contents(sharded)
+
+
+def test_every_value_is_carried_where_the_layouts_choose_other_scales(source: Any, tmp_path: Path) -> None:
     """torchao's least scale is 1e-6 on the CPU and far smaller for CUDA: repacked, it stays what it was."""
-    source = tmp_path / "source"
-    shutil.copytree(
-        int4("cpu").parent / str(hash(str({"hidden_size": 128, "intermediate_size": 320, "vocab_size": 64}))), source
-    )
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(source / "model.safetensors")
+    shutil.copytree(source(), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name][3] = 0.0
     tensors[name][5] = 1e-9
-    save_file(tensors, source / "model.safetensors")
-    options: dict[str, Any] = {"group_size": 64, "min_quantized": 0.0, "device": "cpu"}
+    save_file(tensors, weights)
     for device in ("cpu", "cuda"):
-        aoconvert.quantize(source, "int4wo", layout_device=device, output=tmp_path / device, **options)
-    done = aoconvert.repack(tmp_path / "cpu", "cuda", output=tmp_path / "repacked")
-    weights = {folder: weight(tmp_path / folder, name) for folder in ("cpu", "cuda", "repacked")}
-    parts = {folder: take_apart(found) for folder, found in weights.items()}
-    for attribute in ("codes", "scale", "zero"):
-        assert torch.equal(getattr(parts["cpu"], attribute), getattr(parts["repacked"], attribute))
-    assert not torch.equal(parts["cuda"].scale, parts["repacked"].scale)
-    assert torch.equal(layouts.dequantize(weights["cpu"]), layouts.dequantize(weights["repacked"]))
-    assert done.manifest.components[0].totals.worst_sqnr_db is not None
+        quantize_for(device, tmp_path / "model", tmp_path / device)
+    aoconvert.repack(tmp_path / "cpu", "cuda", output=tmp_path / "repacked")
+    here, direct, repacked = (weight(tmp_path / folder, name) for folder in ("cpu", "cuda", "repacked"))
+    for part in ("codes", "scale", "zero"):
+        assert torch.equal(getattr(take_apart(here), part), getattr(take_apart(repacked), part))
+    assert not torch.equal(take_apart(direct).scale, take_apart(repacked).scale)
+    assert torch.equal(layouts.dequantize(here), layouts.dequantize(repacked))
 
 
 def weight(folder: Path, name: str) -> Any:
     return torch.load(folder / "pytorch_model.bin", weights_only=True)[name]
+
+
+def test_other_schemes_in_the_model_stay_as_they_are(source: Any, tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        recipe = tmp_path / f"{device}.toml"
+        recipe.write_text(
+            f'''default = {{ scheme = "int4wo", group_size = 64, layout_device = "{device}" }}
+            rule = [
+                {{ match = "re:.*up_proj", scheme = "int8wo" }},
+                {{ match = "re:.*gate_proj", scheme = "int4wo", group_size = 32, layout_device = "{device}" }},
+            ]'''.replace("            ", "")
+        )
+        options: dict[str, Any] = {"recipe": recipe, "device": "cpu", "min_quantized": 0.0}
+        aoconvert.quantize(source(), output=tmp_path / device, **options)
+    done = aoconvert.repack(tmp_path / "cpu", "cuda", output=tmp_path / "out")
+    assert done.weights == 12
+    repacked, direct = contents(done.output), contents(tmp_path / "cuda")
+    assert {**repacked, "aoconvert.json": None} == {**direct, "aoconvert.json": None}
+    entry, expected = (found["aoconvert.json"]["components"][0] for found in (repacked, direct))
+    for key in ("config", "files", "tensors", "totals", "safe_globals"):
+        assert entry[key] == expected[key]
+    assert entry["layout"]["packing"] == expected["layout"]["packing"] == "tile_packed_to_4d+plain"
 
 
 def test_a_pipeline_keeps_its_other_parts(pipeline: Path, tmp_path: Path) -> None:
@@ -138,11 +163,10 @@ def test_what_is_in_the_way_is_said_before_any_work(
     assert left(tmp_path) == []
 
 
-def test_only_checkpoints_with_int4_are_repacked(int4: Any, tmp_path: Path) -> None:
+def test_only_checkpoints_with_int4_are_repacked(int4: Any, source: Any, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"has no aoconvert\.json"):
         aoconvert.repack(tmp_path, "cuda")
-    source = next(path for path in int4("cpu").parent.iterdir() if (path / "model.safetensors").is_file())
-    aoconvert.quantize(source, "int8wo", output=tmp_path / "int8", device="cpu", min_quantized=0.0)
+    aoconvert.quantize(source(), "int8wo", output=tmp_path / "int8", device="cpu", min_quantized=0.0)
     with pytest.raises(PlanError, match="no weights of int4"):
         aoconvert.repack(tmp_path / "int8", "cuda", output=tmp_path / "out")
     with pytest.raises(UsageError, match="no layout for 'tpu'"):
@@ -197,25 +221,44 @@ def test_an_interrupted_run_leaves_nothing(int4: Any, tmp_path: Path) -> None:
     assert left(tmp_path) == []
 
 
-def test_a_checkpoint_for_another_cpu_is_said_refused_and_repacked(int4: Any, tmp_path: Path) -> None:
-    """A machine without vector instructions packs; this one has some."""
-    if layouts.machine_layout().startswith("pairs"):
-        pytest.skip("this CPU has no vector instructions that PyTorch uses")
-    code = "import sys, aoconvert; aoconvert.repack(sys.argv[1], 'cpu', output=sys.argv[2])"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(Path(__file__).parents[2])}
+@pytest.mark.parametrize("layout", [name for name in cpu_packing.LAYOUTS if name != layouts.machine_layout()][-1:])
+def test_a_checkpoint_for_another_cpu_is_said_refused_and_repacked(
+    int4: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
     elsewhere = tmp_path / "elsewhere"
-    subprocess.run([sys.executable, "-c", code, int4("cuda"), elsewhere], env=environment, check=True)
-    layout = json.loads((elsewhere / "aoconvert.json").read_text())["components"][0]["layout"]
-    assert layout["packing"] == "opaque_pairs32"
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_packing, "machine_layout", lambda: layout)
+        aoconvert.repack(int4("cuda"), "cpu", output=elsewhere)
+    assert manifests.load(elsewhere).components[0].layout.packing == f"opaque_{layout}"
     seen = aoconvert.inspect(elsewhere)
     assert seen.loads_here is False
-    assert "CPU layout pairs32" in str(seen.to_dict()["why_not"])
-    with pytest.raises(VerificationError, match="CPU layout pairs32"):
+    assert f"CPU layout {layout}" in str(seen.to_dict()["why_not"])
+    with pytest.raises(VerificationError, match=f"CPU layout {layout}"):
         aoconvert.load(elsewhere)
-    report = aoconvert.verify(elsewhere)
-    assert [check.status for check in report.checks if check.name in ("versions", "reload")] == ["skipped"] * 2
-    assert not aoconvert.repack(elsewhere, "cpu", output=tmp_path / "here").unconfirmed
+    assert f"CPU layout {layout}" in str(obstacle(elsewhere))
+    aoconvert.repack(elsewhere, "cpu", output=tmp_path / "here")
     assert contents(tmp_path / "here") == contents(int4("cpu"))
-    here = aoconvert.inspect(int4("cpu"))
-    assert here.loads_here is True
-    assert device_obstacle(aoconvert.repack(int4("cuda"), "cpu", output=tmp_path / "x").manifest.components[0]) is None
+    assert aoconvert.inspect(int4("cpu")).loads_here is True
+    assert obstacle(int4("cpu")) is None
+
+
+@pytest.mark.exhaustive
+def test_another_machine_reads_and_packs_as_this_one_expects(int4: Any, tmp_path: Path) -> None:
+    """PyTorch without vector instructions, as any machine can run it, in a process that has packed nothing before."""
+    code = """
+import sys, aoconvert
+cpu, cuda, out = sys.argv[1:]
+aoconvert.repack(cpu, "cuda", output=out + "/cuda")
+aoconvert.repack(cuda, "cpu", output=out + "/cpu")
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code, int4("cpu"), int4("cuda"), tmp_path], env=environment, check=True)
+    assert contents(tmp_path / "cuda") == contents(int4("cuda"))
+    assert manifests.load(tmp_path / "cpu").components[0].layout.packing == "opaque_pairs32"
+    aoconvert.repack(tmp_path / "cpu", "cuda", output=tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(int4("cuda"))
+
+
+def obstacle(folder: Path) -> str | None:
+    """What verify says of running it here."""
+    return choose_place(from_manifest(folder, manifests.load(folder)), "auto").obstacle

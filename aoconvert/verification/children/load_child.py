@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import importlib
 import json
+import math
 import mmap
 import sys
 from typing import Any
@@ -72,6 +73,8 @@ def inspect(tensor: Any, name: str, digest: Any, problems: list[str]) -> list[st
         names = list(flatten()[0])
         for inner in names:
             inspect(getattr(tensor, inner), inner, digest, problems)
+            if inner.endswith(("scale", "scale_and_zero")) and bool((scales(tensor, inner) == 0).any()):
+                problems.append(f"{inner} is zero")
         return names
     data = tensor.contiguous()
     if data.numel():
@@ -81,10 +84,21 @@ def inspect(tensor: Any, name: str, digest: Any, problems: list[str]) -> list[st
         values = data if data.dtype.itemsize > 1 else data.to(torch.bfloat16)
         if not bool(torch.isfinite(values).all()):
             problems.append(f"{label} holds NaN or infinity")
-        if name.endswith("scale") and bool((values == 0).any()):
-            problems.append(f"{label} is zero")
     drop_pages(tensor)
     return []
+
+
+def scales(tensor: Any, name: str) -> torch.Tensor:
+    """Scales of a quantized tensor, without the zeros that fill up the tiles of a swizzled layout."""
+    found: torch.Tensor = getattr(tensor, name)
+    if name == "scale_and_zero":
+        return found[..., 0]
+    if name == "scale" and getattr(tensor, "is_swizzled_scales", False):
+        from torchao.prototype.mx_formats.utils import from_blocked
+
+        groups = tensor.shape[-1] // tensor.block_size
+        found = from_blocked(found.flatten(), math.prod(tensor.shape[:-1]), groups)
+    return found if found.dtype.itemsize > 1 else found.to(torch.float32)
 
 
 def drop_pages(tensor: torch.Tensor) -> None:
