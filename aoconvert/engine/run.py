@@ -28,6 +28,7 @@ from aoconvert.planning.files import index_name
 from aoconvert.planning.types import config_dict, layout_dict, vars_of
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import FileDigest
+from aoconvert.schemes.imports import imports
 from aoconvert.writers.index import write_index
 
 
@@ -238,7 +239,7 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         format="bin",
         files=sealed + extra,
         safe_globals=[name for name in names if name.partition(".")[0] not in ("torch", "collections", "builtins")],
-        imports=["torchao"],
+        imports=imports(names),
         load=manifest.LoadEntry(
             strategy="assign" if plan.skeleton.fused else "from_pretrained",
             class_name=plan.component.class_name,

@@ -81,10 +81,10 @@ def make(
             code=options.trust_remote_code,
         )
     wanted = needs(plans, copied, devices[0])
-    problems += _output_problems(source, options)
+    problems += output_problems(source, options)
     # of a config alone the plan is a calculation: nothing could be carried out anyway
     possible = need_weights or any(item.weights for item in plans)
-    (problems if possible else warnings).extend(_space_problems(options, wanted))
+    (problems if possible else warnings).extend(space_problems(options, wanted))
     if problems:
         raise PlanError(problems)
     fetch = [path for item in plans if item.weights for path in item.weights.paths]
@@ -140,7 +140,7 @@ def _unmatched(plans: Sequence[ComponentPlan]) -> list[str]:
     return unmatched(rules, [name for plan in plans for spec in plan.skeleton for name in (spec.name, spec.module)])
 
 
-def _output_problems(source: Source, options: QuantizeOptions) -> list[str]:
+def output_problems(source: Source, options: QuantizeOptions) -> list[str]:
     """What is wrong with the place the result shall go to."""
     problems = []
     output = options.output
@@ -173,7 +173,7 @@ def _output_problems(source: Source, options: QuantizeOptions) -> list[str]:
     return problems
 
 
-def _space_problems(options: QuantizeOptions, wanted: Needs) -> list[str]:
+def space_problems(options: QuantizeOptions, wanted: Needs) -> list[str]:
     """Whether the result fits on the disk it shall go to."""
     try:
         free = shutil.disk_usage(_existing_parent(options.output)).free + _held(options.output)

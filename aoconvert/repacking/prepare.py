@@ -15,7 +15,7 @@ from aoconvert.environment import import_torchao
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.manifest import ComponentEntry, Manifest
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning.make import _output_problems, _space_problems
+from aoconvert.planning.make import output_problems, space_problems
 from aoconvert.planning.types import Needs
 from aoconvert.repacking.convert import CLASSES
 from aoconvert.schemes import int4
@@ -98,8 +98,8 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
     if plans and all(plan.entry.layout.packing == plan.layout.packing for plan in plans.values()):
         problems.append(f"{folder} is packed for {device} already, as this machine packs it")
     options = QuantizeOptions(scheme="int4wo", output=output, overwrite=overwrite)
-    problems += _output_problems(FolderSource(folder), options)
-    problems += _space_problems(options, Needs(sum(map(_bytes, plans.values())), 0, 0))
+    problems += output_problems(FolderSource(folder), options)
+    problems += space_problems(options, Needs(sum(map(_bytes, plans.values())), 0, 0))
     if problems:
         raise PlanError(list(dict.fromkeys(problems)))
     return plans

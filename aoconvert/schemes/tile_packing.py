@@ -54,7 +54,7 @@ def pack(codes: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
     # eight columns in one integer: lane and odd column; a column and the eighth after it share a byte
     eights = _words(codes).reshape(down, ROWS, across, pairs, 2, 2)
     bytes_ = (eights[..., 0] | eights[..., 1] << 4).view(torch.uint8).reshape(down, ROWS, across, pairs, 2, 4, 2)
-    lanes = bytes_.permute(0, 2, 1, 5, 3, 6, 4).contiguous()
+    lanes = bytes_.permute(0, 2, 1, 5, 3, 6, 4).reshape(-1)
     return lanes.view(torch.int32).reshape(down, across, LANES, pairs)
 
 
@@ -77,9 +77,9 @@ def unpack(packed: torch.Tensor, inner_k_tiles: int) -> torch.Tensor:
     if packed.dim() != 4 or packed.shape[2:] != (LANES, inner_k_tiles // 2) or packed.dtype != torch.int32:
         raise ValueError(f"{packed.dtype} of shape {tuple(packed.shape)} is not packed with {inner_k_tiles} k-tiles")
     (down, across), pairs = packed.shape[:2], inner_k_tiles // 2
-    lanes = packed.contiguous().view(torch.uint8).reshape(down, across, ROWS, 4, pairs, 2, 2)
-    bytes_ = lanes.permute(0, 2, 1, 4, 6, 3, 5).contiguous()
-    eights = bytes_.view(torch.int64).reshape(-1)
+    lanes = packed.reshape(-1).view(torch.uint8).reshape(down, across, ROWS, 4, pairs, 2, 2)
+    bytes_ = lanes.permute(0, 2, 1, 4, 6, 3, 5).reshape(-1)
+    eights = bytes_.view(torch.int64)
     codes = torch.stack((eights & _LOWER, (eights >> 4) & _LOWER), dim=-1)
     return codes.view(torch.uint8).reshape(down * ROWS, across * COLUMNS * inner_k_tiles)
 

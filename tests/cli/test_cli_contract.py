@@ -13,7 +13,7 @@ import pytest
 from checkpoints import DATA, build_llama
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["quantize", "plan", "verify", "card", "push", "inspect", "schemes", "demo"]
+COMMANDS = ["quantize", "plan", "verify", "card", "push", "inspect", "schemes", "repack", "demo"]
 HEAVY = ("torch", "torchao", "diffusers", "transformers", "accelerate", "huggingface_hub", "pydantic", "numpy")
 
 Call = Callable[..., Any]
