@@ -67,12 +67,12 @@ class Built:
         return self.folder
 
     def _build(self, case: Case) -> None:
-        with Kernels(scheme_of(case), "cpu", 10**11) as kernels:
-            self.eager_first[case] = kernels.for_tensor(*case[3:]) is None
+        with Kernels("cpu", {scheme_of(case).key: 10**11}) as kernels:
+            self.eager_first[case] = kernels.for_tensor(scheme_of(case), *case[3:]) is None
             deadline = time.monotonic() + 300
-            while kernels.for_tensor(*case[3:]) is None and time.monotonic() < deadline:
+            while kernels.for_tensor(scheme_of(case), *case[3:]) is None and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert kernels.for_tensor(*case[3:]) is not None
+            assert kernels.for_tensor(scheme_of(case), *case[3:]) is not None
 
 
 @pytest.fixture(scope="session")
@@ -200,16 +200,16 @@ def test_loading_a_kernel_leaves_denormals_alone(built: Built) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("shape", [(1, 64), (5, 64), (700, 1024), (3, 192), (40, 2)])
+@pytest.mark.parametrize("shape", [(1, 64), (5, 64), (700, 1024), (3, 192), (40, 2), (3, 20, 64)])
 def test_tensors_are_those_of_the_eager_way(
-    shape: tuple[int, int], built: Built, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row goes the eager way; the others are torchao's class with torchao's attributes."""
     monkeypatch.setenv("AOCONVERT_CACHE_DIR", str(built(INT8)))
     monkeypatch.setenv("AOCONVERT_COMPILE", "auto")
     scheme = scheme_of(INT8)
-    with Kernels(scheme, "cpu", 0) as kernels:
-        kernel = kernels.for_tensor(BF16, BF16)
+    with Kernels("cpu", {}) as kernels:
+        kernel = kernels.for_tensor(scheme, BF16, BF16)
         assert kernel is not None
         weight = torch.randn(shape).bfloat16()
         first = torch.randn(50, 64).bfloat16()
@@ -221,7 +221,8 @@ def test_tensors_are_those_of_the_eager_way(
             assert str(flatten(ours.tensor)) == str(flatten(theirs.tensor))
             assert (ours.tensor.shape, ours.tensor.stride()) == (theirs.tensor.shape, theirs.tensor.stride())
             assert torch.equal(ours.tensor.dequantize(), theirs.tensor.dequantize())
-        assert (kernel.quantize(weight) is None) == (shape[0] == 1)
+        flat = weight.reshape(-1, shape[-1])  # stacked experts are rows to it
+        assert (kernel.quantize(flat) is None) == (len(flat) == 1)
         assert not kernel.dropped
 
 
@@ -250,13 +251,13 @@ def test_a_kernel_with_other_bits_is_dropped(
     install(library(built(real), real).read_bytes(), cache, WRONG)
     scheme = scheme_of(WRONG)
     weight = torch.randn(90, 128, generator=torch.Generator().manual_seed(1)).half()
-    with Kernels(scheme, "cpu", 0) as kernels, caplog.at_level(logging.WARNING):
-        kernel = kernels.for_tensor(FP16, BF16)
+    with Kernels("cpu", {}) as kernels, caplog.at_level(logging.WARNING):
+        kernel = kernels.for_tensor(scheme, FP16, BF16)
         assert kernel is not None
         ours = quantize_tensor("w", weight, BF16, scheme, "cpu", kernel=kernel)
         assert kernel.dropped
         assert kernel.quantize(weight) is None
-        assert kernels.for_tensor(FP16, BF16) is kernel
+        assert kernels.for_tensor(scheme, FP16, BF16) is kernel
     assert "the compiled int4dq is not used any more" in caplog.text
     theirs = quantize_tensor("w", weight, BF16, scheme, "cpu")
     assert torch.equal(ours.tensor.dequantize(), theirs.tensor.dequantize())
@@ -283,9 +284,9 @@ def test_without_a_compiler_there_is_no_kernel(
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("AOCONVERT_COMPILE", "1")
-    with Kernels(scheme_of(INT8), "cpu", 1) as kernels, caplog.at_level(logging.DEBUG, "aoconvert"):
-        assert kernels.for_tensor(BF16, BF16) is None
-        assert kernels.for_tensor(BF16, BF16) is None
+    with Kernels("cpu", {scheme_of(INT8).key: 1}) as kernels, caplog.at_level(logging.DEBUG, "aoconvert"):
+        assert kernels.for_tensor(scheme_of(INT8), BF16, BF16) is None
+        assert kernels.for_tensor(scheme_of(INT8), BF16, BF16) is None
     assert caplog.text.count("no kernel:") == 1
     assert not list(cache.glob("*.so"))
 
@@ -333,17 +334,17 @@ def test_a_folder_that_others_can_write_is_refused(
 def test_a_large_model_starts_eager_and_switches(cache: Path) -> None:
     """A small model does not start a child; the child outlives the run, and leaves nothing where it is ended."""
     scheme = scheme_of(INT8)
-    with Kernels(scheme, "cpu", 10**6) as kernels:
-        assert kernels.for_tensor(BF16, BF16) is None
-        assert not kernels._found[BF16, BF16]
+    with Kernels("cpu", {scheme.key: 10**6}) as kernels:
+        assert kernels.for_tensor(scheme, BF16, BF16) is None
+        assert not kernels._found[scheme.key, BF16, BF16]
     began = time.perf_counter()
-    with Kernels(scheme, "cpu", 10**11) as kernels:
-        assert kernels.for_tensor(BF16, BF16) is None
-        building = kernels._found[BF16, BF16]
+    with Kernels("cpu", {scheme.key: 10**11}) as kernels:
+        assert kernels.for_tensor(scheme, BF16, BF16) is None
+        building = kernels._found[scheme.key, BF16, BF16]
         assert isinstance(building, kernel_cache.Building)
         assert building._process is not None
         child = building._process.pid
-        assert kernels.for_tensor(BF16, BF16) is None
+        assert kernels.for_tensor(scheme, BF16, BF16) is None
     assert time.perf_counter() - began < 5
     os.killpg(child, 0)  # it goes on
     building.cancel()
@@ -365,15 +366,15 @@ def test_kernels_are_for_the_cpu_and_can_be_switched_off(
     choice: str, device: str, name: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AOCONVERT_COMPILE", choice)
-    with Kernels(schemes.get(name), device, 10**12) as kernels:
-        assert kernels.for_tensor(BF16, BF16) is None
+    with Kernels(device, {schemes.get(name).key: 10**12}) as kernels:
+        assert kernels.for_tensor(schemes.get(name), BF16, BF16) is None
     assert not list(cache.iterdir())
 
 
 def test_schemes_that_take_the_whole_weight_have_no_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AOCONVERT_COMPILE", "1")
-    with Kernels(schemes.get("int8wo", settings={"granularity": "per_tensor"}), "cpu", 10**12) as kernels:
-        assert kernels.for_tensor(BF16, BF16) is None
+    with Kernels("cpu", {}) as kernels:
+        assert kernels.for_tensor(schemes.get("int8wo", settings={"granularity": "per_tensor"}), BF16, BF16) is None
     assert not list(cache.iterdir())
 
 
