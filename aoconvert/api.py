@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def plan(source: str | Path, scheme: str | None = None, **options: Unpack[QuantizeKwargs]) -> Plan:
-    """Decide everything about a conversion and write nothing. No weights are read.
+    """Decide everything about a conversion and write nothing. Only ``auto`` reads weights.
 
     Args:
         source: a Hub repo id or a folder.

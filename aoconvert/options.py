@@ -165,7 +165,7 @@ class QuantizeOptions:
                 hint="--min-sqnr DB for every tensor, or --target-bits B or --target-size SIZE for the whole",
             )
         if goals[given[0]] <= 0:
-            raise UsageError(f"--{given[0].replace('_', '-')} must be positive")
+            raise UsageError(f"--{given[0].replace('_', '-')} must be positive", hint="usual are 30 dB, 5 bits")
 
 
 def parse_size(text: str) -> int:

@@ -38,6 +38,10 @@ _ZEROS = (
     "torchao has no scale for values that are all zero and would make NaN of them. {count} such {rows} given one, and "
     "load as zeros."
 )
+_ZERO_INPUT = (
+    "torchao gives float8 activations that are all zero no scale either: {what} of zeros, such as one that is masked "
+    "out, becomes NaN."
+)
 _EAGER = (
     "`config.json` asks for `experts_implementation: eager`, a loop over the experts. transformers' default, one "
     "product for all, cannot multiply these weights."
@@ -106,6 +110,10 @@ def _of_layers(target: Target, tensors: Sequence[TensorEntry]) -> Iterable[tuple
     assert target.manifest is not None
     if repaired := sum(tensor.repaired_rows for tensor in tensors):
         yield "zeros", _ZEROS.format(count=repaired, rows="row was" if repaired == 1 else "rows were")
+    dynamic = {tensor.scheme for tensor in tensors if (tensor.scheme or "").startswith("float8dq")}
+    if dynamic:
+        what = "a whole input" if dynamic == {"float8dq"} else "a token"
+        yield "zeros in the input", _ZERO_INPUT.format(what=what)
     if any(part.config.get("experts_implementation") == "eager" for part in target.parts):
         yield "experts", _EAGER
     if any(role(tensor) == "embedding" for tensor in tensors):

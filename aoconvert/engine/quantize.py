@@ -203,7 +203,5 @@ def not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: Error
         return QuantizeError(f"{name} holds NaN or infinity", hint="repair the source, or leave it out with --skip")
     if not bool(weight.to(dtype).isfinite().all()):
         return QuantizeError(f"{name} overflows {str(dtype).removeprefix('torch.')}", hint="choose --dtype bfloat16")
-    return QuantizeError(
-        f"{name}: {scheme.name} gives NaN for it",
-        hint=f"--skip {name}, or choose int8wo",
-    )
+    other = ", or choose int8wo" if scheme.name != "int8wo" else ""
+    return QuantizeError(f"{name}: {scheme.name} gives NaN or infinity for it", hint=f"--skip {name}{other}")

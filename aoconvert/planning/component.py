@@ -12,7 +12,7 @@ from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
 from aoconvert.planning.choices import Wishes
 from aoconvert.planning.decide import Decisions, decide
-from aoconvert.planning.inventory import Inventory, take
+from aoconvert.planning.inventory import take
 from aoconvert.planning.types import ComponentPlan, FilePlan, TensorPlan
 from aoconvert.planning.weights import is_only
 from aoconvert.recipes import fqn_to_config
@@ -76,7 +76,14 @@ def plan_component(
     decisions = decide(skeleton, rules, wishes, dtype, inventory, free)
     problems += decisions.problems
     folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
-    tensors, order, files = _lay_out(component, folder, decisions, inventory, options.max_shard_size)
+    tensors, order, files = lay_out(
+        component,
+        folder,
+        decisions.tensors,
+        decisions.outputs,
+        inventory.order if inventory else (),
+        options.max_shard_size,
+    )
     plan = ComponentPlan(
         component=_with_config(skeleton.component, decisions),
         rules=rules,
@@ -113,7 +120,9 @@ def _with_config(component: Component, decisions: Decisions) -> Component:
 
 
 def _asked(rules: Rules) -> str:
-    return rules.default.name if rules.default is not None else "the recipe"
+    if rules.default is not None:
+        return rules.default.name
+    return rules.rules[0].origin if rules.rules else "the recipe"
 
 
 def _config(rules: Rules, decisions: Decisions, skeleton: Skeleton) -> AOBaseConfig:
@@ -129,26 +138,42 @@ def _reasons(skipped: Sequence[TensorPlan]) -> str:
     return "; ".join(sorted(weight, key=lambda reason: -weight[reason])[:3]) or "no matrices"
 
 
-def _lay_out(
-    component: Component, folder: str, decisions: Decisions, inventory: Inventory | None, limit: int | None
+def lay_out(
+    component: Component,
+    folder: str,
+    planned: Sequence[TensorPlan],
+    outputs: Mapping[str, torch.Tensor],
+    order: Sequence[str],
+    limit: int | None,
 ) -> tuple[tuple[TensorPlan, ...], tuple[str, ...], tuple[FilePlan, ...]]:
-    """Deal tensors to files, and compute each file's exact size."""
+    """Deal tensors to files, and compute each file's exact size.
+
+    Args:
+        component: the model.
+        folder: its folder in the output.
+        planned: its tensors, in state-dict order.
+        outputs: what is written for them, on ``meta``.
+        order: names as they lie in the source.
+        limit: tensor bytes a file; ``None``: what the library can open.
+
+    Returns:
+        The tensors with their files, names in the order they are written, and the files.
+    """
     from aoconvert.writers.torch_bin import predict_size
 
     default = (
         plan_files.DIFFUSERS_FILE_BYTES if component.library == "diffusers" else plan_files.TRANSFORMERS_FILE_BYTES
     )
-    order = inventory.order if inventory else ()
-    dealt = plan_files.assign(decisions.tensors, order, limit or default)
+    dealt = plan_files.assign(planned, order, limit or default)
     where: dict[str, str] = {}
     files = []
     for number, names in enumerate(dealt, start=1):
         path = join(folder, plan_files.weights_name(component, number, len(dealt)))
         where.update(dict.fromkeys(names, path))
         # the pickle lists tensors in state-dict order, their data lies in the order it was read
-        listed = [tensor.name for tensor in decisions.tensors if where.get(tensor.name) == path]
-        files.append(FilePlan(path, predict_size({name: decisions.outputs[name] for name in names}, listed)))
-    tensors = tuple(replace(tensor, file=where.get(tensor.name)) for tensor in decisions.tensors)
+        listed = [tensor.name for tensor in planned if where.get(tensor.name) == path]
+        files.append(FilePlan(path, predict_size({name: outputs[name] for name in names}, listed)))
+    tensors = tuple(replace(tensor, file=where.get(tensor.name)) for tensor in planned)
     return tensors, tuple(name for names in dealt for name in names), tuple(files)
 
 

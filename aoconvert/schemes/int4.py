@@ -227,7 +227,9 @@ def _on_meta(weight: torch.Tensor, group_size: int, device: str) -> torch.Tensor
     facts: dict[str, Any] = {"block_size": [1, group_size], "shape": weight.shape}
     if device == "cpu":
         qdata = weight.new_empty((rows, columns // 2), dtype=torch.uint8)
-        made = Int4OpaqueTensor(qdata=qdata, scale_and_zero=weight.new_empty((groups, rows, 2)), **facts)
+        # torchao's strides, which are others where there is one group only
+        pairs = weight.new_empty((rows, groups, 2)).transpose(0, 1).contiguous()
+        made = Int4OpaqueTensor(qdata=qdata, scale_and_zero=pairs, **facts)
     else:
         qdata = weight.new_empty((rows, columns // 2), dtype=torch.int8)
         scale, zero = weight.new_empty((groups, rows)), weight.new_empty((groups, rows))

@@ -22,6 +22,7 @@ from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
 from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import PER_DEVICE, Lanes, Pending
+from aoconvert.engine.memory import steady_allocator
 from aoconvert.engine.process import Piece
 from aoconvert.engine.quantize import Error
 from aoconvert.engine.reading import ComponentReading
@@ -76,6 +77,7 @@ def measure(whole: Plan, plan: ComponentPlan, wanted: Mapping[str, Sequence[Sche
         ReadError: a disk error.
         SourceError: transformers refuses the checkpoint.
     """
+    steady_allocator()
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     ordered = [tensors[name] for name in plan.order if name in wanted]
     with _scratch(plan, whole) as scratch:

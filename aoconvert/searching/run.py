@@ -143,8 +143,12 @@ def _settle(
             if (tensor.survey.component, tensor.name) in refused:
                 at = tensor.schemes.index(outcome.chosen[tensor.survey.component][tensor.name])
                 del tensor.schemes[at], tensor.errors[at]
-        more = options.min_sqnr is None and [_force(survey, tensors, outcome, options) for survey in surveys]
-        if not refused and not (more and any(more)):
+                if not tensor.schemes:  # it had to have one
+                    tensor.schemes, tensor.errors = [None], [None]
+        forced = [
+            survey for survey in surveys if options.min_sqnr is None and _force(survey, tensors, outcome, options)
+        ]
+        if not refused and not forced:
             return rules, outcome
 
 
@@ -154,24 +158,24 @@ def _force(survey: Survey, tensors: Sequence[Tensor], outcome: Outcome, options:
     Those with the least error a parameter first. ``True`` where there were such tensors.
     """
     chosen = outcome.chosen.get(survey.component, {})
-    missing = options.min_quantized - survey.quantized_fraction(chosen)
+    fraction = survey.quantized_fraction(chosen)
     free = [
         tensor
         for tensor in tensors
         if tensor.survey is survey and chosen[tensor.name] is None and len(tensor.schemes) > 1
         if survey.parameters(tensor.name)
     ]
-    if missing <= 0 or not free:
+    if fraction >= options.min_quantized or not free:
         return False
 
     def harm(tensor: Tensor) -> float:
         return min(error.noise for error in tensor.errors if error is not None) / survey.parameters(tensor.name)
 
-    names: dict[str, Scheme | None] = dict(chosen)
+    missing = (options.min_quantized - fraction) * survey.outside
     for tensor in sorted(free, key=harm):
-        if survey.quantized_fraction(names) >= options.min_quantized:
-            break
         at = tensor.schemes.index(None)
         del tensor.schemes[at], tensor.errors[at]
-        names[tensor.name] = tensor.schemes[0]
+        missing -= survey.parameters(tensor.name)
+        if missing <= 0:
+            break
     return True

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from aoconvert.models import Component, TensorSpec
+from aoconvert.models import TensorSpec
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning import files as plan_files
 from aoconvert.planning.choices import Choice, Wishes, choose
+from aoconvert.planning.component import lay_out
 from aoconvert.planning.decide import meta_output, nbytes
-from aoconvert.planning.types import ComponentPlan, TensorPlan
+from aoconvert.planning.types import ComponentPlan
 from aoconvert.rules import Rule, Rules, skipping
 from aoconvert.writers.torch_bin import predict_size
 
@@ -109,16 +110,20 @@ class Survey:
     def _written(self, chosen: Mapping[str, Scheme | None]) -> dict[str, torch.Tensor]:
         return {t.name: self.output(t.name, chosen.get(t.name)) for t in self.plan.tensors if t.action != "tied"}
 
-    def quantized_fraction(self, chosen: Mapping[str, Scheme | None]) -> float:
-        """As ``Totals.quantized_fraction`` counts it."""
-        outside = [t for t in self.plan.tensors if t.parameter and not t.embedding and t.action != "tied"]
-        total = sum(tensor.numel for tensor in outside)
-        return sum(tensor.numel for tensor in outside if chosen.get(tensor.name)) / total if total else 0.0
+    @cached_property
+    def outside(self) -> int:
+        """Parameters outside embeddings."""
+        return sum(self.parameters(tensor.name) for tensor in self.plan.tensors if tensor.action != "tied")
 
     def parameters(self, name: str) -> int:
-        """Parameters of a tensor outside embeddings; of an embedding 0."""
+        """Parameters of a tensor outside embeddings; of an embedding or a buffer 0."""
         tensor = self._tensors[name]
-        return 0 if tensor.embedding else tensor.numel
+        return tensor.numel if tensor.parameter and not tensor.embedding else 0
+
+    def quantized_fraction(self, chosen: Mapping[str, Scheme | None]) -> float:
+        """As ``Totals.quantized_fraction`` counts it."""
+        quantized = sum(self.parameters(name) for name, scheme in chosen.items() if scheme is not None)
+        return quantized / self.outside if self.outside else 0.0
 
     def rules(self, chosen: Mapping[str, Scheme | None], why: str) -> Rules:
         """The choice as rules with exact names.
@@ -151,16 +156,8 @@ class Survey:
 
 def files_size(plan: ComponentPlan, limit: int | None, outputs: Mapping[str, torch.Tensor]) -> int:
     """Bytes of the weights files that hold these tensors, as the plan will deal and predict them."""
-    component: Component = plan.component
-    most = limit or (
-        plan_files.DIFFUSERS_FILE_BYTES if component.library == "diffusers" else plan_files.TRANSFORMERS_FILE_BYTES
-    )
-    tensors: list[TensorPlan] = [
+    tensors = [
         replace(tensor, bytes_out=nbytes(outputs[tensor.name])) for tensor in plan.tensors if tensor.name in outputs
     ]
-    total = 0
-    for names in plan_files.assign(tensors, plan.order, most):
-        held = set(names)
-        listed = [tensor.name for tensor in tensors if tensor.name in held]
-        total += predict_size({name: outputs[name] for name in names}, listed)
-    return total
+    _, _, files = lay_out(plan.component, plan.folder, tensors, outputs, plan.order, limit)
+    return sum(file.size for file in files)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from aoconvert import manifest as manifests
 from aoconvert.environment import versions
-from aoconvert.errors import AoconvertError
+from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.manifest import MANIFEST_NAME, Manifest
 from aoconvert.progress import Progress
 from aoconvert.verification.code import Strategy, code_sha256, load_code
@@ -130,16 +130,14 @@ def _checks(run: _Run) -> None:
     run.check("versions", lambda: _versions(run, target))
     loaded = Loaded()
     run.require("load", lambda: check_load(target, loaded))
-    place = run.place
-    if not run.options.reload:
-        run.check("reload", lambda: ("skipped", "not asked for"))
-    elif place is None:
-        run.check("reload", lambda: ("skipped", "the device that was asked for is not here"))
+    if run.options.reload:
+        run.check("reload", lambda: _reload(run, target, loaded))
     else:
-        run.check("reload", lambda: _reload(run, target, place, loaded))
+        run.check("reload", lambda: ("skipped", "not asked for"))
     run.check("numbers", lambda: check_numbers(target, loaded, run.options.source))
     asked = run.options.reload and (run.options.forward or run.options.example)
-    run.check("forward", lambda: check_forward(loaded, asked=asked, obstacle=place.obstacle if place else None))
+    obstacle = run.place.obstacle if run.place is not None else None
+    run.check("forward", lambda: check_forward(loaded, asked=asked, obstacle=obstacle))
     run.example = loaded.example
 
 
@@ -187,12 +185,13 @@ def _pickle(run: _Run) -> tuple[Status, str]:
 
 def _versions(run: _Run, target: Target) -> tuple[Status, str]:
     """Whether this environment can open it, and whether this machine can run it."""
-    run.place = choose_place(target, run.options.device)
+    with contextlib.suppress(PlanError):  # a device that was asked for and is not here: opening it will fail
+        run.place = choose_place(target, run.options.device)
     entries = target.manifest.components if target.manifest is not None else []
     problems = [line for entry in entries for line in version_problems(entry)]
     if problems:
         return "failed", some(problems)
-    if run.place.obstacle is not None:
+    if run.place is not None and run.place.obstacle is not None:
         return ("failed" if run.options.require_device else "skipped"), run.place.obstacle
     if not entries:
         return "skipped", "no manifest says what it needs"
@@ -200,11 +199,12 @@ def _versions(run: _Run, target: Target) -> tuple[Status, str]:
     return "passed", f"needs {', '.join(wanted)}"
 
 
-def _reload(run: _Run, target: Target, where: Place, loaded: Loaded) -> tuple[Status, str]:
+def _reload(run: _Run, target: Target, loaded: Loaded) -> tuple[Status, str]:
     """Try the ways of loading in turn; the first that works is the one to put on a card.
 
     Where the weights cannot run they are opened all the same, and nothing is computed with them.
     """
+    where = run.place or choose_place(target, run.options.device)
     failures: list[str] = []
     folder = str(target.folder.resolve())
     can_run = where.obstacle is None

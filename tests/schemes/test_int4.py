@@ -79,10 +79,11 @@ def test_odd_shapes_are_filled_up_as_torchao_does(device: str, rows: int, groups
     assert_same(int4.quantize(weight, group_size=size, device=device), torchao(weight, size, device))
 
 
+@pytest.mark.parametrize("columns", [64, 320])  # one group a row has other strides
 @pytest.mark.parametrize(("device", "algorithm"), MADE)
-def test_on_meta_it_has_the_class_and_shapes_of_the_real_one(device: str, algorithm: str) -> None:
+def test_on_meta_it_has_the_class_and_shapes_of_the_real_one(device: str, algorithm: str, columns: int) -> None:
     for dtype in DTYPES if device == "cpu" else DTYPES[:1]:
-        weight = normal(48, 320, dtype)
+        weight = normal(48, columns, dtype)
         real: Any = int4.quantize(weight, group_size=64, device=device, algorithm=algorithm)
         meta: Any = int4.quantize(weight.to("meta"), group_size=64, device=device, algorithm=algorithm)
         assert type(meta) is type(real)

@@ -1,0 +1,116 @@
+"""What a header does not say in one place: the device that can run the weights, and which integers have a zero point.
+
+A tensor's class tells most packed layouts (``compat.LAYOUTS``). For the others its scheme does: it says whether
+activations are quantized too, and which GPU can multiply them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from aoconvert.inspection.compat import Layout, layout_of_classes, parts
+from aoconvert.inspection.scheme import scheme_of
+from aoconvert.inspection.types import FileFacts, TensorFact
+from aoconvert.schemes.table import catalogue
+from aoconvert.verification.contents import Instance, TensorEntry
+
+_EMULATED = "emulated"
+# One name for several layouts; LAYOUTS knows them by class.
+_BY_CLASS = frozenset({"int4wo"})
+
+
+def demand_of(files: Sequence[FileFacts]) -> Layout | None:
+    """What the weights of a component need to run; ``None``: any device will do."""
+    tensors = [tensor for file in files for tensor in file.tensors if tensor.scheme is not None]
+    return _first(_of_classes(tensors), ((fact.scheme, fact.entry) for fact in tensors))
+
+
+def demand_of_entries(entries: Iterable[TensorEntry]) -> Layout | None:
+    """As :func:`demand_of`, for the tensors of a ``.bin``."""
+    quantized = [entry for entry in entries if entry.inner]
+    classes = {part.class_name.rpartition(".")[2] for entry in quantized for part in parts(entry)}
+    return _first(layout_of_classes(classes), ((scheme_of(entry), entry) for entry in quantized))
+
+
+def _of_classes(tensors: Sequence[TensorFact]) -> Layout | None:
+    classes = {tensor.class_name.rpartition(".")[2] for tensor in tensors}
+    classes |= {
+        part.class_name.rpartition(".")[2] for fact in tensors if fact.entry is not None for part in parts(fact.entry)
+    }
+    return layout_of_classes(classes)
+
+
+def _first(by_class: Layout | None, tensors: Iterable[tuple[str | None, TensorEntry | None]]) -> Layout | None:
+    """The layout of a packed class, else the narrowest demand of a scheme."""
+    if by_class is not None:
+        return by_class
+    found = [
+        _demands()[scheme] for scheme, entry in tensors if scheme and scheme in _demands() and not _emulated(entry)
+    ]
+    return max(found, key=lambda layout: (layout.device != "any", layout.min_capability or (0, 0)), default=None)
+
+
+@functools.cache
+def _demands() -> Mapping[str, Layout]:
+    return {
+        entry.name: Layout(entry.device, entry.min_capability)
+        for entry in catalogue()
+        if entry.name not in _BY_CLASS and (entry.device != "any" or entry.min_capability is not None)
+    }
+
+
+def _emulated(entry: TensorEntry | None) -> bool:
+    """Whether the tensor itself asks for products in its original dtype, which every device has."""
+    if entry is None:
+        return False
+    kernels = (entry.attributes.get(name) for name in ("kernel_preference", "_gemm_kernel_choice"))
+    return any(isinstance(kernel, Instance) and kernel.args == (_EMULATED,) for kernel in kernels)
+
+
+def signs(files: Sequence[FileFacts], quantization: Mapping[str, Any]) -> tuple[FileFacts, ...]:
+    """The files with ``uintXwo`` in place of ``intxXwo`` where the model's config says so.
+
+    The class is the same: only the zero points differ, and those are not read. A config in which the same width has
+    both kinds leaves the name as it is.
+    """
+    kinds: dict[str, set[bool]] = {}
+    for bits, asymmetric in _mappings(quantization):
+        kinds.setdefault(f"intx{bits}wo", set()).add(asymmetric)
+    renamed = {name: f"uint{name[4:]}" for name, found in kinds.items() if found == {True}}
+    return tuple(
+        replace(file, tensors=tuple(replace(t, scheme=renamed.get(t.scheme or "", t.scheme)) for t in file.tensors))
+        if renamed
+        else file
+        for file in files
+    )
+
+
+def _mappings(quantization: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """(bits, asymmetric) of every weight-only integer config in a ``quantization_config``."""
+    for config in _configs(quantization.get("quant_type")):
+        data = config.get("_data")
+        if config.get("_type") != "IntxWeightOnlyConfig" or not isinstance(data, Mapping):
+            continue
+        bits = re.fullmatch(r"int([1-8])", str(_inner(data.get("weight_dtype"))))
+        if bits is not None:
+            yield bits[1], _inner(data.get("mapping_type")) == "ASYMMETRIC"
+
+
+def _configs(quant_type: Any) -> Iterator[Mapping[str, Any]]:
+    default = quant_type.get("default") if isinstance(quant_type, Mapping) else None
+    if not isinstance(default, Mapping):
+        return
+    yield default
+    data = default.get("_data")
+    entries = data.get("fqn_to_config") if isinstance(data, Mapping) else None
+    if isinstance(entries, Mapping):
+        yield from (entry for entry in entries.values() if isinstance(entry, Mapping))
+
+
+def _inner(value: Any) -> Any:
+    """The value of ``{"_type": ..., "_data": value}``."""
+    return value.get("_data") if isinstance(value, Mapping) else value
