@@ -11,6 +11,7 @@ import torch
 from aoconvert.engine.assembly import Assembly
 from aoconvert.engine.lanes import Lanes, Pending
 from aoconvert.engine.quantize import Error
+from aoconvert.errors import QuantizeError
 from aoconvert.planning.slices import is_streamed
 from aoconvert.planning.types import TensorPlan
 from aoconvert.schemes.apply import flatten, quantize_weight
@@ -77,6 +78,20 @@ Send = Callable[[Message, int], None]
 
 def nothing() -> None:
     """What has memory of its own needs no release."""
+
+
+def _check_overflow(piece: Piece, rows: torch.Tensor) -> None:
+    """Refuse values that were finite in the source and are not any more.
+
+    Raises:
+        QuantizeError: with the tensor's name.
+    """
+    if (
+        rows.is_floating_point()
+        and not bool(rows.isfinite().all())
+        and bool((rows.isinf() & piece.data.isfinite()).any())
+    ):
+        raise QuantizeError(f"{piece.plan.name} overflows {piece.plan.dtype}", hint="choose --dtype bfloat16")
 
 
 @dataclass
@@ -150,6 +165,7 @@ class Processor:
             rows = piece.data.to(getattr(torch, piece.plan.dtype))
             if rows is piece.data:
                 return rows, piece.release
+            _check_overflow(piece, rows)
         else:
             rows, figures = pending()
             error.merge(figures)

@@ -42,11 +42,13 @@ class Layout:
         device: the only device type that can use them.
         min_capability: CUDA compute capability.
         note: what to know first.
+        packed: the bytes are laid out for the device; otherwise only the product with them needs it.
     """
 
     device: str
     min_capability: tuple[int, int] | None = None
     note: str | None = None
+    packed: bool = True
 
 
 _CUDA_8 = Layout("cuda", (8, 0))

@@ -155,7 +155,8 @@ def _problems(
                 f" of capability {'.'.join(map(str, layout.min_capability))} or higher" if layout.min_capability else ""
             )
             if layout.device != "cpu":
-                problems.append(f"its weights are packed for {layout.device}{need}, which is not here")
+                made = "are packed for" if layout.packed else "can be multiplied only on"
+                problems.append(f"its weights {made} {layout.device}{need}, which is not here")
     return problems, unknown
 
 
@@ -222,7 +223,7 @@ def _advice(
         advice.append(f"packed for {layout.device}: {layout.note}")
     if layout is not None and layout.min_capability:
         need = _dotted(layout.min_capability)
-        packed = "on CUDA it runs" if layout.device == "any" else f"packed for {layout.device}: it runs"
+        packed = f"packed for {layout.device}: it runs" if layout.packed else "on CUDA it runs"
         advice.append(f"{packed} only on capability {need} or higher")
     advice += _foreign_advice(kind, config)
     places = {leaf.location for entry in entries for _, leaf in entry.leaves()}

@@ -57,7 +57,7 @@ def _first(by_class: Layout | None, tensors: Iterable[tuple[str | None, TensorEn
 @functools.cache
 def _demands() -> Mapping[str, Layout]:
     return {
-        entry.name: Layout(entry.device, entry.min_capability)
+        entry.name: Layout(entry.device, entry.min_capability, packed=False)
         for entry in catalogue()
         if entry.name not in _BY_CLASS and (entry.device != "any" or entry.min_capability is not None)
     }

@@ -58,8 +58,8 @@ def min_torchao(entry: SchemeEntry, config: AOBaseConfig, group_size: int | None
     return entry.min_torchao
 
 
-def notes(entry: SchemeEntry, bits: float, granularity: str) -> tuple[str, ...]:
-    """What whoever chooses it should know first."""
+def notes(entry: SchemeEntry, bits: float, granularity: str, *, bounded: bool = False) -> tuple[str, ...]:
+    """What whoever chooses it should know first; ``bounded``: the scale of the activations has a least value."""
     found = []
     value_bits = bits_of(entry.weight_dtype)
     if value_bits < round(bits):
@@ -72,6 +72,11 @@ def notes(entry: SchemeEntry, bits: float, granularity: str) -> tuple[str, ...]:
         found.append(f"runs on {entry.device} devices only")
     if entry.min_capability is not None:
         found.append(f"on CUDA it runs from compute capability {capability(entry.min_capability)} on")
+    if entry.name in ("float8dq_row", "float8dq_block") and not bounded:
+        found.append(
+            "a row of zeros in a layer's input (padded text) becomes NaN in torchao 0.18's own path; "
+            "--set activation_value_lb=1e-12 avoids that"
+        )
     return tuple(found)
 
 

@@ -175,7 +175,7 @@ def _describe(entry: SchemeEntry, config: AOBaseConfig, sample: Any) -> Scheme:
         min_torchao=minimum,
         summary=entry.summary,
         bits=bits,
-        notes=notes(entry, bits, granularity),
+        notes=notes(entry, bits, granularity, bounded=getattr(config, "activation_value_lb", None) is not None),
         bytes_per_parameter=size,
         # torchao's _float8_dynamic_activation_float8_weight_quantize_tensor: rows in bfloat16 only
         dtypes=("bfloat16",) if per_row_activation else entry.dtypes,

@@ -27,6 +27,8 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str |
             integers too.
         scheme: what :func:`aoconvert.schemes.get` returned.
     """
+    if len(shape) == 3 and 3 not in scheme.ranks:
+        return f"a stack of matrices, and {scheme.name} takes single ones"
     if scheme.int4 is not None:
         from aoconvert.schemes import int4
 

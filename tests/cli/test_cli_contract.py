@@ -163,7 +163,8 @@ def test_plan_for_people(call: Call, llama: Path, tmp_path: Path) -> None:
         assert part in done.stdout
     done = call("plan", llama, *options, "--tensors")
     (line,) = [line for line in done.stdout.splitlines() if "model.layers.1.mlp.down_proj.weight" in line]
-    assert " ".join(line.split()) == "model.layers.1.mlp.down_proj.weight 64×160 bfloat16 quantize to int8wo 20.48 kB 10.56 kB"
+    expected = "model.layers.1.mlp.down_proj.weight 64×160 bfloat16 quantize to int8wo 20.48 kB 10.56 kB"
+    assert " ".join(line.split()) == expected
     done = call("plan", llama, *options, "-q")
     size = int(done.stdout)
     assert call("quantize", llama, *options, "-q").stdout == f"{tmp_path / 'out'}\n"

@@ -122,7 +122,7 @@ def test_reasons() -> None:
     intx = schemes.get("intx4wo", group_size=32)
     assert schemes.blocker((8, 100), torch.bfloat16, intx) == "in_features 100 is not a multiple of group size 32"
     assert schemes.blocker((8, 64), torch.bfloat16, intx) is None
-    assert "3 dimensions" in (schemes.blocker((2, 8, 64), torch.bfloat16, intx) or "")
+    assert "a stack of matrices" in (schemes.blocker((2, 8, 64), torch.bfloat16, intx) or "")
     assert "1 dimensions" in (schemes.blocker((64,), torch.bfloat16, schemes.get("int8wo")) or "")
     assert "4 dimensions" in (schemes.blocker((8, 64, 3, 3), torch.bfloat16, schemes.get("int8wo")) or "")
     assert "in_features 1" in (schemes.blocker((64, 1), torch.bfloat16, schemes.get("int8wo")) or "")
