@@ -145,8 +145,8 @@ class TensorEntry(_Model):
 
     ``sha256`` is over the bytes of the inner tensors in ``data_names`` order (a plain tensor: its own bytes).
     ``sqnr_db`` is 20·log10(‖w‖ / ‖w − dequantized‖), against the source's weight. ``scheme`` is what it was quantized
-    to. ``repaired_rows`` counts rows of zeros for which torchao gives no scale, so that they would become NaN, and
-    which were given one.
+    to, ``kind`` what it belongs to. ``repaired_rows`` counts rows of zeros for which torchao gives no scale, so that
+    they would become NaN, and which were given one.
     """
 
     name: str
@@ -155,6 +155,7 @@ class TensorEntry(_Model):
     action: Action
     reason: str | None = None
     scheme: str | None = None
+    kind: Literal["linear", "embedding", "experts", "other"] | None = None
     class_name: str
     data_names: list[str] = Field(default_factory=list)
     bytes_in: int

@@ -265,6 +265,7 @@ def test_every_config_gives_the_scheme_it_is_from(name: str) -> None:
     ("config", "message"),
     [
         ({}, "no scheme makes the torchao config None"),
+        ({"_type": ["x"]}, "no scheme makes the torchao config"),
         ({"_type": "quantize_", "_data": {}}, "no scheme makes the torchao config quantize_"),
         ({"_type": "Int8WeightOnlyConfig", "_data": {"nonsense": 1}}, "torchao cannot read this Int8WeightOnlyConfig"),
         (

@@ -202,6 +202,7 @@ def _write_index(component: ComponentPlan, stage: Stage) -> FileEntry:
 
 
 def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[FileEntry], whole: Plan) -> ComponentEntry:
+    kinds = {spec.name: spec.kind for spec in plan.skeleton}
     tensors = []
     for tensor in plan.tensors:
         result = done.tensors.get(tensor.name)
@@ -213,6 +214,7 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
                 action=tensor.action,
                 reason=tensor.reason,
                 scheme=tensor.scheme.name if tensor.scheme is not None else None,
+                kind=kinds.get(tensor.name),
                 class_name=result.written.class_name if result else "torch.Tensor",
                 data_names=list(result.written.data_names) if result else [],
                 bytes_in=tensor.bytes_in,

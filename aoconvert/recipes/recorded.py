@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from aoconvert.environment import import_torchao
+from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import AoconvertError, UsageError
 from aoconvert.manifest import ComponentEntry, Manifest
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section
@@ -184,9 +184,9 @@ def _scheme_of_config(text: str, layout_device: str | None) -> Choice:
     values = json.loads(text)
     name = values.get("_type") if isinstance(values, dict) else None
     unknown = UsageError(f"no scheme makes the torchao config {name}", hint="'aoconvert schemes' lists the schemes")
-    if name not in {entry.config_class for entry in (*catalogue(), *INT4.values())}:
+    if not isinstance(name, str) or name not in {entry.config_class for entry in (*catalogue(), *INT4.values())}:
         raise unknown
-    config = _read(values, str(name))
+    config = _read(values, name)
     for choice in sorted(_candidates(config, layout_device), key=lambda choice: len(choice.settings)):
         if (scheme := _made(choice)) is not None and _as_dict(scheme.config) == _as_dict(config):
             return choice
@@ -199,7 +199,7 @@ def _read(values: Any, name: str) -> Any:
     from torchao.core.config import AOBaseConfig, config_from_dict
 
     try:
-        with warnings.catch_warnings():
+        with quiet_imports(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a version that it converts
             config = config_from_dict(values)
     except Exception as error:  # any class may fail in its own way on bad fields

@@ -36,11 +36,11 @@ def block(cells: Cells) -> str:
     diffusers = ", ".join(_TITLES[name] for name in _DIFFUSERS)
     transformers = ", ".join(title for name, title in _TITLES.items() if name not in _DIFFUSERS)
     notes = (
-        f"diffusers: {diffusers}; transformers: {transformers}; small models of the real classes, `int4wo` in groups of "
-        "32. *bit-equal to*: every tensor is what torchao's `quantize_` makes of the model; *asks*: what it makes once "
-        "its question for a GPU is answered with yes; *class*: what torchao's class for that device makes, its packing "
-        "op done in Python. *after an import*: the one that the model card shows. *on a CPU*: one step or sequence of "
-        "the opened model."
+        f"diffusers: {diffusers}; transformers: {transformers}; small models of the real classes, `int4wo` in groups "
+        "of 32. *bit-equal to*: every tensor is what torchao's `quantize_` makes of the model; *asks*: what it makes "
+        "once its question for a GPU is answered with yes; *class*: what torchao's class for that device makes, its "
+        "packing op done in Python. *after an import*: the one that the model card shows. *on a CPU*: one step or "
+        "sequence of the opened model."
     )
     return "\n".join([*text, "", notes])
 

@@ -15,6 +15,7 @@ import torch
 from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig, NVFP4WeightOnlyConfig
 from torchao.quantization import (
     Float8WeightOnlyConfig,
+    Int4Tensor,
     Int8DynamicActivationInt8WeightConfig,
     Int8DynamicActivationIntxWeightConfig,
     Int8WeightOnlyConfig,
@@ -26,7 +27,9 @@ from torchao.quantization import (
     quantize_,
 )
 
+from aoconvert import schemes
 from aoconvert.errors import SourceError, UnsafePickleError
+from aoconvert.schemes.apply import quantize_weight
 from aoconvert.verification.byte_source import LocalFile
 from aoconvert.verification.contents import Instance, Symbol, TensorEntry
 from aoconvert.verification.pickles import check_bin, read_bin, read_source
@@ -56,6 +59,12 @@ CONFIGS = {
         for granularity in (PerGroup(32), PerAxis(0))
     },
 }
+# what a torchao config alone does not make on every machine: scheme and layout device
+SCHEMES = [
+    *((name, None) for name in ("float8dq", "float8dq_row", "float8dq_block", "nvfp4")),
+    *((name, None) for name in ("mxfp4", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2")),
+    *(("int4wo", device) for device in ("cpu", "cuda", "xpu")),
+]
 PLAIN = [
     *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bool"),
     *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
@@ -70,8 +79,23 @@ def quantized(name):
     return linear.weight.detach()
 
 
+def of_scheme(name, device):
+    torch.manual_seed(0)
+    return quantize_weight(torch.randn(128, 256, dtype=torch.bfloat16), schemes.get(name, layout_device=device))
+
+
+def int4_of_mslk():
+    """What it packs runs on a Hopper GPU only; its class holds data anywhere."""
+    one = torch.ones(1, 64)
+    data, shape = torch.zeros(64, 64, dtype=torch.int8), torch.Size((64, 128))
+    return Int4Tensor(data, one, one, [1, 128], shape, act_pre_scale=torch.ones(128), activation_dtype=torch.bfloat16)
+
+
 def model():
     tensors = {name: quantized(name) for name in CONFIGS}
+    tensors |= {f"{name}-{device}": of_scheme(name, device) for name, device in SCHEMES}
+    tensors["int4-plain"] = int4_of_mslk()
+    tensors["experts"] = quantize_weight(torch.randn(3, 32, 64).bfloat16(), schemes.get("float8wo"))
     for dtype in PLAIN:
         data = torch.randint(0, 2, (15 * getattr(torch, dtype).itemsize,), dtype=torch.uint8)
         tensors[dtype] = data.view(getattr(torch, dtype)).reshape(3, 5)

@@ -17,7 +17,7 @@ SCHEMES = ["int8wo", "int8dq", "float8wo", "float8wo_e5m2", "int4dq", *(f"intx{b
 
 # A verification takes seconds of imports. By default some families run, each with another scheme, and the second way of
 # loading for one family of each kind; the whole table of the first issue's tests on demand.
-SOME = ["cogvideox", "mixtral", "bert"]
+SOME = ["cogvideox", "mixtral"]
 USUAL = {
     *((family, SCHEMES[rank % len(SCHEMES)], "from-pretrained") for rank, family in enumerate(SOME)),
     ("wan", "int8dq", "assign"),

@@ -286,8 +286,12 @@ def test_a_layout_whose_device_is_not_here(copy: Path) -> None:
     report = aoconvert.verify(copy)
     assert report.ok
     skipped = {item.name: item.detail for item in report.checks if item.status == "skipped"}
-    assert "its layout is for cuda" in skipped["reload"]
-    assert "versions" in failed(check(copy, require_device=True))
+    assert set(skipped) == {"versions", "forward"}
+    assert skipped["forward"] == skipped["versions"] == "its layout is for cuda, and there is no such device here"
+    reload = report.check("reload")
+    assert reload is not None and reload.detail.endswith(", on cpu")
+    assert report.device == "cpu"
+    assert set(failed(check(copy, require_device=True))) == {"versions"}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
