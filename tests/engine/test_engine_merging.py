@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import tiny
 import torch
 from converted import MODELS, build
-from torchao.quantization import quantize_
+from torchao.quantization import FqnToConfig, quantize_
 
 import aoconvert
 from aoconvert import schemes
@@ -48,10 +49,11 @@ def test_as_quantize_after_from_pretrained(name: str, scheme: str, tmp_path: Pat
     build(name, source)
     result = aoconvert.quantize(source, scheme, output=tmp_path / "out", device="cpu", min_quantized=0)
     [component] = result.manifest.components
-    quantized = {tensor.name.removesuffix(".weight") for tensor in component.tensors if tensor.action == "quantize"}
+    quantized = {tensor.name for tensor in component.tensors if tensor.action == "quantize"}
+    assert any("experts" in at for at in quantized) == name.endswith("moe")
     model = getattr(tiny.transformers, MODELS[name][0]).from_pretrained(source, dtype=torch.bfloat16)
     config = schemes.get(scheme).config
-    quantize_(model, config, filter_fn=lambda module, at: isinstance(module, torch.nn.Linear) and at in quantized)
+    quantize_(model, FqnToConfig(OrderedDict.fromkeys(sorted(quantized), config)), filter_fn=None)
     expected = model.state_dict()
     written = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
     tied = {tensor.name for tensor in component.tensors if tensor.action == "tied"}
@@ -59,11 +61,9 @@ def test_as_quantize_after_from_pretrained(name: str, scheme: str, tmp_path: Pat
     for key, tensor in written.items():
         assert_equal(key, tensor, expected[key])
     if name == "nomic-bert":
-        assert any(at.endswith("q_proj") for at in quantized)
+        assert any(at.endswith("q_proj.weight") for at in quantized)
     opened = getattr(tiny.transformers, MODELS[name][0]).from_pretrained(tmp_path / "out")
-    assert {
-        at for at, module in opened.named_modules() if hasattr(getattr(module, "weight", None), "qdata")
-    } == quantized
+    assert {at for at, parameter in opened.named_parameters() if hasattr(parameter, "qdata")} == quantized
 
 
 def sparse_mixtral(folder: Path, layers: int, shards: int) -> int:
@@ -183,4 +183,4 @@ def test_experts_take_the_disk_of_the_output_and_the_memory_of_a_few_tensors(tmp
     written = torch.load(place / "out" / "pytorch_model.bin", weights_only=True, mmap=True)
     experts = written["model.layers.3.mlp.experts.gate_up_proj"]
     assert experts.shape == (8, 8192, 2048)
-    assert not experts[::3, ::1000].any()
+    assert not experts.qdata[::3, ::1000].any()

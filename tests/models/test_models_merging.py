@@ -179,7 +179,7 @@ def test_a_merged_tensor_comes_where_its_first_source_lies(built: Callable[[str]
 def test_the_plan_counts_no_copy(built: Callable[[str], Path], tmp_path: Path) -> None:
     plan = plan_of(built("mixtral"), tmp_path / "out")
     [component] = plan.components
-    assert not plan.warnings
+    assert not [line for line in plan.warnings if "copy" in line]
     assert plan.needs.disk_bytes == sum(file.size for file in component.files) + sum(item.size for item in plan.copied)
     made = [tensor for tensor in component.tensors if tensor.sources]
     assert all(tensor.origin is None and tensor.bytes_in == tensor.numel * 2 for tensor in made)
@@ -249,7 +249,7 @@ def test_the_copy_is_made_and_told_where_an_operation_cannot_be_followed(
         made = [tensor for tensor in component.tensors if tensor.name.endswith("_proj") and len(tensor.shape) == 3]
         assert len(made) == 4
         assert all(tensor.origin is None and not tensor.sources for tensor in made)
-        [warning] = plan.warnings
+        [warning] = [line for line in plan.warnings if "copy" in line]
         assert "transformers makes a copy of its merged tensors while it runs" in warning
         assert "model.layers.0.mlp.experts.gate_up_proj" in warning
         written = [*component.files, *plan.copied]

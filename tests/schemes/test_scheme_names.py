@@ -210,3 +210,12 @@ def test_availability_names_what_is_missing() -> None:
     assert schemes.availability(absent) == "needs no-such-package-anywhere>=1, which is not installed"
     with pytest.raises(UnknownSchemeError):
         schemes.availability("no such scheme")
+
+
+def test_configs_of_many_schemes_and_block_sparsity_are_what_they_are() -> None:
+    for name in ("FqnToConfig", "ModuleFqnToConfig", "AOPerModuleConfig"):
+        with pytest.raises(UnknownSchemeError, match="many schemes") as caught:
+            schemes.find(name)
+        assert "--recipe" in (caught.value.hint or "")
+    with pytest.raises(UnknownSchemeError, match="is block sparsity"):
+        schemes.find("BlockSparseWeightConfig")

@@ -308,3 +308,21 @@ assert before[1:] == (inductor.save_config_portable(), torch.get_float32_matmul_
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_look_at_a_scheme_starts_no_threads() -> None:
+    """A process that forks afterwards would wait for them for ever."""
+    code = (
+        "import os, torch\n"
+        "from aoconvert import schemes\n"
+        "from aoconvert.schemes.apply import quantize_with\n"
+        "from torchao.quantization import Int8WeightOnlyConfig\n"
+        "quantize_with(torch.ones(2, 64), Int8WeightOnlyConfig())\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "for entry in schemes.catalogue():\n"
+        "    if entry.name in ('float8dq_block', 'int4wo'):  # large blocks; asks the op how it packs here\n"
+        "        continue\n"
+        "    schemes.get(entry.name)\n"
+        "    assert len(os.listdir('/proc/self/task')) == before, entry.name\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "4"})

@@ -164,3 +164,28 @@ def test_any_setting_is_taken_or_refused_in_one_line(scheme: str, given_settings
         assert len(error.message.splitlines()) == 1
     else:
         assert made.name == scheme
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "message"),
+    [
+        ({"activation_dtype": "int4"}, "cannot multiply by int4"),
+        ({"activation_dtype": "float16"}, "cannot multiply by float16"),
+        ({"activation_value_ub": "-1"}, "between None and -1.0"),
+        ({"activation_value_ub": "0"}, "between None and 0.0"),
+        ({"activation_value_lb": "-1"}, "between -1.0 and None"),
+        ({"activation_value_lb": "3", "activation_value_ub": "2"}, "between 3.0 and 2.0"),
+    ],
+)
+def test_activations_that_torchao_takes_and_cannot_use(given_settings: dict[str, str], message: str) -> None:
+    for name in ("float8dq", "float8dq_row"):
+        with pytest.raises(UsageError, match=message):
+            schemes.get(name, settings=given_settings)
+    assert schemes.get("float8dq", settings={"activation_dtype": "float8_e5m2"}).activation
+
+
+def test_a_contradiction_names_the_scheme_that_differs_in_nothing_else() -> None:
+    for name, other in (("uint4wo", "uint3wo"), ("intx4wo", "intx3wo"), ("int4dq", "int8dq_int3")):
+        with pytest.raises(UsageError, match="contradicts") as caught:
+            schemes.get(name, settings={"weight_dtype": "int3"})
+        assert caught.value.hint == f"use scheme {other}"
