@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ LAYOUT_DEVICES = ("cpu", "cuda", "xpu")
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_MOST_BYTES = 10**24  # no goal is above it: floats can count it
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -142,8 +144,16 @@ class QuantizeOptions:
         return self.scheme is not None and self.scheme.strip().lower() == AUTO
 
     def _check_scheme(self) -> None:
-        if self.scheme is None and self.recipe is None:
+        if AUTO in (scheme.strip().lower() for scheme in self.components.values() if scheme):
+            raise UsageError("auto is not the scheme of one component", hint="--scheme auto, and --component NAME")
+        own = bool(self.components) and all(self.components.values())
+        if self.scheme is None and self.recipe is None and not own:
             raise UsageError("no scheme", hint="--scheme NAME (see 'aoconvert schemes'), or --recipe FILE")
+        if self.scheme is None and not own and (self.group_size is not None or self.settings):
+            raise UsageError(
+                "--group-size and --set are for --scheme, and there is none",
+                hint="a recipe has group_size and set of its own",
+            )
         if self.layout_device not in (None, *LAYOUT_DEVICES):
             raise UsageError(f"layout_device {self.layout_device!r} is not one of {', '.join(LAYOUT_DEVICES)}")
         goals = {name: getattr(self, name) for name in ("min_sqnr", "target_bits", "target_size")}
@@ -164,8 +174,12 @@ class QuantizeOptions:
                 "--scheme auto needs one goal",
                 hint="--min-sqnr DB for every tensor, or --target-bits B or --target-size SIZE for the whole",
             )
-        if goals[given[0]] <= 0:
-            raise UsageError(f"--{given[0].replace('_', '-')} must be positive", hint="usual are 30 dB, 5 bits")
+        goal = goals[given[0]]
+        if goal <= 0 or (isinstance(goal, float) and not math.isfinite(goal)) or goal > _MOST_BYTES:
+            raise UsageError(
+                f"--{given[0].replace('_', '-')} must be a positive number, and not without end",
+                hint="usual are 30 dB, 5 bits, 8GB",
+            )
 
 
 def parse_size(text: str) -> int:

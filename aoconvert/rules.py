@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
 
 _REGEX = "re:"
+
+# Rules that match nothing for which the nearest names are looked for: among those of a large model that takes a second
+_ADVISED = 3
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,43 @@ class Rule:
         """How reasons and messages call it."""
         return f"{self.origin} {self.pattern}"
 
+    @cached_property
+    def regex(self) -> re.Pattern[str] | None:
+        """The regular expression; ``None``: the pattern is an exact name."""
+        return re.compile(self.pattern[len(_REGEX) :]) if self.pattern.startswith(_REGEX) else None
+
     def matches(self, name: str) -> bool:
         """Whether the pattern means this tensor or module."""
-        if self.pattern.startswith(_REGEX):
-            return re.fullmatch(self.pattern[len(_REGEX) :], name) is not None
+        if self.regex is not None:
+            return self.regex.fullmatch(name) is not None
         return bool(name) and self.pattern == name
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Rules by kind: a recipe may have one for every layer of a large model."""
+
+    exact: Mapping[str, Rule]
+    regex: tuple[tuple[re.Pattern[str], Rule], ...]
+
+    @classmethod
+    def of(cls, rules: Iterable[Rule]) -> _Sorted:
+        """The first of several rules with the same exact name counts."""
+        exact: dict[str, Rule] = {}
+        regex = []
+        for rule in rules:
+            if rule.regex is None:
+                exact.setdefault(rule.pattern, rule)
+            else:
+                regex.append((rule.regex, rule))
+        return cls(exact, tuple(regex))
+
+    def match(self, names: tuple[str, ...]) -> Rule | None:
+        """The first rule that means the first of the names, else the next."""
+        for name in names:
+            if name and name in self.exact:
+                return self.exact[name]
+        return next((rule for name in names for regex, rule in self.regex if regex.fullmatch(name)), None)
 
 
 @dataclass(frozen=True)
@@ -66,14 +102,11 @@ class Rules:
         In this order: an exact tensor name, an exact module name, the first regular expression for the tensor, the
         first one for the module.
         """
-        for rules in (self.skip, self.rules):
-            exact = [rule for rule in rules if not rule.pattern.startswith(_REGEX)]
-            regex = [rule for rule in rules if rule.pattern.startswith(_REGEX)]
-            for group, name in ((exact, tensor), (exact, module), (regex, tensor), (regex, module)):
-                found = next((rule for rule in group if rule.matches(name)), None)
-                if found is not None:
-                    return found
-        return None
+        return next((found for rules in self._sorted if (found := rules.match((tensor, module)))), None)
+
+    @cached_property
+    def _sorted(self) -> tuple[_Sorted, _Sorted]:
+        return _Sorted.of(self.skip), _Sorted.of(self.rules)
 
 
 def skipping(patterns: Iterable[str]) -> tuple[Rule, ...]:
@@ -82,15 +115,18 @@ def skipping(patterns: Iterable[str]) -> tuple[Rule, ...]:
 
 
 def unmatched(rules: Iterable[Rule], names: Iterable[str]) -> list[str]:
-    """One line for every rule that matches none of these tensors and modules, with the nearest names."""
-    known = {name for name in names if name}
+    """One line for every rule that matches none of these tensors and modules, for a few with the nearest names."""
+    known = sorted({name for name in names if name})
+    exact = frozenset(known)
     lines = []
+    advised = 0
     for rule in rules:
-        if any(rule.matches(name) for name in known):
+        if rule.pattern in exact or (rule.regex is not None and any(map(rule.matches, known))):
             continue
         near: list[str] = []
-        if not rule.pattern.startswith(_REGEX):
-            near = difflib.get_close_matches(rule.pattern, sorted(known), n=3, cutoff=0.5)
+        if rule.regex is None and advised < _ADVISED:
+            near = difflib.get_close_matches(rule.pattern, known, n=3, cutoff=0.5)
+            advised += 1
         nearest = f" (nearest: {', '.join(near)})" if near else ""
         lines.append(f"{rule.origin} {rule.pattern!r} matches nothing{nearest}")
     return lines

@@ -1,4 +1,5 @@
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -56,6 +57,36 @@ def test_a_very_long_number_is_a_size() -> None:
 def test_wrong_values(values: dict[str, object], what: str) -> None:
     with pytest.raises(UsageError, match=what.replace("[", r"\[")):
         QuantizeOptions(scheme="int8wo", **values)
+
+
+@pytest.mark.parametrize("goal", [{"min_sqnr": float("nan")}, {"min_sqnr": float("inf")}, {"min_sqnr": -1.0}])
+@pytest.mark.parametrize("name", ["min_sqnr", "target_bits", "target_size"])
+def test_a_goal_is_a_finite_positive_number(goal: dict[str, float], name: str) -> None:
+    (value,) = goal.values()
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be a positive number"):
+        QuantizeOptions(scheme="auto", **{name: value})
+
+
+def test_a_size_that_no_float_can_count_is_no_goal() -> None:
+    with pytest.raises(UsageError, match="--target-size must be a positive number"):
+        QuantizeOptions(scheme="auto", target_size=parse_size("9" * 400))
+
+
+def test_no_scheme_is_needed_where_every_component_has_its_own() -> None:
+    assert QuantizeOptions(None, components={"transformer": "int8wo", "vae": "float8wo"}).scheme is None
+    with pytest.raises(UsageError, match="no scheme"):
+        QuantizeOptions(None, components={"transformer": "int8wo", "vae": None})
+    for scheme in (None, "auto"):
+        with pytest.raises(UsageError, match="auto is not the scheme of one component"):
+            QuantizeOptions(scheme, components={"transformer": "Auto"}, min_sqnr=30.0)
+
+
+@pytest.mark.parametrize("values", [{"group_size": 32}, {"settings": {"granularity": "per_row"}}])
+def test_options_of_a_scheme_without_a_scheme(values: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="are for --scheme, and there is none"):
+        QuantizeOptions(None, recipe=Path("r.toml"), **values)
+    assert QuantizeOptions("int8wo", recipe=Path("r.toml"), **values).recipe
+    assert QuantizeOptions(None, recipe=Path("r.toml"), components={"vae": "int8wo"}, **values).recipe
 
 
 def test_token_is_not_shown() -> None:

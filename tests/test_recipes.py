@@ -109,7 +109,7 @@ def test_scheme_is_the_default_where_the_recipe_has_none(tmp_path: Path) -> None
     recipe = load(write(tmp_path, '[[rule]]\nmatch = "a"\nscheme = "float8wo"'))
     assert rules(recipe, "", int8).default is int8
     assert rules(recipe, "", None).default is None
-    with pytest.raises(UsageError, match=r"r.toml has a default \(int4wo\), and --scheme is int8wo"):
+    with pytest.raises(UsageError, match=r"r.toml has a default \(int4wo\), and the command line says int8wo"):
         rules(load(write(tmp_path, EXAMPLE)), "transformer", int8)
 
 
@@ -127,11 +127,11 @@ RULE = '[[rule]]\nmatch = "a"\n'
         ("default = 'auto'", r"r\.toml, default: auto is not a single scheme"),
         ("default = { scheme = 'int8wo', group = 3 }", r"r\.toml, default: unknown key 'group'"),
         ("default = { group_size = 3 }", r"r\.toml, default: scheme is missing"),
-        ("[rule]\nmatch = 'a'", r"r\.toml: rule should be a valid list"),
+        ("[rule]\nmatch = 'a'", r"r\.toml: rule should be a list of tables$"),
         (RULE, r"r\.toml, rule 1: scheme is missing"),
         (RULE + "scheme = 'int8wo'\nskip = true", r"r\.toml, rule 1: unknown key 'skip'"),
         (RULE + "scheme = 'skip'\ngroup_size = 8", r"rule 1 \('a'\): scheme .skip. takes no options"),
-        (RULE + "scheme = 'int8wo'\ngroup_size = '8'", r"rule 1: group_size should be a valid integer"),
+        (RULE + "scheme = 'int8wo'\ngroup_size = '8'", r"rule 1: group_size should be a whole number$"),
         (RULE + "scheme = 'int8wo'\nset = { granularity = [] }", r"rule 1: set\.granularity is neither text nor"),
         (RULE + "scheme = 'intx'", r"rule 1 \('a'\): 'intx' does not say which weight_dtype"),
         ((RULE + "scheme = 'int8wo'\n") * 2, r"rule 2 \('a'\): rule 1 has the same pattern"),
@@ -140,11 +140,13 @@ RULE = '[[rule]]\nmatch = "a"\n'
         ("[[rule]]\nmatch = '_default'\nscheme = 'skip'", r"_default is not a pattern here"),
         ("[[rule]]\nmatch = \"a\\nb\"\nscheme = 'x'", r"rule 1 \('a\\nb'\): there is no scheme 'x'"),
         ("[component.\"a\\nb\"]\ndefault = 'x'", r"\[component\.'a\\nb'\] default: there is no scheme 'x'"),
-        ("[component]\nvae = 3", r"r\.toml, \[component\.vae\]: should be a valid dict"),
+        ("[component]\nvae = 3", r"r\.toml, \[component\.vae\]: should be a table$"),
+        ("rule = [1]", r"r\.toml, rule 1: should be a table$"),
+        (RULE + "scheme = 'int4wo'\nlayout_device = ''", r"r\.toml, rule 1 \('a'\): layout_device is empty"),
         ("[component.vae]\nschem = 'skip'", r"r\.toml, \[component\.vae\]: unknown key 'schem'"),
         (
             "[[component.vae.rule]]\nmatch = 3\nscheme = 'skip'",
-            r"\[component\.vae\], rule 1: match should be a valid str",
+            r"\[component\.vae\], rule 1: match should be text$",
         ),
     ],
 )
@@ -152,6 +154,22 @@ def test_every_mistake_is_one_line_that_says_where(tmp_path: Path, text: str, me
     with pytest.raises(UsageError, match=message) as caught:
         load(write(tmp_path, text))
     assert "\n" not in caught.value.message + (caught.value.hint or "")
+
+
+def test_the_hint_is_for_what_is_wrong(tmp_path: Path) -> None:
+    for text, hint in (
+        ("default = { scheme = 3 }", "a default has"),
+        (RULE + "scheme = 3", "a rule has"),
+        ("[component.vae]\ndefault = { group_size = 3 }", "a default has"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            load(write(tmp_path, text))
+        assert (caught.value.hint or "").startswith(hint)
+
+
+def test_a_file_without_an_end_is_not_read_to_it() -> None:
+    with pytest.raises(UsageError, match="/dev/zero is larger than 64 MiB"):
+        load(Path("/dev/zero"))
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:

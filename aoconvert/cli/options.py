@@ -147,22 +147,29 @@ _FIELDS = frozenset(QuantizeOptions.__dataclass_fields__)
 
 
 def _options(values: dict[str, Any]) -> QuantizeOptions:
-    settings = {}
+    settings: dict[str, str] = {}
     for item in values.pop("settings"):
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {item!r} is not KEY=VALUE")
-        settings[key] = value
+        if settings.setdefault(key, value) != value:
+            raise UsageError(f"--set {key} is given twice, as {settings[key]!r} and {value!r}")
     components: dict[str, str | None] = {}
     for item in values.pop("components"):
-        name, _, scheme = item.partition("=")
-        components[name] = scheme or None
+        name, equals, scheme = item.partition("=")
+        if not name or (equals and not scheme):
+            raise UsageError(f"--component {item!r} is neither NAME nor NAME=SCHEME")
+        if components.setdefault(name, scheme or None) != (scheme or None):
+            raise UsageError(f"--component {name} is given twice, with different schemes")
     shard, size = values.pop("max_shard_size"), values.pop("target_size")
-    names = (values.pop("candidates") or "").split(",")
+    candidates = values.pop("candidates")
+    names = [name.strip() for name in candidates.split(",")] if candidates is not None else []
+    if not all(names):
+        raise UsageError(f"--candidates {candidates!r} has an empty name", hint="--candidates int4wo,int8wo")
     return QuantizeOptions(
         settings=settings,
         components=components,
-        candidates=tuple(name.strip() for name in names if name.strip()),
+        candidates=tuple(names),
         target_size=parse_size(size) if size is not None else None,
         max_shard_size=parse_size(shard) if shard is not None else None,
         **values,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from aoconvert.engine.run import QuantizeResult
+    from aoconvert.manifest import Totals
     from aoconvert.verification.report import Report
 
 EXAMPLES = """\b
@@ -64,6 +65,11 @@ def _both(result: QuantizeResult, report: Report) -> RenderableType:
     return Group(_summary(result), "", verify_command.table(report))
 
 
+def _share(totals: Totals) -> str:
+    """The part that is quantized, as the card says it: of all parameters, embeddings among them."""
+    return f"{totals.quantized_parameters / totals.parameters:.1%}" if totals.parameters else "0%"
+
+
 def _summary(result: QuantizeResult) -> RenderableType:
     from rich.table import Table
 
@@ -76,7 +82,7 @@ def _summary(result: QuantizeResult) -> RenderableType:
         table.add_row(
             item.name or item.class_name,
             f"{item.scheme}: {size(totals.bytes_in)} → {size(totals.bytes_out)}, "
-            f"{totals.quantized_fraction:.1%} of {number(totals.parameters)} parameters quantized{worst}",
+            f"{_share(totals)} of {number(totals.parameters)} parameters quantized{worst}",
         )
     table.add_row("time", f"{result.seconds:.1f} s, peak memory {size(result.peak_host_bytes)}")
     if result.peak_device_bytes:

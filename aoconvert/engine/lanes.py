@@ -12,10 +12,9 @@ import torch
 
 from aoconvert.engine.assembly import Assembly
 from aoconvert.engine.kernels import Kernels
-from aoconvert.engine.quantize import Error, quantize_rows, squares
+from aoconvert.engine.quantize import Error, differences, quantize_rows, squares
 from aoconvert.errors import DeviceMemoryError, QuantizeError
 from aoconvert.schemes.apply import quantize_weight
-from aoconvert.schemes.dequantize import dequantize
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -157,8 +156,7 @@ class Lane:
 
 def _count(figures: torch.Tensor, original: torch.Tensor, quantized: torch.Tensor) -> None:
     """As ``Error.add``, with the sums left on the device: reading one would wait for it."""
-    weight = original.to(torch.float32)
-    difference = weight - dequantize(quantized)
-    figures[0] += squares(weight)
-    figures[1] += squares(difference)
-    figures[2] = torch.maximum(figures[2], difference.abs().amax().to(torch.float64))
+    for weight, difference in differences(original, quantized):
+        figures[0] += squares(weight)
+        figures[1] += squares(difference)
+        figures[2] = torch.maximum(figures[2], difference.abs().amax().to(torch.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,10 +58,9 @@ class Error:
 
     def add(self, original: torch.Tensor, quantized: torch.Tensor) -> None:
         """Count in a block: the source's rows and what torchao made of them."""
-        weight = original.to(torch.float32)
-        difference = weight - dequantize(quantized)
-        low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
-        self.merge(Error(float(squares(weight)), float(squares(difference)), max(-float(low), float(high))))
+        for weight, difference in differences(original, quantized):
+            low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
+            self.merge(Error(float(squares(weight)), float(squares(difference)), max(-float(low), float(high))))
 
     def merge(self, other: Error) -> None:
         """Count in the figures of other rows."""
@@ -80,6 +80,19 @@ class Error:
         if self.signal == 0 or self.noise == 0:
             return None
         return round(10 * math.log10(self.signal / self.noise), 4)
+
+
+def differences(original: torch.Tensor, quantized: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The source's rows, and what they differ from what torchao made of them, in float32, some rows at a time.
+
+    A scheme that takes a weight whole leaves all of its temporaries to whoever measures it; these need not be whole.
+    """
+    whole = dequantize(quantized).reshape(-1, original.shape[-1])
+    rows = original.reshape(whole.shape)
+    step = max(1, (_WIDE if original.device.type == "cpu" else _DEVICE_WIDE) // max(1, original.shape[-1]))
+    for start in range(0, len(rows), step):
+        weight = rows[start : start + step].to(torch.float32)
+        yield weight, weight - whole[start : start + step]
 
 
 def squares(values: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,11 @@ from aoconvert.models.diffusers import empty_model, kept_in_float32
 if TYPE_CHECKING:
     from torch import nn
 
+
+class CannotFuse(SourceError):
+    """A model whose projections diffusers does not fuse."""
+
+
 # fused layer → the layers whose outputs it gives, one after the other
 FUSED: Mapping[str, tuple[str, ...]] = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -51,18 +56,19 @@ def skeleton(component: Component) -> Skeleton:
     """The empty model with fused projections, and its tensors.
 
     Raises:
-        SourceError: the class cannot fuse, or does not take its config.
+        CannotFuse: the class has nothing to fuse, or diffusers refuses.
+        SourceError: the class does not take its config.
     """
     model = empty_model(component)
     refusal = f"{component.title}: {component.class_name} has no attention whose projections diffusers can fuse"
     if not hasattr(model, "fuse_qkv_projections"):
-        raise SourceError(refusal, hint="leave out --fuse-qkv")
+        raise CannotFuse(refusal, hint="leave out --fuse-qkv")
     try:
         names = fuse(model)
     except ValueError as error:
-        raise SourceError(f"{component.title}: {error}".splitlines()[0], hint="leave out --fuse-qkv") from error
+        raise CannotFuse(f"{component.title}: {error}".splitlines()[0], hint="leave out --fuse-qkv") from error
     if not names:
-        raise SourceError(refusal, hint="leave out --fuse-qkv")
+        raise CannotFuse(refusal, hint="leave out --fuse-qkv")
     keep = kept_in_float32(model)
     described = describe_tensors(model, tied={}, keep_fp32=keep, precise=keep, output_head=None)
     return Skeleton(component, model, described, fused=names)

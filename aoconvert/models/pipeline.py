@@ -146,7 +146,8 @@ def build_skeleton(
         fuse_qkv: with one matrix for query, key and value, where a diffusers model offers that.
 
     Raises:
-        SourceError: the class is unknown, does not take the config, cannot fuse, or the weights are quantized already.
+        CannotFuse: its projections cannot be fused, see :mod:`aoconvert.models.fused`.
+        SourceError: the class is unknown, does not take the config, or the weights are quantized already.
     """
     quantized = component.config.get("quantization_config")
     if isinstance(quantized, dict) and quantized:
@@ -159,7 +160,9 @@ def build_skeleton(
 
         return fused.skeleton(component) if fuse_qkv else diffusers.skeleton(component, dtype)
     if fuse_qkv:
-        raise SourceError(f"{component.title}: only models of diffusers can be fused", hint="leave out --fuse-qkv")
+        from aoconvert.models.fused import CannotFuse
+
+        raise CannotFuse(f"{component.title}: only models of diffusers can be fused", hint="leave out --fuse-qkv")
     from aoconvert.models import transformers
 
     with quiet_imports():  # a model class imports transformers' quantizers, and those more of torchao

@@ -40,6 +40,7 @@ def plan_component(
     options: QuantizeOptions,
     *,
     need_weights: bool,
+    fuse_qkv: bool,
 ) -> tuple[ComponentPlan, list[str]]:
     """Decide everything about one model.
 
@@ -50,16 +51,20 @@ def plan_component(
         rules: which scheme is for which of its tensors.
         options: what the user asked for.
         need_weights: a model without weights is a problem.
+        fuse_qkv: with fused projections.
 
     Returns:
         The plan, and what is wrong.
+
+    Raises:
+        CannotFuse: its projections cannot be fused.
+        SourceError: the source cannot be read at all.
     """
     import torch
 
     dtype = _dtype(options.dtype)
     code = source.root / component.folder if options.trust_remote_code else None
-    fuse = options.fuse_qkv and (component.library == "diffusers" or layout.kind != "pipeline")
-    skeleton = build_skeleton(component, dtype or torch.bfloat16, code_root=code, fuse_qkv=fuse)
+    skeleton = build_skeleton(component, dtype or torch.bfloat16, code_root=code, fuse_qkv=fuse_qkv)
     free: Mapping[str, str] = {}
     problems = []
     if options.untie:

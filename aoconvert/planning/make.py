@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError
 from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models import Component, identify
+from aoconvert.models.fused import CannotFuse
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
 from aoconvert.planning.component import component_warnings, plan_component
@@ -25,6 +27,7 @@ from aoconvert.rules import Rules, skipping, unmatched
 from aoconvert.words import size
 
 if TYPE_CHECKING:
+    from aoconvert.models import ModelLayout
     from aoconvert.recipes import Recipe
     from aoconvert.sources import Source
 
@@ -59,16 +62,8 @@ def make(
     except PlanError as error:
         problems += error.problems
     asked = rules or {item.name: resolve_rules(options, item, devices[0], recipe) for item in chosen}
-    plans: list[ComponentPlan] = []
-    warnings: list[str] = []
-    for component in chosen:
-        made, found = plan_component(
-            source, layout, component, asked[component.name], options, need_weights=need_weights
-        )
-        plans.append(made)
-        problems += found
-        warnings += component_warnings(made)
-    problems += _unmatched(plans)
+    plans, found, warnings = _plans(source, layout, chosen, asked, options, need_weights=need_weights)
+    problems += [*found, *_unmatched(plans)]
 
     copied: tuple[CopyPlan, ...] = ()
     if chosen:
@@ -104,6 +99,42 @@ def make(
         trust_remote_code=options.trust_remote_code,
         allow_cpu=options.device == "auto",
     )
+
+
+def _plans(
+    source: Source,
+    layout: ModelLayout,
+    chosen: Sequence[Component],
+    rules: Mapping[str, Rules],
+    options: QuantizeOptions,
+    *,
+    need_weights: bool,
+) -> tuple[list[ComponentPlan], list[str], list[str]]:
+    """The plans of the chosen models, what is wrong with them, and what the user should know.
+
+    Raises:
+        CannotFuse: fused projections were asked for, and not one of the models can have them.
+        SourceError: the source cannot be read at all.
+    """
+    plans: list[ComponentPlan] = []
+    problems: list[str] = []
+    warnings: list[str] = []
+    refusals: list[CannotFuse] = []
+    for component in chosen:
+        plan = partial(
+            plan_component, source, layout, component, rules[component.name], options, need_weights=need_weights
+        )
+        try:
+            made, found = plan(fuse_qkv=options.fuse_qkv)
+        except CannotFuse as refusal:  # a text encoder, or a VAE, beside a denoiser that can
+            refusals.append(refusal)
+            made, found = plan(fuse_qkv=False)
+        plans.append(made)
+        problems += found
+        warnings += component_warnings(made)
+    if refusals and len(refusals) == len(plans):
+        raise refusals[0]
+    return plans, problems, [*warnings, *(f"{refusal}: its projections stay apart" for refusal in refusals)]
 
 
 def resolve_rules(options: QuantizeOptions, component: Component, device: str, recipe: Recipe | None = None) -> Rules:

@@ -98,8 +98,9 @@ def rules(
         return Rules(made, default)
     if default is not None:
         raise UsageError(
-            f"{recipe.origin} has a default ({section.default.scheme or 'skip'}), and --scheme is {default.name}",
-            hint="leave --scheme out, or take the default out of the recipe",
+            f"{recipe.origin} has a default ({section.default.scheme or 'skip'}), and the command line says "
+            f"{default.name}",
+            hint="leave --scheme and --component's out, or take the default out of the recipe",
         )
     return Rules(made, resolver.scheme(section.default, "default"))
 

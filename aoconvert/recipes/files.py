@@ -71,9 +71,11 @@ def load(path: Path) -> Recipe:
         UsageError: the file cannot be read, or something in it is wrong.
     """
     try:
-        if path.stat().st_size > _LIMIT:
+        with path.open("rb") as file:
+            content = file.read(_LIMIT + 1)
+        if len(content) > _LIMIT:
             raise UsageError(f"recipe {path} is larger than {_LIMIT >> 20} MiB", hint="it holds rules, not weights")
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         hint = "name a .toml, a config.json or an aoconvert.json" if path.is_dir() else None
         raise UsageError(f"recipe {path}: {error.strerror or error}", hint=hint) from error
@@ -108,7 +110,7 @@ def _section(parsed: _Section, origin: str, prefix: str) -> Section:
         try:
             default = _choice(_Choice.model_validate(parsed.default), origin, f"{prefix}default")
         except ValidationError as error:
-            raise _refused(error, origin, f"{prefix}default") from None
+            raise _refused(error, origin, f"{prefix}default", "default") from None
     elif parsed.default is not None:
         raise UsageError(
             f"{origin}, {prefix}default: {parsed.default!r} is neither a scheme nor a table",
@@ -140,6 +142,8 @@ def _check_pattern(pattern: str, origin: str, place: str) -> None:
 
 def _choice(parsed: _Choice, origin: str, place: str) -> Choice:
     settings = tuple((key, _text(value)) for key, value in parsed.set.items())
+    if parsed.layout_device == "":
+        raise UsageError(f"{origin}, {place}: layout_device is empty", hint="take cpu, cuda, xpu, or leave it out")
     if parsed.scheme.strip().lower() == SKIP:
         if settings or parsed.group_size is not None or parsed.layout_device is not None:
             raise UsageError(
@@ -169,6 +173,15 @@ _KEYS = {
 }
 
 
+_TYPES = {
+    "dict_type": "a table",
+    "model_type": "a table",
+    "list_type": "a list of tables",
+    "int_type": "a whole number",
+    "string_type": "text",
+}
+
+
 def _refused(error: ValidationError, origin: str, place: str = "", kind: str = "file") -> UsageError:
     """The first thing that is wrong, with its place in words."""
     first = error.errors()[0]
@@ -189,7 +202,7 @@ def _refused(error: ValidationError, origin: str, place: str = "", kind: str = "
     elif in_set:
         what = f"{key} is neither text nor a number nor true or false"
     else:
-        what = f"{key} {first['msg'].removeprefix('Input ')}".lstrip()
+        what = f"{key} should be {_TYPES.get(first['type'], 'something else')}".lstrip()
     return UsageError(f"{', '.join(places)}: {what}", hint=_KEYS[kind])
 
 

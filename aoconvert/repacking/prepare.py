@@ -11,8 +11,8 @@ from typing import Any
 from packaging.version import Version
 
 from aoconvert import schemes
-from aoconvert.environment import import_torchao
-from aoconvert.errors import PlanError, UsageError
+from aoconvert.environment import import_torchao, quiet_imports
+from aoconvert.errors import PlanError, SourceError, UsageError
 from aoconvert.manifest import ComponentEntry, Manifest
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.make import output_problems, space_problems
@@ -81,8 +81,12 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
     if device not in DEVICES:
         raise UsageError(f"there is no layout for {device!r} to repack to", hint=f"take {', '.join(DEVICES)}")
     import_torchao()
-    for name in imports([name for entry in manifest.components for name in entry.safe_globals]):
-        importlib.import_module(name)
+    with quiet_imports():
+        for name in imports([name for entry in manifest.components for name in entry.safe_globals]):
+            importlib.import_module(name)
+    listed = [*(file for entry in manifest.components for file in entry.files), *manifest.copied]
+    if absent := next((file.path for file in listed if not (folder / file.path).is_file()), None):
+        raise SourceError(f"{folder} has no file {absent}", hint="the manifest lists it: fetch or make it again")
     plans: dict[str, PartPlan] = {}
     problems: list[str] = []
     for entry in manifest.components:
@@ -96,7 +100,8 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
     if not plans and not problems:
         raise PlanError([f"{folder} has no weights of int4 in groups"], hint="aoconvert inspect says what it is")
     if plans and all(plan.entry.layout.packing == plan.layout.packing for plan in plans.values()):
-        problems.append(f"{folder} is packed for {device} already, as this machine packs it")
+        here = ", as this machine packs it" if device == "cpu" else ""
+        problems.append(f"{folder} is packed for {device} already{here}")
     options = QuantizeOptions(scheme="int4wo", output=output, overwrite=overwrite)
     problems += output_problems(FolderSource(folder), options)
     problems += space_problems(options, Needs(sum(map(_bytes, plans.values())), 0, 0))
@@ -111,7 +116,7 @@ def rewritten(values: Any, device: str) -> Any:
     Raises:
         UsageError: a group size or an algorithm that the other layout does not have.
     """
-    from torchao.core.config import config_from_dict, config_to_dict
+    from torchao.core.config import config_to_dict
 
     if isinstance(values, list):
         return [rewritten(value, device) for value in values]
@@ -119,15 +124,13 @@ def rewritten(values: Any, device: str) -> Any:
         return values
     if values.get("_type") != _CONFIG:
         return {key: rewritten(value, device) for key, value in values.items()}
-    old: Any = config_from_dict(values)
+    old = _read(values)
     new: Any = int4.config(old.group_size, device, _algorithm(old))
     return config_to_dict(replace(new, set_inductor_config=old.set_inductor_config))
 
 
 def _part(entry: ComponentEntry, names: frozenset[str], device: str) -> PartPlan:
-    from torchao.core.config import config_from_dict
-
-    first: Any = config_from_dict(next(_int4_configs(entry.config)))
+    first = _read(next(_int4_configs(entry.config)))
     settings = {"int4_choose_qparams_algorithm": _algorithm(first).upper()}
     scheme = schemes.get("int4wo", group_size=first.group_size, settings=settings, layout_device=device)
     return PartPlan(
@@ -152,6 +155,14 @@ def _int4_configs(values: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(values, dict | list):
         for value in values.values() if isinstance(values, dict) else values:
             yield from _int4_configs(value)
+
+
+def _read(values: dict[str, Any]) -> Any:
+    """torchao's config; it looks for the class in packages that log while they are imported."""
+    from torchao.core.config import config_from_dict
+
+    with quiet_imports():
+        return config_from_dict(values)
 
 
 def _algorithm(config: Any) -> str:

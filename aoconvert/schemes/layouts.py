@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from aoconvert.errors import PlanError
 from aoconvert.schemes.base import Layout
 
 
@@ -14,11 +15,17 @@ def merged(layouts: Sequence[Layout]) -> Layout:
     """What all of them together demand.
 
     Raises:
-        ValueError: there is none, or two are made for different devices.
+        PlanError: two are made for different devices.
+        ValueError: there is none.
     """
+    if not layouts:
+        raise ValueError("no layouts")
     devices = sorted({layout.device for layout in layouts if layout.device != "any"})
-    if not layouts or len(devices) > 1:
-        raise ValueError(f"packed layouts for {' and '.join(devices) or 'nothing'} in one model")
+    if len(devices) > 1:
+        raise PlanError(
+            [f"packed layouts for {' and '.join(devices)} in one model"],
+            hint="--layout-device says what int4 is packed for",
+        )
     capabilities = [layout.min_capability for layout in layouts if layout.min_capability is not None]
     return Layout(
         devices[0] if devices else "any",

@@ -100,14 +100,39 @@ def _build(entry: SchemeEntry, group_size: int | None, settings: Mapping[str, st
         raise UsageError(f"{entry.name}: torchao refuses this config: {_why(error)}", hint=hint) from error
     if config.version != cls.version:
         raise UsageError(f"version={config.version} of {entry.config_class} is gone, torchao has {cls.version}")
+    if entry.config_class == "Float8DynamicActivationFloat8WeightConfig":
+        _check_activations(entry, config)
     return config
+
+
+def _check_activations(entry: SchemeEntry, config: Any) -> None:
+    """What torchao 0.18 takes and then cannot multiply by, or what changes every product.
+
+    Raises:
+        UsageError: activations that are no float8, or a range for their largest value that has none.
+    """
+    import torch
+
+    kinds = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+    if config.activation_dtype not in kinds.values():
+        found = str(config.activation_dtype).removeprefix("torch.")
+        raise UsageError(f"{entry.name} cannot multiply by {found}", hint=f"activation_dtype takes {', '.join(kinds)}")
+    low, high = config.activation_value_lb, config.activation_value_ub
+    if (low is not None and low < 0) or (high is not None and high <= max(low or 0.0, 0.0)):
+        raise UsageError(
+            f"no activation has its largest value between {low} and {high}",
+            hint="activation_value_lb is 0 or more, activation_value_ub more than that",
+        )
 
 
 def _other(entry: SchemeEntry, cls: type, key: str, value: Any) -> str:
     """The scheme of the same config class that fixes ``key`` at this value, if there is one."""
-    for other in catalogue():
+    rest = set(entry.fields) - {(key, dict(entry.fields)[key])}
+    same = [other for other in catalogue() if other.config == entry.config]
+    # of several the one that differs in nothing else
+    for other in sorted(same, key=lambda other: len(rest - set(other.fields))):
         text = dict(other.fields).get(key)
-        if other.config == entry.config and text is not None and values.parse(cls, key, text) == value:
+        if text is not None and values.parse(cls, key, text) == value:
             return f"use scheme {other.name}"
     if key.endswith("packing_format"):
         return "other packings are for one device only: int4wo has such, --layout-device chooses"
@@ -124,8 +149,8 @@ def _why(error: BaseException) -> str:
 def _sample(entry: SchemeEntry, config: AOBaseConfig) -> torch.Tensor:
     """A weight in bfloat16 on the CPU, quantized by torchao with ``config``.
 
-    It has 128 rows or, where a long group is asked for, 2; and at least two groups a row where there are groups, so
-    that per group cannot be taken for per row.
+    It has at least two groups a row where there are groups, so that per group cannot be taken for per row; and few
+    elements: from some thousands on torch starts its worker threads, which a process that forks must not have.
 
     Raises:
         UsageError: torchao cannot quantize with this config.
@@ -134,7 +159,7 @@ def _sample(entry: SchemeEntry, config: AOBaseConfig) -> torch.Tensor:
     from torchao.quantization import PerGroup
 
     groups = [value.group_size for value in vars(config).values() if isinstance(value, PerGroup)]
-    rows, columns = (2, 2 * groups[0]) if groups else (128, 256)
+    rows, columns = (2, 2 * groups[0]) if groups else (max(2, entry.multiples[0]), max(64, 2 * entry.multiples[1]))
     weight = torch.linspace(-1, 1, rows * columns).reshape(rows, columns).to(torch.bfloat16)
     try:
         made = quantize_with(weight, config)

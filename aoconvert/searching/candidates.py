@@ -38,8 +38,9 @@ def resolve(names: Sequence[str], layout_device: str) -> tuple[Scheme, ...]:
         found.setdefault(scheme.key, scheme)
     try:
         merged([scheme.layout for scheme in found.values()])
-    except ValueError as error:
+    except PlanError as error:
         raise UsageError(
-            f"--candidates {','.join(names)}: {error}", hint="candidates are for one device; --layout-device names it"
+            f"--candidates {','.join(names)}: {error.message}",
+            hint="candidates are for one device; --layout-device names it",
         ) from error
     return tuple(sorted(found.values(), key=lambda scheme: scheme.bytes_per_parameter))

@@ -101,6 +101,7 @@ class _Goal:
         target: bytes.
         nothing: bytes where nothing is quantized.
         shown: a number of bytes in the option's unit.
+        hint: what to do where it cannot be reached.
     """
 
     flag: str
@@ -108,6 +109,7 @@ class _Goal:
     target: int
     nothing: int
     shown: Callable[[int], str]
+    hint: str
 
 
 def _bits(tensors: Sequence[Tensor], bits: float) -> Outcome:
@@ -133,7 +135,7 @@ def _bits_of(tensors: Sequence[Tensor], bits: float) -> tuple[Selection, list[st
         return f"{8 * count / parameters:.3f} bits per weight"
 
     where, target = f"{survey.plan.component.title}: ", int(bits * parameters / 8)
-    goal = _Goal(f"--target-bits {bits:g}", where, target, survey.data_size({}), shown)
+    goal = _Goal(f"--target-bits {bits:g}", where, target, survey.data_size({}), shown, _hint(survey.options))
     return _fitted(goal, [tensor.options(survey.data_bytes) for tensor in tensors], exact, _singles(tensors))
 
 
@@ -148,7 +150,7 @@ def _sized(tensors: Sequence[Tensor], target: int, fixed: int) -> Outcome:
         return f"{size(count)} ({count} bytes)"
 
     nothing = fixed + sum(survey.file_size({}) for survey in surveys.values())
-    goal = _Goal(f"--target-size {size(target)}", "", target, nothing, shown)
+    goal = _Goal(f"--target-size {size(target)}", "", target, nothing, shown, _hint(tensors[0].survey.options))
     items = [tensor.options(tensor.survey.file_bytes) for tensor in tensors]
     selection, warnings = _fitted(goal, items, exact, _singles(tensors))
     return Outcome(_named(tensors, selection), f"auto: {goal.flag} leaves room for it as it is", tuple(warnings))
@@ -164,18 +166,21 @@ def _fitted(
     """
     selection = fit(items, goal.target, exact, singles) if goal.target < goal.nothing else None
     if selection is None:
-        least = exact(cheapest(items))
-        raise PlanError(
-            [
-                f"{goal.where}{goal.flag} cannot be reached: it takes {goal.shown(least)} at least, "
-                f"and {goal.shown(goal.nothing)} with nothing quantized"
-            ],
-            hint="other --candidates, or another goal",
-        )
+        if goal.target >= goal.nothing:
+            problem = f"is no goal: with nothing quantized it takes {goal.shown(goal.nothing)}"
+            raise PlanError([f"{goal.where}{goal.flag} {problem}"], hint="a smaller goal")
+        least, nothing = goal.shown(exact(cheapest(items))), goal.shown(goal.nothing)
+        problem = f"cannot be reached: it takes {least} at least, and {nothing} with nothing quantized"
+        raise PlanError([f"{goal.where}{goal.flag} {problem}"], hint=goal.hint)
     reached = exact(selection)
     if reached >= (1 - _WITHIN) * goal.target or error_of(items, selection) == 0:
         return selection, []
     return selection, [f"{goal.where}{goal.flag}: {goal.shown(reached)} is the nearest below it that was found"]
+
+
+def _hint(options: QuantizeOptions) -> str:
+    more = "" if options.include_embeddings else "--include-embeddings, "
+    return f"other --candidates, {more}or a larger goal"
 
 
 def _singles(tensors: Sequence[Tensor]) -> list[Selection]:

@@ -26,12 +26,18 @@ _ORIGIN = "auto"
 
 @dataclass(frozen=True)
 class Left(Rule):
-    """A tensor that is left as it is; the origin of the rule says why."""
+    """A tensor that is left as it is.
+
+    Attributes:
+        why: the reason, without the tensor's name: it is for that tensor alone.
+    """
+
+    why: str
 
     @property
     def label(self) -> str:
-        """The reason, without the tensor's name: it is for that tensor alone."""
-        return self.origin
+        """The reason."""
+        return self.why
 
 
 @dataclass
@@ -138,9 +144,9 @@ class Survey:
             if scheme is not None:
                 rules.append(Rule(name, scheme, _ORIGIN))
             elif name in self.allowed:
-                rules.append(Left(name, None, why))
+                rules.append(Left(name, None, _ORIGIN, why))
             elif self._is_matrix(name):  # its reason would be that no rule is for it
-                rules.append(Left(name, None, self._reasons[name]))
+                rules.append(Left(name, None, _ORIGIN, self._reasons[name]))
         return Rules(tuple(rules), None, self._skip)
 
     def _is_matrix(self, name: str) -> bool:

@@ -298,10 +298,24 @@ def test_bad_regex(refused: Refused, llama: Path, pattern: str) -> None:
         ("--dtype", "int4"),
         ("--device", "tpu"),
         ("--revision", "main"),
+        ("--set", "granularity=per_row", "--set", "granularity=per_tensor"),
+        ("--component", "=int8wo"),
+        ("--component", "vae="),
+        ("--component", "vae=int8wo", "--component", "vae=float8wo"),
+        ("--scheme", "auto", "--min-sqnr", "30", "--candidates", "int8wo,"),
+        ("--scheme", "auto", "--target-bits", "nan"),
     ],
 )
 def test_bad_options(refused: Refused, llama: Path, options: tuple[str, ...]) -> None:
     assert refused(llama, *options, code=2)
+
+
+def test_a_recipe_for_two_devices(refused: Refused, llama: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    rule = '[[rule]]\nmatch = "re:.*[qk]_proj"\nscheme = "int4wo"\ngroup_size = 32\nlayout_device = '
+    recipe.write_text(f'{rule}"cuda"\n{rule.replace("qk", "vo")}"cpu"\n')
+    said = refused(llama, "--recipe", recipe, "--min-quantized", "0")
+    assert said == "packed layouts for cpu and cuda in one model"
 
 
 def test_device_that_is_not_here(refused: Refused, llama: Path) -> None:

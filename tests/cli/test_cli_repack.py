@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,21 @@ def test_it_says_what_it_did(call: Callable[..., Any], made: Path, tmp_path: Pat
     assert Path(document["manifest"]).is_file()
     quiet = call("repack", tmp_path / "a", "--layout-device", "cpu", "-q")
     assert (quiet.code, quiet.stdout, quiet.stderr) == (0, f"{tmp_path / 'a-cpu'}\n", "")
+
+
+@pytest.mark.exhaustive
+def test_a_fresh_process_says_nothing_of_what_it_imports(made: Path, tmp_path: Path) -> None:
+    """torchao looks for a config's class through a set of packages, one of which logs: this seed has it come first."""
+    command = [sys.executable, "-m", "aoconvert", "repack", str(made), "--layout-device", "cuda"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "out"), "-q"],
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    assert done.stderr == ""
 
 
 def test_errors_have_their_code(call: Callable[..., Any], made: Path, tmp_path: Path) -> None:

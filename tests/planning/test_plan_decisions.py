@@ -7,6 +7,7 @@ import torch
 from checkpoints import LLAMA, build_llama, llama_shapes, llama_tensors, write_config
 
 import aoconvert
+from aoconvert.errors import SourceError
 from aoconvert.planning.types import Plan, TensorPlan
 
 
@@ -151,6 +152,19 @@ def test_unknown_and_repeated_components(pipeline: Path, tmp_path: Path) -> None
         assert all(name in line for name in ("transformer", "text_encoder", "vae"))
     (line,) = problems(pipeline, tmp_path, components=["transformer", "text_encoder"], component_only=True)
     assert line == "--component-only takes one component, not 2"
+
+
+def test_only_what_can_be_fused_is_fused(pipeline: Path, tmp_path: Path) -> None:
+    parts = ["transformer", "text_encoder"]
+    plan = aoconvert.plan(
+        pipeline, "int8wo", components=parts, fuse_qkv=True, output=tmp_path / "out", device="cpu", min_quantized=0
+    )
+    assert [bool(item.skeleton.fused) for item in plan.components] == [True, False]
+    said = [line for line in plan.warnings if line.endswith("its projections stay apart")]
+    assert [line.partition(":")[0] for line in said] == ["text_encoder"]
+    for part, why in (("vae", "has no attention"), ("text_encoder", "only models of diffusers")):
+        with pytest.raises(SourceError, match=why):
+            aoconvert.plan(pipeline, "int8wo", components=[part], fuse_qkv=True, output=tmp_path / "out", device="cpu")
 
 
 def test_shapes_missing_and_unexpected_tensors(tmp_path: Path) -> None:

@@ -207,6 +207,21 @@ def test_a_file_that_is_not_what_the_manifest_lists_is_refused(int4: Any, tmp_pa
     assert left(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "config.json", "generation_config.json"])
+def test_a_file_that_is_gone_is_missed_before_any_work(int4: Any, tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(int4("cpu"), folder)
+    (folder / file).unlink()
+    with pytest.raises(SourceError, match=f"has no file {file}"):
+        aoconvert.repack(folder, "cuda", progress=_Unstarted())
+    assert left(tmp_path) == ["model"]
+
+
+class _Unstarted(Silent):
+    def start(self, stage: str, total_bytes: int) -> None:
+        raise AssertionError(f"{stage} has begun")
+
+
 class _Stopped(Silent):
     """Ctrl-C at some tensor."""
 

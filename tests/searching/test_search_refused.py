@@ -50,7 +50,16 @@ def test_candidates_for_two_devices(llama: Path, refused: Callable[..., Aoconver
     assert "cpu and cuda" in error.message
 
 
-@pytest.mark.parametrize("options", [{"target_size": 1000}, {"target_size": "1GB"}, {"target_bits": 1.0}])
+@pytest.mark.parametrize("options", [{"target_size": "1GB"}, {"target_bits": 16.0}])
+def test_a_goal_above_the_model_as_it_is(
+    llama: Path, refused: Callable[..., AoconvertError], options: dict[str, Any]
+) -> None:
+    error = refused(llama, **options)
+    assert isinstance(error, PlanError)
+    assert "is no goal: with nothing quantized it takes" in error.message
+
+
+@pytest.mark.parametrize("options", [{"target_size": 1000}, {"target_bits": 1.0}])
 def test_a_goal_out_of_reach_says_what_can_be_reached(
     llama: Path, refused: Callable[..., AoconvertError], options: dict[str, Any]
 ) -> None:
@@ -94,6 +103,7 @@ def test_nan_in_the_source(tmp_path: Path, refused: Callable[..., AoconvertError
 def test_an_sqnr_that_nothing_has(llama: Path, refused: Callable[..., AoconvertError]) -> None:
     error = refused(llama, min_sqnr=200.0)
     assert isinstance(error, PlanError)
+    assert "auto would quantize 0% of" in error.message
     assert "auto: no candidate reaches 200 dB" in error.message
 
 

@@ -60,7 +60,12 @@ MISSING = (
         "float8dq_row (the same 8-bit weights and activations, dense)",
     ),
     Missing(
-        r"sparsify.*|.*semi_?sparse.*|.*block_?sparse.*|.*2_?4_?sparse.*",
+        r".*block_?sparse.*",
+        "block sparsity, which needs weights that were pruned for it, and a Triton kernel",
+        "int4wo (smaller) or int8dq (faster), both dense",
+    ),
+    Missing(
+        r"sparsify.*|.*semi_?sparse.*|.*2_?4_?sparse.*",
         f"{_SPARSE} has no integer weights with it since 0.17",
         "int4wo (smaller) or int8dq (faster), both dense",
     ),
@@ -75,6 +80,11 @@ MISSING = (
         r"awq.*|gptq.*|smooth_?quant.*|auto_?round.*|spin_?quant.*",
         _CALIBRATION,
         "int4wo (with --set int4_choose_qparams_algorithm=hqq it needs no data either)",
+    ),
+    Missing(
+        r"(module_?)?fqn_?to_?config|ao_?per_?module_?config|mixed",
+        "many schemes: it says one for each tensor",
+        "auto, or --recipe FILE (a config.json with an FqnToConfig is such a file)",
     ),
     Missing(
         r"hqq.*",
