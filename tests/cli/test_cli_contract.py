@@ -121,7 +121,7 @@ def test_usage_errors(call: Call, arguments: list[str], said: str) -> None:
         (["--scheme", "auto"], "--scheme auto needs one goal"),
         (["--scheme", "auto", "--min-sqnr", "30", "--target-bits", "5"], "--scheme auto needs one goal"),
         (["--scheme", "auto", "--target-size", "much"], "'much' is not a size"),
-        (["--scheme", "auto", "--target-bits", "-1"], "--target-bits must be positive"),
+        (["--scheme", "auto", "--target-bits", "-1"], "--target-bits must be a positive number"),
         (["--scheme", "auto", "--min-sqnr", "30", "--group-size", "32"], "--scheme auto takes no --group-size"),
         (["--scheme", "auto", "--min-sqnr", "30", "--candidates", "int8w"], "there is no scheme 'int8w'"),
     ],
