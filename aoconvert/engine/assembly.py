@@ -1,52 +1,101 @@
-"""A tensor put together out of rows of its inner tensors."""
+"""A tensor put together out of blocks of its rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from aoconvert.errors import QuantizeError
-from aoconvert.schemes.apply import flatten
+from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.writers.pickle_tree import is_wrapper
+
+if TYPE_CHECKING:
+    from aoconvert.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the rows of an inner tensor are: ``size`` along ``dim`` for every ``rows`` rows of the whole.
+
+    ``dim`` is ``None`` for what all rows share.
+    """
+
+    dim: int | None = 0
+    size: int = 1
+    rows: int = 1
 
 
 @dataclass
 class Assembly:
-    """Inner tensors in host memory, filled row by row.
+    """Inner tensors in host memory, filled block by block.
 
     Attributes:
-        rows: of the whole tensor.
+        like: what it will be, on meta.
+        scheme: what its rows are quantized to; ``None`` for a plain tensor.
         pinned: page-locked memory, filled asynchronously; whoever reads it waits for the device first.
-        parts: the inner tensors by name.
+        parts: the inner tensors by name; the only one of a plain tensor has none.
     """
 
-    rows: int
+    like: torch.Tensor
+    scheme: Scheme | None = None
     pinned: bool = False
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def put(self, name: str, inner: torch.Tensor, start: int, stop: int) -> None:
-        """Copy what belongs to the rows ``start`` to ``stop``; a row may be several of the inner tensor.
+    def __post_init__(self) -> None:
+        self._places = _places(self.like, self.scheme)
 
-        Raises:
-            QuantizeError: the inner tensor does not go by rows.
+    def put(self, name: str, inner: torch.Tensor, start: int, ahead: int = 0) -> None:
+        """Copy an inner tensor of a block of rows.
+
+        Args:
+            name: its name.
+            inner: its values; they end with those of the whole tensor, or between rows that can be cut.
+            start: the first row of the block in the whole tensor.
+            ahead: rows of the block before that one, which are left out.
         """
-        per_row, rest = divmod(inner.shape[0], stop - start)
-        if rest:
-            raise QuantizeError(f"its {name} does not go by rows")
+        place = self._places[name]
         if name not in self.parts:
-            shape = (self.rows * per_row, *inner.shape[1:])
-            self.parts[name] = torch.empty(shape, dtype=inner.dtype, pin_memory=self.pinned)
-        self.parts[name][start * per_row : stop * per_row].copy_(inner, non_blocking=self.pinned)
+            whole = getattr(self.like, name) if name else self.like
+            self.parts[name] = torch.empty_strided(
+                whole.shape, whole.stride(), dtype=inner.dtype, pin_memory=self.pinned
+            )
+        target = self.parts[name]
+        if place.dim is not None:
+            skipped, at = (rows // place.rows * place.size for rows in (ahead, start))
+            inner = inner.narrow(place.dim, skipped, inner.shape[place.dim] - skipped)
+            target = target.narrow(place.dim, at, inner.shape[place.dim])
+        target.copy_(inner, non_blocking=self.pinned)
 
-    def put_all(self, block: torch.Tensor, start: int, stop: int) -> None:
-        """As ``put``, with every inner tensor of a block of rows."""
+    def put_all(self, block: torch.Tensor, start: int, ahead: int = 0) -> None:
+        """As ``put``, with every inner tensor of a block."""
         for name in flatten(block)[0]:
-            self.put(name, getattr(block, name), start, stop)
+            self.put(name, getattr(block, name), start, ahead)
 
-    def result(self, like: torch.Tensor) -> torch.Tensor:
-        """The whole tensor, of the class and with the attributes of ``like``, one of its blocks of rows."""
-        _, context = flatten(like)
-        shape = torch.Size((self.rows, *like.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
-        whole: torch.Tensor = type(like).__tensor_unflatten__(self.parts, context, shape, stride)  # type: ignore[attr-defined]
+    def result(self) -> torch.Tensor:
+        """The whole tensor."""
+        if not is_wrapper(self.like):
+            return self.parts[""]
+        _, context = flatten(self.like)
+        like = self.like
+        whole: torch.Tensor = type(like).__tensor_unflatten__(self.parts, context, like.shape, like.stride())  # type: ignore[attr-defined]
         return whole
+
+
+def _places(like: torch.Tensor, scheme: Scheme | None) -> dict[str, _Place]:
+    """Read off the shapes of one and of two blocks; the first dimension of stacked experts counts these."""
+    if scheme is None or not is_wrapper(like):
+        return {"": _Place()}
+    if like.dim() == 3:
+        return {name: _Place() for name in flatten(like)[0]}
+    rows = scheme.block(1)
+    one, two = (
+        quantize_weight(torch.empty(count, like.shape[1], dtype=like.dtype, device="meta"), scheme)
+        for count in (rows, 2 * rows)
+    )
+    return {name: _place(getattr(one, name).shape, getattr(two, name).shape, rows) for name in flatten(one)[0]}
+
+
+def _place(one: torch.Size, two: torch.Size, rows: int) -> _Place:
+    dim = next((dim for dim in range(len(one)) if one[dim] != two[dim]), None)
+    return _Place(dim) if dim is None else _Place(dim, two[dim] - one[dim], rows)

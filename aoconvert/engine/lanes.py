@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aoconvert.engine.assembly import Assembly
+from aoconvert.engine.blocks import Blocks, cut
 from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.quantize import Error, differences, quantize_rows, squares
 from aoconvert.errors import DeviceMemoryError, QuantizeError
@@ -65,15 +66,15 @@ class Lanes:
             return lambda: outcome
         lane = min(self._lanes, key=lambda lane: lane.bytes)
         lane.bytes += data.nbytes
-        step = _block(scheme, data, DEVICE_BLOCK // max(1, data[:1].numel())) if scheme.rowwise else len(data)
+        elements = DEVICE_BLOCK
         while True:
+            blocks = cut(data, scheme, elements)
             try:
-                return lane.start(name, data, dtype, scheme, step)
+                return lane.start(name, data, dtype, scheme, blocks)
             except torch.OutOfMemoryError:
                 lane.clear()
-                smaller = _block(scheme, data, step // 8)
-                if scheme.rowwise and smaller < step:
-                    step = smaller
+                elements //= 8
+                if elements and cut(data, scheme, elements).step < blocks.step:
                     continue
             if not self.allow_cpu:
                 raise DeviceMemoryError(
@@ -90,11 +91,6 @@ class Lanes:
         return quantize_rows(name, data, dtype, scheme, "cpu", error, kernel=kernel), error
 
 
-def _block(scheme: Scheme, data: torch.Tensor, rows: int) -> int:
-    """Rows that are quantized at once; a row of stacked experts is one expert."""
-    return scheme.block(rows) if data.dim() == 2 else max(1, rows)
-
-
 class Lane:
     """A stream of a GPU: what is started on it runs in order, beside the other lanes.
 
@@ -107,20 +103,20 @@ class Lane:
         self._stream: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._pinned = self._stream is not None
 
-    def start(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme, step: int) -> Pending:
-        """Copy rows to the device, quantize them there in blocks of ``step`` rows, and copy the result back.
+    def start(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme, blocks: Blocks) -> Pending:
+        """Copy rows to the device, quantize them there block by block, and copy the result back.
 
         Raises:
             torch.OutOfMemoryError: the device is full.
             QuantizeError: torchao failed.
         """
-        assembly = Assembly(len(data), self._pinned)
+        assembly = Assembly(quantize_weight(data.to("meta", dtype), scheme), scheme, self._pinned)
         with self._current():
             figures = torch.zeros(3, dtype=torch.float64, device=self.device)
-            for start in range(0, len(data), step):
-                original = data[start : start + step].to(self.device, non_blocking=True)
+            for start in range(0, len(data), blocks.step):
+                original = data[start : start + blocks.step].to(self.device, non_blocking=True)
                 try:
-                    quantized = quantize_weight(original.to(dtype), scheme)
+                    quantized = quantize_weight(blocks.behind(original.to(dtype)), scheme)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as failure:  # torchao raises whatever its handlers raise
@@ -128,7 +124,7 @@ class Lane:
                         f"{name}: {scheme.name} failed: {failure}".splitlines()[0], hint=f"--skip {name}"
                     ) from failure
                 _count(figures, original, quantized)
-                assembly.put_all(quantized, start, start + len(original))
+                assembly.put_all(quantized, start, blocks.ahead)
             host = torch.empty(3, dtype=torch.float64, pin_memory=self._pinned).copy_(figures, non_blocking=True)
             done = self._stream.record_event() if self._stream is not None else None
 
@@ -140,7 +136,7 @@ class Lane:
             if not error.finite:  # again, block by block: rows of zeros are repaired, and anything else is named
                 error = Error()
                 return quantize_rows(name, data, dtype, scheme, str(self.device), error), error
-            return assembly.result(quantized), error
+            return assembly.result(), error
 
         return wait
 

@@ -101,7 +101,7 @@ class _Work:
     plan: TensorPlan
     streamed: bool
     error: Error | None
-    assembly: Assembly
+    assembly: Assembly | None = None
 
 
 class Processor:
@@ -142,12 +142,7 @@ class Processor:
         plan = piece.plan
         if self._work is None:
             streamed = is_streamed(plan)
-            self._work = _Work(
-                plan,
-                streamed,
-                Error() if plan.scheme is not None else None,
-                Assembly(plan.shape[0] if plan.shape else 1),
-            )
+            self._work = _Work(plan, streamed, Error() if plan.scheme is not None else None)
             if streamed:
                 self._send(Begin(plan, self._like(plan)), 0)
         work = self._work
@@ -175,18 +170,18 @@ class Processor:
     def _collect(self, work: _Work, piece: Piece, rows: torch.Tensor, release: Release) -> None:
         inner = {name: getattr(rows, name) for name in flatten(rows)[0]} if is_wrapper(rows) else {"": rows}
         first = next(iter(inner))
+        assembly = work.assembly = work.assembly or Assembly(self._like(work.plan), work.plan.scheme)
         for name, part in inner.items():
             if work.streamed and name == first:
                 self._send(Rows(work.plan, part, release), part.nbytes)
             else:
-                work.assembly.put(name, part, piece.start, piece.stop)
+                assembly.put(name, part, piece.start)
         if not work.streamed:
             release()
         if piece.last and work.streamed:
-            self._send(End(work.plan, work.assembly.parts, work.error), 0)
+            self._send(End(work.plan, assembly.parts, work.error), 0)
         elif piece.last:
-            whole = work.assembly.result(rows) if is_wrapper(rows) else work.assembly.parts[""]
-            self._send(Whole(work.plan, whole, work.error, nothing), work.plan.bytes_out)
+            self._send(Whole(work.plan, assembly.result(), work.error, nothing), work.plan.bytes_out)
 
     def _like(self, plan: TensorPlan) -> torch.Tensor:
         empty = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype), device="meta")

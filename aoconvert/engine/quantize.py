@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from aoconvert.engine.assembly import Assembly
+from aoconvert.engine.blocks import cut
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes.apply import flatten, quantize_weight
 from aoconvert.schemes.dequantize import dequantize
@@ -57,7 +58,7 @@ class Error:
     repaired: int = 0
 
     def add(self, original: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Count in a block: the source's rows and what torchao made of them."""
+        """Count in a block: the source's rows and what torchao made of them, perhaps with other rows before them."""
         for weight, difference in differences(original, quantized):
             low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
             self.merge(Error(float(squares(weight)), float(squares(difference)), max(-float(low), float(high))))
@@ -85,10 +86,10 @@ class Error:
 def differences(original: torch.Tensor, quantized: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The source's rows, and what they differ from what torchao made of them, in float32, some rows at a time.
 
-    A scheme that takes a weight whole leaves all of its temporaries to whoever measures it; these need not be whole.
+    What torchao made may have other rows before them.
     """
-    whole = dequantize(quantized).reshape(-1, original.shape[-1])
-    rows = original.reshape(whole.shape)
+    rows = original.reshape(-1, original.shape[-1])
+    whole = dequantize(quantized).reshape(-1, original.shape[-1])[-len(rows) :]
     step = max(1, (_WIDE if original.device.type == "cpu" else _DEVICE_WIDE) // max(1, original.shape[-1]))
     for start in range(0, len(rows), step):
         weight = rows[start : start + step].to(torch.float32)
@@ -153,22 +154,41 @@ def quantize_rows(
     Raises:
         QuantizeError: NaN or infinity in the weight, or torchao failed on it.
     """
+    elements = block or (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK)
     flat = weight.reshape(-1, weight.shape[-1]) if scheme.rowwise else weight
     done = kernel.quantize(flat) if kernel is not None else None
-    if done is None:
-        done = _eager(name, flat, dtype, scheme, device, block or (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK))
+    if done is None and scheme.shared and weight.dim() == 3:
+        done = _experts(name, weight, dtype, scheme, device, elements)
+    elif done is None:
+        done = _eager(name, flat, dtype, scheme, device, elements)
     result, figures = done
     if not figures.finite:
         raise not_finite(name, weight, dtype, figures, scheme)
     error.merge(figures)
-    return result if result.shape == weight.shape else _stacked(result, weight, dtype, scheme)
+    return result if result.shape == weight.shape else _stacked([result], weight, dtype, scheme)
 
 
-def _stacked(rows: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> torch.Tensor:
-    """Rows of stacked experts as torchao's tensor of the stack: the same values, inner tensors of another shape."""
+def _experts(
+    name: str, weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme, device: str, elements: int
+) -> tuple[torch.Tensor, Error]:
+    """One by one: each of the stacked matrices has a scale of its own."""
+    error = Error()
+    made = []
+    for at, matrix in enumerate(weight):
+        quantized, figures = _eager(f"{name}[{at}]", matrix, dtype, scheme, device, elements)
+        error.merge(figures)
+        made.append(quantized)
+    return _stacked(made, weight, dtype, scheme), error
+
+
+def _stacked(pieces: Sequence[torch.Tensor], weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> torch.Tensor:
+    """Rows of stacked experts, or the experts, as torchao's tensor of the stack: inner tensors of another shape."""
     like = quantize_weight(weight.to("meta", dtype), scheme)
     names, context = flatten(like)
-    parts = {name: getattr(rows, name).reshape(getattr(like, name).shape) for name in names}
+    parts = {}
+    for name in names:
+        inner = [getattr(piece, name) for piece in pieces]
+        parts[name] = (inner[0] if len(inner) == 1 else torch.stack(inner)).reshape(getattr(like, name).shape)
     stack: torch.Tensor = type(like).__tensor_unflatten__(parts, context, like.shape, like.stride())  # type: ignore[attr-defined]
     return stack
 
@@ -177,14 +197,13 @@ def _eager(
     name: str, weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme, device: str, elements: int
 ) -> tuple[torch.Tensor, Error]:
     rows = len(weight)
-    step = scheme.block(elements // weight.shape[-1]) if scheme.rowwise else rows
+    blocks = cut(weight, scheme, elements)
     error = Error()
-    assembly = Assembly(rows)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        original = weight[start:stop].to(device)
+    assembly = None
+    for start in range(0, rows, blocks.step):
+        original = weight[start : start + blocks.step].to(device)
         try:
-            quantized = quantize_weight(original.to(dtype), scheme)
+            quantized = quantize_weight(blocks.behind(original.to(dtype)), scheme)
         except Exception as failure:  # torchao raises whatever its handlers raise
             raise QuantizeError(
                 f"{name} {list(weight.shape)}: {scheme.name} failed: {failure}".splitlines()[0], hint=f"--skip {name}"
@@ -194,10 +213,12 @@ def _eager(
                 f"torchao left {name} {list(weight.shape)} unquantized under {scheme.name}", hint=f"--skip {name}"
             )
         error.merge(_measured(original, quantized))
-        if step >= rows:
-            return quantized.to("cpu"), error
-        assembly.put_all(quantized, start, stop)
-    return assembly.result(quantized), error
+        if blocks.step >= rows and not original.is_cuda:  # torchao's .to() would cast scales as well
+            return quantized, error
+        assembly = assembly or Assembly(quantize_weight(weight.to("meta", dtype), scheme), scheme)
+        assembly.put_all(quantized, start, blocks.ahead)
+    assert assembly is not None
+    return assembly.result(), error
 
 
 def _measured(original: torch.Tensor, quantized: torch.Tensor) -> Error:

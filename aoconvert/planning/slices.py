@@ -19,13 +19,14 @@ WHOLE_BYTES = 128 << 20
 
 
 def by_rows(tensor: TensorPlan) -> bool:
-    """Whether the pieces of a tensor can be worked on one by one: copied, cast, or quantized row by row.
+    """Whether the pieces of a tensor can be worked on one by one: copied, cast, or quantized block by block.
 
-    A row of stacked experts is one expert.
+    A row of stacked experts is one expert, with scales of its own.
     """
     if len(tensor.shape) < 1 or tensor.shape[0] < 2 or 0 in tensor.shape:
         return False
-    return tensor.scheme is None or tensor.scheme.rowwise
+    scheme = tensor.scheme
+    return scheme is None or scheme.rowwise or (len(tensor.shape) == 3 and scheme.unit is not None)
 
 
 def slices(tensor: TensorPlan) -> list[tuple[int, int]]:

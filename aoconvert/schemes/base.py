@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,10 @@ class Scheme:
         activation: what activations become at run time (``int8 per token, dynamic``), ``None`` for weight-only.
         granularity: what shares one scale: ``per row``, ``per group of 32``, ``per tensor``.
         group_size: ``in_features`` must be a multiple of it; ``None`` where there are no groups.
-        rowwise: every output row is quantized on its own: blocks of rows, quantized one by one and concatenated along
-            dimension 0, are bit for bit the whole.
+        unit: blocks of a multiple of so many rows, quantized one by one and put together, are bit for bit the whole;
+            1: every row is quantized on its own. ``None``: the weight cannot be cut.
+        shared: all rows share a scale, which follows from their smallest and their largest value; a block then needs
+            these beside it. Each of stacked experts has its own.
         needs_rows: dies at run time (``torch._int_mm``) in layers that see a single row of input.
         single_values: a row of a single value can be quantized.
         ranks: how many dimensions a weight may have.
@@ -86,7 +89,8 @@ class Scheme:
     activation: str | None
     granularity: str
     group_size: int | None
-    rowwise: bool
+    unit: int | None
+    shared: bool
     needs_rows: bool
     single_values: bool
     ranks: tuple[int, ...]
@@ -103,9 +107,14 @@ class Scheme:
     source: str
     int4: Int4 | None = None
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether blocks of rows can be quantized without a look at the others."""
+        return self.unit is not None and not self.shared
+
     def block(self, rows: int) -> int:
-        """The largest number of rows, not above ``rows`` where possible, that can be quantized on its own."""
-        unit = self.multiples[0]
+        """The largest number of rows, not above ``rows`` where possible, of a block that is cut off."""
+        unit = math.lcm(self.unit or 1, self.multiples[0])
         return max(unit, rows - rows % unit)
 
     @cached_property

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _LAYOUTS = {"avx512": (64, True), "avx2": (32, True), "pairs32": (32, False), "pairs16": (16, False)}
 LAYOUTS = tuple(_LAYOUTS)
 ROWS = 16
+BLOCK_ROWS = max(rows for rows, _ in _LAYOUTS.values())  # a multiple of the others
 UNKNOWN = "unknown"
 
 

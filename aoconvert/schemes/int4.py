@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aoconvert.environment import import_torchao
 from aoconvert.errors import PlanError, UsageError
-from aoconvert.schemes import cpu_packing
+from aoconvert.schemes import cpu_packing, tile_packing
 from aoconvert.schemes.int4_parts import dequantize as dequantize
 from aoconvert.schemes.int4_parts import padded, parameters, plain_int32, tile_packed
 
@@ -119,6 +119,11 @@ def packing(device: str) -> str:
     if device == "cpu":
         return _OPAQUE + machine_layout()
     return {"cuda": "tile_packed_to_4d", "xpu": "plain_int32", "plain": "plain"}[device]
+
+
+def rows(device: str) -> int:
+    """Rows that a layout packs together: a weight can be cut between them."""
+    return {"cuda": tile_packing.ROWS, "cpu": cpu_packing.BLOCK_ROWS}.get(device, 1)
 
 
 def machine_layout() -> str:

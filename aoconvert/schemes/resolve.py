@@ -191,7 +191,8 @@ def _describe(entry: SchemeEntry, config: AOBaseConfig, sample: Any) -> Scheme:
         granularity=granularity,
         group_size=group_size,
         # HQQ stops iterating when the worst row of the whole tensor has converged
-        rowwise=granularity.startswith(("per row", "per group")) and not hqq and not entry.whole,
+        unit=None if hqq else entry.unit,
+        shared="per tensor" in granularity,
         needs_rows=entry.needs_rows,
         single_values=hqq,
         # torchao cannot take one expert out of several that share a scale
@@ -249,7 +250,8 @@ def _int4wo(entry: SchemeEntry, device: str, group_size: int | None, settings: M
         activation=None,
         granularity=f"per group of {size}",
         group_size=size,
-        rowwise=False,
+        unit=None if algorithm == "hqq" else int4.rows(device),
+        shared=False,
         needs_rows=False,
         single_values=False,
         ranks=entry.ranks,

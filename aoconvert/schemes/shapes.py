@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from aoconvert.schemes.base import Scheme
 
-_SWIZZLED_ROWS = 128
 _BLOCK = 128
 
 
@@ -51,8 +50,8 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str |
         return f"in_features {in_features} is not a multiple of group size {scheme.group_size}"
     # the scales of all experts are laid out in tiles of 128 rows, and one expert must not end inside a tile;
     # torchao takes some of these, and then gives an expert the scales of another
-    if scheme.layout.packing == "swizzled" and prod(shape[:-2]) > 1 and out_features % _SWIZZLED_ROWS:
-        return f"out_features {out_features} of several experts is not a multiple of {_SWIZZLED_ROWS}"
+    if prod(shape[:-2]) > 1 and scheme.unit is not None and out_features % scheme.unit:
+        return f"out_features {out_features} of several experts is not a multiple of {scheme.unit}"
     # torchao's _is_128_128_scaled then sees blocks where there is one scale, and its product fails
     if scheme.granularity == "per tensor" and scheme.layout.min_capability is not None and shape == (_BLOCK, _BLOCK):
         return f"torchao takes a {_BLOCK} x {_BLOCK} weight with one scale for one in blocks, and cannot run it"

@@ -98,9 +98,9 @@ def _scratch(plan: ComponentPlan, whole: Plan) -> Iterator[Path]:
 
 
 def _pieces(tensor: TensorPlan, schemes: Sequence[Scheme]) -> list[tuple[int, int]]:
-    """The engine's pieces; the whole tensor where one of the candidates takes it whole."""
-    strictest = min(schemes, key=lambda scheme: scheme.rowwise)
-    return slices(replace(tensor, scheme=strictest))
+    """The engine's pieces, in the largest unit; the whole tensor where one of the candidates takes it whole."""
+    by_unit = sorted(schemes, key=lambda scheme: scheme.block(1), reverse=True)
+    return min((slices(replace(tensor, scheme=scheme)) for scheme in by_unit), key=lambda pieces: len(pieces) > 1)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 
 import aoconvert
 from aoconvert import schemes
+from aoconvert.engine.blocks import Blocks, cut
 from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
@@ -33,7 +34,7 @@ def compare(device: str, name: str, rows: int, step: int) -> None:
     torch.manual_seed(rows)
     weight = torch.randn(rows, 256, dtype=torch.float32)
     lane = Lane(device)
-    pending = [lane.start("w", weight, torch.bfloat16, scheme, step if scheme.rowwise else rows) for _ in range(3)]
+    pending = [lane.start("w", weight, torch.bfloat16, scheme, cut(weight, scheme, 256 * step)) for _ in range(3)]
     expected = quantize_tensor("w", weight, torch.bfloat16, scheme, "cpu")
     for wait in pending:
         tensor, error = wait()
@@ -57,7 +58,7 @@ def test_a_gpu_gives_the_bits_of_the_cpu(name: str) -> None:
 def test_nan_is_named_when_the_result_is_asked_for() -> None:
     weight = torch.zeros(4, 256)
     weight[2, 2] = torch.nan
-    wait = Lane("cpu").start("blocks.0.weight", weight, torch.bfloat16, schemes.get("int8wo"), 2)
+    wait = Lane("cpu").start("blocks.0.weight", weight, torch.bfloat16, schemes.get("int8wo"), Blocks(2))
     with pytest.raises(QuantizeError, match=r"blocks\.0\.weight holds NaN or infinity"):
         wait()
 

@@ -64,7 +64,7 @@ def test_blocks_of_rows_equal_the_whole(
 
 
 @pytest.mark.parametrize(("name", "options"), PER_TENSOR)
-def test_one_scale_for_all_is_not_cut(name: str, options: dict[str, str]) -> None:
+def test_one_scale_for_all(name: str, options: dict[str, str]) -> None:
     scheme = schemes.get(name, settings=options)
     weight = torch.randn(50, 64).bfloat16()
     assert not scheme.rowwise

@@ -1,4 +1,3 @@
-import contextlib
 import itertools
 import json
 import os
@@ -10,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scheme_table import ROWS, VARIANTS, Row, attributes, get, inner, parameters, quantize, variant_id, weight_shape
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import quantize_
@@ -22,7 +19,6 @@ from aoconvert.schemes import int4
 from aoconvert.schemes.apply import quantize_weight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ROWWISE = [made for made in map(get, VARIANTS) if made.rowwise]
 variants = pytest.mark.parametrize("variant", parameters())
 
 
@@ -206,37 +202,17 @@ def test_embeddings_are_said_of_the_right_ones(name: str) -> None:
     assert torch.equal(embedding(indices), quantized.dequantize()[indices])
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_rowwise_blocks_are_bit_identical(data: st.DataObject) -> None:
-    made = data.draw(st.sampled_from(ROWWISE))
-    rows = data.draw(st.integers(1, 24)) * made.multiples[0]
-    groups = data.draw(st.integers(1, 5)) if made.group_size else data.draw(st.integers(2, 70))
-    rows, columns = weight_shape(made, rows, groups)
-    places = st.integers(1, rows // made.multiples[0] - 1).map(lambda place: place * made.multiples[0])
-    cuts = data.draw(st.lists(places, unique=True).map(sorted)) if rows > made.multiples[0] else []
-    dtype = data.draw(st.sampled_from([dtype for dtype in DTYPES if str(dtype).removeprefix("torch.") in made.dtypes]))
-    assert pieces_equal_whole(weight(rows, columns, dtype, data.draw(st.integers(0, 999))), made, cuts)
-
-
-def test_rowwise_is_said_of_the_right_ones() -> None:
-    """Those that are not: blocks of 16 rows do not make the whole; hqq has a test of its own."""
-    for variant in VARIANTS:
-        made = get(variant)
-        if made.rowwise or "hqq_scale_only" in variant[2].values():
-            continue
-        step = 128 if made.multiples[0] == 128 else 16
-        rows, columns = 3 * step, 384
-        values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(7)).bfloat16()
-        blocks = [step] if step == 16 else [64]
-        with contextlib.suppress(Exception):  # blocks that torchao does not even take
-            assert not pieces_equal_whole(values, made, blocks), variant
-    assert {variant_id(v) for v in VARIANTS if not get(v).rowwise and get(v).tensor_class == "Int8Tensor"} == {
-        "int8wo-per_tensor",
-        "int8dq-per_tensor",
+def test_what_shares_a_scale_is_said() -> None:
+    """How weights can be cut is held against torchao in the engine's test_engine_blocks."""
+    shared = {variant_id(variant) for variant in VARIANTS if get(variant).shared}
+    assert shared == {
+        *("int8wo-per_tensor", "int8dq-per_tensor", "float8wo-tensor", "float8dq"),
+        *("nvfp4", "nvfp4wo", "nvfp4-true"),
     }
-    assert get(("float8dq_row", None, {})).rowwise
-    assert not schemes.get("int4wo").rowwise
+    uncut = {variant_id(variant) for variant in VARIANTS if get(variant).unit is None}
+    assert uncut == {variant_id(variant) for variant in VARIANTS if "hqq_scale_only" in variant[2].values()}
+    assert [schemes.get("int4wo", layout_device=device).unit for device in ("cpu", "cuda", "xpu")] == [64, 8, 1]
+    assert schemes.get("int4wo", settings={"int4_choose_qparams_algorithm": "hqq"}).unit is None
 
 
 def test_hqq_is_not_rowwise() -> None:

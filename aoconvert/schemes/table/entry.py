@@ -29,7 +29,7 @@ class SchemeEntry:
         multiples: out_features and in_features must be multiples of these.
         needs_rows: dies at run time in layers that see a single row of input.
         embeddings: torchao can look rows up in it, so that it also serves the weight of an ``nn.Embedding``.
-        whole: the weight has to be quantized in one piece, because of its packing or of a scale for all of it.
+        unit: rows that its scales or its packing hold together; a weight can be cut between such blocks of rows.
         packing: torchao's packing format.
         device: ``any``, or the one device type that can run it.
         min_capability: lowest CUDA compute capability that can run it.
@@ -55,7 +55,7 @@ class SchemeEntry:
     multiples: tuple[int, int] = (1, 1)
     needs_rows: bool = False
     embeddings: bool = False
-    whole: bool = False
+    unit: int = 1
     packing: str = "plain"
     device: str = "any"
     min_capability: tuple[int, int] | None = None

@@ -8,6 +8,7 @@ _QUANTIZATION = "torchao.quantization."
 _MX = "torchao.prototype.mx_formats."
 _BLACKWELL = (10, 0)
 _ADA = (8, 9)
+_SWIZZLED_ROWS = 128  # of a tile of scales: torchao's to_blocked
 _NVFP4_SCALES = "per group of 16, and per tensor"
 
 
@@ -112,7 +113,7 @@ FLOAT8_DYNAMIC = (
         granularity="per block of 128x128",
         ranks=(2, 3),
         multiples=(128, 128),
-        whole=True,
+        unit=128,
         device="cuda",
         min_torchao="0.15",
     ),
@@ -132,7 +133,7 @@ def _mx(name: str, aliases: tuple[str, ...], dtype: str, label: str, *, emulated
         granularity="per group of 32",
         bytes_per_parameter=0.53 if label == "float4_e2m1" else 1.03,
         dtypes=("bfloat16",),
-        whole=True,
+        unit=_SWIZZLED_ROWS,
         packing="swizzled",
         device="any" if emulated else "cuda",
         min_capability=None if emulated else _BLACKWELL,
@@ -199,7 +200,7 @@ MICROSCALING = (
         ranks=(2, 3),
         dtypes=("bfloat16", "float32"),
         multiples=(16, 16),
-        whole=True,
+        unit=_SWIZZLED_ROWS,
         packing="swizzled",
         device="cuda",
         min_capability=_BLACKWELL,
@@ -216,7 +217,7 @@ MICROSCALING = (
         bytes_per_parameter=0.56,
         dtypes=("bfloat16", "float32"),
         multiples=(16, 16),
-        whole=True,
+        unit=_SWIZZLED_ROWS,
         packing="swizzled",
         summary="a quarter of bfloat16 that runs on any device: 4-bit floats, dequantized for every product",
         source="torchao's docstring of NVFP4WeightOnlyConfig; run on a CPU here",

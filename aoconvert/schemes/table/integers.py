@@ -55,7 +55,6 @@ _INT4 = SchemeEntry(
     weight_dtype="int4",
     granularity="per group of 128",
     bytes_per_parameter=0.53,
-    whole=True,
     packing="opaque",
     device="cpu",
     min_torchao="0.17",

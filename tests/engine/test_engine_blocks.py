@@ -1,0 +1,134 @@
+"""Blocks of rows, put together, are what torchao makes of the whole weight: for every scheme, to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemes.scheme_table import VARIANTS, attributes, get, inner, variant_id, weight_shape
+
+from aoconvert import schemes
+from aoconvert.engine import blocks
+from aoconvert.engine.assembly import Assembly
+from aoconvert.engine.lanes import Lane
+from aoconvert.engine.quantize import Error, quantize_rows, quantize_tensor
+from aoconvert.errors import QuantizeError
+from aoconvert.schemes import Scheme
+from aoconvert.schemes.apply import quantize_weight
+
+BF16 = torch.bfloat16
+INT4 = [
+    (f"int4wo-{device}-{group}", schemes.get("int4wo", group_size=group, layout_device=device))
+    for device in ("cpu", "cuda", "xpu")
+    for group in (32, 128)
+]
+SCHEMES = [*((variant_id(variant), get(variant)) for variant in VARIANTS), *INT4]
+EVERY = pytest.mark.parametrize("scheme", [made for _, made in SCHEMES], ids=[name for name, _ in SCHEMES])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks() -> Iterator[None]:
+    """A weight with one scale is cut into blocks as small as any other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_SHARE", 1)
+        yield
+
+
+def weight(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Rows of very different sizes; the largest value and the smallest may be anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(-3, 1, rows)[torch.randperm(rows, generator=generator)]
+    return (torch.randn(rows, columns, generator=generator) * sizes[:, None]).to(BF16)
+
+
+def assert_same(made: torch.Tensor, reference: torch.Tensor) -> None:
+    assert type(made) is type(reference)
+    assert attributes(made) == attributes(reference)
+    assert (made.shape, made.stride(), made.dtype) == (reference.shape, reference.stride(), reference.dtype)
+    assert inner(made).keys() == inner(reference).keys()
+    for name, tensor in inner(made).items():
+        expected = inner(reference)[name]
+        assert (tensor.shape, tensor.stride(), tensor.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        one, other = (part.reshape(-1).contiguous().view(torch.uint8) for part in (tensor, expected))
+        assert torch.equal(one, other), name
+
+
+def shape(scheme: Scheme, units: int, groups: int) -> tuple[int, int]:
+    """Some rows more than whole units, as many as the scheme allows."""
+    unit = scheme.block(1)
+    step = math.lcm(scheme.multiples[0], 16 if scheme.layout.packing.startswith("opaque") else 1)
+    more = (unit // 2) // step * step
+    return weight_shape(scheme, max(step, units * unit + more), groups)
+
+
+@EVERY
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(units=st.integers(0, 5), groups=st.integers(2, 5), block=st.integers(1, 4), seed=st.integers(0, 999))
+def test_blocks_are_the_whole(scheme: Scheme, units: int, groups: int, block: int, seed: int) -> None:
+    values = weight(*shape(scheme, units, groups if scheme.group_size else 16 * groups), seed)
+    elements = block * scheme.block(1) * values.shape[1]
+    reference = quantize_weight(values, scheme)
+    made = quantize_tensor("w", values, BF16, scheme, "cpu", block=elements)
+    assert_same(made.tensor, reference)
+    whole = Error()
+    whole.add(values, reference)
+    assert (made.sqnr_db, made.max_abs_error) == (whole.sqnr_db, whole.largest)
+    cut = blocks.cut(values, scheme, elements)
+    assert (cut.step >= len(values)) == (units == 0 or scheme.unit is None or block * scheme.block(1) >= len(values))
+    assert (cut.extremes is not None) == (scheme.shared and cut.step < len(values))
+    tensor, error = Lane("cpu").start("w", values, BF16, scheme, cut)()
+    assert_same(tensor, reference)
+    assert (error.sqnr_db, error.largest) == (whole.sqnr_db, whole.largest)
+
+
+STACKED = [(name, made) for name, made in SCHEMES if 3 in made.ranks]
+
+
+@pytest.mark.parametrize("scheme", [made for _, made in STACKED], ids=[name for name, _ in STACKED])
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_blocks_of_experts_are_the_whole(scheme: Scheme, block: int) -> None:
+    rows, columns = weight_shape(scheme, 2 * scheme.block(1), 3 if scheme.group_size else 128)
+    values = torch.stack([weight(rows, columns, seed) * 10.0**seed for seed in range(3)])
+    reference = quantize_weight(values, scheme)
+    elements = block * scheme.block(1) * columns
+    assert_same(quantize_rows("w", values, BF16, scheme, "cpu", Error(), block=elements), reference)
+    assert_same(Lane("cpu").start("w", values, BF16, scheme, blocks.cut(values, scheme, elements))()[0], reference)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4wo", "float8dq_block", "int4wo-cpu-32", "int4wo-cuda-32"])
+def test_the_unit_is_no_larger_than_it_has_to_be(name: str) -> None:
+    """Half of it, and the scales or codes are elsewhere; or torchao does not take it."""
+    scheme = dict(SCHEMES)[name]
+    assert scheme.unit is not None
+    finer = dataclasses.replace(scheme, unit=scheme.unit // 2, multiples=(1, 1))
+    values = weight(*shape(scheme, 3, 4), 5)
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
+        parts = Assembly(quantize_weight(values.to("meta"), scheme), finer)
+        for start in range(0, len(values), finer.block(1)):
+            parts.put_all(quantize_weight(values[start : start + finer.block(1)], finer), start)
+        assert_same(parts.result(), quantize_weight(values, scheme))
+
+
+@pytest.mark.parametrize("name", ["nvfp4wo", "nvfp4", "float8dq", "int8wo-per_tensor"])
+def test_a_weight_of_zeros_is_repaired_once(name: str) -> None:
+    scheme = dict(SCHEMES)[name]
+    values = torch.zeros(*shape(scheme, 4, 32), dtype=BF16)
+    error = Error()
+    made = quantize_rows("w", values, BF16, scheme, "cpu", error, block=1)
+    assert error.repaired == (0 if name.startswith("int8") else 1)
+    assert not made.dequantize().any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["nvfp4wo", "float8dq", "mxfp8", "int4wo-cuda-32"])
+def test_nan_and_infinity_anywhere_are_named(name: str, value: float) -> None:
+    scheme = dict(SCHEMES)[name]
+    values = weight(*shape(scheme, 3, 32), 1)
+    values[-1, -1] = value
+    with pytest.raises(QuantizeError, match="w holds NaN or infinity"):
+        quantize_tensor("w", values, BF16, scheme, "cpu", block=1)
