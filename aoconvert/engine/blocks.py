@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from aoconvert.planning import slices
+
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
-
-# Rows of a block for one row of extremes, which is work for nothing
-_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,12 @@ def cut(weight: torch.Tensor, scheme: Scheme, elements: int) -> Blocks:
         return Blocks(len(weight) if scheme.unit is None else experts)
     if scheme.unit is None:
         return Blocks(len(weight))
-    step = scheme.block(elements // weight.shape[1])
-    if not scheme.shared:
-        return Blocks(step)
-    count = scheme.block(1)
-    step = max(step, _SHARE * count)
-    if step >= len(weight):
+    step, ahead = slices.block(scheme, weight.shape[1], elements)
+    if not ahead or step >= len(weight):
         return Blocks(step)
     low, high = torch.aminmax(weight)
     if low == high == 0:  # torchao gives it no scale: it is repaired, whole
         return Blocks(len(weight))
-    extremes = high.expand(count, weight.shape[1]).clone()
+    extremes = high.expand(ahead, weight.shape[1]).clone()
     extremes[0, 0] = low
     return Blocks(step, extremes)

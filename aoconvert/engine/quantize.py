@@ -12,6 +12,7 @@ import torch
 from aoconvert.engine.assembly import Assembly
 from aoconvert.engine.blocks import cut
 from aoconvert.errors import QuantizeError
+from aoconvert.planning.slices import CPU_BLOCK
 from aoconvert.schemes.apply import flatten, quantize_weight
 from aoconvert.schemes.dequantize import dequantize
 from aoconvert.schemes.repair import repair
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
     from aoconvert.engine.kernels import Checked
     from aoconvert.schemes import Scheme
 
-# Elements of a block of rows. On a CPU a block and its temporaries stay in the caches: 4 to 7 times faster than the
-# whole 7680x1920 weight at once (tests/benchmarks/README.md).
-CPU_BLOCK = 1 << 19
+# Elements of a block of rows on a GPU
 DEVICE_BLOCK = 1 << 26
 # Elements that are widened to float64 at once
 _WIDE = 1 << 19

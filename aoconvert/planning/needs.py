@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from aoconvert.planning.slices import BUFFERS, SLICE_BYTES, is_streamed, slices
+from aoconvert.planning.slices import BUFFERS, CPU_BLOCK, SLICE_BYTES, block, is_streamed, slices
 from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, TensorPlan
 
 READ_AHEAD_BYTES = SLICE_BYTES
@@ -14,8 +14,10 @@ READ_AHEAD_BYTES = SLICE_BYTES
 _IMPORTS_BYTES = 480 * 10**6
 # The same without the model libraries, where what a model is made of was remembered
 _FEWER_IMPORTS_BYTES = 360 * 10**6
-# Measured: temporaries a weight's element, where a scheme takes the whole weight at once
-_WHOLE_BYTES = 16
+# Measured: temporaries of torchao, bytes for each value of a block of rows
+_BLOCK_BYTES = 24
+# Measured: the same where HQQ takes a whole weight at once; in int4 it also takes the other values apart
+_HQQ_BYTES, _HQQ_INT4_BYTES = 16, 38
 
 
 def needs(plans: Sequence[ComponentPlan], copied: Sequence[CopyPlan], device: str) -> Needs:
@@ -42,8 +44,7 @@ def _tensors_peak(plan: ComponentPlan, device: str) -> int:
     for tensor, count, largest in _ordered(plan):
         fits = largest <= SLICE_BYTES
         pooled = max(pooled, largest if fits else 0)
-        whole = tensor.scheme is not None and not tensor.scheme.rowwise and device == "cpu"
-        arithmetic = tensor.numel * _WHOLE_BYTES if whole else 0
+        arithmetic = _temporaries(tensor) if device == "cpu" else 0
         if is_streamed(tensor):
             result = 2 * -(-tensor.bytes_out // count)
         elif tensor.bytes_in == tensor.bytes_out and tensor.dtype == tensor.source_dtype and count == 1:
@@ -57,6 +58,17 @@ def _tensors_peak(plan: ComponentPlan, device: str) -> int:
         waiting = _waiting([step[2] for step in steps[max(0, at - 8) : at]])
         most = max(most, own + ahead + arithmetic + result + waiting)
     return BUFFERS * pooled + most
+
+
+def _temporaries(tensor: TensorPlan) -> int:
+    """What torchao takes for its arithmetic on a weight or on its largest block of rows."""
+    scheme = tensor.scheme
+    if scheme is None or not tensor.numel:
+        return 0
+    if scheme.unit is None:
+        return tensor.numel * (_HQQ_BYTES if scheme.int4 is None else _HQQ_INT4_BYTES)
+    columns = tensor.shape[-1]
+    return min(tensor.numel, sum(block(scheme, columns, CPU_BLOCK)) * columns) * _BLOCK_BYTES
 
 
 def _waiting(results: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ from aoconvert.engine.assembly import Assembly
 from aoconvert.engine.lanes import Lane
 from aoconvert.engine.quantize import Error, quantize_rows, quantize_tensor
 from aoconvert.errors import QuantizeError
+from aoconvert.planning import slices
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.apply import quantize_weight
 
@@ -35,7 +36,7 @@ EVERY = pytest.mark.parametrize("scheme", [made for _, made in SCHEMES], ids=[na
 def small_blocks() -> Iterator[None]:
     """A weight with one scale is cut into blocks as small as any other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_SHARE", 1)
+        patch.setattr(slices, "_SHARE", 1)
         yield
 
 
