@@ -34,13 +34,25 @@ class Channel(Generic[T]):
             Closed: nobody will take it.
         """
         with self._change:
-            while self._items and self._bytes + nbytes > self._limit and not self._broken:
-                self._change.wait()
-            if self._broken:
-                raise Closed
+            self._wait(nbytes)
             self._items.append((item, nbytes))
             self._bytes += nbytes
             self._change.notify_all()
+
+    def wait(self, nbytes: int) -> None:
+        """Wait until there is room for so many bytes; for the only thread that puts, before it makes them.
+
+        Raises:
+            Closed: nobody will take it.
+        """
+        with self._change:
+            self._wait(nbytes)
+
+    def _wait(self, nbytes: int) -> None:
+        while self._items and self._bytes + nbytes > self._limit and not self._broken:
+            self._change.wait()
+        if self._broken:
+            raise Closed
 
     def get(self) -> T | None:
         """The next item, waiting for one; ``None`` after the last.

@@ -187,6 +187,8 @@ class _Stream:
             for start, stop in pieces:
                 nbytes = -(-tensor.bytes_in * (stop - start) // pieces[-1][1]) if pieces[-1][1] else 0
                 buffer = pool.take(nbytes)
+                if buffer is None:  # a giant: none is read while another waits
+                    out.wait(nbytes)
                 began = time.perf_counter()
                 data = self.reading.read(tensor, None if len(pieces) == 1 else (start, stop), buffer)
                 self.seconds.reader += time.perf_counter() - began

@@ -51,11 +51,13 @@ def _tensors_peak(plan: ComponentPlan, device: str) -> int:
             result = 0  # it is written from where it was read
         else:
             result = tensor.bytes_out
-        steps.append(((0 if fits else largest) + tensor.working_bytes, arithmetic, result))
+        slow = tensor.scheme is not None and (tensor.scheme.unit != 1 or tensor.scheme.shared)
+        steps.append(((0 if fits else largest) + tensor.working_bytes, arithmetic, result, slow))
     most = 0
-    for at, (own, arithmetic, result) in enumerate(steps):
+    for at, (own, arithmetic, result, slow) in enumerate(steps):
         ahead = steps[at + 1][0] if at + 1 < len(steps) else 0
-        waiting = _waiting([step[2] for step in steps[max(0, at - 8) : at]])
+        # what takes longer to make than to write has nothing of its kind before it in the queue
+        waiting = 0 if slow else _waiting([step[2] for step in steps[max(0, at - 8) : at]])
         most = max(most, own + ahead + arithmetic + result + waiting)
     return BUFFERS * pooled + most
 

@@ -150,6 +150,8 @@ class _Pass:
             for start, stop in pieces:
                 nbytes = -(-tensor.bytes_in * (stop - start) // pieces[-1][1])
                 buffer = pool.take(nbytes)
+                if buffer is None:  # a giant: none is read while another waits
+                    out.wait(nbytes)
                 data = self.reading.read(tensor, None if len(pieces) == 1 else (start, stop), buffer)
                 out.put(Piece(tensor, start, stop, data, partial(pool.give, buffer)), nbytes)
                 del data  # or it would live until the next one is read

@@ -37,10 +37,16 @@ def run(words: list[str], folder: Path) -> tuple[str, int]:
     return done.stdout, peak
 
 
-def convert(layers: int, folder: Path) -> tuple[int, dict[str, object]]:
-    """Build a CogVideoX transformer of real width and convert it; the peak of the conversion and what it printed."""
-    source, output = folder / f"source-{layers}", folder / f"output-{layers}"
+def build(layers: int, folder: Path) -> Path:
+    """A CogVideoX transformer of real width."""
+    source = folder / f"source-{layers}"
     run([str(BUILD), "--layers", str(layers), str(source)], folder)
+    return source
+
+
+def convert(layers: int, folder: Path) -> tuple[int, dict[str, object]]:
+    """Build one and convert it; the peak of the conversion and what it printed."""
+    source, output = build(layers, folder), folder / f"output-{layers}"
     words = ["-m", "aoconvert", "quantize", str(source), "--scheme", "int8wo", "--output", str(output), "--json"]
     printed, peak = run([*words, "--device", "cpu"], folder)
     result = json.loads(printed)
@@ -63,3 +69,17 @@ def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert two < 1.1 * one
     # what --json and the manifest say is what the kernel says; the interpreter still has to shut down
     assert abs(int(str(second["peak_host_bytes"])) / two - 1) < 0.02
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(sys.platform != "linux", reason="measured on Linux")
+@pytest.mark.parametrize(
+    "scheme", ["int8wo", "float8wo", "int4dq", "int4wo", "float8dq", "float8dq_row", "float8dq_block", "mxfp8", "nvfp4"]
+)
+def test_needs_are_what_a_run_takes(scheme: str, tmp_path: Path) -> None:
+    """Whatever has to stay together, rows or all of a weight, within a fifth."""
+    source = build(5, tmp_path)
+    words = [str(source), "--scheme", scheme, "--output", str(tmp_path / "out"), "--device", "cpu", "--json"]
+    planned = json.loads(run(["-m", "aoconvert", "plan", *words], tmp_path)[0])["needs"]["host_peak_bytes"]
+    peak = run(["-m", "aoconvert", "quantize", *words], tmp_path)[1]
+    assert 0.8 < planned / peak < 1.2, (planned, peak)

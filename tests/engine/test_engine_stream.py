@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,22 +52,36 @@ def test_channel_keeps_order_and_bound(sizes: list[int], limit: int) -> None:
     assert most <= max([limit, *sizes])
 
 
+def test_whoever_waits_for_room_goes_on_when_there_is_some() -> None:
+    channel: Channel[int] = Channel(10)
+    channel.wait(10**12)  # alone it passes
+    channel.put(0, 6)
+    channel.wait(4)
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (channel.wait(5), done.set()))
+    thread.start()
+    assert not done.wait(0.05)
+    channel.get()
+    assert done.wait(5)
+    thread.join(5)
+
+
 def test_a_giant_passes_a_small_channel() -> None:
     channel: Channel[str] = Channel(1)
     channel.put("giant", 10**12)
     assert channel.get() == "giant"
 
 
-@pytest.mark.parametrize("side", ["put", "get"])
+@pytest.mark.parametrize("side", ["put", "wait", "get"])
 def test_closing_wakes_whoever_waits(side: str) -> None:
     channel: Channel[int] = Channel(1)
-    if side == "put":
+    if side != "get":
         channel.put(0, 1)
     seen: list[type[BaseException]] = []
 
     def wait() -> None:
         try:
-            channel.put(1, 1) if side == "put" else channel.get()
+            {"put": partial(channel.put, 1, 1), "wait": partial(channel.wait, 1), "get": channel.get}[side]()
         except Closed as error:
             seen.append(type(error))
 
