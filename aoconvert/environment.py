@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +68,14 @@ def version_at_least(package: str, minimum: str) -> bool:
     """Whether ``package`` is installed in version ``minimum`` or newer, by PEP 440 (``0.9 < 0.18``)."""
     version = version_of(package)
     return version is not None and Version(version) >= Version(minimum)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
 
 
 def platform_name() -> str:

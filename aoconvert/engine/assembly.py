@@ -45,14 +45,15 @@ class Assembly:
     def __post_init__(self) -> None:
         self._places = _places(self.like, self.scheme)
 
-    def put(self, name: str, inner: torch.Tensor, start: int, ahead: int = 0) -> None:
+    def put(self, name: str, inner: torch.Tensor, start: int, rows: int, ahead: int = 0) -> None:
         """Copy an inner tensor of a block of rows.
 
         Args:
             name: its name.
-            inner: its values; they end with those of the whole tensor, or between rows that can be cut.
-            start: the first row of the block in the whole tensor.
-            ahead: rows of the block before that one, which are left out.
+            inner: its values.
+            start: the first row in the whole tensor.
+            rows: how many: to where the tensor can be cut, or to its end.
+            ahead: rows of the block before these, which are left out, as are those behind them.
         """
         place = self._places[name]
         if name not in self.parts:
@@ -62,15 +63,16 @@ class Assembly:
             )
         target = self.parts[name]
         if place.dim is not None:
-            skipped, at = (rows // place.rows * place.size for rows in (ahead, start))
-            inner = inner.narrow(place.dim, skipped, inner.shape[place.dim] - skipped)
+            skipped, at = (count // place.rows * place.size for count in (ahead, start))
+            own, end = divmod(rows, place.rows)
+            inner = inner.narrow(place.dim, skipped, inner.shape[place.dim] - skipped if end else own * place.size)
             target = target.narrow(place.dim, at, inner.shape[place.dim])
         target.copy_(inner, non_blocking=self.pinned)
 
-    def put_all(self, block: torch.Tensor, start: int, ahead: int = 0) -> None:
+    def put_all(self, block: torch.Tensor, start: int, rows: int, ahead: int = 0) -> None:
         """As ``put``, with every inner tensor of a block."""
         for name in flatten(block)[0]:
-            self.put(name, getattr(block, name), start, ahead)
+            self.put(name, getattr(block, name), start, rows, ahead)
 
     def result(self) -> torch.Tensor:
         """The whole tensor."""

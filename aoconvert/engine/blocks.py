@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aoconvert.planning import slices
-
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
 
@@ -19,21 +17,28 @@ class Blocks:
 
     Attributes:
         step: rows of a block; a row of stacked experts is one expert.
+        unit: rows that are packed together.
         extremes: rows of the smallest and the largest value of the whole weight. Where all rows share a scale, a block
-            is quantized behind them, and torchao finds the scale of the whole in it.
+            is quantized with them, and torchao finds the scale of the whole in it.
     """
 
     step: int
+    unit: int = 1
     extremes: torch.Tensor | None = None
 
-    @property
-    def ahead(self) -> int:
-        """How many rows are before those of a block."""
-        return 0 if self.extremes is None else len(self.extremes)
+    def completed(self, block: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """A block, or the end of the weight, with what it needs.
 
-    def behind(self, block: torch.Tensor) -> torch.Tensor:
-        """The block's rows with the extremes before them, in its dtype and on its device."""
-        return block if self.extremes is None else torch.cat([self.extremes.to(block), block])
+        Returns:
+            The rows to quantize, in the block's dtype and on its device, and how many are before the block's own.
+        """
+        if self.extremes is None:
+            return block, 0
+        extremes = self.extremes.to(block)
+        if len(block) % self.unit == 0:
+            return torch.cat([block, extremes]), 0
+        # behind it they would be packed with its last rows
+        return torch.cat([extremes[-1:].expand(self.unit - len(extremes), -1), extremes, block]), self.unit
 
 
 def cut(weight: torch.Tensor, scheme: Scheme, elements: int) -> Blocks:
@@ -43,12 +48,12 @@ def cut(weight: torch.Tensor, scheme: Scheme, elements: int) -> Blocks:
         return Blocks(len(weight) if scheme.unit is None else experts)
     if scheme.unit is None:
         return Blocks(len(weight))
-    step, ahead = slices.block(scheme, weight.shape[1], elements)
-    if not ahead or step >= len(weight):
+    step = scheme.block(elements // weight.shape[1])
+    if not scheme.shared or step >= len(weight):
         return Blocks(step)
     low, high = torch.aminmax(weight)
     if low == high == 0:  # torchao gives it no scale: it is repaired, whole
         return Blocks(len(weight))
-    extremes = high.expand(ahead, weight.shape[1]).clone()
+    extremes = high.expand(scheme.multiples[0], weight.shape[1]).clone()
     extremes[0, 0] = low
-    return Blocks(step, extremes)
+    return Blocks(step, scheme.block(1), extremes)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aoconvert.engine import kernel_cache
+from aoconvert.engine.figures import Error
 from aoconvert.engine.kernel_cache import Building, Kernel
-from aoconvert.engine.quantize import Error
 from aoconvert.schemes.apply import flatten, quantize_weight
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import torch
 
 from aoconvert.engine.assembly import Assembly
 from aoconvert.engine.blocks import Blocks, cut
+from aoconvert.engine.figures import Error, differences, squares
 from aoconvert.engine.kernels import Kernels
-from aoconvert.engine.quantize import Error, differences, quantize_rows, squares
+from aoconvert.engine.quantize import quantize_rows
 from aoconvert.errors import DeviceMemoryError, QuantizeError
 from aoconvert.schemes.apply import quantize_weight
 
@@ -40,11 +42,13 @@ class Lanes:
         devices: ``("cpu",)``, or GPUs.
         kernels: compiled arithmetic for the CPU.
         allow_cpu: what does not fit a GPU's memory is done on the CPU; otherwise it is an error.
+        pool: threads for what is done on the CPU without a kernel.
     """
 
     devices: Sequence[str]
     kernels: Kernels
     allow_cpu: bool = False
+    pool: Executor | None = None
     _lanes: list[Lane] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -88,7 +92,7 @@ class Lanes:
     def _on_cpu(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> Outcome:
         error = Error()
         kernel = self.kernels.for_tensor(scheme, data.dtype, dtype)
-        return quantize_rows(name, data, dtype, scheme, "cpu", error, kernel=kernel), error
+        return quantize_rows(name, data, dtype, scheme, "cpu", error, kernel=kernel, pool=self.pool), error
 
 
 class Lane:
@@ -110,21 +114,25 @@ class Lane:
             torch.OutOfMemoryError: the device is full.
             QuantizeError: torchao failed.
         """
-        assembly = Assembly(quantize_weight(data.to("meta", dtype), scheme), scheme, self._pinned)
+        assembly = None
         with self._current():
             figures = torch.zeros(3, dtype=torch.float64, device=self.device)
             for start in range(0, len(data), blocks.step):
                 original = data[start : start + blocks.step].to(self.device, non_blocking=True)
                 try:
-                    quantized = quantize_weight(blocks.behind(original.to(dtype)), scheme)
+                    block, ahead = blocks.completed(original.to(dtype))
+                    quantized = quantize_weight(block, scheme)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as failure:  # torchao raises whatever its handlers raise
                     raise QuantizeError(
                         f"{name}: {scheme.name} failed: {failure}".splitlines()[0], hint=f"--skip {name}"
                     ) from failure
-                _count(figures, original, quantized)
-                assembly.put_all(quantized, start, blocks.ahead)
+                _count(figures, original, quantized, ahead)
+                if assembly is None:
+                    like = quantize_weight(data.to("meta", dtype), scheme)
+                    assembly = Assembly(like, scheme, self._pinned)
+                assembly.put_all(quantized, start, len(original), ahead)
             host = torch.empty(3, dtype=torch.float64, pin_memory=self._pinned).copy_(figures, non_blocking=True)
             done = self._stream.record_event() if self._stream is not None else None
 
@@ -136,6 +144,7 @@ class Lane:
             if not error.finite:  # again, block by block: rows of zeros are repaired, and anything else is named
                 error = Error()
                 return quantize_rows(name, data, dtype, scheme, str(self.device), error), error
+            assert assembly is not None
             return assembly.result(), error
 
         return wait
@@ -150,9 +159,9 @@ class Lane:
         return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
 
 
-def _count(figures: torch.Tensor, original: torch.Tensor, quantized: torch.Tensor) -> None:
+def _count(figures: torch.Tensor, original: torch.Tensor, quantized: torch.Tensor, ahead: int) -> None:
     """As ``Error.add``, with the sums left on the device: reading one would wait for it."""
-    for weight, difference in differences(original, quantized):
+    for weight, difference in differences(original, quantized, ahead):
         figures[0] += squares(weight)
         figures[1] += squares(difference)
         figures[2] = torch.maximum(figures[2], difference.abs().amax().to(torch.float64))

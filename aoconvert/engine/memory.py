@@ -10,8 +10,8 @@ from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3  # glibc malloc.h
 _M_TRIM_THRESHOLD = -1
-_BIG = 4 << 20
-_SPARE = 16 << 20
+_BIG = 16 << 20
+_SPARE = 128 << 20
 
 
 def steady_allocator() -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from aoconvert.engine.assembly import Assembly
+from aoconvert.engine.figures import Error
 from aoconvert.engine.lanes import Lanes, Pending
-from aoconvert.engine.quantize import Error
 from aoconvert.errors import QuantizeError
 from aoconvert.planning.slices import is_streamed
 from aoconvert.planning.types import TensorPlan
@@ -175,7 +175,7 @@ class Processor:
             if work.streamed and name == first:
                 self._send(Rows(work.plan, part, release), part.nbytes)
             else:
-                assembly.put(name, part, piece.start)
+                assembly.put(name, part, piece.start, piece.stop - piece.start)
         if not work.streamed:
             release()
         if piece.last and work.streamed:

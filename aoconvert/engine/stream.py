@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter
@@ -15,10 +14,12 @@ import torch
 
 from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
+from aoconvert.engine.eager import threads
+from aoconvert.engine.figures import Error
 from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import PER_DEVICE, Lanes
 from aoconvert.engine.process import Begin, End, Message, Piece, Processor, Rows, Whole
-from aoconvert.engine.quantize import Error
+from aoconvert.environment import available_cores
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, SLICE_BYTES, slices
 from aoconvert.planning.types import ComponentPlan, TensorPlan
@@ -101,14 +102,6 @@ def run_component(
     return _Stream(
         plan, reading, journal, devices, allow_cpu, progress, frozenset(done), tensors=done, files=files
     ).run()
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
 
 
 @dataclass
@@ -209,8 +202,8 @@ class _Stream:
         for tensor in self._ordered():
             if tensor.scheme is not None:
                 to_quantize[tensor.scheme.key] += tensor.bytes_in
-        with torch.no_grad(), Kernels(self.devices[0], to_quantize) as kernels:
-            processor = Processor(Lanes(self.devices, kernels, self.allow_cpu), send)
+        with torch.no_grad(), Kernels(self.devices[0], to_quantize) as kernels, threads(available_cores()) as pool:
+            processor = Processor(Lanes(self.devices, kernels, self.allow_cpu, pool), send)
             while (piece := source.get()) is not None:
                 began, waited = time.perf_counter(), 0.0
                 processor.take(piece)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from aoconvert.planning.slices import BUFFERS, CPU_BLOCK, SLICE_BYTES, block, is_streamed, slices
+from aoconvert.planning.slices import BLOCK_BYTES, BUFFERS, CPU_BLOCK, SLICE_BYTES, at_once, is_streamed, slices
 from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, TensorPlan
 
 READ_AHEAD_BYTES = SLICE_BYTES
@@ -14,9 +14,7 @@ READ_AHEAD_BYTES = SLICE_BYTES
 _IMPORTS_BYTES = 480 * 10**6
 # The same without the model libraries, where what a model is made of was remembered
 _FEWER_IMPORTS_BYTES = 360 * 10**6
-# Measured: temporaries of torchao, bytes for each value of a block of rows
-_BLOCK_BYTES = 24
-# Measured: the same where HQQ takes a whole weight at once; in int4 it also takes the other values apart
+# Measured: temporaries a weight's element, where HQQ takes a whole weight at once; for int4 in more steps
 _HQQ_BYTES, _HQQ_INT4_BYTES = 16, 38
 
 
@@ -70,7 +68,8 @@ def _temporaries(tensor: TensorPlan) -> int:
     if scheme.unit is None:
         return tensor.numel * (_HQQ_BYTES if scheme.int4 is None else _HQQ_INT4_BYTES)
     columns = tensor.shape[-1]
-    return min(tensor.numel, sum(block(scheme, columns, CPU_BLOCK)) * columns) * _BLOCK_BYTES
+    values = scheme.block(CPU_BLOCK // columns) * columns * at_once(scheme, columns)
+    return min(tensor.numel, values) * BLOCK_BYTES
 
 
 def _waiting(results: Sequence[int]) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
+from aoconvert.environment import available_cores
+
 if TYPE_CHECKING:
     from aoconvert.planning.types import TensorPlan
     from aoconvert.schemes import Scheme
@@ -22,20 +24,17 @@ WHOLE_BYTES = 128 << 20
 # Values of a block of rows. On a CPU a block and its temporaries stay in the caches: 4 to 7 times faster than the whole
 # 7680x1920 weight at once (tests/benchmarks/README.md).
 CPU_BLOCK = 1 << 19
-# Rows of a block for one of the rows before it, which are work for nothing; more blocks leave the caches
-_SHARE = 2
+BLOCK_BYTES = 24
+"""Temporaries of torchao for each value of a block of rows. Measured."""
+
+# Most of these for blocks that are worked on at the same time
+_AT_ONCE_BYTES = 256 << 20
 
 
-def block(scheme: Scheme, columns: int, elements: int) -> tuple[int, int]:
-    """Rows of a matrix that are quantized at once, about ``elements`` values; and rows that have to be before them.
-
-    The latter hold the extremes of the whole matrix where all its rows share a scale.
-    """
-    step = scheme.block(elements // columns)
-    if not scheme.shared:
-        return step, 0
-    ahead = scheme.block(1)
-    return max(step, _SHARE * ahead), ahead
+def at_once(scheme: Scheme, columns: int) -> int:
+    """How many blocks of a matrix are worked on at a time on a CPU, each by a core: wide blocks take memory."""
+    values = scheme.block(CPU_BLOCK // columns) * columns
+    return max(1, min(available_cores(), _AT_ONCE_BYTES // (values * BLOCK_BYTES)))
 
 
 def by_rows(tensor: TensorPlan) -> bool:

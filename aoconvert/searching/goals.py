@@ -14,7 +14,7 @@ from aoconvert.searching.survey import Survey
 from aoconvert.words import size
 
 if TYPE_CHECKING:
-    from aoconvert.engine.quantize import Error
+    from aoconvert.engine.figures import Error
     from aoconvert.schemes import Scheme
 
 _WITHIN = 0.01

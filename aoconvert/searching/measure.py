@@ -20,13 +20,14 @@ import torch
 
 from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
+from aoconvert.engine.eager import threads
+from aoconvert.engine.figures import Error
 from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import PER_DEVICE, Lanes, Pending
 from aoconvert.engine.memory import steady_allocator
 from aoconvert.engine.process import Piece
-from aoconvert.engine.quantize import Error
 from aoconvert.engine.reading import ComponentReading
-from aoconvert.engine.stream import available_cores
+from aoconvert.environment import available_cores
 from aoconvert.errors import DeviceMemoryError, QuantizeError
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, SLICE_BYTES, slices
@@ -162,8 +163,8 @@ class _Pass:
         for tensor in self.ordered:
             for scheme in self.wanted[tensor.name]:
                 to_quantize[scheme.key] += tensor.bytes_in
-        with torch.no_grad(), Kernels(self.devices[0], to_quantize) as kernels:
-            lanes = Lanes(self.devices, kernels, self.allow_cpu)
+        with torch.no_grad(), Kernels(self.devices[0], to_quantize) as kernels, threads(available_cores()) as pool:
+            lanes = Lanes(self.devices, kernels, self.allow_cpu, pool)
             under_way: deque[tuple[Piece, list[tuple[Scheme, Pending]]]] = deque()
             while (piece := source.get()) is not None:
                 under_way.append((piece, self._start(lanes, piece)))

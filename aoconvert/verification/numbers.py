@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aoconvert.api import make_options
-from aoconvert.engine.quantize import Error
+from aoconvert.engine.figures import Error
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.environment import import_torchao
 from aoconvert.errors import SourceError

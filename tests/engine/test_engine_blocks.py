@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,10 +14,11 @@ from schemes.scheme_table import VARIANTS, attributes, get, inner, variant_id, w
 from aoconvert import schemes
 from aoconvert.engine import blocks
 from aoconvert.engine.assembly import Assembly
+from aoconvert.engine.eager import threads
+from aoconvert.engine.figures import Error
 from aoconvert.engine.lanes import Lane
-from aoconvert.engine.quantize import Error, quantize_rows, quantize_tensor
+from aoconvert.engine.quantize import quantize_rows, quantize_tensor
 from aoconvert.errors import QuantizeError
-from aoconvert.planning import slices
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.apply import quantize_weight
 
@@ -30,14 +30,6 @@ INT4 = [
 ]
 SCHEMES = [*((variant_id(variant), get(variant)) for variant in VARIANTS), *INT4]
 EVERY = pytest.mark.parametrize("scheme", [made for _, made in SCHEMES], ids=[name for name, _ in SCHEMES])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks() -> Iterator[None]:
-    """A weight with one scale is cut into blocks as small as any other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices, "_SHARE", 1)
-        yield
 
 
 def weight(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -79,6 +71,8 @@ def test_blocks_are_the_whole(scheme: Scheme, units: int, groups: int, block: in
     whole = Error()
     whole.add(values, reference)
     assert (made.sqnr_db, made.max_abs_error) == (whole.sqnr_db, whole.largest)
+    with threads(3) as pool:
+        assert_same(quantize_tensor("w", values, BF16, scheme, "cpu", block=elements, pool=pool).tensor, reference)
     cut = blocks.cut(values, scheme, elements)
     assert (cut.step >= len(values)) == (units == 0 or scheme.unit is None or block * scheme.block(1) >= len(values))
     assert (cut.extremes is not None) == (scheme.shared and cut.step < len(values))
@@ -111,7 +105,8 @@ def test_the_unit_is_no_larger_than_it_has_to_be(name: str) -> None:
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
         parts = Assembly(quantize_weight(values.to("meta"), scheme), finer)
         for start in range(0, len(values), finer.block(1)):
-            parts.put_all(quantize_weight(values[start : start + finer.block(1)], finer), start)
+            rows = values[start : start + finer.block(1)]
+            parts.put_all(quantize_weight(rows, finer), start, len(rows))
         assert_same(parts.result(), quantize_weight(values, scheme))
 
 
@@ -133,3 +128,18 @@ def test_nan_and_infinity_anywhere_are_named(name: str, value: float) -> None:
     values[-1, -1] = value
     with pytest.raises(QuantizeError, match="w holds NaN or infinity"):
         quantize_tensor("w", values, BF16, scheme, "cpu", block=1)
+
+
+def test_several_blocks_at_a_time_change_nothing() -> None:
+    """Figures and bits; and a block that fails, fails the weight, with nothing left under way."""
+    scheme = schemes.get("mxfp8")
+    values = weight(128 * 20, 4096, 3)
+    alone = quantize_tensor("w", values, BF16, scheme, "cpu")
+    with threads(4) as pool:
+        made = quantize_tensor("w", values, BF16, scheme, "cpu", pool=pool)
+        assert_same(made.tensor, alone.tensor)
+        assert (made.sqnr_db, made.max_abs_error) == (alone.sqnr_db, alone.max_abs_error)
+        # torchao takes no rows that are no whole groups
+        with pytest.raises(QuantizeError, match=r"w \[2560, 4090\]: mxfp8 failed"):
+            quantize_tensor("w", values[:, :4090].contiguous(), BF16, scheme, "cpu", pool=pool)
+        assert pool._work_queue.empty()

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 import aoconvert
 from aoconvert import schemes
 from aoconvert.engine import kernel_cache
+from aoconvert.engine.figures import Error
 from aoconvert.engine.kernels import Checked, Kernels
-from aoconvert.engine.quantize import Error, quantize_tensor
+from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes.apply import flatten, quantize_weight
 

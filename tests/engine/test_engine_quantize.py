@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torchao.quantization import quantize_
 
 from aoconvert import schemes
-from aoconvert.engine.quantize import Error, quantize_rows, quantize_tensor, squares
+from aoconvert.engine.figures import Error, squares
+from aoconvert.engine.quantize import quantize_rows, quantize_tensor
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes.apply import quantize_weight
 

@@ -12,8 +12,9 @@ import torch
 from checkpoints import LLAMA, build_llama, llama_tensors
 
 from aoconvert import schemes
+from aoconvert.engine.figures import Error
 from aoconvert.engine.lanes import Lane, Lanes
-from aoconvert.engine.quantize import Error, quantize_tensor
+from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import AoconvertError, QuantizeError
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan, slices
@@ -57,8 +58,8 @@ def test_every_candidate_gets_the_error_that_the_engine_would_write(
     monkeypatch.setattr(slices, "SLICE_BYTES", 3000)
     if on_lanes:
 
-        def lanes(devices: Any, kernels: Any, allow_cpu: bool) -> Lanes:
-            made = Lanes(devices, kernels, allow_cpu)
+        def lanes(*arguments: Any) -> Lanes:
+            made = Lanes(*arguments)
             made._lanes = [Lane("cpu"), Lane("cpu")]
             return made
 
