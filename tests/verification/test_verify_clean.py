@@ -15,14 +15,9 @@ import aoconvert
 
 SCHEMES = ["int8wo", "int8dq", "float8wo", "float8wo_e5m2", "int4dq", *(f"intx{bits}wo" for bits in range(1, 9))]
 
-# A verification takes seconds of imports. By default some families run, each with another scheme, and the second way of
-# loading for one family of each kind; the whole table of the first issue's tests on demand.
-SOME = ["cogvideox", "mixtral"]
-USUAL = {
-    *((family, SCHEMES[rank % len(SCHEMES)], "from-pretrained") for rank, family in enumerate(SOME)),
-    ("wan", "int8dq", "assign"),
-    ("llama-tied", "float8wo", "assign"),
-}
+# A verification takes seconds of imports. By default a family of each library runs, each with another scheme and another
+# way of loading; the whole table of the first issue's tests on demand.
+USUAL = {("cogvideox", "int8wo", "from-pretrained"), ("llama-tied", "float8wo", "assign")}
 CELLS = [
     pytest.param(*cell, marks=[] if cell in USUAL else [pytest.mark.exhaustive])
     for family in tiny.FAMILIES
