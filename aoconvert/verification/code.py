@@ -85,14 +85,15 @@ def _assign(program: _Program, target: Target, place: str, *, hub: bool) -> None
     if any(part.library == "transformers" for part in target.parts):
         program.imports.append("from transformers import AutoConfig")
     if target.kind == "pipeline":
-        program.imports.append("from diffusers import DiffusionPipeline")
+        program.imports.append(f"from diffusers import {target.class_name}")
     program.body.append(f"folder = snapshot_download({place!r})" if hub else f"folder = {place!r}")
     for part in target.parts:
         program.body += ["", *_assign_part(part)]
     if target.kind == "pipeline":
         given = "".join(f", {part.name}={part.name}" for part in target.parts)
         arguments = "".join(f", {item}" for item in _dtype(target))
-        program.body += ["", f"pipe = DiffusionPipeline.from_pretrained(folder{given}{arguments})"]
+        # not DiffusionPipeline: diffusers 0.42 then loads again what is optional in a pipeline's class (Wan's transformer)
+        program.body += ["", f"pipe = {target.class_name}.from_pretrained(folder{given}{arguments})"]
 
 
 def _assign_part(part: Part) -> list[str]:

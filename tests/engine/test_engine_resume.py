@@ -307,7 +307,14 @@ def test_killed_again_and_again(checkpoints: Callable[[str], Path], tmp_path: Pa
 @pytest.mark.parametrize("seed", [2, 3])
 @pytest.mark.parametrize(
     ("family", "scheme", "options"),
-    [("cogvideox", "float8wo", {}), ("mixtral", "int8wo", {"max_shard_size": "20KB"}), ("wan", "int4dq", {})],
+    [
+        ("cogvideox", "float8wo", {}),
+        ("mixtral", "int8wo", {"max_shard_size": "20KB"}),
+        ("wan", "int4dq", {}),
+        ("cogvideox", "nvfp4wo", {"fuse_qkv": True}),
+        ("mixtral", "auto", {"target_bits": 12.0}),
+        ("bert", "int4wo", {"layout_device": "cuda", "max_shard_size": "5MB"}),
+    ],
 )
 def test_killed_a_hundred_times(
     family: str, scheme: str, options: Any, seed: int, checkpoints: Callable[[str], Path], tmp_path: Path

@@ -21,6 +21,10 @@ CASES = [
     ("bert", "intx3wo", {"dtype": "auto"}),
     ("opt", "int8wo", {"settings": {"granularity": "tensor"}}),
     ("qwen2-moe", "int8dq", {}),
+    ("bert", "mxfp8", {}),
+    ("bert", "nvfp4wo", {}),
+    ("bert", "int4wo", {"layout_device": "cuda"}),
+    ("bert", "int4wo", {"layout_device": "cpu"}),
 ]
 
 
@@ -48,9 +52,9 @@ def test_pieces_do_not_change_a_byte(
         return {**digests, "manifest": json.dumps(manifest)}
 
     whole = convert("whole")
-    monkeypatch.setattr(slices, "SLICE_BYTES", 1 << 20 if family == "bert" else 2048)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 1 << 18 if family == "bert" else 2048)
     assert convert("put together") == whole
-    monkeypatch.setattr(slices, "WHOLE_BYTES", 1 << 19 if family == "bert" else 1024)
+    monkeypatch.setattr(slices, "WHOLE_BYTES", 1 << 17 if family == "bert" else 1024)
     assert convert("streamed") == whole
 
 

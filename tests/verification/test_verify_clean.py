@@ -74,6 +74,21 @@ def test_fallback_where_from_pretrained_cannot(checkpoints: Callable[[str], Path
     assert tiny.cogvideox_step(pipe).isfinite().all()
 
 
+@pytest.mark.parametrize("family", ["wan", pytest.param("flux", marks=pytest.mark.exhaustive)])
+def test_a_pipeline_holds_the_model_that_was_assigned(
+    family: str, checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Wan's transformer is optional in its class: given to DiffusionPipeline, diffusers 0.42 loads another one."""
+    aoconvert.quantize(
+        checkpoints(family), "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0, fuse_qkv=True
+    )
+    pipe = aoconvert.load(tmp_path / "out")
+    names = {name.rpartition(".")[2] for name, _ in pipe.transformer.named_modules()}
+    assert "to_qkv" in names
+    assert not any(parameter.is_meta for parameter in pipe.transformer.parameters())
+    assert tiny.FAMILIES[family].step(pipe).isfinite().all()
+
+
 @pytest.mark.parametrize("family", ["llama-tied", "sd3"])
 def test_load(family: str, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     kind = tiny.FAMILIES[family]
