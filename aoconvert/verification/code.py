@@ -92,7 +92,7 @@ def _assign(program: _Program, target: Target, place: str, *, hub: bool) -> None
     if target.kind == "pipeline":
         given = "".join(f", {part.name}={part.name}" for part in target.parts)
         arguments = "".join(f", {item}" for item in _dtype(target))
-        # not DiffusionPipeline: diffusers 0.42 then loads again what is optional in a pipeline's class (Wan's transformer)
+        # not DiffusionPipeline: diffusers 0.42 then loads what is optional in a pipeline's class again (Wan's model)
         program.body += ["", f"pipe = {target.class_name}.from_pretrained(folder{given}{arguments})"]
 
 

@@ -114,7 +114,7 @@ def child_plan(job: dict[str, Any]) -> dict[str, Any]:
 def child_compare(job: dict[str, Any]) -> dict[str, Any]:
     """Names in order, classes, attributes, and every inner tensor bit by bit; files are mapped, not loaded."""
     import torch
-    import torchao  # noqa: F401  registers its classes for weights_only
+    import torchao.prototype.mx_formats  # noqa: F401  torchao and this register their classes for weights_only
 
     def load(path: str) -> dict[str, Any]:
         tensors: dict[str, Any] = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
