@@ -312,7 +312,7 @@ def test_killed_again_and_again(checkpoints: Callable[[str], Path], tmp_path: Pa
         ("mixtral", "int8wo", {"max_shard_size": "20KB"}),
         ("wan", "int4dq", {}),
         ("cogvideox", "nvfp4wo", {"fuse_qkv": True}),
-        ("mixtral", "auto", {"target_bits": 12.0}),
+        ("mixtral", "float8dq_row", {"include_embeddings": True}),
         ("bert", "int4wo", {"layout_device": "cuda", "max_shard_size": "5MB"}),
     ],
 )
