@@ -288,7 +288,8 @@ def campaign(source: Path, folder: Path, **task: Any) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+        # a fork has none of the threads that torch believes in, and would wait for them for ever
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
