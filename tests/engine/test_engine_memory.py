@@ -37,16 +37,18 @@ def run(words: list[str], folder: Path) -> tuple[str, int]:
     return done.stdout, peak
 
 
-def build(layers: int, folder: Path) -> Path:
-    """A CogVideoX transformer of real width."""
-    source = folder / f"source-{layers}"
-    run([str(BUILD), "--layers", str(layers), str(source)], folder)
-    return source
+def build(folder: Path, *layers: int) -> list[Path]:
+    """CogVideoX transformers of real width."""
+    sources = [folder / f"source-{count}" for count in layers]
+    calls = [f"models.build(Path({str(source)!r}), {count})" for source, count in zip(sources, layers, strict=True)]
+    lines = ["import sys", "from pathlib import Path", f"sys.path.insert(0, {str(BUILD.parent)!r})", "import models"]
+    run(["-c", "\n".join([*lines, *calls])], folder)
+    return sources
 
 
-def convert(layers: int, folder: Path) -> tuple[int, dict[str, object]]:
-    """Build one and convert it; the peak of the conversion and what it printed."""
-    source, output = build(layers, folder), folder / f"output-{layers}"
+def convert(source: Path) -> tuple[int, dict[str, object]]:
+    """The peak of a conversion and what it printed; the source goes."""
+    folder, output = source.parent, source.parent / "output"
     words = ["-m", "aoconvert", "quantize", str(source), "--scheme", "int8wo", "--output", str(output), "--json"]
     printed, peak = run([*words, "--device", "cpu"], folder)
     result = json.loads(printed)
@@ -60,8 +62,9 @@ def convert(layers: int, folder: Path) -> tuple[int, dict[str, object]]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit was measured on Linux")
 def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    one, first = convert(5, tmp_path)
-    two, second = convert(10, tmp_path)
+    small, large = build(tmp_path, 5, 10)
+    one, first = convert(small)
+    two, second = convert(large)
     assert 5.5e8 < float(str(first["bytes_in"])) < 6.5e8
     assert 1.1e9 < float(str(second["bytes_in"])) < 1.2e9
     if torch.version.cuda is None:  # a CUDA build of torch alone takes 300 MB more
@@ -78,7 +81,7 @@ def test_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
 )
 def test_needs_are_what_a_run_takes(scheme: str, tmp_path: Path) -> None:
     """Whatever has to stay together, rows or all of a weight, within a fifth."""
-    source = build(5, tmp_path)
+    [source] = build(tmp_path, 5)
     words = [str(source), "--scheme", scheme, "--output", str(tmp_path / "out"), "--device", "cpu", "--json"]
     planned = json.loads(run(["-m", "aoconvert", "plan", *words], tmp_path)[0])["needs"]["host_peak_bytes"]
     peak = run(["-m", "aoconvert", "quantize", *words], tmp_path)[1]

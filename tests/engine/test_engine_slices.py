@@ -24,7 +24,7 @@ CASES = [
     ("bert", "mxfp8", {}),
     ("bert", "nvfp4wo", {}),
     ("bert", "int4wo", {"layout_device": "cuda"}),
-    ("bert", "int4wo", {"layout_device": "cpu"}),
+    pytest.param("bert", "int4wo", {"layout_device": "cpu"}, marks=pytest.mark.exhaustive),
 ]
 
 
