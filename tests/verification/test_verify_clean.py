@@ -15,8 +15,8 @@ import aoconvert
 
 SCHEMES = ["int8wo", "int8dq", "float8wo", "float8wo_e5m2", "int4dq", *(f"intx{bits}wo" for bits in range(1, 9))]
 
-# A verification takes seconds of imports. By default one runs here, others with the demo and the cards; the whole table of
-# the first issue's tests on demand.
+# A verification takes seconds of imports. By default one runs here, others with the demo and the cards; the whole table
+# of the first issue's tests on demand.
 USUAL = {("llama-tied", "float8wo", "assign")}
 CELLS = [
     pytest.param(*cell, marks=[] if cell in USUAL else [pytest.mark.exhaustive])
