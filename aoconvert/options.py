@@ -17,8 +17,8 @@ LAYOUT_DEVICES = ("cpu", "cuda", "xpu")
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_MOST_BYTES = 10**24  # no goal is above it: floats can count it
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_MOST_BYTES = 10**24  # no goal is above it: floats can count it
 
 
 class QuantizeKwargs(TypedDict, total=False):

@@ -66,7 +66,7 @@ def conversion(function: F) -> F:
             "components",
             multiple=True,
             metavar="NAME[=SCHEME]",
-            help="Part of a pipeline to quantize. Repeatable. Default: the denoiser.",
+            help="Part of a pipeline to quantize; its own scheme, or --scheme's. Repeatable. Default: the denoiser.",
         ),
         click.option("--component-only", is_flag=True, help="Write just that component, not the pipeline."),
         click.option("--include-embeddings", is_flag=True, help="Quantize embedding tables too."),
@@ -80,7 +80,9 @@ def conversion(function: F) -> F:
             default=True,
             help="Quantize also what is left alone for quality: output head, routers, T5's wo.",
         ),
-        click.option("--fuse-qkv", is_flag=True, help="Fuse the q, k and v projections of a diffusers model first."),
+        click.option(
+            "--fuse-qkv", is_flag=True, help="Fuse q, k and v projections first, in diffusers models that can."
+        ),
         click.option(
             "--dtype",
             type=click.Choice(DTYPES),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.schemes.apply import flatten, quantize_weight, unflatten
 from aoconvert.writers.pickle_tree import is_wrapper
 
 if TYPE_CHECKING:
@@ -76,12 +76,7 @@ class Assembly:
 
     def result(self) -> torch.Tensor:
         """The whole tensor."""
-        if not is_wrapper(self.like):
-            return self.parts[""]
-        _, context = flatten(self.like)
-        like = self.like
-        whole: torch.Tensor = type(like).__tensor_unflatten__(self.parts, context, like.shape, like.stride())  # type: ignore[attr-defined]
-        return whole
+        return unflatten(self.like, self.parts) if is_wrapper(self.like) else self.parts[""]
 
 
 def _places(like: torch.Tensor, scheme: Scheme | None) -> dict[str, _Place]:

@@ -16,7 +16,7 @@ from aoconvert.engine.blocks import Blocks, cut
 from aoconvert.engine.figures import Error
 from aoconvert.errors import QuantizeError
 from aoconvert.planning.slices import at_once
-from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.schemes.apply import flatten, quantize_weight, unflatten
 from aoconvert.schemes.repair import repair
 
 if TYPE_CHECKING:
@@ -116,13 +116,11 @@ class Eager:
 def stacked(pieces: Sequence[torch.Tensor], weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> torch.Tensor:
     """Rows of stacked experts, or the experts, as torchao's tensor of the stack: inner tensors of another shape."""
     like = quantize_weight(weight.to("meta", dtype), scheme)
-    names, context = flatten(like)
     parts = {}
-    for name in names:
+    for name in flatten(like)[0]:
         inner = [getattr(piece, name) for piece in pieces]
         parts[name] = (inner[0] if len(inner) == 1 else torch.stack(inner)).reshape(getattr(like, name).shape)
-    stack: torch.Tensor = type(like).__tensor_unflatten__(parts, context, like.shape, like.stride())  # type: ignore[attr-defined]
-    return stack
+    return unflatten(like, parts)
 
 
 def _measured(original: torch.Tensor, quantized: torch.Tensor, ahead: int) -> Error:

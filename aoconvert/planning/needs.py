@@ -49,7 +49,7 @@ def _tensors_peak(plan: ComponentPlan, device: str) -> int:
             result = 0  # it is written from where it was read
         else:
             result = tensor.bytes_out
-        slow = tensor.scheme is not None and (tensor.scheme.unit != 1 or tensor.scheme.shared)
+        slow = tensor.scheme is not None and not tensor.scheme.single_rows
         steps.append(((0 if fits else largest) + tensor.working_bytes, arithmetic, result, slow))
     most = 0
     for at, (own, arithmetic, result, slow) in enumerate(steps):

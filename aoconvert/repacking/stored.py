@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from aoconvert.readers.base import open_file, read_bytes
+from aoconvert.schemes.apply import unflatten
 from aoconvert.verification.contents import TensorEntry
 from aoconvert.verification.pickles import read_loadable
 from aoconvert.writers.content import data_names
@@ -59,11 +60,8 @@ class StoredFile:
     def _filled(self, empty: torch.Tensor, entry: TensorEntry, name: str) -> torch.Tensor:
         """A tensor like ``empty``, which is on meta, with its data."""
         if names := data_names(empty):
-            kind: Any = type(empty)
             parts = {part: self._filled(getattr(empty, part), entry.inner[part], f"{name}.{part}") for part in names}
-            context = empty.__tensor_flatten__()[1]  # type: ignore[attr-defined]
-            whole: torch.Tensor = kind.__tensor_unflatten__(parts, context, empty.size(), empty.stride())
-            return whole
+            return unflatten(empty, parts)
         assert entry.data is not None and entry.data.offset is not None
         span = sum((size - 1) * step for size, step in zip(empty.shape, empty.stride(), strict=True)) + 1
         nbytes = span * empty.element_size() if empty.numel() else 0

@@ -5,6 +5,7 @@ call the same functions of torchao without the question."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.environment import import_torchao
@@ -20,6 +21,13 @@ def flatten(tensor: Any) -> tuple[tuple[str, ...], Any]:
     """Names of a torchao tensor's inner tensors, and the rest of what it takes to build it again."""
     names, context = tensor.__tensor_flatten__()
     return tuple(names), context
+
+
+def unflatten(like: Any, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A torchao tensor of these inner tensors, with class, attributes, shape and strides of ``like``, also on meta."""
+    _, context = flatten(like)
+    tensor: torch.Tensor = type(like).__tensor_unflatten__(dict(parts), context, like.shape, like.stride())
+    return tensor
 
 
 def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -112,6 +112,11 @@ class Scheme:
         """Whether blocks of rows can be quantized without a look at the others."""
         return self.unit is not None and not self.shared
 
+    @property
+    def single_rows(self) -> bool:
+        """Whether every row is quantized on its own: only then torchao's arithmetic is compiled."""
+        return self.unit == 1 and not self.shared
+
     def block(self, rows: int) -> int:
         """The largest number of rows, not above ``rows`` where possible, of a block that is cut off."""
         unit = math.lcm(self.unit or 1, self.multiples[0])
