@@ -338,10 +338,13 @@ def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
 
 def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: Progress) -> QuantizeResult:
     """``quantize`` with its options already made."""
+    from aoconvert.planning.make import refuse_early
+
+    resolved = _resolved(source, options)
+    refuse_early(resolved, options)
     from aoconvert.engine.ahead import HashingAhead
     from aoconvert.planning.weights import local_weights
 
-    resolved = _resolved(source, options)
     with HashingAhead(local_weights(resolved, options)) as ahead:
         from aoconvert.engine.run import run
 

@@ -11,26 +11,92 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aoconvert.errors import WriteError
+
 _log = logging.getLogger(__name__)
+
+# what marks a folder as ours, and tells backup programs to pass it by: https://bford.info/cachedir/
+_TAG = "CACHEDIR.TAG"
+_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# made by aoconvert; all of it can be made again\n"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One kind of thing in the cache: how many files, and their bytes."""
+
+    name: str
+    files: int
+    nbytes: int
+
+
+def root() -> Path | None:
+    """The cache's folder, whether or not it is there; ``None`` where it is switched off.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    own = os.environ.get("AOCONVERT_CACHE_DIR")
+    if own == "":
+        return None
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "aoconvert"
+
+
+def contents() -> tuple[Kept, ...]:
+    """What is in the cache, kind by kind. Links are not followed."""
+    return tuple(_count(place) for place in _kinds())
+
+
+def clear() -> None:
+    """Remove what is in the cache: the folders that :func:`folder` made, and nothing else.
+
+    Raises:
+        WriteError: no permission.
+    """
+    for place in _kinds():
+        try:
+            shutil.rmtree(place)
+        except FileNotFoundError:  # another process clears it too
+            continue
+        except OSError as error:
+            raise WriteError(f"{error.filename or place}: {error.strerror}", hint="remove it by hand") from error
+
+
+def _kinds() -> list[Path]:
+    """The folders in the cache that we made: somebody may keep other things beside them."""
+    base = root()
+    if base is None or not base.is_dir():
+        return []
+    return sorted(
+        place for place in base.iterdir() if not place.is_symlink() and (place / _TAG).is_file() and trusted(place)
+    )
+
+
+def _count(place: Path) -> Kept:
+    found = [path.lstat() for path in place.rglob("*") if path.name != _TAG]
+    files = [facts.st_size for facts in found if stat.S_ISREG(facts.st_mode)]
+    return Kept(place.name, len(files), sum(files))
 
 
 def folder(kind: str) -> Path | None:
     """The folder for one kind of thing, made with mode 0700; ``None`` where none can be trusted. Never raises."""
-    own = os.environ.get("AOCONVERT_CACHE_DIR")
-    if own == "":
-        return None
     try:
-        base = os.environ.get("XDG_CACHE_HOME")
-        root = Path(own) if own else (Path(base) if base else Path.home() / ".cache") / "aoconvert"
-        place = root / kind
+        base = root()
+        if base is None:
+            return None
+        place = base / kind
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         if trusted(place):
+            if not (place / _TAG).exists():
+                (place / _TAG).write_text(_SIGNATURE, encoding="ascii")
             return place
         _log.warning("%s is not used: it must be a folder of this user with mode 0700", place)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder

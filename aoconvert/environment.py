@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from aoconvert.version import __version__
 
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "accelerate", "huggingface_hub")
 ACCELERATORS = ("cuda", "xpu")
+# also told by ``aoconvert env``: what reads and writes files, and what some layouts or models need
+_BESIDE = ("safetensors", "tokenizers", "hf_xet", "peft", "mslk", "triton")
+_VARIABLES = ("AOCONVERT_CACHE_DIR", "AOCONVERT_COMPILE", "AOCONVERT_DEBUG", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE")
 
 # Logger -> how the message starts or what it holds. Each of them is harmless and printed at every import (torchao
 # 0.18: extension modules for other Pythons and GPUs; torch 2.13: torchao registers an Enum; diffusers 0.42: classes
@@ -132,6 +136,61 @@ def device_facts(device: str) -> Device:
     if kind == "cuda":
         return Device("cuda", torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
     return Device("xpu", torch.xpu.get_device_name(index), None)
+
+
+def survey() -> dict[str, Any]:
+    """What aoconvert would run with here, for ``aoconvert env``. Values are JSON; no token, no host name.
+
+    Keys: ``versions`` (package → version, or null), ``platform``, ``cores``, ``memory_bytes``, ``devices`` (each with
+    ``device``, ``name``, ``capability``), ``device`` (what ``--device auto`` picks), ``kernels`` (how the CPU
+    quantizes), ``caches`` (name → folder, null where off), ``hub``, ``variables`` (ours that are set).
+    """
+    from huggingface_hub import constants, get_token
+
+    from aoconvert import cache
+
+    everything = (*PACKAGES, *_BESIDE)
+    devices = [name for kind in ACCELERATORS for name in (f"{kind}:{i}" for i in range(_device_count(kind)))]
+    caches = {"aoconvert": cache.root(), "Hub": Path(constants.HF_HUB_CACHE)}
+    return {
+        "versions": {
+            "aoconvert": __version__,
+            "python": platform.python_version(),
+            **{package: version_of(package) for package in everything},
+        },
+        "platform": platform_name(),
+        "cores": available_cores(),
+        "memory_bytes": _memory_bytes(),
+        "devices": [_device_entry(name) for name in ("cpu", *devices)],
+        "device": choose_device("auto"),
+        "kernels": _kernels(),
+        "caches": {name: str(place) if place is not None else None for name, place in caches.items()},
+        "hub": {"endpoint": constants.ENDPOINT, "token": get_token() is not None, "offline": constants.HF_HUB_OFFLINE},
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def _device_entry(name: str) -> dict[str, Any]:
+    facts = device_facts(name)
+    return {
+        "device": name,
+        "name": facts.name,
+        "capability": list(facts.capability) if facts.capability else None,
+    }
+
+
+def _memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _kernels() -> str:
+    """Whether compiled kernels would be used on the CPU."""
+    if os.environ.get("AOCONVERT_COMPILE") == "0":
+        return "off (AOCONVERT_COMPILE=0)"
+    compiler = os.environ.get("CXX") or "g++"
+    found = shutil.which(compiler)
+    return f"compiled with {found}" if found is not None else f"not compiled: there is no {compiler}"
 
 
 @contextlib.contextmanager

@@ -62,13 +62,14 @@ def command(
     It is made from the manifest and the last verification, and says what was proven. With --write the paths of the
     files are printed in its place.
     """
-    from aoconvert import cards
-    from aoconvert.cards.metadata import parse_metadata
-
     if overwrite and not write:
         raise click.UsageError("--overwrite needs --write")
-    options = cards.CardOptions(template, license, parse_metadata(metadata))
-    card = cards.render(path, options, repo_id=repo_id)
+    with out.watch(f"card of {path}"):
+        from aoconvert import cards
+        from aoconvert.cards.metadata import parse_metadata
+
+        options = cards.CardOptions(template, license, parse_metadata(metadata))
+        card = cards.render(path, options, repo_id=repo_id)
     if write and not overwrite and cards.edited(path):
         raise PlanError(
             [f"{path / cards.CARD_NAME} was changed by hand, or was not written by aoconvert"],

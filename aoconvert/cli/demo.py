@@ -32,9 +32,9 @@ def command(*, folder: Path, scheme: str, out: Output) -> None:
 
     Needs no network. DIR/source is the pipeline, DIR/out the result.
     """
-    from aoconvert import demo
+    with out.watch(f"build, quantize and verify a tiny pipeline in {folder}") as progress:
+        from aoconvert import demo
 
-    with out.watch() as progress:
         done = demo.run(folder, scheme, progress)
     data = {
         "source": str(done.source),

@@ -40,9 +40,10 @@ def command(*, path: str, out: Output, **options: Any) -> int:
     A folder, one weights file (.bin, .pt, .safetensors, .gguf), or a Hub repo, whose weights are not downloaded. No
     pickle is run, nothing that the file names is imported, and torchao need not be installed.
     """
-    from aoconvert.api import inspect
+    with out.watch(f"inspect {path}"):
+        from aoconvert.api import inspect
 
-    found = inspect(path, **options)
+        found = inspect(path, **options)
     out.result(lambda: _human(found), found.to_dict(), found.scheme or found.kind)
     return UnsafeFileError.exit_code if found.unsafe else 0
 

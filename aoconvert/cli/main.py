@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from aoconvert.cli.output import Output
+from aoconvert.cli.output import Output, give_up_stdout, write_stderr
 from aoconvert.errors import AoconvertError, Interrupted
 from aoconvert.version import __version__
 
@@ -28,6 +28,8 @@ _COMMANDS = {
     "push": "Publish a converted checkpoint on the Hugging Face Hub.",
     "inspect": "Say what a checkpoint is and what can load it, from headers alone.",
     "schemes": "List the quantization schemes, or show one.",
+    "env": "Say what aoconvert would run with here: versions, devices, caches.",
+    "cache": "Say where aoconvert's cache is and how large, or clear it.",
     "demo": "Build, quantize and verify a tiny pipeline; needs no network.",
 }
 _TAKE_TOKEN = {"quantize", "plan", "verify", "push", "inspect"}
@@ -57,13 +59,21 @@ class _Commands(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
+def version_line() -> str:
+    """Our version, and of what decides the bytes that are written; imports neither."""
+    from aoconvert.environment import version_of
+
+    others = ", ".join(f"{name} {version_of(name) or 'not installed'}" for name in ("torch", "torchao"))
+    return f"aoconvert, version {__version__} ({others})"
+
+
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 refused before any work, 4 verification failed, "
     "5 Hub or authentication, 130 interrupted.",
 )
-@click.version_option(__version__, prog_name="aoconvert")
+@click.version_option(message=version_line())
 def cli() -> None:
     """Turn a diffusers or transformers checkpoint into a torchao checkpoint, one tensor at a time."""
 
@@ -93,6 +103,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except AoconvertError as error:
         _fail(out, error)
     except Exception as error:
+        if isinstance(error, OSError) and _raised_by_click(error):  # it printed --help, and stdout is full
+            give_up_stdout()
+            sys.exit(1)
         from aoconvert.sources.hub_errors import without_secrets
 
         said = without_secrets(str(error)).splitlines()
@@ -103,6 +116,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
                 hint="AOCONVERT_DEBUG=1 shows the traceback; please report it",
             ),
         )
+
+
+def _raised_by_click(error: Exception) -> bool:
+    """Whether an error comes out of click's own code."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("click.")
 
 
 def hide_token() -> None:
@@ -144,7 +165,7 @@ def _fail(out: Output, error: AoconvertError) -> NoReturn:
     if os.environ.get("AOCONVERT_DEBUG") == "1":
         from aoconvert.sources.hub_errors import without_secrets
 
-        sys.stderr.write(without_secrets(traceback.format_exc()))
+        write_stderr(without_secrets(traceback.format_exc()))
     problems = getattr(error, "problems", None)
     out.error(type(error).__name__, error.message, error.hint, error.exit_code, problems=problems)
     sys.exit(error.exit_code)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from aoconvert.progress import Progress, Silent
 
@@ -41,13 +41,18 @@ class Output:
         elif isinstance(shown := human(), str):
             _print(shown + "\n")
         else:
+            import io
+
             from rich.console import Console
 
             # without a terminal nothing is folded: what somebody looks for with grep stays on one line
-            console = Console(highlight=False, width=None if sys.stdout.isatty() else _ONE_LINE)
-            with console.capture() as captured:
-                console.print(shown)
-            _print("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+            terminal = is_terminal(sys.stdout)
+            drawn = io.StringIO()
+            console = Console(
+                file=drawn, highlight=False, force_terminal=terminal, width=None if terminal else _ONE_LINE
+            )
+            console.print(shown)
+            _print("".join(f"{line.rstrip()}\n" for line in drawn.getvalue().splitlines()))
 
     def warning(self, message: str) -> None:
         """A warning on stderr; not in quiet mode."""
@@ -71,32 +76,63 @@ class Output:
 
     def _line(self, label: str, text: str, color: str) -> None:
         text = " ".join(text.split())
-        head = f"\033[{color}m{label}:\033[0m" if sys.stderr.isatty() else f"{label}:"
-        sys.stderr.write(f"{head} {text}\n")
+        head = f"\033[{color}m{label}:\033[0m" if is_terminal(sys.stderr) else f"{label}:"
+        write_stderr(f"{head} {text}\n")
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[Progress]:
+    def watch(self, doing: str) -> Iterator[Progress]:
         """A progress display on stderr; silent without a terminal or with ``--no-progress``.
 
-        It is closed also when an error passes: the message gets a line of its own, and the cursor comes back.
+        Enter it before anything that takes long is imported: ``doing`` is on the screen at once. It is closed also
+        when an error passes: the message gets a line of its own, and the cursor comes back.
         """
-        if not self.progress or not sys.stderr.isatty():
+        if not self.progress or not is_terminal(sys.stderr):
             yield Silent()
             return
         from aoconvert.cli.bar import Bar
 
-        bar = Bar()
+        bar = Bar(doing)
         try:
             yield bar
         finally:
             bar.finish()
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream ends at a terminal; one that is closed does not."""
+    return stream is not None and stream.isatty()
+
+
+def write_stderr(text: str) -> None:
+    """Write to stderr; where it is closed or full nobody can be told, and the work goes on."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
 def _print(text: str) -> None:
-    """Write to stdout. Where its reader has had enough (``| head -1``), that is no error."""
+    """Write to stdout.
+
+    Where its reader has had enough (``| head -1``), that is no error. Where it is closed or full, nobody can be told:
+    the exit code says it, as with other tools.
+
+    Raises:
+        SystemExit: with code 1, stdout is closed or full.
+    """
+    if sys.stdout is None:
+        raise SystemExit(1)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # the interpreter flushes stdout once more at its end
+        give_up_stdout()
+    except OSError:
+        give_up_stdout()
+        raise SystemExit(1) from None
+
+
+def give_up_stdout() -> None:
+    """Let what is left for stdout go nowhere: the interpreter flushes it once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -41,7 +41,7 @@ def show(source: str, options: QuantizeOptions, out: Output, *, tensors: bool) -
     """Make the plan and print it."""
     from aoconvert import api
 
-    with out.watch() as progress:
+    with out.watch(f"plan {source}") as progress:
         made = api.plan_options(source, options, progress=progress)
     for line in made.warnings:
         out.warning(line)

@@ -55,12 +55,12 @@ def command(*, repo_id: str, checkpoint: Path, out: Output, settings: tuple[str,
     what it was to the whole checkpoint, and what arrived is compared with what was sent. After any failure, the same
     command goes on: what has arrived is not sent again.
     """
-    from aoconvert.cards.metadata import parse_metadata
-    from aoconvert.hub.run import push
-    from aoconvert.hub.types import PushOptions
+    with out.watch(f"push {checkpoint} to {repo_id}") as progress:
+        from aoconvert.cards.metadata import parse_metadata
+        from aoconvert.hub.run import push
+        from aoconvert.hub.types import PushOptions
 
-    options = PushOptions(metadata=parse_metadata(settings), **choices)
-    with out.watch() as progress:
+        options = PushOptions(metadata=parse_metadata(settings), **choices)
         done = push(checkpoint, repo_id, options, progress)
     for line in done.warnings:
         out.warning(line)

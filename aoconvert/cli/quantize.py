@@ -43,16 +43,16 @@ def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool
     if dry_run:
         plan_command.show(source, options, out, tensors=False)
         return 0
-    from aoconvert import api
+    with out.watch(f"quantize {source}") as progress:
+        from aoconvert import api
 
-    with out.watch() as progress:
         result = api.quantize_options(source, options, progress=progress)
     for line in result.warnings:
         out.warning(line)
     if not verify:
         out.result(lambda: _summary(result), result.to_dict(), str(result.output))
         return 0
-    with out.watch() as progress:
+    with out.watch(f"verify {result.output}") as progress:
         report = api.verify(result.output, progress=progress)
     data = {**result.to_dict(), "verification": report.to_dict()}
     out.result(lambda: _both(result, report), data, str(result.output))

@@ -45,7 +45,7 @@ def command(*, checkpoint: Path, device: str, output: Path | None, overwrite: bo
     """
     from aoconvert import api
 
-    with out.watch() as progress:
+    with out.watch(f"repack {checkpoint}") as progress:
         done = api.repack(checkpoint, device, output=output, overwrite=overwrite, progress=progress)
     if done.unconfirmed is not None:
         out.warning(f"unconfirmed: {done.unconfirmed}")

@@ -66,7 +66,7 @@ def command(
     """
     from aoconvert import api
 
-    with out.watch() as progress:
+    with out.watch(f"verify {checkpoint}") as progress:
         report = api.verify(
             checkpoint,
             progress=progress,

@@ -76,7 +76,8 @@ def make(
             code=options.trust_remote_code,
         )
     wanted = needs(plans, copied, devices[0])
-    problems += output_problems(source, options)
+    # a plan writes nothing: what is in the way of the output is worth knowing, no more
+    (problems if need_weights else warnings).extend(output_problems(source, options))
     # of a config alone the plan is a calculation: nothing could be carried out anyway
     possible = need_weights or any(item.weights for item in plans)
     (problems if possible else warnings).extend(space_problems(options, wanted))
@@ -99,6 +100,21 @@ def make(
         trust_remote_code=options.trust_remote_code,
         allow_cpu=options.device == "auto",
     )
+
+
+def refuse_early(source: Source, options: QuantizeOptions) -> None:
+    """Refuse a conversion for what can be seen without torch, so that nobody waits for its import.
+
+    Raises:
+        PlanError: the output is in the way, or a component is not there; all at once.
+        SourceError: the source cannot be read at all.
+        UsageError: the recipe has a mistake.
+    """
+    layout = identify(source, options.subfolder)
+    _, problems = choose(layout, options, load_recipe(options))
+    problems += output_problems(source, options)
+    if problems:
+        raise PlanError(problems)
 
 
 def _plans(

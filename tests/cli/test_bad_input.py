@@ -333,9 +333,11 @@ def test_components(refused: Refused, pipeline: Path, llama: Path) -> None:
 def test_several_things_wrong(refused: Refused, llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("mine")
-    said = refused(llama, "--skip", "nothing", "--skip", "re:x", "--device", "cuda:99", lines=4)
-    for part in ("device cuda:99", "'nothing'", "'re:x'", "is not empty"):
+    wrong = ("--skip", "nothing", "--skip", "re:x", "--device", "cuda:99")
+    said = refused(llama, *wrong, "-o", tmp_path / "elsewhere", lines=3)
+    for part in ("device cuda:99", "'nothing'", "'re:x'"):
         assert part in said
+    assert "is not empty" in refused(llama, *wrong)  # that needs no torch, and comes first
 
 
 # --- outputs

@@ -138,11 +138,22 @@ def test_all_problems_at_once(llama: Path, tmp_path: Path) -> None:
     found = problems(
         llama, tmp_path, skip=("nothing", "re:nothing.*", "re:.*mlp.*"), components=["unet"], max_shard_size="1GB"
     )
-    assert len(found) == 2  # without a component there is nothing that a pattern could match
+    assert len(found) == 1  # without a component there is nothing that a pattern could match
     found = problems(llama, tmp_path, skip=("nothing", "re:nothing.*", "re:.*mlp.*"))
-    assert len(found) == 4
-    for line, part in zip(found, ("--min-quantized", "'nothing'", "'re:nothing.*'", "is not empty"), strict=True):
+    assert len(found) == 3
+    for line, part in zip(found, ("--min-quantized", "'nothing'", "'re:nothing.*'"), strict=True):
         assert part in line
+
+
+def test_an_output_in_the_way_is_worth_a_note(llama: Path, tmp_path: Path) -> None:
+    """A plan writes nothing."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("mine")
+    plan = aoconvert.plan(llama, "int8wo", output=tmp_path / "out", device="cpu")
+    assert any("exists and is not empty" in line for line in plan.warnings)
+    with pytest.raises(aoconvert.PlanError, match="exists and is not empty"):
+        aoconvert.quantize(llama, "int8wo", output=tmp_path / "out", device="cpu")
+    assert (tmp_path / "out" / "file").read_text() == "mine"
 
 
 def test_unknown_and_repeated_components(pipeline: Path, tmp_path: Path) -> None:

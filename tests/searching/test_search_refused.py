@@ -115,9 +115,11 @@ def test_no_candidate_fits_any_shape(llama: Path, refused: Callable[..., Aoconve
 
 def test_an_output_that_is_in_use(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "full")
-    for call in (aoconvert.plan, aoconvert.quantize):
-        with pytest.raises(PlanError, match="exists and is not empty"):
-            call(llama, "auto", target_bits=9.0, device="cpu", output=tmp_path / "full")
+    options: dict[str, Any] = {"target_bits": 12.0, "device": "cpu", "output": tmp_path / "full"}
+    with pytest.raises(PlanError, match="exists and is not empty"):
+        aoconvert.quantize(llama, "auto", **options)
+    plan = aoconvert.plan(llama, "auto", **options)  # which writes nothing
+    assert any("exists and is not empty" in line for line in plan.warnings)
 
 
 def test_the_default_candidates_are_those_that_can_be_made() -> None:

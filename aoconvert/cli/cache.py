@@ -1,0 +1,60 @@
+"""``aoconvert cache``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from aoconvert.cli.options import common
+from aoconvert.cli.output import Output
+from aoconvert.words import plural, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from aoconvert.cache import Kept
+
+EXAMPLES = """\b
+Examples:
+  aoconvert cache
+  aoconvert cache --clear
+"""
+
+
+@click.command("cache", epilog=EXAMPLES)
+@click.option("--clear", is_flag=True, help="Remove everything in it; it is made again when it is needed.")
+@common
+def command(*, clear: bool, out: Output) -> None:
+    """Say where aoconvert's cache is and how large, or clear it.
+
+    It holds compiled kernels and what is known of model classes. AOCONVERT_CACHE_DIR puts it elsewhere; empty, it
+    switches it off. Downloaded models are in the Hub's cache, which 'hf cache' looks after.
+    """
+    from aoconvert import cache
+
+    place = cache.root()
+    kept = cache.contents()
+    if clear:
+        cache.clear()
+    data = {
+        "path": str(place) if place is not None else None,
+        "bytes": sum(kind.nbytes for kind in kept),
+        "kinds": [{"name": kind.name, "files": kind.files, "bytes": kind.nbytes} for kind in kept],
+        "cleared": clear,
+    }
+    out.result(lambda: _table(str(place or "off"), kept, clear), data, str(place or ""))
+
+
+def _table(place: str, kept: tuple[Kept, ...], cleared: bool) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("cache", place)
+    for kind in kept:
+        table.add_row(kind.name, f"{plural(kind.files, 'file')}, {size(kind.nbytes)}")
+    total = size(sum(kind.nbytes for kind in kept))
+    table.add_row("cleared" if cleared else "in all", total)
+    return table

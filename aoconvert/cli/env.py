@@ -1,0 +1,61 @@
+"""``aoconvert env``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aoconvert.cli.options import common
+from aoconvert.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EXAMPLES = """\b
+Examples:
+  aoconvert env
+  aoconvert env --json
+"""
+
+
+@click.command("env", epilog=EXAMPLES)
+@common
+def command(*, out: Output) -> None:
+    """Say what aoconvert would run with here: versions, devices, compiler, caches. Paste it into a report.
+
+    Nothing of it is a secret: of the token it says only whether there is one.
+    """
+    with out.watch("look around"):
+        from aoconvert.environment import survey
+
+        found = survey()
+    out.result(lambda: _table(found), found, found["device"])
+
+
+def _table(found: dict[str, Any]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in _rows(found):
+        table.add_row(label, text)
+    return table
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    from aoconvert.words import size
+
+    rows = [(name, version or "not installed") for name, version in found["versions"].items()]
+    rows += [("platform", found["platform"]), ("cores", str(found["cores"])), ("memory", size(found["memory_bytes"]))]
+    for device in found["devices"]:
+        capability = f", compute capability {'.'.join(map(str, device['capability']))}" if device["capability"] else ""
+        rows.append(("device", f"{device['device']}: {device['name']}{capability}"))
+    rows.append(("--device auto", found["device"]))
+    rows.append(("kernels", found["kernels"]))
+    for name, place in found["caches"].items():
+        rows.append((f"{name} cache", place or "off"))
+    rows.append(("Hub", f"{found['hub']['endpoint']}, {'with' if found['hub']['token'] else 'without'} a token"))
+    rows += [(name, value) for name, value in found["variables"].items()]
+    return rows
