@@ -1,7 +1,7 @@
 """An adapter that lies beside a model's weights: transformers loads it with them where peft is installed.
 
-Source: ``transformers.integrations.peft.maybe_load_adapters`` and ``load_adapter``, which look in the model's own folder
-for these names, in this order.
+Source: ``transformers.integrations.peft.maybe_load_adapters`` and ``load_adapter``, which look in the model's own
+folder for these names, in this order.
 """
 
 from __future__ import annotations
