@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert.cache import remembered
 from aoconvert.environment import import_diffusers, quiet_imports, versions
+from aoconvert.models.configs import without_redirections
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -27,7 +28,7 @@ def model_config(
         quantization: what :func:`quantization_config` gives.
         dtype: of what is not quantized; ``auto``: the source's.
     """
-    values = dict(config)
+    values = without_redirections(config) if library == "transformers" else dict(config)
     if library == "transformers":
         values.pop("torch_dtype", None)
         if dtype != "auto":

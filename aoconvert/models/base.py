@@ -69,7 +69,7 @@ class TensorSpec:
             ``experts.settle`` to say.
         tied_to: name of the tensor that this one shares its memory with, or ``None``.
         keep_fp32: the class asks for float32 whatever the model's dtype.
-        output_head: weight of the output embeddings (``lm_head``).
+        output_head: of a layer that gives the model's output (``lm_head``, ``score``).
         single_row: its layer sees one row per sample (modulation, timestep, pooled projection), or may see no more: an
             expert sees the tokens that are routed to it.
         convolution: weight of a convolution, of whatever class.
@@ -242,7 +242,7 @@ def describe_tensors(
     tied: Mapping[str, str],
     keep_fp32: frozenset[str],
     precise: frozenset[str],
-    output_head: str | None,
+    output_heads: frozenset[str] = frozenset(),
     vocabulary: int | None = None,
 ) -> tuple[TensorSpec, ...]:
     """Every tensor of ``model.state_dict()``, in its order.
@@ -252,7 +252,7 @@ def describe_tensors(
         tied: state-dict key → the key it shares its memory with.
         keep_fp32: keys that stay in float32.
         precise: keys that the class lists as in need of float32, whether or not they get it.
-        output_head: name of the output-embedding module, if any.
+        output_heads: names of the modules that give the model's output.
         vocabulary: how many rows the input embeddings have, 0 where there are none; ``None``: nobody knows.
     """
     from torch import nn
@@ -265,7 +265,7 @@ def describe_tensors(
     for name, tensor in model.state_dict().items():
         owner = name.rpartition(".")[0]
         module = modules.get(owner, model)
-        is_head = bool(output_head) and owner == output_head
+        is_head = owner in output_heads
         kind = _kind(name, tensor, module) if name in parameters else "other"
         hint = None
         if is_head and kind != "other":

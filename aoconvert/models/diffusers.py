@@ -64,9 +64,7 @@ def skeleton(component: Component, dtype: torch.dtype) -> Skeleton:
         nonlocal built
         model = empty_model(component)
         keep = kept_in_float32(model)
-        built = Skeleton(
-            component, model, describe_tensors(model, tied={}, keep_fp32=keep, precise=keep, output_head=None)
-        )
+        built = Skeleton(component, model, describe_tensors(model, tied={}, keep_fp32=keep, precise=keep))
         renames = any(getattr(module, "_from_deprecated_attn_block", False) for module in model.modules())
         return None if renames or _unreleased() else to_json(built.tensors)
 

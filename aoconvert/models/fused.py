@@ -70,7 +70,7 @@ def skeleton(component: Component) -> Skeleton:
     if not names:
         raise CannotFuse(refusal, hint="leave out --fuse-qkv")
     keep = kept_in_float32(model)
-    described = describe_tensors(model, tied={}, keep_fp32=keep, precise=keep, output_head=None)
+    described = describe_tensors(model, tied={}, keep_fp32=keep, precise=keep)
     return Skeleton(component, model, described, fused=names)
 
 

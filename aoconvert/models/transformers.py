@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
+from aoconvert.models import configs
 from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors
 from aoconvert.models.conversions import Conversion
 
@@ -27,45 +28,86 @@ if TYPE_CHECKING:
 def model_class(component: Component, *, code_root: Path | None = None) -> Any:
     """The class named in ``architectures`` (or in a pipeline's ``model_index.json``).
 
+    As with the auto classes, code inside the checkpoint goes before transformers' own where it may be run.
+
     Args:
         component: the component.
         code_root: folder with the checkpoint's own code; only given with ``--trust-remote-code``.
 
     Raises:
-        SourceError: transformers has no such class, or the checkpoint needs its own code.
+        SourceError: transformers has no such class, or the checkpoint needs its own code, which may not be run or
+            cannot be had.
     """
     import transformers
 
+    reference = _own_code(component)
+    if reference is not None and code_root is not None:
+        return _dynamic_class(component, reference, code_root)
     cls = getattr(transformers, component.class_name, None)
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
         return cls
-    auto_map = component.config.get("auto_map") or {}
-    own = {reference.rpartition(".")[2]: reference for reference in auto_map.values() if isinstance(reference, str)}
-    if component.class_name in own:
-        if code_root is None:
-            raise SourceError(
-                f"{component.title}: {component.class_name} is code inside the checkpoint",
-                hint="read that code, then use --trust-remote-code to run it",
-            )
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return get_class_from_dynamic_module(own[component.class_name], str(code_root))
+    if reference is not None:
+        raise SourceError(
+            f"{component.title}: {component.class_name} is code inside the checkpoint ({reference})",
+            hint="read that code, then use --trust-remote-code to run it",
+        )
     raise SourceError(
         f"{component.title}: transformers {transformers.__version__} has no model class {component.class_name!r}",
         hint="check architectures in its config.json, or upgrade transformers",
     )
 
 
-def _config(component: Component, code_root: Path | None) -> Any:
+def _own_code(component: Component) -> str | None:
+    """Where ``auto_map`` says that the model class is: ``file.Class``, or ``org/repo--file.Class``.
+
+    Some name another class there than in ``architectures``; the auto classes take that of ``auto_map``.
+    """
+    auto_map = component.config.get("auto_map")
+    entries = auto_map.items() if isinstance(auto_map, dict) else ()
+    models = {
+        reference.rpartition(".")[2]: reference
+        for name, reference in entries
+        if name.startswith("AutoModel") and isinstance(reference, str)
+    }
+    if component.class_name in models or len(models) != 1:
+        return models.get(component.class_name)
+    import transformers
+
+    return None if hasattr(transformers, component.class_name) else next(iter(models.values()))
+
+
+def _dynamic_class(component: Component, reference: str, code_root: Path) -> Any:
+    """A class out of the checkpoint's own code, or that of another repo.
+
+    Raises:
+        SourceError: the code is not there, or cannot be imported.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    repo, _, _ = reference.rpartition("--")
+    try:
+        return get_class_from_dynamic_module(reference, str(code_root))
+    except Exception as error:  # the Hub's errors, and whatever the code raises while it is imported
+        raise SourceError(
+            f"{component.title}: its code {reference} cannot be used: {error}".splitlines()[0],
+            hint=f"it is in another repo, {repo}: is there a connection?" if repo else "is the file complete?",
+        ) from error
+
+
+def config_class(component: Component, cls: Any, *, code_root: Path | None = None) -> Any:
+    """What reads the component's ``config.json``: the model class's own config class, as in its ``from_pretrained``.
+
+    Raises:
+        SourceError: as :func:`model_class`.
+    """
+    if cls.config_class is not None:
+        return cls.config_class
     from transformers import AutoConfig
 
-    values = dict(component.config)
-    model_type = values.pop("model_type", None)
-    if code_root is not None and (values.get("auto_map") or {}).get("AutoConfig"):
-        return AutoConfig.from_pretrained(code_root, trust_remote_code=True, local_files_only=True)
-    if not isinstance(model_type, str):
-        raise SourceError(f"{component.title}: its config.json has no model_type", hint="complete the config")
-    return AutoConfig.for_model(model_type, **values)
+    reference = (component.config.get("auto_map") or {}).get("AutoConfig")
+    if isinstance(reference, str) and code_root is not None:
+        return _dynamic_class(component, reference, code_root)
+    return AutoConfig
 
 
 def empty_model(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> nn.Module:
@@ -77,8 +119,9 @@ def empty_model(component: Component, dtype: torch.dtype, *, code_root: Path | N
     from transformers.initialization import no_init_weights
 
     cls = model_class(component, code_root=code_root)
+    reader = config_class(component, cls, code_root=code_root)
     with no_init_weights():
-        return build_empty(component, lambda: cls._from_config(_config(component, code_root), dtype=dtype))
+        return build_empty(component, lambda: cls._from_config(configs.read(component.config, reader), dtype=dtype))
 
 
 def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
@@ -91,6 +134,7 @@ def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None
     from transformers.core_model_loading import build_glob_alternation
 
     model: Any = empty_model(component, dtype, code_root=code_root)
+    component = configs.own(component, config_class(component, type(model), code_root=code_root))
     names = model.state_dict()
     keep = frozenset(name for name, tensor in names.items() if dtype != tensor.dtype == torch.float32)
     plan = model._get_dtype_plan(dtype)
@@ -102,13 +146,37 @@ def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None
     if every := model._get_dtype_plan(torch.float16):
         pattern, _, _ = build_glob_alternation(list(every))
         precise = frozenset(name for name in names if pattern.search(name))
-    head = model.get_output_embeddings()
-    head_name = next((name for name, module in model.named_modules() if head is not None and module is head), None)
     tied = {name: target for name, target in model.all_tied_weights_keys.items() if name in set(names)}
     described = describe_tensors(
-        model, tied=tied, keep_fp32=keep, precise=precise, output_head=head_name, vocabulary=_vocabulary(model)
+        model,
+        tied=tied,
+        keep_fp32=keep,
+        precise=precise,
+        output_heads=_output_heads(model),
+        vocabulary=_vocabulary(model),
     )
     return Skeleton(component, model, described)
+
+
+def _output_heads(model: Any) -> frozenset[str]:
+    """Names of the layers that transformers itself leaves alone when it quantizes, as far as they give the output.
+
+    Its list has the last parameter of the model, but means nothing where that is a bias: a head on top of a base model
+    (``classifier``) is meant there too.
+    Source: ``transformers.quantizers.base.get_keys_to_not_convert``.
+    """
+    from torch import nn
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
+    output = model.get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if output is not None and module is output}
+    for name in get_keys_to_not_convert(model):
+        owner = name.removesuffix(".bias")
+        if owner == name or (model.base_model is not model and not name.startswith(f"{model.base_model_prefix}.")):
+            heads |= {owner} & linear - tied
+    return frozenset(heads)
 
 
 def _vocabulary(model: Any) -> int:

@@ -250,7 +250,7 @@ def test_every_mixture_of_transformers_at_its_real_width() -> None:
             continue
         holder = torch.nn.Module()
         holder.experts = module
-        tensors = describe_tensors(holder, tied={}, keep_fp32=frozenset(), precise=frozenset(), output_head=None)
+        tensors = describe_tensors(holder, tied={}, keep_fp32=frozenset(), precise=frozenset())
         skeleton = Skeleton(Component("", "", "transformers", name, {}), holder, tensors)
         int8, float8 = settled(skeleton, "int8wo"), settled(skeleton, "float8wo")
         if module.is_transposed:
