@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from aoconvert.cli.completion import complete_scheme
 from aoconvert.cli.options import common
 from aoconvert.cli.output import Output
 from aoconvert.words import size
@@ -25,7 +26,14 @@ Examples:
 
 @click.command("demo", epilog=EXAMPLES)
 @click.argument("folder", metavar="[DIR]", type=click.Path(path_type=Path), default=Path("aoconvert-demo"))
-@click.option("--scheme", default="int8wo", show_default=True, metavar="NAME", help="What to quantize to.")
+@click.option(
+    "--scheme",
+    default="int8wo",
+    show_default=True,
+    metavar="NAME",
+    shell_complete=complete_scheme,
+    help="What to quantize to.",
+)
 @common
 def command(*, folder: Path, scheme: str, out: Output) -> None:
     """Build a tiny CogVideoX pipeline in DIR, quantize it, verify the result and write its model card.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from aoconvert.cli.completion import complete_candidates, complete_component, complete_scheme_or_auto
 from aoconvert.cli.output import Output
 from aoconvert.errors import UsageError
 from aoconvert.options import DTYPES, LAYOUT_DEVICES, QuantizeOptions, parse_size
@@ -36,7 +37,12 @@ def conversion(function: F) -> F:
     """Everything ``quantize`` and ``plan`` take; the command receives ``options: QuantizeOptions``."""
     decorators = [
         click.argument("source", metavar="SOURCE"),
-        click.option("--scheme", metavar="NAME", help="What to quantize to; see 'aoconvert schemes'. auto searches."),
+        click.option(
+            "--scheme",
+            metavar="NAME",
+            shell_complete=complete_scheme_or_auto,
+            help="What to quantize to; see 'aoconvert schemes'. auto searches.",
+        ),
         click.option("--group-size", type=click.IntRange(min=1), help="Values per scale, where the scheme has groups."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the torchao config."),
         click.option(
@@ -48,6 +54,7 @@ def conversion(function: F) -> F:
         click.option(
             "--candidates",
             metavar="NAME,NAME",
+            shell_complete=complete_candidates,
             help="Schemes that auto chooses among. Default: by what the layout can run.",
         ),
         click.option(
@@ -66,6 +73,7 @@ def conversion(function: F) -> F:
             "components",
             multiple=True,
             metavar="NAME[=SCHEME]",
+            shell_complete=complete_component,
             help="Part of a pipeline to quantize; its own scheme, or --scheme's. Repeatable. Default: the denoiser.",
         ),
         click.option("--component-only", is_flag=True, help="Write just that component, not the pipeline."),

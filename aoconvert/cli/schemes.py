@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from aoconvert.cli.completion import complete_scheme
 from aoconvert.cli.options import common
 from aoconvert.cli.output import Output
 
@@ -14,19 +17,24 @@ if TYPE_CHECKING:
 
     from aoconvert.schemes import SchemeEntry
 
+_BESIDE_SUMMARY = 31  # columns: the longest name, bytes, here, and two spaces after each
+_WIDEST = 120
+
 EXAMPLES = """\b
 Examples:
   aoconvert schemes
+  aoconvert schemes --all
   aoconvert schemes int4wo
   aoconvert schemes --json
 """
 
 
 @click.command("schemes", epilog=EXAMPLES)
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_scheme)
+@click.option("--all", "everything", is_flag=True, help="Every scheme, with torchao config and what can load it.")
 @common
-def command(*, name: str | None, out: Output) -> None:
-    """List the schemes: torchao config, size, what they demand, and whether they work here; or show NAME in full."""
+def command(*, name: str | None, everything: bool, out: Output) -> None:
+    """List the schemes: size, whether they work here, and when to choose them; or show NAME in full."""
     from aoconvert import schemes
 
     if name is not None:
@@ -36,7 +44,7 @@ def command(*, name: str | None, out: Output) -> None:
         return
     entries = schemes.catalogue()
     rows = [_data(entry) for entry in entries]
-    out.result(lambda: _all(rows), rows, "\n".join(entry.name for entry in entries))
+    out.result(lambda: (_all if everything else _screen)(rows), rows, "\n".join(entry.name for entry in entries))
 
 
 def _data(entry: SchemeEntry) -> dict[str, Any]:
@@ -115,6 +123,32 @@ def _here(row: dict[str, Any]) -> str:
     if row["quantizes_here"]:
         return "yes" if row["runs_here"] else f"quantize only: {row['why_not']}"
     return f"no: {row['why_not_quantized']}"
+
+
+def _screen(rows: list[dict[str, Any]]) -> RenderableType:
+    """What fits a terminal of 80 columns and 24 lines."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from aoconvert.cli.folded import fold
+
+    columns = min(shutil.get_terminal_size().columns, _WIDEST)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("scheme", no_wrap=True)
+    table.add_column("bytes", no_wrap=True, justify="right")
+    table.add_column("here", no_wrap=True)
+    table.add_column("when to choose it", no_wrap=True)
+    for line in fold(rows, columns - _BESIDE_SUMMARY):
+        table.add_row(line.name, f"{line.row['bytes_per_parameter']:.2f}", _here_in_a_word(line.row), line.summary)
+    notes = "bytes: per parameter. GPU: made here, runs on a GPU. --all: everything; schemes NAME: one in full"
+    return Group(table, Text(notes if len(notes) <= columns else notes.partition(". ")[2], style="dim"))
+
+
+def _here_in_a_word(row: Mapping[str, Any]) -> str:
+    if not row["quantizes_here"]:
+        return "no"
+    return "yes" if row["runs_here"] else "GPU"
 
 
 def _all(rows: list[dict[str, Any]]) -> RenderableType:

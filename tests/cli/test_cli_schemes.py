@@ -1,13 +1,19 @@
 """``aoconvert schemes``: what the catalogue, torchao and this machine say."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aoconvert import schemes
 from aoconvert.schemes import here
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_scheme_has_a_size_and_its_demands(call: Callable[..., Any]) -> None:
@@ -80,3 +86,47 @@ def test_the_driver_and_torch_see_the_same_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     assert torch.cuda.get_device_capability() in [gpu.capability for gpu in here.gpus()]
+
+
+def test_the_list_fits_a_screen(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call("schemes").stdout.splitlines()
+    assert len(lines) <= 23
+    assert max(map(len, lines)) <= 80
+    shown = {line.split()[0] for line in lines[1:-1]}
+    assert {"int8wo", "float8dq_row", "intx{1-8}wo", "uint{1-8}wo", "int8dq_int{1-8}"} <= shown
+    folded = next(line for line in lines if line.startswith("intx{1-8}wo"))
+    assert folded.endswith("1- to 8-bit values, one in a byte")
+    everything = call("schemes", "--all").stdout
+    for entry in schemes.catalogue():
+        assert any(line.startswith(f"{entry.name} ") and entry.summary in line for line in everything.splitlines())
+    wide = json.loads(call("schemes", "--json").stdout)
+    assert len(wide) == len(schemes.catalogue())
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected", "not_expected"),
+    [
+        ("schemes flo", {"float8wo", "float8dq_row"}, {"int8wo"}),
+        ("quantize ./model --scheme int4", {"int4wo", "int4dq"}, {"auto", "int8wo"}),
+        ("plan ./model --scheme a", {"auto"}, {"int8wo"}),
+        ("plan ./model --candidates int8wo,int", {"int8wo,int4wo"}, {"int8wo,int8wo"}),
+        ("plan ./model --component trans", {"transformer"}, {"vae"}),
+        ("plan ./model --component transformer=float8wo", {"transformer=float8wo_e5m2"}, {"transformer=int8wo"}),
+        ("ca", {"cache", "card"}, {"plan"}),
+    ],
+)
+def test_a_shell_completes(typed: str, expected: set[str], not_expected: set[str], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    parts = {"_class_name": "X", "transformer": ["diffusers", "T"], "vae": ["diffusers", "V"]}
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(parts))
+    words = f"aoconvert {typed}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "_AOCONVERT_COMPLETE": "bash_complete"}
+    environment |= {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    code = "import sys; from aoconvert.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    found = {line.partition(",")[2] for line in done.stdout.splitlines()}
+    assert expected <= found, done
+    assert not not_expected & found

@@ -1,0 +1,67 @@
+"""What a shell completes: names of schemes. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import click
+    from click.shell_completion import CompletionItem
+
+
+def complete_scheme(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The schemes whose names begin so, each with when to choose it."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(name, help=text) for name, text in _schemes().items() if name.startswith(incomplete)]
+
+
+def complete_scheme_or_auto(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The same, and ``auto``."""
+    from click.shell_completion import CompletionItem
+
+    auto = [CompletionItem("auto", help="chooses a scheme for each tensor")] if "auto".startswith(incomplete) else []
+    return [*complete_scheme(ctx, param, incomplete), *auto]
+
+
+def complete_candidates(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The last name of a list with commas."""
+    from click.shell_completion import CompletionItem
+
+    before, comma, last = incomplete.rpartition(",")
+    chosen = before.split(",")
+    return [
+        CompletionItem(f"{before}{comma}{name}", help=text)
+        for name, text in _schemes().items()
+        if name.startswith(last) and name not in chosen
+    ]
+
+
+def complete_component(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """A part of the pipeline, where SOURCE is a folder; after ``NAME=`` a scheme."""
+    from click.shell_completion import CompletionItem
+
+    name, equals, scheme = incomplete.partition("=")
+    if equals:
+        found = _schemes()
+        return [CompletionItem(f"{name}={item}", help=found[item]) for item in found if item.startswith(scheme)]
+    source = ctx.params.get("source") or next(iter(ctx.args), None)  # an option without its value stops click's parser
+    return [CompletionItem(part) for part in _parts(source) if part.startswith(name)]
+
+
+def _schemes() -> dict[str, str]:
+    """Name → when to choose it."""
+    from aoconvert.schemes.table import catalogue
+
+    return {entry.name: entry.summary for entry in catalogue()}
+
+
+def _parts(source: str | None) -> list[str]:
+    """Parts of the pipeline in a folder."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        index = json.loads((Path(source or "") / "model_index.json").read_text(encoding="utf-8"))
+        return [name for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)]
+    return []
