@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 _CHUNK = 1 << 22
 _STEP = 32 << 20  # bytes between two reports
@@ -21,11 +22,16 @@ class Prefix:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
 
+def advise(descriptor: int, start: int, size: int, advice: Literal["SEQUENTIAL", "DONTNEED"]) -> None:
+    """Tell the kernel how a part of a file is used; a system or file system that takes no advice gets none."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, start, size, getattr(os, f"POSIX_FADV_{advice}"))
+
+
 def forget(descriptor: int, start: int, size: int) -> None:
     """Drop clean pages from the page cache; dirty ones begin their way to the disk (Linux: mm/fadvise.c)."""
-    if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):  # advice, on a file system that takes none
-            os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+    advise(descriptor, start, size, "DONTNEED")
 
 
 def hash_on(descriptor: int, digest: hashlib._Hash, start: int, stop: int, *, keep: bool = False) -> int:

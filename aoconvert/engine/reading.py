@@ -45,8 +45,12 @@ class ComponentReading:
         earlier = digests or {}
         self._digests = {path: earlier.get(path) or FileDigest(self._source.local(path)) for path in plan.weights.files}
         self._marks: dict[str, dict[str, Mark]] = {}
-        self._reader = CheckpointReader(self._source.root, plan.weights.files, plan.weights.index)
+        self._reader = CheckpointReader(self._source.root, plan.weights.files, plan.weights.index, self._feed)
         self._merging: Merging = open_merging(plan, whole, scratch, self._load)
+        self._copied = plan.copied is not None
+        if self._copied:  # transformers read the files: each tensor may be made of any byte of them
+            for digest in self._digests.values():
+                digest.read_all()
 
     def read(self, tensor: TensorPlan, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
         """The tensor, or its rows (start, stop), in host memory, in the source's dtype.
@@ -67,9 +71,12 @@ class ComponentReading:
             data = self._load(SourceTensor(path, name, dtype, tensor.shape, tensor.bytes_in), rows, into)
         marks = self._marks.setdefault(tensor.name, {})
         for file, digest in self._digests.items():
-            if mark := digest.mark():
+            if mark := digest.mark(again=self._copied):
                 marks[file] = mark
         return data
+
+    def _feed(self, file: str, offset: int, data: memoryview) -> None:
+        self._digests[file].feed(offset, data)
 
     def marks(self, name: str) -> Mapping[str, Mark]:
         """What was read of which weights file until a tensor was read, for the journal; once a tensor."""
@@ -78,14 +85,10 @@ class ComponentReading:
     def _load(self, source: SourceTensor, rows: Rows | None, into: torch.Tensor | None = None) -> torch.Tensor:
         """A tensor of the checkpoint, or rows of it, as it is stored; its bytes go into the file's digest."""
         path, name = source.file, source.name
-        info = self._reader.infos()[name]
-        if (info.shape, info.dtype) != (source.shape, source.dtype):
+        info = self._reader.infos().get(name)
+        if info is None or (info.file, info.shape, info.dtype) != (path, source.shape, source.dtype):
             raise ReadError(f"{path}: {name} is not what it was when the plan was made", hint="run again")
-        data = self._reader.read(name, into) if rows is None else self._reader.read_rows(name, *rows, into)
-        if info.in_order:
-            skip = 0 if rows is None else rows[0] * (info.nbytes // info.shape[0])
-            self._digests[path].feed(info.offset + skip, data)
-        return data
+        return self._reader.read(name, into) if rows is None else self._reader.read_rows(name, *rows, into)
 
     def digests(self) -> Mapping[str, str]:
         """SHA-256 (hex) of each weights file, by its path in the source; what was not read yet is read now.
@@ -95,8 +98,8 @@ class ComponentReading:
         """
         found = {}
         for path, digest in self._digests.items():
-            found[path] = digest.finish()
             expected = self._source.files()[path].sha256
+            found[path] = digest.finish(expected)
             if expected is not None and expected != found[path]:
                 raise ReadError(
                     f"{path} is damaged: its SHA-256 is not the one the Hub names",

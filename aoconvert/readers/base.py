@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,8 +12,13 @@ from typing import Protocol
 import torch
 
 from aoconvert.errors import ReadError, SourceError
+from aoconvert.files import open_regular
+from aoconvert.hashing import advise, forget
 
 DAMAGED_HINT = "download the file again, or point aoconvert at an intact copy"
+
+Observe = Callable[[int, memoryview], None]
+"""Told of the bytes of a file that are used, and their offset, as soon as they are read."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,6 @@ class TensorInfo:
         nbytes: of its elements.
         file: the file that holds it.
         offset: absolute byte offset of its data in the file.
-        in_order: its elements lie in the file in row-major order, one after the other.
     """
 
     name: str
@@ -35,7 +40,6 @@ class TensorInfo:
     nbytes: int
     file: str
     offset: int
-    in_order: bool = True
 
 
 class TensorReader(Protocol):
@@ -66,21 +70,28 @@ def open_file(path: Path) -> int:
     """A read-only descriptor of a regular file, advised for sequential reading.
 
     Raises:
-        SourceError: no such file, a folder, no permission.
+        SourceError: no such file, a folder, a FIFO or a device, no permission.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        descriptor = open_regular(path)
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise SourceError(
+                f"{path}: is not a file", hint="name a weights file, .safetensors, .bin or .pt"
+            ) from error
         raise SourceError(f"{path}: cannot be opened: {error.strerror}", hint="check the path") from error
-    if not path.is_file():
-        os.close(descriptor)
-        raise SourceError(f"{path}: is not a file", hint="name a weights file, .safetensors, .bin or .pt")
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    advise(descriptor, 0, 0, "SEQUENTIAL")
     return descriptor
 
 
-def read_bytes(descriptor: int, offset: int, nbytes: int, where: str, into: torch.Tensor | None = None) -> torch.Tensor:
+def read_bytes(
+    descriptor: int,
+    offset: int,
+    nbytes: int,
+    where: str,
+    into: torch.Tensor | None = None,
+    observe: Observe | None = None,
+) -> torch.Tensor:
     """``nbytes`` bytes at ``offset`` as a uint8 tensor.
 
     Read, not mapped: mapped pages count as resident memory, and the kernel refuses a private mapping larger than RAM.
@@ -92,9 +103,10 @@ def read_bytes(descriptor: int, offset: int, nbytes: int, where: str, into: torc
         nbytes: how many.
         where: file and tensor, for the error.
         into: uint8 memory for them; fresh by default.
+        observe: is told of them.
 
     Raises:
-        ReadError: the disk fails, or the file ends early.
+        ReadError: the disk fails, or the file ends early; what ``observe`` raises.
     """
     data = torch.empty(nbytes, dtype=torch.uint8) if into is None else into[:nbytes]
     view, done = data.numpy().data, 0
@@ -105,10 +117,11 @@ def read_bytes(descriptor: int, offset: int, nbytes: int, where: str, into: torc
             raise ReadError(f"{where}: {error.strerror}", hint="check the disk that holds the source") from error
         if count == 0:
             raise ReadError(
-                f"{where}: the file ended after {done} of {nbytes} bytes; it changed while it was being read",
+                f"{where}: the file ended after {done} of {nbytes} bytes; it changed while it was read",
                 hint=DAMAGED_HINT,
             )
         done += count
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    forget(descriptor, offset, nbytes)
+    if observe is not None:
+        observe(offset, view)
     return data

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from aoconvert.errors import SourceError
-from aoconvert.readers.base import TensorInfo, TensorReader
+from aoconvert.readers.base import Observe, TensorInfo, TensorReader
+from aoconvert.readers.digest import changed_while_read
 from aoconvert.readers.safetensors import SafetensorsReader
 from aoconvert.readers.torch_bin import TorchBinReader
 
@@ -29,8 +31,8 @@ def _is_loaded_whole(path: Path) -> bool:
     return path.suffix != ".safetensors" and not zipfile.is_zipfile(path)
 
 
-def open_reader(path: Path) -> TensorReader:
-    """The reader for a weights file, by its extension.
+def open_reader(path: Path, observe: Observe | None = None) -> TensorReader:
+    """The reader for a weights file, by its extension; ``observe`` is told of the bytes that tensors are made of.
 
     Raises:
         SourceError: an unknown extension, or a file its reader refuses.
@@ -38,7 +40,7 @@ def open_reader(path: Path) -> TensorReader:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise SourceError(f"{path}: unknown kind of weights file", hint=f"aoconvert reads {', '.join(_READERS)}")
-    return reader(path)
+    return reader(path, observe)
 
 
 class CheckpointReader:
@@ -51,18 +53,26 @@ class CheckpointReader:
         root: the folder.
         files: weights files relative to ``root``, in the order they are to be read.
         index: tensor name -> file, where the checkpoint has one; decides between files that hold the same name.
+        observe: is told of the bytes that tensors are made of: file, offset, bytes.
 
     Raises:
         SourceError: a file that its reader refuses, a tensor in two files that no index decides, an index that does not
             fit the files.
     """
 
-    def __init__(self, root: Path, files: Sequence[str], index: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[str],
+        index: Mapping[str, str] | None = None,
+        observe: Callable[[str, int, memoryview], None] | None = None,
+    ) -> None:
         self._root = root
+        self._observe = observe
         self._open: dict[str, TensorReader] = {}  # the one that was read last comes last
         self._infos: dict[str, TensorInfo] = {}
         index = index or {}
-        by_file = {file: self._file_infos(file) for file in files}
+        self._by_file = by_file = {file: self._file_infos(file) for file in files}
         for name, file in index.items():
             if name not in by_file.get(file, {}):
                 missing = "holds no such tensor" if file in by_file else "is not among the checkpoint's files"
@@ -97,8 +107,7 @@ class CheckpointReader:
         """One contiguous CPU tensor, see ``TensorReader.read``.
 
         Raises:
-            ReadError: the data could not be read.
-            SourceError: the file is gone or was replaced.
+            ReadError: the data could not be read, or the file is gone or was replaced.
         """
         return self._reader(name).read(name, into)
 
@@ -114,8 +123,24 @@ class CheckpointReader:
             keep = 0 if _is_loaded_whole(path) else _KEPT_OPEN - 1
             for other in list(self._open)[: max(0, len(self._open) - keep)]:
                 self._open.pop(other).close()
-            reader = open_reader(path)
+            reader = self._open_again(file)
         self._open[file] = reader
+        return reader
+
+    def _open_again(self, file: str) -> TensorReader:
+        """A file whose tensors are known; it must still hold them.
+
+        Raises:
+            ReadError: it does not.
+        """
+        observe = partial(self._observe, file) if self._observe is not None else None
+        try:
+            reader = open_reader(self._root / file, observe)
+        except SourceError as error:
+            raise changed_while_read(file) from error
+        if {name: replace(info, file=file) for name, info in reader.infos().items()} != self._by_file[file]:
+            reader.close()
+            raise changed_while_read(file)
         return reader
 
     def close(self) -> None:

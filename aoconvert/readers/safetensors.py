@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 
 from aoconvert.errors import SourceError
-from aoconvert.readers.base import DAMAGED_HINT, TensorInfo, open_file, read_bytes
+from aoconvert.readers.base import DAMAGED_HINT, Observe, TensorInfo, open_file, read_bytes
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
@@ -52,7 +52,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     descriptor = open_file(path)
     try:
-        return _read_header(descriptor, path)
+        return _read_header(descriptor, path, None)
     finally:
         os.close(descriptor)
 
@@ -61,17 +61,17 @@ def _bad(path: Path, what: str, hint: str = DAMAGED_HINT) -> NoReturn:
     raise SourceError(f"{path}: {what}", hint=hint)
 
 
-def _read_header(descriptor: int, path: Path) -> dict[str, TensorInfo]:
+def _read_header(descriptor: int, path: Path, observe: Observe | None) -> dict[str, TensorInfo]:
     file_size = os.fstat(descriptor).st_size
     if file_size < 8:
         _bad(path, f"is truncated: a safetensors file has at least 8 bytes, this one has {file_size}")
-    length = int.from_bytes(read_bytes(descriptor, 0, 8, str(path)).numpy().tobytes(), "little")
+    length = int.from_bytes(read_bytes(descriptor, 0, 8, str(path), observe=observe).numpy().tobytes(), "little")
     if length > MAX_HEADER_BYTES:
         _bad(path, f"is no safetensors file: its header would be {length} bytes long, the limit is {MAX_HEADER_BYTES}")
     start = 8 + length
     if start > file_size:
         _bad(path, f"is truncated: the header ends at byte {start}, the file has {file_size}")
-    header = _parse(read_bytes(descriptor, 8, length, str(path)).numpy().tobytes(), path)
+    header = _parse(read_bytes(descriptor, 8, length, str(path), observe=observe).numpy().tobytes(), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _bad(path, "its __metadata__ is not a table of strings")
@@ -147,15 +147,20 @@ def _check_layout(infos: list[TensorInfo], start: int, file_size: int, path: Pat
 class SafetensorsReader:
     """Reads a ``.safetensors`` file one tensor at a time, without mapping it.
 
+    Args:
+        path: the file.
+        observe: is told of the bytes of the header, and of those that tensors are made of.
+
     Raises:
         SourceError: see ``read_header``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, observe: Observe | None = None) -> None:
         self._path = path
+        self._observe = observe
         self._descriptor = open_file(path)
         try:
-            self._infos = _read_header(self._descriptor, path)
+            self._infos = _read_header(self._descriptor, path, observe)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -183,7 +188,7 @@ class SafetensorsReader:
 
     def _read(self, info: TensorInfo, offset: int, shape: tuple[int, ...], into: torch.Tensor | None) -> torch.Tensor:
         nbytes = math.prod(shape) * info.dtype.itemsize
-        data = read_bytes(self._descriptor, offset, nbytes, f"{self._path}: tensor {info.name!r}", into)
+        data = read_bytes(self._descriptor, offset, nbytes, f"{self._path}: tensor {info.name!r}", into, self._observe)
         return data.view(info.dtype).reshape(shape)
 
     def close(self) -> None:

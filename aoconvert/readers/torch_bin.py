@@ -21,11 +21,12 @@ from typing import Any, NoReturn
 import torch
 from torch._weights_only_unpickler import Unpickler
 
-from aoconvert.errors import SourceError
-from aoconvert.readers.base import DAMAGED_HINT, TensorInfo, open_file, read_bytes
+from aoconvert.errors import AoconvertError, SourceError
+from aoconvert.readers.base import DAMAGED_HINT, Observe, TensorInfo, open_file, read_bytes
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER_BYTES = 30
+_LEGACY_BUFFER = 1 << 20
 _REFUSED = re.compile(r"\bGLOBAL (\S+)")
 _QUANTIZED_HINT = "aoconvert quantizes floating-point checkpoints; take the original one"
 
@@ -39,13 +40,18 @@ class TorchBinReader:
 
     Files in torch's format from before 1.6 (no zip) are loaded whole; they cannot be read in parts.
 
+    Args:
+        path: the file.
+        observe: is told of the bytes that tensors are made of.
+
     Raises:
         SourceError: missing, damaged, not a dict of tensors, already quantized, or its pickle names a class or
             function that weights-only loading refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, observe: Observe | None = None) -> None:
         self._path = path
+        self._observe = observe
         self._descriptor = open_file(path)
         try:
             if os.pread(self._descriptor, 4, 0) == _ZIP_MAGIC:
@@ -53,7 +59,7 @@ class TorchBinReader:
                 self._tensors = _state_dict(_unpickle(path, self._records), path)
                 self._infos = {name: self._info(name, tensor) for name, tensor in self._tensors.items()}
             else:
-                self._tensors = _state_dict(_load_legacy(path), path)
+                self._tensors = _state_dict(_load_legacy(self._descriptor, path, observe), path)
                 self._infos = _legacy_infos(self._tensors, path)
         except BaseException:
             os.close(self._descriptor)
@@ -87,7 +93,7 @@ class TorchBinReader:
         if not part.is_contiguous():
             into = None  # what is read is not what is given
         where = f"{self._path}: tensor {name!r}"
-        data = read_bytes(self._descriptor, self._infos[name].offset + skip, _span(part), where, into)
+        data = read_bytes(self._descriptor, self._infos[name].offset + skip, _span(part), where, into, self._observe)
         return data.view(part.dtype).as_strided(part.size(), part.stride(), 0).contiguous()
 
     def close(self) -> None:
@@ -108,7 +114,7 @@ class TorchBinReader:
         offset = self._data_offset(record) + skip
         nbytes = tensor.numel() * tensor.element_size()
         shape = tuple(tensor.size())
-        return TensorInfo(name, tensor.dtype, shape, nbytes, str(self._path), offset, tensor.is_contiguous())
+        return TensorInfo(name, tensor.dtype, shape, nbytes, str(self._path), offset)
 
     def _data_offset(self, record: zipfile.ZipInfo) -> int:
         """Where a record's data starts: its local header repeats name and extra field, in lengths of its own."""
@@ -169,10 +175,44 @@ def _unpickle(path: Path, records: Mapping[str, zipfile.ZipInfo]) -> object:
         raise _refused(path, error) from error
 
 
-def _load_legacy(path: Path) -> object:
+class _Observed(io.RawIOBase):
+    """An open file whose readers are observed. It shows no descriptor, past which torch would read."""
+
+    def __init__(self, descriptor: int, observe: Observe | None) -> None:
+        self._descriptor = descriptor
+        self._observe = observe
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = os.preadv(self._descriptor, [view], self._position)
+        if self._observe is not None:
+            self._observe(self._position, view[:count])
+        self._position += count
+        return count
+
+
+def _load_legacy(descriptor: int, path: Path, observe: Observe | None) -> object:
     try:
         with warnings.catch_warnings(action="ignore"):  # of a plain pickle's protocol; the error says more
-            return torch.load(path, map_location="cpu", weights_only=True)
+            file = io.BufferedReader(_Observed(descriptor, observe), _LEGACY_BUFFER)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except AoconvertError:
+        raise
     except Exception as error:  # as above
         raise _refused(path, error) from error
 
@@ -215,6 +255,6 @@ def _legacy_infos(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, 
     infos, offset = {}, 0
     for name, tensor in tensors.items():
         nbytes = tensor.numel() * tensor.element_size()
-        infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.size()), nbytes, str(path), offset, in_order=False)
+        infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.size()), nbytes, str(path), offset)
         offset += nbytes
     return infos

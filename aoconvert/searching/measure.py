@@ -33,7 +33,7 @@ from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, SLICE_BYTES, slices
 from aoconvert.planning.types import ComponentPlan, Plan, TensorPlan
 from aoconvert.progress import Progress
-from aoconvert.readers.digest import FileDigest, Mark
+from aoconvert.readers.digest import Buffer, FileDigest, Mark
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -57,10 +57,13 @@ class Measured:
 class _Unhashed(FileDigest):
     """The engine hashes the files when it reads them; it would be done twice."""
 
-    def feed(self, offset: int, data: torch.Tensor) -> None:
+    def feed(self, offset: int, data: Buffer) -> None:
         pass
 
-    def mark(self) -> Mark | None:
+    def read_all(self) -> None:
+        pass
+
+    def mark(self, *, again: bool = False) -> Mark | None:
         return None
 
 
