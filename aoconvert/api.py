@@ -223,7 +223,7 @@ def card(
         checkpoint: a folder that ``quantize`` wrote.
         repo_id: where it will be published; without it the code on the card opens the folder.
         template: a Jinja template in place of aoconvert's.
-        license: in place of the source's.
+        license: of the result, where the source's card names none.
         metadata: values of the front matter that replace what is there; ``None`` leaves a key out.
 
     Returns:

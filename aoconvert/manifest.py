@@ -74,7 +74,7 @@ class SourceCard(_Model):
     Keys: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
     """
 
-    license: str | None = None
+    license: str | None = Field(default=None, description="as it stands there; a list has ', ' between its entries")
     license_name: str | None = None
     license_link: str | None = None
     language: list[str] = Field(default_factory=list)
@@ -198,6 +198,9 @@ class ComponentEntry(_Model):
     load: LoadEntry
     loads_with: dict[str, str]
     fused_qkv: bool = Field(default=False, description="query, key and value projections were fused first")
+    rules: dict[str, str | None] | None = Field(
+        default=None, description="with several schemes: pattern of the FqnToConfig → scheme, null where it is skipped"
+    )
     tensors: list[TensorEntry]
     totals: Totals
 
@@ -220,6 +223,16 @@ class RunEntry(_Model):
     digest: Sha256 | None = None
 
 
+class PipelineEntry(_Model):
+    """The pipeline's class, and what its ``__call__`` takes: parameter → default (null where it is no plain value).
+
+    A model card shows an example of use by it, without importing the pipeline.
+    """
+
+    class_name: str
+    call: dict[str, bool | int | float | str | None]
+
+
 class Manifest(_Model):
     """``aoconvert.json``."""
 
@@ -227,6 +240,7 @@ class Manifest(_Model):
     tool: Tool
     source: SourceEntry
     environment: EnvironmentEntry
+    pipeline: PipelineEntry | None = None
     components: list[ComponentEntry]
     copied: list[FileEntry]
     run: RunEntry

@@ -27,7 +27,7 @@ class CardOptions:
 
     Attributes:
         template: a Jinja template in place of aoconvert's; see ``cards.template`` for its variables.
-        license: in place of the source's.
+        license: where the source's card names none.
         metadata: values of the front matter that replace what is there; ``None`` leaves a key out.
     """
 

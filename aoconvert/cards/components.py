@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from aoconvert.cards import layers, schemes
+from aoconvert.cards.again import ranges
 from aoconvert.manifest import ComponentEntry
 
 
@@ -30,7 +31,8 @@ def describe(entry: ComponentEntry) -> dict[str, Any]:
         "packing": entry.layout.packing,
         "capability": ".".join(map(str, entry.layout.min_capability or [])) or None,
         "loads_with": [
-            {"package": package, "range": span.replace(">=", "≥ ")} for package, span in entry.loads_with.items()
+            {"package": package, "range": span.replace(">=", "≥ ")}
+            for package, span in ranges(entry.loads_with).items()
         ],
         "parameters": totals.parameters,
         "quantized_parameters": totals.quantized_parameters,

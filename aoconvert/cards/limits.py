@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from aoconvert.cards.again import ranges
 from aoconvert.cards.layers import role
 from aoconvert.cards.markdown import Md, code, text
 from aoconvert.inspection.compat import short
@@ -80,7 +81,7 @@ def _limits(target: Target, strategy: Strategy) -> Iterable[tuple[str, str]]:
     if "Float8Tensor" in classes:
         yield "casting", _CAST_FLOAT8
     if any(entry.format == "bin" for entry in components):
-        spans = {entry.loads_with["torchao"] for entry in components if "torchao" in entry.loads_with}
+        spans = {span for entry in components if (span := ranges(entry.loads_with).get("torchao")) is not None}
         needs = ", ".join(text(span.replace(">=", "≥ ")) for span in sorted(spans))
         known = f" (torchao {needs}; {short(len(RELEASES) - 1)} is the newest that was tried)" if needs else ""
         yield "torchao", _BIN.format(known=known)

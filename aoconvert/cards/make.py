@@ -8,13 +8,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.version import InvalidVersion, Version
-
 from aoconvert import manifest as manifests
 from aoconvert.cards import PICTURE_NAME, CardOptions, template
+from aoconvert.cards.again import make_again, needed, pinned
 from aoconvert.cards.components import describe
 from aoconvert.cards.layers import layers
+from aoconvert.cards.licenses import shown_license
 from aoconvert.cards.limits import hardware, limits
 from aoconvert.cards.markdown import is_page
 from aoconvert.cards.metadata import front_matter, is_repo_id, to_yaml
@@ -26,7 +25,7 @@ from aoconvert.models import identify
 from aoconvert.sources.folder import FolderSource
 from aoconvert.verification.code import Strategy, load_code
 from aoconvert.verification.target import Target, from_manifest
-from aoconvert.verification.usage import usage_code
+from aoconvert.verification.usage import usage_code, usage_packages
 
 _HUB = "https://huggingface.co"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -47,7 +46,7 @@ def make(folder: Path, options: CardOptions, repo_id: str | None) -> tuple[str, 
     parts = [describe(entry) for entry in manifest.components]
     values = {
         **_what(target, folder, repo_id),
-        "license": front.get("license_name") or front.get("license"),
+        "license": shown_license(manifest, front),
         "license_url": front.get("license_link") if is_page(front.get("license_link")) else None,
         "picture": PICTURE_NAME if picture is not None else None,
         "code": _code(target, proof.strategy, repo_id or str(folder), hub=repo_id is not None),
@@ -80,12 +79,14 @@ def _what(target: Target, folder: Path, repo_id: str | None) -> dict[str, Any]:
 
 
 def _code(target: Target, strategy: Strategy, place: str, *, hub: bool) -> dict[str, Any]:
+    usage = usage_code(target, place)
+    names = _packages(target, strategy)
     return {
         "load": load_code(target, place, strategy, hub=hub),
-        "usage": usage_code(target, place),
+        "usage": usage,
         "strategy": strategy,
-        "packages": (names := _packages(target, strategy)),
-        "install": _install(target, names),
+        "packages": names,
+        "install": _install(target, names, usage_packages(usage)),
     }
 
 
@@ -100,24 +101,14 @@ def _packages(target: Target, strategy: Strategy) -> list[str]:
     return names
 
 
-def _install(target: Target, names: list[str]) -> str:
-    """``pip install`` with the versions that wrote the checkpoint, for a shell."""
+def _install(target: Target, names: list[str], more: tuple[str, ...]) -> str:
+    """``pip install`` with the versions that wrote the checkpoint, and ``more`` without, for a shell."""
     manifest = target.manifest
     assert manifest is not None
-    words = []
-    for name in names:
-        try:
-            words.append(f"{name}=={Version(getattr(manifest.environment, name)).public}")
-        except InvalidVersion:
-            words.append(name)
+    words = [pinned(name, getattr(manifest.environment, name)) for name in names]
     for entry in manifest.components:
-        for line in entry.layout.requires:
-            try:
-                needed = Requirement(line)
-            except InvalidRequirement:
-                continue
-            if needed.name not in names and needed.url is None:
-                words.append(f"{needed.name}{needed.specifier}")
+        words += [f"{item.name}{item.specifier}" for item in needed(entry.layout.requires) if item.name not in names]
+    words += more
     return "pip install " + " ".join(shlex.quote(word) for word in dict.fromkeys(words))
 
 
@@ -176,7 +167,7 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
         },
         "files": _files([file for entry in manifest.components for file in entry.files]),
         "copied": len(manifest.copied),
-        "command": _command(run.command),
+        "command": make_again(manifest),
         "date": run.started[:10],
         "versions": [{"name": name, "version": version} for name, version in versions.items()],
         "device_name": manifest.environment.device.name,
@@ -187,12 +178,3 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
 def _files(entries: list[FileEntry]) -> list[dict[str, Any]]:
     weights = [file for file in entries if file.path.endswith(_WEIGHTS)]
     return [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in weights]
-
-
-def _command(line: str) -> str | None:
-    """The command again, each word quoted: nothing else can hide in it. ``None`` where it is no conversion."""
-    try:
-        words = shlex.split(line)
-    except ValueError:
-        return None
-    return shlex.join(words) if words[:2] == ["aoconvert", "quantize"] and line.isprintable() else None

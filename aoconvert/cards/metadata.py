@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from aoconvert.cards import licenses
 from aoconvert.cards.hub_names import FORMAT_TAGS, KEYS, LICENSES, RELATIONS, TASKS
 from aoconvert.errors import UsageError
 from aoconvert.manifest import Manifest, SourceCard
@@ -15,9 +16,8 @@ from aoconvert.schemes.table import catalogue
 
 _LICENSE_NAME = re.compile(r"[a-z0-9-.]+")  # the Hub's own pattern
 _SPEC = "https://huggingface.co/docs/hub/model-cards"
-_LICENSE = re.compile(r"[A-Za-z0-9.+-]{1,60}")
+_LICENSE_TAGS = LICENSES - {"other", "unknown", "cc"}  # words of their own, too
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_]\w{1,20})*|code|multilingual", re.ASCII)
-_LINK = re.compile(r"(https://)?[\w./%+~=@#-]{1,200}", re.ASCII)
 _TAG = re.compile(r"[\w.+-][\w.+ -]{0,98}|arxiv:[\w.-]{1,40}")  # with a colon the Hub means its own kinds of tags
 
 
@@ -84,22 +84,17 @@ def front_matter(
     Args:
         manifest: of the checkpoint.
         library: that opens it.
-        license: in place of the source's.
+        license: where the source's card names none.
         given: in place of anything.
 
     Raises:
         UsageError: a key or value that the Hub does not know.
+        PlanError: a licence that contradicts the source's.
     """
     card = manifest.source.card or SourceCard()
     base = manifest.source.repo_id if is_repo_id(manifest.source.repo_id) else None
-    if license is not None:
-        terms: dict[str, Any] = {"license": check("license", license)}
-    else:
-        terms = {
-            "license": _like(_LICENSE, card.license or manifest.source.license),
-            "license_name": _like(_LICENSE, card.license_name),
-            "license_link": _like(_LINK, card.license_link),
-        }
+    known = licenses.of_source(manifest)
+    terms = known.terms if license is None else licenses.chosen(known, check("license", license))
     schemes = [name for part in manifest.components for name in part.scheme.split("+") if _like(_TAG, name)]
     values: dict[str, Any] = {
         "base_model": base,
@@ -115,9 +110,19 @@ def front_matter(
     values |= {key: value for key, value in changed.items() if key != "tags"}
     if values["base_model"] and "base_model_relation" not in changed:
         values["base_model_relation"] = "quantized"  # else the Hub guesses, and may list it as a finetune
-    tags = _as_list(changed["tags"]) if "tags" in changed else _still_true(card.tags)
+    said = [*licenses.deviations(known, values), *_other_base(base, values)]
+    tags = _as_list(changed["tags"]) if "tags" in changed else _still_true(card.tags, values["license"])
     values["tags"] = list(dict.fromkeys([*tags, "torchao", *schemes, "aoconvert"]))
-    return values, tuple(_missing(values))
+    return values, (*said, *_missing(values))
+
+
+def _other_base(source: str | None, values: Mapping[str, Any]) -> Iterable[str]:
+    """What a base model that was given says otherwise than the manifest."""
+    base = values["base_model"]
+    if source is not None and source not in _as_list(base):
+        yield f"base_model {base or 'left out'}: the weights are those of {source}"
+    if base and values["base_model_relation"] != "quantized":
+        yield f"base_model_relation {values['base_model_relation']}: the weights are quantized, and nothing else"
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
@@ -155,11 +160,16 @@ def _missing(values: Mapping[str, Any]) -> Iterable[str]:
         yield f"the Hub has no task {values['pipeline_tag']!r}" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def _still_true(tags: Iterable[str]) -> list[str]:
-    """The source's tags that hold for the result: not its file formats, its quantization, or the Hub's own marks."""
+def _still_true(tags: Iterable[str], license: str | None) -> list[str]:
+    """The source's tags that hold for the result: not formats, quantization, other licences, the Hub's marks."""
     schemes = {normalize(name) for entry in catalogue() for name in (entry.name, *entry.aliases)}
     return [
-        tag for tag in tags if _TAG.fullmatch(tag) and tag.lower() not in FORMAT_TAGS and normalize(tag) not in schemes
+        tag
+        for tag in tags
+        if _TAG.fullmatch(tag)
+        and tag.lower() not in FORMAT_TAGS
+        and normalize(tag) not in schemes
+        and (tag.lower() not in _LICENSE_TAGS or tag.lower() == license)
     ]
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from aoconvert.cards.layers import count
 from aoconvert.errors import UsageError
 from aoconvert.manifest import ComponentEntry, TensorEntry
-from aoconvert.recipes import scheme_of_config
+from aoconvert.recipes import patterns, scheme_of_config
 from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
-
-_RULES = ("fqn_to_config", "module_fqn_to_config")
 
 
 def used(entry: ComponentEntry) -> list[dict[str, Any]]:
@@ -53,35 +51,26 @@ def _known(name: str, entry: ComponentEntry) -> SchemeEntry | None:
 def rules(entry: ComponentEntry) -> list[dict[str, str]]:
     """The patterns of an ``FqnToConfig`` and what each means; none where one config is for all linear layers."""
     return [
-        {"pattern": pattern, "scheme": "skip" if config is None else _label(config, entry)}
-        for pattern, config in _patterns(entry.config)
+        {"pattern": pattern, "scheme": "skip" if config is None else _label(pattern, config, entry)}
+        for pattern, config in patterns(entry.config)
     ]
 
 
-def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
-    data = config.get("_data")
-    if str(config.get("_type")) not in ("FqnToConfig", "ModuleFqnToConfig") or not isinstance(data, Mapping):
-        return
-    for name in _RULES:
-        if isinstance(found := data.get(name), Mapping) and found:
-            for pattern, inner in found.items():
-                yield pattern, inner if isinstance(inner, Mapping) else None
-            return
-
-
-def _label(config: Mapping[str, Any], entry: ComponentEntry) -> str:
+def _label(pattern: str, config: Mapping[str, Any], entry: ComponentEntry) -> str:
     """The scheme's name and its group size; torchao's name of the config where no scheme makes it."""
-    name = _scheme(config, entry)
+    name = _scheme(pattern, config, entry)
     if name is None:
         return str(config.get("_type"))
     scale = granularity(config)
     return f"{name}, a scale for each {scale}" if scale else name
 
 
-def _scheme(config: Mapping[str, Any], entry: ComponentEntry) -> str | None:
-    """Known without torchao where the component has one scheme only."""
+def _scheme(pattern: str, config: Mapping[str, Any], entry: ComponentEntry) -> str | None:
+    """As the manifest says; torchao is asked about those of an older one, which does not."""
     if "+" not in entry.scheme:
         return entry.scheme
+    if entry.rules is not None:
+        return entry.rules.get(pattern)
     if not isinstance(config.get("_type"), str):
         return None
     try:
@@ -92,10 +81,11 @@ def _scheme(config: Mapping[str, Any], entry: ComponentEntry) -> str | None:
 
 def _granularities(entry: ComponentEntry) -> dict[str, str]:
     """What shares a scale, by scheme; several are joined."""
-    configs = [config for _, config in _patterns(entry.config) if config is not None] or [entry.config]
+    configs = [item for item in patterns(entry.config) if item[1] is not None] or [("", entry.config)]
     found: defaultdict[str, list[str]] = defaultdict(list)
-    for config in configs:
-        name, scale = _scheme(config, entry), granularity(config)
+    for pattern, config in configs:
+        assert config is not None
+        name, scale = _scheme(pattern, config, entry), granularity(config)
         if name is not None and scale is not None and scale not in found[name]:
             found[name].append(scale)
     return {name: " or ".join(scales) for name, scales in found.items() if scales}

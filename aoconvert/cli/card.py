@@ -37,7 +37,7 @@ Examples:
 @click.option(
     "--card-template", "template", metavar="FILE", type=click.Path(path_type=Path), help="Jinja template of the body."
 )
-@click.option("--license", metavar="NAME", help="Licence, in place of the source's.")
+@click.option("--license", metavar="NAME", help="Licence of the result, where the source's card names none.")
 @click.option(
     "--set-metadata",
     "metadata",

@@ -45,7 +45,7 @@ Examples:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A Jinja template for the card.",
 )
-@click.option("--license", metavar="ID", help="Licence of the result, where the source's is not known.")
+@click.option("--license", metavar="ID", help="Licence of the result, where the source's card names none.")
 @click.option("--set-metadata", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the card's metadata.")
 @common
 def command(*, repo_id: str, checkpoint: Path, out: Output, settings: tuple[str, ...], **choices: Any) -> int:
@@ -98,5 +98,5 @@ def _last_line(done: Pushed) -> str:
     if done.nothing_to_do:
         return f"nothing to do: {done.pr_url or done.url} holds exactly this"
     if done.dry_run:
-        return f"nothing was changed; {len(done.sent)} files, {size(done.bytes_uploaded)}, would go to {done.url}"
-    return f"published: {done.url} (commit {(done.commit or '')[:12]}, {size(done.bytes_uploaded)})"
+        return f"nothing was changed; {len(done.sent)} files, {size(done.bytes_sent)}, would go to {done.url}"
+    return f"published: {done.url} (commit {(done.commit or '')[:12]}, {size(done.bytes_sent)})"

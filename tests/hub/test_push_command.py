@@ -53,6 +53,9 @@ def test_a_dry_run_touches_nothing(client: HubClient, fresh: Fresh) -> None:
     found = json.loads(done.stdout)
     assert found["dry_run"] is True
     assert found["commit"] is None
+    assert not any(file["uploaded"] for file in found["files"]) and found["bytes_uploaded"] == 0
+    assert found["to_upload"] == [file["path"] for file in found["files"]] and found["deleted"] == []
+    assert found["bytes_to_upload"] == sum(file["size"] for file in found["files"])
     assert "me/x" in found["card"]
     assert client.hub.state.settings("me/x") is None
     assert {entry.method for entry in client.hub.log} == {"GET"}
@@ -225,3 +228,12 @@ def test_push_help_names_no_heavy_import() -> None:
     code = "import sys; from aoconvert.cli import push; print({'torch', 'huggingface_hub'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_push_imports_no_library(client: HubClient, fresh: Fresh) -> None:
+    script = (
+        "from aoconvert import push\n"
+        f"push('me/x', {str(fresh('pipeline'))!r})\n"
+        "result = sorted({'torch', 'torchao', 'diffusers', 'transformers', 'accelerate'} & set(sys.modules))"
+    )
+    assert client.run(script, env=WITH_TOKEN) == []

@@ -1,0 +1,144 @@
+"""What a card tells its reader to type: the command that makes the checkpoint again, and what to install.
+
+Both are made of words of a manifest, which anybody may have written. Only what aoconvert itself can have written there
+is shown: known options with values of their kind, the source and revision that the card names elsewhere, packages that
+a torchao checkpoint can need.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from aoconvert.cards.metadata import is_repo_id
+from aoconvert.manifest import MANIFEST_NAME, Manifest
+from aoconvert.verification.versions import known_packages
+
+_NUMBER = r"\d{1,12}(\.\d{1,12})?"
+_WORD = r"\w[\w.,:+-]*"
+_TEXT = r"[^\x00-\x1f\x7f]+"
+_VALUES = {
+    "--scheme": _WORD,
+    "--recipe": re.escape(MANIFEST_NAME),
+    "--candidates": _WORD,
+    "--revision": "[0-9a-f]{40}",
+    "--group-size": _NUMBER,
+    "--set": rf"\w+={_WORD}",
+    "--skip": _TEXT,
+    "--allow-missing": _TEXT,
+    "--component": rf"\w+(={_WORD})?",
+    "--min-sqnr": _NUMBER,
+    "--target-bits": _NUMBER,
+    "--target-size": _NUMBER + r"\w*",
+    "--subfolder": r"\w[\w./-]*",
+    "--variant": _WORD,
+    "--dtype": _WORD,
+    "--layout-device": _WORD,
+    "--max-shard-size": _NUMBER + r"\w*",
+    "--min-quantized": _NUMBER,
+    "--device": _WORD,
+}
+_FLAGS = frozenset(
+    {
+        "--component-only",
+        "--include-embeddings",
+        "--untie",
+        "--fuse-qkv",
+        "--trust-remote-code",
+        "--no-default-skips",
+        "--drop-unknown",
+        "--keep-original-files",
+    }
+)
+# what a recipe decides: where one was used, the manifest says all of it
+_DECIDED = frozenset({"--scheme", "--group-size", "--set", "--skip"})
+OPTIONS = frozenset({*_VALUES, *_FLAGS})
+
+
+def make_again(manifest: Manifest) -> str | None:
+    """The command that makes the checkpoint again, each word quoted; beside a copy of the manifest, if it names that.
+
+    Returns:
+        ``None`` where the manifest holds no conversion, or one that aoconvert cannot have written.
+    """
+    try:
+        words = shlex.split(manifest.run.command)
+    except ValueError:
+        return None
+    if words[:2] != ["aoconvert", "quantize"] or len(words) < 3:
+        return None
+    options = _options(words[3:])
+    source = _source(manifest, words[2])
+    if options is None or source is None:
+        return None
+    given = dict(options)
+    if given.get("--revision", manifest.source.revision) != manifest.source.revision:
+        return None
+    if given.get("--subfolder", manifest.source.subfolder) != manifest.source.subfolder:
+        return None
+    if "--recipe" in given:
+        options = [(name, value) for name, value in options if name not in _DECIDED]
+    return shlex.join(["aoconvert", "quantize", source, *(word for option in options for word in option if word)])
+
+
+def _source(manifest: Manifest, word: str) -> str | None:
+    """The repo that the card names, or a folder that is plainly one."""
+    if manifest.source.repo_id is not None:
+        return word if word == manifest.source.repo_id and is_repo_id(word) else None
+    return f"./{word}" if "/" not in word and word.isprintable() and word.lstrip(".") and word[0] != "-" else None
+
+
+def _options(words: Sequence[str]) -> list[tuple[str, str]] | None:
+    """Options and their values (``""`` for flags); ``None`` where one is not known, or a value is none of its kind."""
+    found, rest = [], iter(words)
+    for name in rest:
+        if name in _FLAGS:
+            found.append((name, ""))
+            continue
+        value = next(rest, "")
+        if name == "--recipe":  # the file that was given is not published, what it decided is
+            value = MANIFEST_NAME
+        if name not in _VALUES or not re.fullmatch(_VALUES[name], value, re.ASCII):
+            return None
+        found.append((name, value))
+    return found
+
+
+def pinned(package: str, version: str) -> str:
+    """``package==version`` for pip; the name alone where it is none that can have made the checkpoint."""
+    try:
+        public = Version(version).public
+    except InvalidVersion:
+        return package
+    known = known_packages().get(package)
+    return f"{package}=={public}" if known is not None and known.contains(public, prereleases=True) else package
+
+
+def needed(lines: Sequence[str]) -> Iterator[Requirement]:
+    """Requirements of a layout, those on packages that a layout can need: names and least versions only."""
+    for line in lines:
+        try:
+            found = Requirement(line)
+        except InvalidRequirement:
+            continue
+        least = all(item.operator == ">=" for item in found.specifier)
+        if found.name in known_packages() and least and found.url is None and not found.extras and found.marker is None:
+            yield found
+
+
+def ranges(loads_with: Mapping[str, str]) -> dict[str, str]:
+    """What a component loads with, of packages that it can need, where a range is one."""
+    found = {}
+    for package, wanted in loads_with.items():
+        try:
+            SpecifierSet(wanted)
+        except InvalidSpecifier:
+            continue
+        if package in known_packages():
+            found[package] = wanted
+    return found
