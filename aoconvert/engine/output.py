@@ -18,15 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aoconvert.errors import PlanError, WriteError
+from aoconvert.files import open_regular
 from aoconvert.manifest import MANIFEST_NAME, FileEntry
 from aoconvert.planning.files import partial_folder
 from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Progress
+from aoconvert.readers.digest import FileDigest, damaged_in_cache
 from aoconvert.sources import Source
 
 JOURNAL_NAME = "aoconvert.journal"
 _LOCK_NAME = "aoconvert.lock"
-_LINK_FROM = 1 << 20  # smaller files are copied: people edit configs
+_FICLONE = 0x40049409
 _CHUNK = 1 << 22
 
 
@@ -191,11 +193,14 @@ class Stage:
         return FileEntry(path=path, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def take_over(self, source: Source, files: Iterable[CopyPlan], progress: Progress) -> list[FileEntry]:
-        """Link or copy files from the source; large ones are hard links where the file system allows.
+        """Copy files from the source; where the file system can, a copy shares its blocks until one of the two changes.
+
+        They are never hard links: whoever edits a file of the result would edit the source, or the Hub's cache.
 
         Raises:
             WriteError: disk full, or no permission.
             SourceError: a file vanished.
+            ReadError: a file changed while it was read, or is not what the Hub said it is.
         """
         entries = []
         for item in files:
@@ -208,7 +213,10 @@ class Stage:
             target = self.root / item.path
             with writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                digest = _link_or_copy(origin, target, progress, item.path)
+                expected = source.files()[item.source].sha256
+                digest = _copy(origin, target, progress, item.path, expected)
+            if expected not in (None, digest):
+                raise damaged_in_cache(item.source)
             entries.append(FileEntry(path=item.path, size=target.stat().st_size, sha256=digest))
         return entries
 
@@ -243,21 +251,32 @@ def _renamed_index(text: str, variant: str) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
-def _link_or_copy(origin: Path, target: Path, progress: Progress, name: str) -> str:
-    linked = False
-    if origin.stat().st_size >= _LINK_FROM:
-        with contextlib.suppress(OSError):  # another file system, or one without hard links
-            os.link(origin, target)
-            linked = True
-    digest = hashlib.sha256()
-    with origin.open("rb") as reading, contextlib.ExitStack() as stack:
-        writing = None if linked else stack.enter_context(target.open("xb"))
-        while chunk := reading.read(_CHUNK):
-            digest.update(chunk)
-            if writing is not None:
+def _copy(origin: Path, target: Path, progress: Progress, name: str, expected: str | None) -> str:
+    """Copy a file, and give the SHA-256 of the bytes that were written.
+
+    Raises:
+        OSError: disk full, no permission.
+        ReadError: it changed meanwhile.
+    """
+    digest = FileDigest(origin)
+    with os.fdopen(open_regular(origin), "rb") as reading, target.open("x+b") as writing:
+        cloned = _clone(reading.fileno(), writing.fileno())
+        done = 0
+        while chunk := (writing if cloned else reading).read(_CHUNK):
+            digest.feed(done, chunk)
+            if not cloned:
                 writing.write(chunk)
+            done += len(chunk)
             progress.advance(len(chunk), name)
-    return digest.hexdigest()
+    return digest.finish(expected)
+
+
+def _clone(origin: int, target: int) -> bool:
+    """Give an empty file the blocks of another, where the file system can (btrfs, XFS); see ioctl_ficlone(2)."""
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(target, _FICLONE, origin)
+        return True
+    return False
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from aoconvert.errors import ReadError, SourceError
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import Rows
 from aoconvert.planning.types import ComponentPlan, TensorPlan
-from aoconvert.readers.digest import FileDigest, Mark
+from aoconvert.readers.digest import FileDigest, Mark, damaged_in_cache
 from aoconvert.readers.multi import CheckpointReader
 from aoconvert.sources import Source
 
@@ -101,10 +101,7 @@ class ComponentReading:
             expected = self._source.files()[path].sha256
             found[path] = digest.finish(expected)
             if expected is not None and expected != found[path]:
-                raise ReadError(
-                    f"{path} is damaged: its SHA-256 is not the one the Hub names",
-                    hint="delete it from the Hub cache and run again",
-                )
+                raise damaged_in_cache(path)
         return found
 
     def close(self) -> None:

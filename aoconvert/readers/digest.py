@@ -65,6 +65,14 @@ def changed_while_read(name: str) -> ReadError:
     return ReadError(f"{name} changed while it was read", hint="let whoever writes it finish, and run again")
 
 
+def damaged_in_cache(name: str) -> ReadError:
+    """What is said of a file whose digest is not the one the Hub names."""
+    return ReadError(
+        f"{name} is damaged: its SHA-256 is not the one the Hub names",
+        hint="delete it from the Hub cache and run again",
+    )
+
+
 class FileDigest:
     """Hashes a file front to back from what is read of it, and from the file where that leaves gaps.
 

@@ -75,7 +75,7 @@ def repack(folder: Path, device: str, output: Path, *, overwrite: bool, progress
     """Pack the int4 weights of a checkpoint for another device. The output appears under its name when it is whole.
 
     Nothing is quantized again: codes, scales and zero points are the same, and are read again from what was written.
-    Other tensors are copied byte for byte, other files are linked or copied. An earlier card and verification stay
+    Other tensors are copied byte for byte, other files are copied. An earlier card and verification stay
     behind: they speak of other files.
 
     Args:
@@ -250,7 +250,7 @@ _AGAIN = "quantize again with --layout-device"
 
 
 def _take_over(folder: Path, files: list[FileEntry], stage: Stage, progress: Progress) -> None:
-    """Link or copy files that stay as they are, and see that they are what the manifest lists."""
+    """Copy files that stay as they are, and see that they are what the manifest lists."""
     if not files:
         return
     progress.start("copy", sum(file.size for file in files))

@@ -1,4 +1,4 @@
-"""The output folder: it appears whole or not at all, and what it takes over is linked, copied and hashed."""
+"""The output folder: it appears whole or not at all, and what it takes over is copied and hashed."""
 
 from __future__ import annotations
 
@@ -177,15 +177,14 @@ def test_no_place_to_write(tmp_path: Path) -> None:
         Stage(tmp_path / "file" / "out")
 
 
-def test_weights_are_linked_and_configs_copied(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_is_taken_over_is_a_copy(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(checkpoints("cogvideox"), source)
     big = source / "transformer" / "diffusion_pytorch_model.safetensors"
     result = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", components=["text_encoder"])
     same = tmp_path / "out/transformer/diffusion_pytorch_model.safetensors"
     assert big.stat().st_size > 1 << 20
-    assert same.stat().st_ino == big.stat().st_ino
-    assert (tmp_path / "out/vae/config.json").stat().st_ino != (source / "vae/config.json").stat().st_ino
+    assert (same.stat().st_nlink, big.stat().st_nlink) == (1, 1)  # an edit of one would be an edit of the other
     for entry in result.manifest.files():
         content = (tmp_path / "out" / entry.path).read_bytes()
         assert (entry.size, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest()), entry.path

@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import aoconvert
+from aoconvert.engine.output import Stage
 from aoconvert.engine.run import run
 from aoconvert.errors import AoconvertError, Interrupted, ReadError
+from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Silent
+from aoconvert.sources.folder import FolderSource
 
 CHANGED = "changed while it was read"
 
@@ -193,3 +196,26 @@ def test_a_shard_in_the_middle(change: str, original: Path, tmp_path: Path) -> N
         for file in set(where.values()):
             (source / file).unlink(missing_ok=True)
             save_file({name: tensors[name] for name in names if where[name] == file}, source / file)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_that_is_taken_over(in_place: bool, tmp_path: Path) -> None:
+    source, other = tmp_path / "source", tmp_path / "other"
+    for folder, content in ((source, b"a"), (other, b"b")):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(content * (9 << 20))
+
+    class Overwrite(Silent):
+        def advance(self, nbytes: int, current: str = "") -> None:
+            overwrite(source, other, in_place=in_place)
+
+    plans = [CopyPlan("model.safetensors", "part/model.safetensors", 9 << 20)]
+    stage = Stage(tmp_path / "out")
+    with pytest.raises(ReadError, match=CHANGED):
+        stage.take_over(FolderSource(source), plans, Overwrite())
+    stage.discard()
+    stage = Stage(tmp_path / "out")
+    [entry] = stage.take_over(FolderSource(source), plans, Silent())
+    assert entry.sha256 == hashlib.sha256((other / "model.safetensors").read_bytes()).hexdigest()
+    assert (stage.root / "part/model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    stage.discard()
