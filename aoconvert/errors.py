@@ -17,14 +17,18 @@ class AoconvertError(Exception):
         message: one line, no trailing full stop needed.
         hint: the next thing to do, or ``None`` where there is nothing sensible to say.
         exit_code: what the command line exits with.
+        retryable: the same command can succeed later though nothing was changed: the network, a busy Hub, a stop.
+        problems: everything that is wrong, one line each; for most errors the message alone.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, retryable: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.retryable = retryable
+        self.problems: tuple[str, ...] = (message,)
 
 
 def _counted(problems: Sequence[str]) -> str:
@@ -54,9 +58,10 @@ class PlanError(AoconvertError):
 
     exit_code = 3
 
-    def __init__(self, problems: Iterable[str], *, hint: str | None = None) -> None:
-        self.problems = tuple(problems)
-        super().__init__(_counted(self.problems), hint=hint)
+    def __init__(self, problems: Iterable[str], *, hint: str | None = None, retryable: bool = False) -> None:
+        found = tuple(problems)
+        super().__init__(_counted(found), hint=hint, retryable=retryable)
+        self.problems = found
 
 
 class ReadError(AoconvertError):
@@ -111,11 +116,15 @@ class HubRefusal(HubError):
     """The Hub would refuse. ``problems`` lists everything that is wrong, not only the first."""
 
     def __init__(self, problems: Iterable[str], *, hint: str | None = None) -> None:
-        self.problems = tuple(problems)
-        super().__init__(_counted(self.problems), hint=hint)
+        found = tuple(problems)
+        super().__init__(_counted(found), hint=hint)
+        self.problems = found
 
 
 class Interrupted(AoconvertError):
     """Ctrl-C or SIGTERM. What is finished stays for the next run."""
 
     exit_code = 130
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint, retryable=True)

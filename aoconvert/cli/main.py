@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"see {context.command_path} --help" if context is not None else None
-        out.error(type(error).__name__, error.format_message(), hint, error.exit_code)
+        wrong = error.format_message()
+        out.error(type(error).__name__, wrong, hint, error.exit_code, problems=[wrong], retryable=False)
         sys.exit(error.exit_code)
     except AoconvertError as error:
         _fail(out, error)
@@ -166,8 +167,14 @@ def _fail(out: Output, error: AoconvertError) -> NoReturn:
         from aoconvert.sources.hub_errors import without_secrets
 
         write_stderr(without_secrets(traceback.format_exc()))
-    problems = getattr(error, "problems", None)
-    out.error(type(error).__name__, error.message, error.hint, error.exit_code, problems=problems)
+    out.error(
+        type(error).__name__,
+        error.message,
+        error.hint,
+        error.exit_code,
+        problems=error.problems,
+        retryable=error.retryable,
+    )
     sys.exit(error.exit_code)
 
 

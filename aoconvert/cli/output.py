@@ -60,16 +60,15 @@ class Output:
             self._line("warning", message, "33")
 
     def error(
-        self, kind: str, message: str, hint: str | None, exit_code: int, *, problems: Sequence[str] | None = None
+        self, kind: str, message: str, hint: str | None, exit_code: int, *, problems: Sequence[str], retryable: bool
     ) -> None:
-        """An error: JSON on stdout, or one line (and one for each further problem) and the hint on stderr."""
+        """An error: JSON on stdout, or one line for each problem and the hint on stderr."""
         if self.mode == "json":
             values: dict[str, Any] = {"type": kind, "message": message, "hint": hint, "exit_code": exit_code}
-            if problems is not None:
-                values["problems"] = list(problems)
+            values |= {"retryable": retryable, "problems": list(problems)}
             _print(json.dumps({"error": values}, ensure_ascii=False) + "\n")
             return
-        for line in problems if problems else [message]:
+        for line in problems:
             self._line("error", line, "31")
         if hint:
             self._line("hint", hint, "2")

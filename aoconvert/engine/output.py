@@ -81,6 +81,7 @@ class Stage:
                 raise PlanError(
                     [f"another aoconvert{self._owner()} is writing to {output}"],
                     hint="wait for it, or choose another --output",
+                    retryable=True,
                 ) from None
             except OSError:
                 logging.getLogger(__name__).debug("no locks on the file system of %s", self.root)

@@ -56,10 +56,24 @@ class QuantizeResult:
     resumed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys are a contract (``cli.md``)."""
+        """Keys are a contract. ``worst_sqnr_db`` is the lowest of all weights, null where nothing has an error."""
+        components = [
+            {
+                "name": item.name,
+                "class_name": item.class_name,
+                "scheme": item.scheme,
+                "worst_sqnr_db": item.totals.worst_sqnr_db,
+                "bits_per_weight": item.totals.bits_per_weight,
+            }
+            for item in self.manifest.components
+        ]
+        worst = [item.totals.worst_sqnr_db for item in self.manifest.components]
         return {
             "output": str(self.output),
             "manifest": str(self.output / manifest.MANIFEST_NAME),
+            "scheme": "+".join(dict.fromkeys(item.scheme for item in self.manifest.components)),
+            "worst_sqnr_db": min((value for value in worst if value is not None), default=None),
+            "components": components,
             "seconds": round(self.seconds, 3),
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,

@@ -219,4 +219,4 @@ def message(job: Job) -> str:
 
 def again(message: str) -> HubError:
     """An error after which the same command goes on."""
-    return HubError(message, hint=AGAIN_HINT)
+    return HubError(message, hint=AGAIN_HINT, retryable=True)

@@ -56,6 +56,7 @@ class RemoteFile:
             raise HubError(
                 f"{self._repo_id}: {self._path}: {len(data):,} bytes came instead of {end - begin:,}",
                 hint="try again; a proxy may have cut the answer",
+                retryable=True,
             )
         for number in range(first, stop):
             self._blocks[number] = data[(number - first) * _BLOCK : (number - first + 1) * _BLOCK]

@@ -88,7 +88,7 @@ class HubSource(Source):
         # Where the Hub fails, the client may return an incomplete snapshot without a word.
         missing = [entry for entry in missing if not (self.root / entry.path).is_file()]
         if missing:
-            raise HubError(f"{_list_files(self.repo_id, missing)} did not arrive", hint="try again")
+            raise HubError(f"{_list_files(self.repo_id, missing)} did not arrive", hint="try again", retryable=True)
         if progress is not None:
             progress(total, total)
 

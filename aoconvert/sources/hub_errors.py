@@ -130,7 +130,7 @@ def _write_error(error: BaseException, repo_id: str, name: str) -> HubError:
     known = next((link for link in _chain(error) if _network_error(link, name) is not None), error)
     found = _network_error(known, name)
     if found is not None:
-        return HubError(found.message, hint=_write_hint(found.hint))
+        return HubError(found.message, hint=_write_hint(found.hint), retryable=found.retryable)
     if isinstance(error, OSError) and error.errno is not None:
         return HubError(f"{name}: a file cannot be read or written: {error.strerror}", hint="check the folder")
     return _other_error(error, name)
@@ -152,7 +152,7 @@ def _write_refused(error: BaseException, status: int, repo_id: str, name: str) -
     because = f": {said}" if said else ""
     storage = answer is None or answer.response.request.method == "PUT"
     if storage and status in (401, 403, 404):
-        return HubError(f"{name}: the storage does not take it ({status}){because}", hint=AGAIN_HINT)
+        return HubError(f"{name}: the storage does not take it ({status}){because}", hint=AGAIN_HINT, retryable=True)
     if status == 401 and not isinstance(answer, errors.RepositoryNotFoundError):
         return HubError(f"{name}: the Hub does not accept the token (401){because}", hint=LOGIN_HINT)
     if isinstance(answer, errors.GatedRepoError | errors.DisabledRepoError) or status == 403:
@@ -169,7 +169,7 @@ def _write_refused(error: BaseException, status: int, repo_id: str, name: str) -
             hint="another repo may have this name, or somebody else writes to it now: look, then run it again",
         )
     if status == 412:
-        return HubError(f"{name}: somebody else committed in the meantime (412)", hint=AGAIN_HINT)
+        return HubError(f"{name}: somebody else committed in the meantime (412)", hint=AGAIN_HINT, retryable=True)
     if status == 413:
         return HubError(
             f"{name}: too large for the Hub (413){because}",
@@ -178,9 +178,11 @@ def _write_refused(error: BaseException, status: int, repo_id: str, name: str) -
     if status == 429:
         wait = retry_after(answer.response.headers) if answer is not None else None
         when = f"in {wait} s" if wait else "later"
-        return HubError(f"{name}: too many requests, the Hub asks to wait (429)", hint=f"{when}, {AGAIN_HINT}")
+        said = f"{name}: too many requests, the Hub asks to wait (429)"
+        return HubError(said, hint=f"{when}, {AGAIN_HINT}", retryable=True)
     if status >= 500:
-        return HubError(f"{name}: the Hub failed ({status})", hint=f"{AGAIN_HINT}; see https://status.huggingface.co")
+        hint = f"{AGAIN_HINT}; see https://status.huggingface.co"
+        return HubError(f"{name}: the Hub failed ({status})", hint=hint, retryable=True)
     return HubError(f"{name}: the Hub answered {status}{because}", hint=AGAIN_HINT)
 
 
@@ -225,11 +227,15 @@ def _http_error(error: BaseException, repo_id: str, revision: str | None) -> Hub
         wait = retry_after(error.response.headers)
         when = f"in {wait} s" if wait else "later"
         return HubError(
-            f"{repo_id}: too many requests, the Hub asks to wait (429)", hint=f"try again {when}; {LOGIN_HINT}"
+            f"{repo_id}: too many requests, the Hub asks to wait (429)",
+            hint=f"try again {when}; {LOGIN_HINT}",
+            retryable=True,
         )
     if status >= 500:
         return HubError(
-            f"{repo_id}: the Hub failed ({status})", hint="try again later; see https://status.huggingface.co"
+            f"{repo_id}: the Hub failed ({status})",
+            hint="try again later; see https://status.huggingface.co",
+            retryable=True,
         )
     said = _one_line(error.server_message or error.response.reason_phrase)
     return HubError(f"{repo_id}: the Hub answered {status} {said}".rstrip())
@@ -251,15 +257,16 @@ def _network_error(error: BaseException, name: str) -> HubError | None:
     if isinstance(error, httpx2.ProxyError):
         return HubError(f"{name}: the proxy refused the connection to {host}", hint="check HTTPS_PROXY and NO_PROXY")
     if isinstance(error, httpx2.TimeoutException):
-        return HubError(f"{name}: {host} did not answer in time", hint=RETRY_HINT)
+        return HubError(f"{name}: {host} did not answer in time", hint=RETRY_HINT, retryable=True)
     if isinstance(error, httpx2.ConnectError):
         return HubError(
             f"{name}: cannot connect to {host}",
             hint="check the network and HF_ENDPOINT; --local-files-only uses what is in the cache",
+            retryable=True,
         )
     broken = (httpx2.TransportError, ConnectionError, errors.XetDownloadError)
     if isinstance(error, broken) or "Consistency check failed" in str(error):
-        return HubError(f"{name}: the connection to {host} broke", hint=RETRY_HINT)
+        return HubError(f"{name}: the connection to {host} broke", hint=RETRY_HINT, retryable=True)
     if isinstance(error, errors.FileMetadataError):
         return HubError(f"{name}: {host} does not answer like a Hub", hint="check HF_ENDPOINT and the proxy")
     return None

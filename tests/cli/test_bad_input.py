@@ -50,7 +50,9 @@ def refused(call: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
         again = call(*arguments, "--json")
         document = json.loads(again.stdout)["error"]
         assert again.code == document["exit_code"] == code
-        assert set(document) <= {"type", "message", "hint", "exit_code", "problems"}
+        assert list(document) == ["type", "message", "hint", "exit_code", "retryable", "problems"]
+        assert len(document["problems"]) == lines
+        assert document["retryable"] is False
         assert again.stderr == ""
         assert (document["hint"] is not None) == bool(hints)
         assert tree(tmp_path) == before

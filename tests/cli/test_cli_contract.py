@@ -182,6 +182,9 @@ def test_quantize_json(call: Call, llama: Path, tmp_path: Path) -> None:
     keys += ["quantized_fraction", "peak_host_bytes", "peak_device_bytes", "skipped"]
     assert [key for key in result if key in keys] == keys
     assert Path(result["manifest"]).is_file()
+    assert result["scheme"] == "int8wo"
+    assert 30 < result["worst_sqnr_db"] < 60
+    assert [item["class_name"] for item in result["components"]] == ["LlamaForCausalLM"]
     assert result["skipped"] == [{"name": "lm_head.weight", "reason": "output head"}]
     written = json.loads(Path(result["manifest"]).read_text())["components"][0]["totals"]
     for key in ("bytes_in", "bytes_out", "parameters", "quantized_parameters", "quantized_fraction"):
