@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from aoconvert.environment import quiet_imports
 from aoconvert.errors import SourceError
 from aoconvert.models.base import Component, Skeleton
+from aoconvert.models.unknown import check_class_keys, explain_unknown
 
 if TYPE_CHECKING:
     import torch
@@ -114,11 +115,10 @@ def identify(source: Source, subfolder: str | None = None) -> ModelLayout:
         return _pipeline(source, folder, _mapping(source, index))
     config = join(folder, "config.json")
     if not source.has(config):
-        raise SourceError(
-            f"{source.label}{'/' + folder if folder else ''} has no config.json and no model_index.json",
-            hint="give the folder of a diffusers pipeline, a diffusers model or a transformers model",
-        )
-    component = _single(source, folder, _mapping(source, config))
+        raise explain_unknown(source, folder)
+    values = _mapping(source, config)
+    check_class_keys(source, config, values)
+    component = _single(source, folder, values)
     if component is None:
         raise SourceError(
             f"{source.label}: {config} has neither _class_name (diffusers) nor architectures (transformers)",

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from aoconvert import schemes
 from aoconvert.models import Component, ModelLayout, Skeleton, build_skeleton, join
 from aoconvert.models.ties import untied
+from aoconvert.models.unknown import other_weights
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
 from aoconvert.planning.choices import Wishes
-from aoconvert.planning.decide import Decisions, decide
+from aoconvert.planning.decide import Decisions, decide, nbytes
 from aoconvert.planning.inventory import take
 from aoconvert.planning.types import ComponentPlan, FilePlan, TensorPlan
 from aoconvert.planning.weights import is_only
 from aoconvert.recipes import fqn_to_config
 from aoconvert.rules import Rules
+from aoconvert.schemes.apply import quantize_weight
 from aoconvert.sources.weights import find_weights
+from aoconvert.words import size
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +80,10 @@ def plan_component(
             problems.append(f"{component.title}: --untie: {why}")
     weights = find_weights(source, component.folder, component.library, variant=options.variant)
     if weights is None and need_weights:
-        problems.append(f"{component.title}: no weights in {join(source.label, component.folder)}")
+        found = other_weights(source, component.folder)
+        problems.append(
+            f"{component.title}: no weights in {join(source.label, component.folder)}" + (f", {found}" if found else "")
+        )
     inventory = take(source, skeleton, weights)
     wishes = Wishes(options.include_embeddings, options.default_skips)
     decisions = decide(skeleton, rules, wishes, dtype, inventory, free)
@@ -214,6 +222,34 @@ def component_warnings(plan: ComponentPlan) -> list[str]:
     if plan.unused:
         shown = ", ".join(plan.unused[:3]) + (", …" if len(plan.unused) > 3 else "")
         lines.append(f"{title}: {len(plan.unused)} tensors of the checkpoint have no place in the model: {shown}")
+    if (larger := _larger_than_int8(plan)) is not None:
+        lines.append(f"{title}: {larger}")
     if plan.copied is not None:
         lines.append(f"{title}: transformers makes a copy of its merged tensors while it runs ({plan.copied})")
     return lines
+
+
+def _larger_than_int8(plan: ComponentPlan) -> str | None:
+    """Weights of fewer than 8 bits that take more bytes than int8wo's would: padding makes small layers large."""
+    few = [t for t in plan.tensors if t.scheme is not None and t.scheme.bytes_per_parameter < _INT8_BYTES]
+    if not few:
+        return None
+    here = sum(tensor.bytes_out for tensor in few)
+    counts = Counter((tensor.shape, tensor.dtype) for tensor in few)
+    int8 = sum(count * _int8_bytes(*kind) for kind, count in counts.items())
+    if here <= int8:
+        return None
+    names = "+".join(dict.fromkeys(t.scheme.name for t in few if t.scheme is not None))
+    return f"{names} takes {size(here)}, int8wo would take {size(int8)}: the layout pads layers this small"
+
+
+def _int8_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """What int8wo stores for a weight."""
+    import torch
+
+    return nbytes(
+        quantize_weight(torch.empty(shape, dtype=getattr(torch, dtype), device="meta"), schemes.get("int8wo"))
+    )
+
+
+_INT8_BYTES = 0.9  # bytes per parameter; a scheme above it promises nothing smaller than int8wo

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert import recipes, schemes
 from aoconvert.environment import choose_devices
-from aoconvert.errors import PlanError
+from aoconvert.errors import PlanError, SourceError
 from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models import Component, identify
 from aoconvert.models.fused import CannotFuse
@@ -81,9 +81,10 @@ def make(
     # of a config alone the plan is a calculation: nothing could be carried out anyway
     possible = need_weights or any(item.weights for item in plans)
     (problems if possible else warnings).extend(space_problems(options, wanted))
+    fetch = [path for item in plans if item.weights for path in item.weights.paths]
+    problems += _unreadable(source, [item.source for item in copied])
     if problems:
         raise PlanError(problems)
-    fetch = [path for item in plans if item.weights for path in item.weights.paths]
     return Plan(
         source=source,
         layout=layout,
@@ -151,6 +152,17 @@ def _plans(
     if refusals and len(refusals) == len(plans):
         raise refusals[0]
     return plans, problems, [*warnings, *(f"{refusal}: its projections stay apart" for refusal in refusals)]
+
+
+def _unreadable(source: Source, paths: Sequence[str]) -> list[str]:
+    """What keeps files from being taken over; of a Hub repo nothing is here yet."""
+    problems = []
+    for path in paths if source.kind == "folder" else ():
+        try:
+            source.fetch([path])
+        except SourceError as error:
+            problems.append(error.message)
+    return problems
 
 
 def resolve_rules(options: QuantizeOptions, component: Component, device: str, recipe: Recipe | None = None) -> Rules:

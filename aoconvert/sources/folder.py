@@ -13,6 +13,9 @@ from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_pa
 # A model folder has tens of files; this many means that someone gave a home folder or a disk.
 MAX_FILES = 100_000
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024  # a pointer file is smaller
+
 
 class FolderSource(Source):
     """A folder, listed once, when the first file is asked for."""
@@ -58,14 +61,23 @@ class FolderSource(Source):
         return entry
 
     def local(self, path: str) -> Path:
-        """The file's place below the folder; see :meth:`Source.local`."""
-        self.require(path)
-        return self.root / path
+        """The file's place below the folder; see :meth:`Source.local`.
+
+        Raises:
+            SourceError: also for a git-lfs pointer, which stands where the file should.
+        """
+        place = self.root / self.require(path).path
+        if self.files()[path].size <= _POINTER_BYTES and _is_pointer(place):
+            raise SourceError(
+                f"{self.label}: {path} is a git-lfs pointer, not the file",
+                hint="run 'git lfs pull' in the folder, or give the Hub's repo id",
+            )
+        return place
 
     def fetch(self, paths: Sequence[str], progress: FetchProgress | None = None) -> None:
         """Check that the files are there; see :meth:`Source.fetch`. There is nothing to report progress on."""
         for path in paths:
-            self.require(path)
+            self.local(path)
 
     def _refused_link(self, path: str) -> SourceError | None:
         """What to say about a file that is not listed because of a link on the way to it."""
@@ -85,6 +97,18 @@ class FolderSource(Source):
                     hint="give the real folder, or copy it in place of the link",
                 )
         return None
+
+
+def _is_pointer(place: Path) -> bool:
+    """Whether a small file is what git leaves in place of a large one that was not fetched.
+
+    Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+    """
+    try:
+        with place.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 def list_folder(root: Path, label: str) -> dict[str, SourceFile]:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from checkpoints import build_llama, shard
 import aoconvert
 from aoconvert import manifest
 from aoconvert.planning.types import Plan
+from aoconvert.words import size
 
 
 def convert(source: Path, output: Path, scheme: str = "int8wo", **options: object) -> tuple[Plan, manifest.Manifest]:
@@ -136,3 +138,17 @@ def test_config_alone_plans_the_same_tensors(llama: Path, tmp_path: Path) -> Non
     with pytest.raises(aoconvert.PlanError, match="no weights in bare"):
         aoconvert.quantize(tmp_path / "bare", "int8wo", output=tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_fewer_bits_that_take_more_bytes_are_said(llama: Path, tmp_path: Path) -> None:
+    """tile_packed_to_4d pads to 1024 columns: a small int4 layer is larger than its int8 one."""
+    options: dict[str, Any] = {"device": "cpu", "output": tmp_path / "out", "group_size": 32}
+    plan = aoconvert.plan(llama, "int4wo", layout_device="cuda", **options)
+    (line,) = [line for line in plan.warnings if "int8wo would take" in line]
+    int8 = aoconvert.plan(llama, "int8wo", device="cpu", output=tmp_path / "out")
+    sizes = [
+        size(sum(t.bytes_out for t in made.components[0].tensors if t.action == "quantize")) for made in (plan, int8)
+    ]
+    assert f"int4wo takes {sizes[0]}, int8wo would take {sizes[1]}" in line
+    plan = aoconvert.plan(llama, "int4wo", layout_device="cpu", **options)
+    assert not any("int8wo would take" in line for line in plan.warnings)

@@ -197,7 +197,7 @@ def with_header(header: bytes) -> bytes:
         (b"", "truncated or not a safetensors file"),
         (b"1234567", "truncated or not a safetensors file"),
         (struct.pack("<Q", 1 << 40), "truncated or not a safetensors file"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "truncated or not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "x.safetensors is a git-lfs pointer"),
         (with_header(b"{oops"), "its header is not JSON"),
         (with_header(b"\xff\xfe{}"), "its header is not JSON"),
         (with_header(b"[]"), "not a JSON object"),

@@ -1,0 +1,104 @@
+"""What a folder is that is not a model: an adapter, weights in another format, a single file. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import posixpath
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from aoconvert.errors import SourceError
+
+if TYPE_CHECKING:
+    from aoconvert.sources import Source
+
+_ADAPTER = "adapter_config.json"  # peft.utils.CONFIG_NAME
+_LORA = re.compile(r"(pytorch_lora_weights|adapter_model|.*[-_.]lora|lora[-_.].*)\.(safetensors|bin)", re.IGNORECASE)
+_ORIGINAL = "start from the original weights, as safetensors or .bin"
+# weights that are not read, by file name → the format's name, what to do; the first that is there is named
+_FORMATS = (
+    (r"adapter_model\.(safetensors|bin)", "an adapter", "merge it into its model first (peft: merge_and_unload)"),
+    (r".*\.gguf", "GGUF", _ORIGINAL),
+    (r"tf_model.*\.h5|.*\.h5", "TensorFlow", "from_pretrained(…, from_tf=True) of transformers 4 and save_pretrained"),
+    (r".*\.msgpack", "Flax", "from_pretrained(…, from_flax=True) of transformers 4 and save_pretrained"),
+    (r".*\.onnx(_data)?|.*\.ort", "ONNX", _ORIGINAL),
+    (r"openvino_model.*\.(bin|xml)|.*\.xml", "OpenVINO", _ORIGINAL),
+    (r".*\.(tflite|mlmodel|mlpackage|mnn|llamafile)", "an on-device format", _ORIGINAL),
+    (r"consolidated.*\.(pth|safetensors)", "the authors' own layout", "give the repo in transformers' layout (-hf)"),
+    (r".*\.(ckpt|pth|pt|safetensors|bin)", "a name that the library does not look for", ""),
+)
+
+
+def explain_unknown(source: Source, folder: str) -> SourceError:
+    """The error for a folder without ``config.json`` and ``model_index.json``; to be raised."""
+    where = f"{source.label}/{folder}" if folder else source.label
+    names = _names(source, folder)
+    if _ADAPTER in names or any(_LORA.fullmatch(name) for name in names):
+        return _adapter(source, folder, where)
+    weights = [name for name in names if name.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin"))]
+    missing = f"{where} has no config.json and no model_index.json"
+    if any(name.endswith(".gguf") for name in names):
+        return SourceError(f"{missing}, only GGUF weights ({_some(names, '.gguf')})", hint=_ORIGINAL)
+    if weights:
+        return SourceError(
+            f"{missing}, only weights ({', '.join(weights[:2])}{', …' if len(weights) > 2 else ''})",
+            hint="a single file in its authors' layout? Open it with from_single_file of its diffusers class, save it "
+            "with save_pretrained, and give that folder",
+        )
+    return SourceError(
+        missing, hint="give the folder of a diffusers pipeline, a diffusers model or a transformers model"
+    )
+
+
+def _adapter(source: Source, folder: str, where: str) -> SourceError:
+    base = None
+    with contextlib.suppress(SourceError, AttributeError):
+        base = source.read_json(posixpath.join(folder, _ADAPTER)).get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    return SourceError(
+        f"{where} is an adapter (LoRA){of}, not a model",
+        hint="merge it into its model first (peft: merge_and_unload, diffusers: fuse_lora), and give the merged model",
+    )
+
+
+def other_weights(source: Source, folder: str) -> str | None:
+    """In which other form the weights of a model without readable ones lie there, and what to do; ``None``: in none."""
+    names = _names(source, folder)
+    for pattern, form, advice in _FORMATS:
+        found = [name for name in names if re.fullmatch(pattern, name, re.IGNORECASE)]
+        if found:
+            return f"only {form} ({found[0]})" + (f"; {advice}" if advice else "")
+    return None
+
+
+def check_class_keys(source: Source, path: str, config: Mapping[str, Any]) -> None:
+    """Refuse a config that names its class in a way that nobody reads.
+
+    Raises:
+        SourceError: ``_class_name``, ``architectures`` or ``model_type`` is of the wrong type.
+    """
+    for key in ("_class_name", "model_type"):
+        if config.get(key) is not None and not isinstance(config[key], str):
+            raise SourceError(f"{source.label}: {path}: {key} is not a text: {_short(config[key])}", hint="correct it")
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(item, str) for item in classes)):
+        raise SourceError(
+            f"{source.label}: {path}: architectures is not a list of class names: {_short(classes)}", hint="correct it"
+        )
+
+
+def _names(source: Source, folder: str) -> list[str]:
+    """Names of the files in a folder itself."""
+    prefix = f"{folder}/" if folder else ""
+    rest = (path.removeprefix(prefix) for path in source.files() if path.startswith(prefix))
+    return [name for name in rest if "/" not in name]
+
+
+def _some(names: list[str], suffix: str) -> str:
+    return next(name for name in names if name.endswith(suffix))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
