@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aoconvert.planning import Plan
     from aoconvert.repacking import Repacked
     from aoconvert.sources import Source
+    from aoconvert.verification.published import Published
     from aoconvert.verification.report import Report
 
 
@@ -114,7 +115,8 @@ def verify(
     """Prove that a converted checkpoint loads, in fresh processes; ``aoconvert.verify.json`` holds the report.
 
     Args:
-        checkpoint: a folder, or a Hub repo id (the whole repo is fetched).
+        checkpoint: a folder, or a Hub repo id: the whole repo is fetched and checked, and then opened from the Hub by
+            the code of its card, at that commit and with an empty cache, unless the network is not to be used.
         progress: is told what happens; default: silent.
         revision, token, cache_dir, local_files_only: for a Hub repo.
         source: the original, a folder or a repo id, to compare every weight with.
@@ -135,11 +137,11 @@ def verify(
     from aoconvert.verification.run import VerifyOptions
     from aoconvert.verification.run import verify as run
 
-    folder = _checkpoint(checkpoint, revision, token, cache_dir, local_files_only)
+    folder, published = _checkpoint(checkpoint, revision, token, cache_dir, local_files_only)
     return run(
         folder,
         str(checkpoint),
-        VerifyOptions(strategy, reload, forward, require_device, device, example, source),
+        VerifyOptions(strategy, reload, forward, require_device, device, example, source, published),
         progress or Silent(),
     )
 
@@ -169,7 +171,7 @@ def load(
     """
     from aoconvert.verification.opening import open_checkpoint
 
-    return open_checkpoint(_checkpoint(checkpoint, revision, token, cache_dir, local_files_only), kwargs)
+    return open_checkpoint(_checkpoint(checkpoint, revision, token, cache_dir, local_files_only)[0], kwargs)
 
 
 def repack(
@@ -270,16 +272,26 @@ def push(
 
 def _checkpoint(
     checkpoint: str | Path, revision: str | None, token: str | None, cache_dir: Path | None, local_files_only: bool
-) -> Path:
-    """The checkpoint's folder; a repo is fetched first."""
+) -> tuple[Path, Published | None]:
+    """The checkpoint's folder, and where it is on the Hub, from which it was fetched; ``None`` without the network."""
+    from huggingface_hub import is_offline_mode
+
     from aoconvert.sources import resolve
+    from aoconvert.sources.references import parse_repo
+    from aoconvert.verification.published import Published
 
     source = resolve(
         str(checkpoint), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    if source.kind == "hub":
-        source.fetch(list(source.files()))
-    return source.root
+    if source.kind != "hub":
+        return source.root, None
+    source.fetch(list(source.files()))
+    if local_files_only or is_offline_mode():
+        return source.root, None
+    assert source.repo_id is not None and source.revision is not None
+    total = sum(file.size for file in source.files().values())
+    asked = revision or parse_repo(str(checkpoint))[1]
+    return source.root, Published(source.repo_id, source.revision, asked, total, token)
 
 
 def make_options(scheme: str | None, options: Mapping[str, Any]) -> QuantizeOptions:

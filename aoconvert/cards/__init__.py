@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import WriteError
+from aoconvert.verification.report import CARD_NAME as CARD_NAME
 
-CARD_NAME = "README.md"
 PICTURE_NAME = "sqnr.svg"
 
 _SEAL = re.compile(rb"<!-- written by aoconvert; sha256 of all above: ([0-9a-f]{64}) -->\s*\Z")
@@ -51,13 +51,14 @@ class Card:
     warnings: tuple[str, ...]
 
 
-def render(folder: Path, options: CardOptions, *, repo_id: str | None = None) -> Card:
+def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, revision: str | None = None) -> Card:
     """The card of a checkpoint: the same manifest, report and options give the same bytes.
 
     Args:
         folder: the checkpoint.
         options: what the user decides.
         repo_id: where it will be published; without it the code on the card opens the folder.
+        revision: the branch, where it is not the default one.
 
     Raises:
         UsageError: metadata that the Hub does not know, a repo id that is none, or a template that fails.
@@ -65,7 +66,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None) ->
     """
     from aoconvert.cards.make import make
 
-    made, picture, warnings = make(folder, options, repo_id)
+    made, picture, warnings = make(folder, options, repo_id, revision)
     return Card(seal(made), picture, warnings)
 
 

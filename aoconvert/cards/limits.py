@@ -83,7 +83,7 @@ def _limits(target: Target, strategy: Strategy) -> Iterable[tuple[str, str]]:
     if any(entry.format == "bin" for entry in components):
         spans = {span for entry in components if (span := ranges(entry.loads_with).get("torchao")) is not None}
         needs = ", ".join(text(span.replace(">=", "≥ ")) for span in sorted(spans))
-        known = f" (torchao {needs}; {short(len(RELEASES) - 1)} is the newest that was tried)" if needs else ""
+        known = f" (torchao {needs}; {short(len(RELEASES) - 1)} is the newest that aoconvert knows)" if needs else ""
         yield "torchao", _BIN.format(known=known)
     if "IntxUnpackedToInt8Tensor" in classes or any("mxfp6" in (tensor.scheme or "") for tensor in tensors):
         yield "size", _BYTES

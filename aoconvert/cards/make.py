@@ -23,7 +23,7 @@ from aoconvert.errors import UsageError
 from aoconvert.manifest import FileEntry, Manifest
 from aoconvert.models import identify
 from aoconvert.sources.folder import FolderSource
-from aoconvert.verification.code import Strategy, load_code
+from aoconvert.verification.code import Strategy, code_device, load_code
 from aoconvert.verification.target import Target, from_manifest
 from aoconvert.verification.usage import usage_code, usage_packages
 
@@ -32,7 +32,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 
 
-def make(folder: Path, options: CardOptions, repo_id: str | None) -> tuple[str, str | None, tuple[str, ...]]:
+def make(
+    folder: Path, options: CardOptions, repo_id: str | None, revision: str | None
+) -> tuple[str, str | None, tuple[str, ...]]:
     """See ``cards.render``: the text, the picture, the warnings."""
     if repo_id is not None and not is_repo_id(repo_id):
         raise UsageError(f"{repo_id!r} is no name of a repo on the Hub", hint="it is user/name")
@@ -49,14 +51,16 @@ def make(folder: Path, options: CardOptions, repo_id: str | None) -> tuple[str, 
         "license": shown_license(manifest, front),
         "license_url": front.get("license_link") if is_page(front.get("license_link")) else None,
         "picture": PICTURE_NAME if picture is not None else None,
-        "code": _code(target, proof.strategy, repo_id or str(folder), hub=repo_id is not None),
+        "code": _code(target, proof, repo_id or str(folder), hub=repo_id is not None, revision=revision),
         "proof": _proof(proof),
         "components": parts,
         "sizes": _sizes(manifest),
         "hardware": hardware(target),
         "needs": list(dict.fromkeys((item["package"], item["range"]) for part in parts for item in part["loads_with"])),
         "limits": limits(target, proof.strategy),
-        "verify": shlex.join(["aoconvert", "verify", repo_id or str(folder)]),
+        "verify": shlex.join(
+            ["aoconvert", "verify", repo_id or str(folder), *(["--revision", revision] if revision else [])]
+        ),
         **_origin(manifest),
     }
     return f"{header}\n{template.render(options.template, values).strip()}\n", picture, warnings
@@ -78,15 +82,16 @@ def _what(target: Target, folder: Path, repo_id: str | None) -> dict[str, Any]:
     }
 
 
-def _code(target: Target, strategy: Strategy, place: str, *, hub: bool) -> dict[str, Any]:
-    usage = usage_code(target, place)
-    names = _packages(target, strategy)
+def _code(target: Target, proof: Proof, place: str, *, hub: bool, revision: str | None) -> dict[str, Any]:
+    usage = usage_code(target, place, revision=revision)
+    names = _packages(target, proof.strategy)
     return {
-        "load": load_code(target, place, strategy, hub=hub),
+        "load": load_code(target, place, proof.strategy, hub=hub, revision=revision),
         "usage": usage,
-        "strategy": strategy,
+        "to_device": f"{'pipe' if target.kind == 'pipeline' else 'model'}.to({code_device(target)!r})",
+        "strategy": proof.strategy,
         "packages": names,
-        "install": _install(target, names, usage_packages(usage)),
+        "install": _install(target, names, proof, usage_packages(usage)),
     }
 
 
@@ -101,11 +106,12 @@ def _packages(target: Target, strategy: Strategy) -> list[str]:
     return names
 
 
-def _install(target: Target, names: list[str], more: tuple[str, ...]) -> str:
-    """``pip install`` with the versions that wrote the checkpoint, and ``more`` without, for a shell."""
+def _install(target: Target, names: list[str], proof: Proof, more: tuple[str, ...]) -> str:
+    """``pip install`` for a shell, with the versions that opened the checkpoint, or else wrote it; ``more`` without."""
     manifest = target.manifest
     assert manifest is not None
-    words = [pinned(name, getattr(manifest.environment, name)) for name in names]
+    opened = dict(proof.versions) if proof.ok else {}
+    words = [pinned(name, opened.get(name) or getattr(manifest.environment, name)) for name in names]
     for entry in manifest.components:
         words += [f"{item.name}{item.specifier}" for item in needed(entry.layout.requires) if item.name not in names]
     words += more
@@ -121,6 +127,9 @@ def _proof(proof: Proof) -> dict[str, Any]:
         "versions": [{"name": name, "version": version} for name, version in proof.versions],
         "checks": [{"name": check.name, "status": check.status, "detail": check.detail} for check in proof.checks],
         "example": proof.example,
+        "forward": proof.forward,
+        "not_run": proof.not_run,
+        "device_code": repr(proof.device),
     }
 
 

@@ -13,16 +13,23 @@ from typing import Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from aoconvert.manifest import MANIFEST_NAME
-from aoconvert.verification.code import Strategy, code_sha256
+from aoconvert.verification.code import Strategy, code_device, code_sha256
 from aoconvert.verification.files import file_sha256
 from aoconvert.verification.report import REPORT_NAME, CheckName, Status
 from aoconvert.verification.target import Target
+from aoconvert.verification.usage import usage_sha256
 
 
 class _Check(BaseModel):
     name: CheckName
     status: Status
     detail: str
+
+
+class _Ran(BaseModel):
+    what: Literal["load", "forward", "example"]
+    device: str
+    code_sha256: str | None = None
 
 
 class _Report(BaseModel):
@@ -36,6 +43,11 @@ class _Report(BaseModel):
     device: str | None
     code_sha256: str | None
     example: bool = False
+    ran: list[_Ran] = Field(default_factory=list)
+
+    def ran_on(self, what: str, code_sha256: str | None) -> set[str]:
+        """The devices on which that very code ran."""
+        return {item.device for item in self.ran if (item.what, item.code_sha256) == (what, code_sha256)}
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,9 @@ class Proof:
         reason: why not; ``""`` where it is.
         strategy: the way of loading to show.
         date, device, versions, checks: of the report, if it belongs to this manifest.
-        example: the example of the card was run too, at the smallest sizes.
+        example: the example of the card was run too, on the same device, at the smallest sizes.
+        forward: every quantized model took a forward pass there.
+        not_run: what of the code was not run where it was tried: a device; ``None`` where all of it was.
     """
 
     ok: bool
@@ -58,6 +72,8 @@ class Proof:
     versions: tuple[tuple[str, str], ...] = ()
     checks: tuple[_Check, ...] = ()
     example: bool = False
+    forward: bool = False
+    not_run: str | None = None
 
 
 def prove(folder: Path, target: Target) -> Proof:
@@ -84,8 +100,16 @@ def prove(folder: Path, target: Target) -> Proof:
         device=report.device,
         versions=tuple(report.versions.items()),
         checks=tuple(report.checks),
-        example=report.example,
+        example=report.example and report.device in report.ran_on("example", usage_sha256(target)),
+        forward=report.device in report.ran_on("forward", None),
+        not_run=_not_run(target, report.device),
     )
+
+
+def _not_run(target: Target, device: str | None) -> str | None:
+    """The device that the code names and that it did not run on."""
+    named = code_device(target)
+    return named if named is not None and (device or "").partition(":")[0] != named else None
 
 
 def _doubt(report: _Report, target: Target, strategy: Strategy) -> str:

@@ -7,9 +7,10 @@ text is escaped where it is written, so no filter is needed for safety:
   ``class_name``, ``schemes`` (list), ``picture`` (file name, or null), ``license``, ``license_url`` (or null);
 - ``source``: ``name``, ``url``, ``revision``, ``revision_url``, ``files`` (as ``files`` below);
 - ``code``: ``load``, ``usage`` (or null), ``strategy`` (from-pretrained or assign), ``install`` (a pip command),
-  ``packages`` (names);
+  ``packages`` (names), ``to_device`` (what moves it to the device that the code names);
 - ``proof``: ``ok`` (this code was run and opened this checkpoint), ``reason`` (why not), ``date``, ``device``,
-  ``versions`` (name, version), ``checks`` (name, status, detail), ``example`` (the example was run too);
+  ``versions`` (name, version), ``checks`` (name, status, detail), ``example`` (the example was run too), ``forward`` (a
+  forward pass was taken), ``not_run`` (the device that the code names, where it was run on another), ``device_code``;
 - ``components``: ``name``, ``class_name``, ``scheme``, ``config``, ``weights`` (int8 …), ``granularity``, ``dynamic``
   (activations are quantized too), ``dtype``, ``device``, ``packing``, ``capability``, ``loads_with`` (package, range),
   ``parameters``, ``quantized_parameters``, ``quantized_fraction``, ``layers``, ``bytes_in``, ``bytes_out``,

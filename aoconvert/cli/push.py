@@ -41,6 +41,9 @@ Examples:
 @click.option("--rehash", is_flag=True, help="Compare every file's SHA-256 with the manifest, not its time of change.")
 @click.option("--replace", is_flag=True, help="Delete other weights on the branch that a loader would take first.")
 @click.option(
+    "--verify-hub", is_flag=True, help="Then open the commit from the Hub by the card's code, with an empty cache."
+)
+@click.option(
     "--card-template",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A Jinja template for the card.",
@@ -65,7 +68,7 @@ def command(*, repo_id: str, checkpoint: Path, out: Output, settings: tuple[str,
     for line in done.warnings:
         out.warning(line)
     out.result(lambda: table(done), done.to_dict(), done.url)
-    return 0
+    return done.exit_code
 
 
 def table(done: Pushed) -> RenderableType:

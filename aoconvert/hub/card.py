@@ -49,7 +49,7 @@ def render_card(folder: Path, repo_id: str, options: PushOptions) -> CardFiles:
         license=options.license,
         metadata=options.metadata,
     )
-    card = cards.render(folder, wanted, repo_id=repo_id)
+    card = cards.render(folder, wanted, repo_id=repo_id, revision=options.branch)
     files = [Sent.from_bytes(CARD_NAME, card.text.encode())]
     if card.picture is not None:
         files.append(Sent.from_bytes(PICTURE_NAME, card.picture.encode()))

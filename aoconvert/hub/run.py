@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from aoconvert.hub.types import Pushed, PushOptions
 from aoconvert.hub.upload import Arrived, Sending, again, hash_files, send
 from aoconvert.progress import Progress
 from aoconvert.sources.hub_errors import AGAIN_HINT, check_token, failed_status, never_answered, translated
-from aoconvert.verification.report import some
+from aoconvert.verification.report import Report, some
 from aoconvert.version import __version__
 
 
@@ -161,12 +162,37 @@ def _publish(
         return result
     failed = write_card(folder, card)
     arrived = _send(Sending(job, progress), standing, contents.hashed)
+    report = _open_again(folder, job, arrived.commit, progress) if options.verify_hub else None
+    notes += [failed] if failed else []
+    notes += _does_not_open(job, arrived.commit, report) if report is not None and not report.ok else []
     return replace(
         result,
         commit=arrived.commit,
         pr_url=pull_request_url(job, arrived.pull_request) if arrived.pull_request is not None else None,
-        warnings=tuple([*notes, failed] if failed else notes),
+        warnings=tuple(notes),
+        verification=report,
     )
+
+
+def _open_again(folder: Path, job: Job, commit: str, progress: Progress) -> Report:
+    """Verify what was pushed, opened from the Hub; the folder holds the same files, as the comparison has shown."""
+    from aoconvert.verification.published import Published
+    from aoconvert.verification.run import VerifyOptions, verify
+
+    total = sum(file.size for file in job.files)
+    published = Published(job.repo_id, commit, job.options.branch, total, job.options.token)
+    return verify(folder, job.repo_id, VerifyOptions(published=published), progress)
+
+
+def _does_not_open(job: Job, commit: str, report: Report) -> list[str]:
+    """What is wrong with a commit that is there already, and what to do."""
+    failed = some([f"{check.name}: {check.detail}" for check in report.checks if check.status == "failed"])
+    again = shlex.join(["aoconvert", "verify", job.repo_id, "--revision", commit])
+    return [
+        f"{job.repo_id}: commit {commit[:12]} is there, and does not pass from there: {failed}",
+        f"look again with {again}; then push a mended checkpoint, or go back to an earlier commit in the list at "
+        f"{job.api.endpoint}/{job.repo_id}/commits/{job.branch}",
+    ]
 
 
 def _page(job: Job) -> str:

@@ -6,7 +6,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from aoconvert.verification.report import Report
 
 MARKER = "aoconvert manifest: sha256:"
 _CHUNK = 1 << 22
@@ -27,6 +30,7 @@ class PushKwargs(TypedDict, total=False):
     allow_unverified: bool
     rehash: bool
     replace: bool
+    verify_hub: bool
     card_template: Path | None
     license: str | None
     metadata: Mapping[str, Any]
@@ -48,6 +52,7 @@ class PushOptions:
         allow_unverified: publish without a verification that passed; the card says so.
         rehash: compare the SHA-256 of each file with the manifest, whatever its time of change.
         replace: delete weights on the branch that were not pushed by aoconvert and that a loader would take.
+        verify_hub: at the end, open the commit from the Hub by the card's code, with an empty cache.
         card_template, license, metadata: for the model card.
     """
 
@@ -63,9 +68,15 @@ class PushOptions:
     allow_unverified: bool = False
     rehash: bool = False
     replace: bool = False
+    verify_hub: bool = False
     card_template: Path | None = None
     license: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def branch(self) -> str | None:
+        """The branch that holds the checkpoint at the end; ``None`` for main, which a pull request is for."""
+        return None if self.revision == "main" or (self.revision or "").startswith("refs/pr/") else self.revision
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,7 @@ class Pushed:
         nothing_to_do: everything was there already, and no commit was made.
         dry_run: nothing was changed; ``sent`` and ``deleted`` are what would be.
         card: text of the model card that was, or would be, sent.
+        verification: of the commit on the Hub, with ``verify_hub``.
     """
 
     repo_id: str
@@ -143,6 +155,12 @@ class Pushed:
     nothing_to_do: bool
     dry_run: bool
     card: str
+    verification: Report | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What the command exits with: the checkpoint is there, but it may not open from there."""
+        return self.verification.exit_code if self.verification is not None else 0
 
     @property
     def bytes_sent(self) -> int:
@@ -167,6 +185,8 @@ class Pushed:
             "warnings": list(self.warnings),
             "dry_run": self.dry_run,
         }
+        if self.verification is not None:
+            found["verification"] = self.verification.to_dict()
         if not self.dry_run:
             return found
         to_send = [file.path for file in self.files if file.path in self.sent]

@@ -6,10 +6,14 @@ Every value that goes into it was checked by ``target`` and is written as a Pyth
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models.fused import FUSED
+from aoconvert.verification.files import file_sha256
+from aoconvert.verification.report import REPORT_NAME
 from aoconvert.verification.target import Part, Target
 
 Strategy = Literal["from-pretrained", "assign"]
@@ -26,7 +30,15 @@ class _Program:
         return "\n".join([*self.imports, "", *self.body]) + "\n"
 
 
-def load_code(target: Target, place: str, strategy: Strategy, *, device: str | None = None, hub: bool = False) -> str:
+def load_code(
+    target: Target,
+    place: str,
+    strategy: Strategy,
+    *,
+    device: str | None = None,
+    hub: bool = False,
+    revision: str | None = None,
+) -> str:
     """Python that leaves the pipeline in ``pipe``, or the model in ``model``.
 
     Args:
@@ -36,15 +48,32 @@ def load_code(target: Target, place: str, strategy: Strategy, *, device: str | N
             ``load_state_dict(assign=True)``, for what the libraries cannot open themselves.
         device: where the model goes; by default the device that its layout is for, or a GPU where there is one.
         hub: ``place`` is a repo id; ``assign`` downloads it first.
+        revision: of the repo, where it is not the default branch.
     """
     program = _Program(["import torch", *(f"import {name}" for name in target.imports)])
     program.body.append(f"device = {_device(target, device)}")
+    opened = repr(place) if revision is None else f"{place!r}, revision={revision!r}"
     if strategy == "from-pretrained":
-        _from_pretrained(program, target, place)
+        _from_pretrained(program, target, opened)
     else:
-        _assign(program, target, place, hub=hub)
+        _assign(program, target, f"snapshot_download({opened})" if hub else repr(place), hub=hub)
     program.body.append(f"{'pipe' if target.kind == 'pipeline' else 'model'}.to(device)")
     return program.text()
+
+
+def card_strategy(target: Target) -> Strategy:
+    """The way of loading that a card shows: the one that the last verification of this manifest proved, if any."""
+    manifest = target.manifest
+    ways = {entry.load.strategy for entry in manifest.components} if manifest is not None else set()
+    usual: Strategy = "assign" if "assign" in ways else "from-pretrained"
+    try:
+        report = json.loads((target.folder / REPORT_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return usual
+    if not isinstance(report, dict) or report.get("manifest_sha256") != file_sha256(target.folder / MANIFEST_NAME):
+        return usual
+    proven = report.get("strategy")
+    return proven if proven in ("from-pretrained", "assign") else usual
 
 
 def code_sha256(target: Target, strategy: Strategy) -> str:
@@ -52,11 +81,16 @@ def code_sha256(target: Target, strategy: Strategy) -> str:
     return hashlib.sha256(load_code(target, "", strategy).encode()).hexdigest()
 
 
+def code_device(target: Target) -> str | None:
+    """The device that the code names: the one that weights are packed for; ``None`` where it takes what is there."""
+    layouts = [entry.layout for entry in target.manifest.components] if target.manifest is not None else []
+    return next((layout.device for layout in layouts if layout.device != "any"), None)
+
+
 def _device(target: Target, device: str | None) -> str:
     """The device as Python: the one that the weights are packed for, or a GPU that they can run on."""
     layouts = [entry.layout for entry in target.manifest.components] if target.manifest is not None else []
-    if device is None:
-        device = next((layout.device for layout in layouts if layout.device != "any"), None)
+    device = device or code_device(target)
     if device is not None:
         return repr(device)
     least = max((tuple(layout.min_capability) for layout in layouts if layout.min_capability), default=None)
@@ -64,19 +98,19 @@ def _device(target: Target, device: str | None) -> str:
     return f'"cuda" if torch.cuda.is_available(){able} else "cpu"'
 
 
-def _from_pretrained(program: _Program, target: Target, place: str) -> None:
+def _from_pretrained(program: _Program, target: Target, opened: str) -> None:
     if target.kind == "pipeline":
         program.imports.append("from diffusers import DiffusionPipeline")
         arguments = "".join(f", {item}" for item in _dtype(target))
-        program.body.append(f"pipe = DiffusionPipeline.from_pretrained({place!r}{arguments})")
+        program.body.append(f"pipe = DiffusionPipeline.from_pretrained({opened}{arguments})")
         return
     [part] = target.parts
     arguments = "".join(f", {item}" for item in _kwargs(part))
     program.imports.append(f"from {part.library} import {part.class_name}")
-    program.body.append(f"model = {part.class_name}.from_pretrained({place!r}{arguments})")
+    program.body.append(f"model = {part.class_name}.from_pretrained({opened}{arguments})")
 
 
-def _assign(program: _Program, target: Target, place: str, *, hub: bool) -> None:
+def _assign(program: _Program, target: Target, folder: str, *, hub: bool) -> None:
     program.imports.append("from accelerate import init_empty_weights")
     names = sorted({(part.library, part.class_name) for part in target.parts})
     program.imports += [f"from {library} import {class_name}" for library, class_name in names]
@@ -86,7 +120,7 @@ def _assign(program: _Program, target: Target, place: str, *, hub: bool) -> None
         program.imports.append("from transformers import AutoConfig")
     if target.kind == "pipeline":
         program.imports.append(f"from diffusers import {target.class_name}")
-    program.body.append(f"folder = snapshot_download({place!r})" if hub else f"folder = {place!r}")
+    program.body.append(f"folder = {folder}")
     for part in target.parts:
         program.body += ["", *_assign_part(part)]
     if target.kind == "pipeline":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from aoconvert.errors import VerificationError
 from aoconvert.verification.pickles import read_bin
 from aoconvert.verification.process import ask
+from aoconvert.verification.published import Published
 from aoconvert.verification.report import Status, some
 from aoconvert.verification.target import Part, Target
 
@@ -24,6 +27,12 @@ class Loaded:
     def example(self) -> bool:
         """Whether the card's example ran."""
         return any(answer.get("example") and answer["forward"]["status"] == "passed" for answer in self.forward)
+
+    @property
+    def forward_passed(self) -> bool:
+        """Whether every model alone took a forward pass."""
+        passes = [answer["forward"]["status"] for answer in self.forward if not answer.get("example")]
+        return bool(passes) and set(passes) == {"passed"}
 
 
 def check_load(target: Target, loaded: Loaded) -> tuple[Status, str]:
@@ -74,6 +83,19 @@ def _differences(part: Part, tensors: dict[str, dict[str, Any]]) -> list[str]:
     return problems
 
 
+def check_published(
+    target: Target, published: Published, code: str, loaded: Loaded, *, forward: bool, example: str | None
+) -> tuple[Status, str]:
+    """:func:`check_reload` with code that opens a commit on the Hub, in a process whose cache is empty."""
+    request = _request(target, code, forward=forward, example=example)
+    with published.empty_cache() as home:
+        environment = published.environment(os.environ, home)
+        status, detail = _reloaded(request, lambda: ask("reload_child", request, environment=environment), loaded)
+        others = published.other_files(home)
+    also = f", and fetched {some(others)}" if others else ""
+    return status, f"from the Hub ({published.shown}) with an empty cache: {detail}{also}"
+
+
 def check_reload(
     target: Target, code: str, loaded: Loaded, *, forward: bool, example: str | None
 ) -> tuple[Status, str]:
@@ -81,9 +103,21 @@ def check_reload(
 
     ``forward`` and ``example`` (code that uses what was opened) run there too; ``check_forward`` says what they gave.
     """
+    request = _request(target, code, forward=forward, example=example)
+    return _reloaded(request, lambda: ask("reload_child", request), loaded)
+
+
+def _request(target: Target, code: str, *, forward: bool, example: str | None) -> dict[str, Any]:
     parts = {part.name: _expected(target, part) for part in target.parts}
+    return {"code": code, "parts": parts, "forward": forward, "example": example}
+
+
+def _reloaded(
+    request: dict[str, Any], open_it: Callable[[], list[dict[str, Any]]], loaded: Loaded
+) -> tuple[Status, str]:
+    """Whether what was opened is what was written."""
     try:
-        answers = ask("reload_child", {"code": code, "parts": parts, "forward": forward, "example": example})
+        answers = open_it()
     except VerificationError as error:
         return "failed", error.message
     if "error" in answers[0]:
@@ -92,7 +126,8 @@ def check_reload(
     if problems:
         return "failed", some(problems)
     loaded.forward = [answer for answer in answers if "forward" in answer]
-    return "passed", f"{answers[0]['loaded']}, {sum(len(names) for names in parts.values())} quantized tensors in place"
+    count = sum(len(names) for names in request["parts"].values())
+    return "passed", f"{answers[0]['loaded']}, {count} quantized tensors in place"
 
 
 def _expected(target: Target, part: Part) -> dict[str, list[str | None]]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from aoconvert.errors import VerificationError
 _CHILDREN = Path(__file__).parent / "children"
 
 
-def ask(child: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+def ask(child: str, request: dict[str, Any], *, environment: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Run a program of ``children`` with a request on stdin, and read its answer, one JSON value a line.
 
-    The interpreter is isolated (``-I``: no ``PYTHON*`` variables, no current folder) and offline.
+    The interpreter is isolated (``-I``: no ``PYTHON*`` variables, no current folder), and offline unless it is given
+    another ``environment``.
 
     Raises:
         VerificationError: it died without an answer.
     """
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **quiet}
-    environment.pop("HF_TOKEN", None)
+    if environment is None:
+        offline = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+        environment = {**offline, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as empty:
         done = subprocess.run(
             [sys.executable, "-I", "-W", "ignore", str(_CHILDREN / f"{child}.py")],
@@ -33,7 +36,7 @@ def ask(child: str, request: dict[str, Any]) -> list[dict[str, Any]]:
             capture_output=True,
             text=True,
             cwd=empty,
-            env=environment,
+            env={**environment, **quiet},
             check=False,
         )
     answers = []

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aoconvert.errors import VerificationError
+from aoconvert.verification.published import Published
 
 CheckName = Literal["manifest", "files", "pickle", "versions", "load", "reload", "numbers", "forward"]
 Status = Literal["passed", "failed", "skipped"]
 
 REPORT_NAME = "aoconvert.verify.json"
+CARD_NAME = "README.md"
 SCHEMA_VERSION = 1
 
 
@@ -33,6 +35,15 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Ran:
+    """Code that ran to its end: what it did, on which device, and its SHA-256 before place and sizes are filled in."""
+
+    what: Literal["load", "forward", "example"]
+    device: str
+    code_sha256: str | None
+
+
+@dataclass(frozen=True)
 class Report:
     """A verification.
 
@@ -48,6 +59,8 @@ class Report:
         device: where the checkpoint was opened; ``None`` where it was not.
         code_sha256: of the load code that opened it, see ``code.code_sha256``.
         example: the card's example ran, at the smallest sizes.
+        ran: each piece of code that ran, and where. ``forward`` is a pass of each quantized model alone.
+        published: the commit on the Hub that was opened; ``None`` where it was a folder.
     """
 
     path: str
@@ -61,6 +74,8 @@ class Report:
     device: str | None = None
     code_sha256: str | None = None
     example: bool = False
+    ran: tuple[Ran, ...] = ()
+    published: Published | None = None
 
     @property
     def ok(self) -> bool:
@@ -98,6 +113,8 @@ class Report:
             "device": self.device,
             "code_sha256": self.code_sha256,
             "example": self.example,
+            "ran": [{"what": r.what, "device": r.device, "code_sha256": r.code_sha256} for r in self.ran],
+            "published": self.published.to_dict() if self.published is not None else None,
         }
 
     def dump(self) -> str:

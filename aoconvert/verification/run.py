@@ -15,14 +15,22 @@ from aoconvert.environment import versions
 from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.manifest import MANIFEST_NAME, Manifest
 from aoconvert.progress import Progress
-from aoconvert.verification.code import Strategy, code_sha256, load_code
+from aoconvert.verification.code import Strategy, card_strategy, code_sha256, load_code
 from aoconvert.verification.files import check_files, file_sha256, shadows
-from aoconvert.verification.loading import Loaded, check_forward, check_load, check_numbers, check_reload
+from aoconvert.verification.loading import (
+    Loaded,
+    check_forward,
+    check_load,
+    check_numbers,
+    check_published,
+    check_reload,
+)
 from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.place import Place, choose_place
-from aoconvert.verification.report import REPORT_NAME, Check, CheckName, Report, Status, some
+from aoconvert.verification.published import Published
+from aoconvert.verification.report import CARD_NAME, REPORT_NAME, Check, CheckName, Ran, Report, Status, some
 from aoconvert.verification.target import Target, from_folder, from_manifest, validate, with_imports
-from aoconvert.verification.usage import usage_code
+from aoconvert.verification.usage import usage_code, usage_sha256
 from aoconvert.verification.versions import version_problems
 
 Choice = Literal["auto", "from-pretrained", "assign"]
@@ -41,6 +49,8 @@ class VerifyOptions:
             CPU.
         require_device: weights that cannot run here are a failure, not a skipped check.
         source: the original, to compare the numbers with.
+        published: open it from the Hub, by the code of its card and with an empty cache, in place of the folder, which
+            holds the same files; nothing is written into the folder then.
     """
 
     strategy: Choice = "auto"
@@ -50,6 +60,7 @@ class VerifyOptions:
     device: str = "auto"
     example: bool = False
     source: str | None = None
+    published: Published | None = None
 
 
 class Stop(Exception):
@@ -66,6 +77,7 @@ class _Run:
     strategy: Strategy | None = None
     device: str | None = None
     example: bool = False
+    ran: list[Ran] = field(default_factory=list)
     target: Target | None = None
     manifest: Manifest | None = None
     place: Place | None = None
@@ -115,8 +127,10 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         device=run.device,
         code_sha256=code_sha256(target, run.strategy) if target is not None and run.strategy is not None else None,
         example=run.example,
+        ran=tuple(run.ran),
+        published=options.published,
     )
-    if report.manifest_sha256 is not None:
+    if report.manifest_sha256 is not None and options.published is None:
         (folder / REPORT_NAME).write_text(report.dump(), encoding="utf-8")
     return report
 
@@ -139,6 +153,18 @@ def _checks(run: _Run) -> None:
     obstacle = run.place.obstacle if run.place is not None else None
     run.check("forward", lambda: check_forward(loaded, asked=asked, obstacle=obstacle))
     run.example = loaded.example
+    run.ran = list(_ran(run, target, loaded))
+
+
+def _ran(run: _Run, target: Target, loaded: Loaded) -> Iterator[Ran]:
+    """Which code ran, and where: what did not pass, or was not tried, is not among it."""
+    if run.strategy is None or run.device is None:
+        return
+    yield Ran("load", run.device, code_sha256(target, run.strategy))
+    if loaded.forward_passed:
+        yield Ran("forward", run.device, None)
+    if loaded.example:
+        yield Ran("example", run.device, usage_sha256(target))
 
 
 def _manifest(run: _Run) -> tuple[Status, str]:
@@ -206,28 +232,57 @@ def _reload(run: _Run, target: Target, loaded: Loaded) -> tuple[Status, str]:
     """
     where = run.place or choose_place(target, run.options.device)
     failures: list[str] = []
-    folder = str(target.folder.resolve())
-    can_run = where.obstacle is None
-    wanted = run.options.example and can_run
-    example = usage_code(target, folder, small=True) if wanted else None
-    for strategy in _strategies(target, run.options.strategy):
-        code = load_code(target, folder, strategy, device=where.device)
-        forward = run.options.forward and can_run
-        status, detail = check_reload(target, code, loaded, forward=forward, example=example)
+    for strategy in _strategies(target, run.options):
+        status, detail = _open(run, target, loaded, strategy, where)
         if status == "passed":
             run.strategy, run.device = strategy, where.device
-            if wanted and example is None:
-                missing = {"status": "skipped", "detail": "the card has no example for it"}
-                loaded.forward.append({"example": True, "forward": missing})
             before = f" (from_pretrained could not: {failures[0]})" if failures else ""
-            on = "" if can_run else f", on {where.device}"
+            on = "" if where.obstacle is None else f", on {where.device}"
             return "passed", f"{strategy}: {detail}{on}{before}"
-        failures.append(detail)
+        failures.append(f"{strategy}: {detail}" if run.options.published is not None else detail)
     return "failed", "; ".join(failures)
 
 
-def _strategies(target: Target, choice: Choice) -> Iterator[Strategy]:
-    if choice == "from-pretrained" or (choice == "auto" and not target.fused):
+def _open(run: _Run, target: Target, loaded: Loaded, strategy: Strategy, where: Place) -> tuple[Status, str]:
+    """Open the checkpoint by one way, from its folder or from the Hub, and use what was opened where that can run."""
+    published = run.options.published
+    place = published.repo_id if published is not None else str(target.folder.resolve())
+    commit = published.commit if published is not None else None
+    code = load_code(target, place, strategy, device=where.device, hub=published is not None, revision=commit)
+    forward = run.options.forward and where.obstacle is None
+    wanted = run.options.example and where.obstacle is None
+    example = usage_code(target, place, small=True, revision=commit) if wanted else None
+    if published is None:
+        status, detail = check_reload(target, code, loaded, forward=forward, example=example)
+    else:
+        status, detail = check_published(target, published, code, loaded, forward=forward, example=example)
+        detail += _card_shows(target, published, strategy)
+    if status == "passed" and wanted and example is None:
+        missing = {"status": "skipped", "detail": "the card has no example for it"}
+        loaded.forward.append({"example": True, "forward": missing})
+    return status, detail
+
+
+def _card_shows(target: Target, published: Published, strategy: Strategy) -> str:
+    """Whether the published card shows the code that ran, but for the commit and the device."""
+    card = target.folder / CARD_NAME
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return f"; there is no {CARD_NAME}"
+    codes = (
+        load_code(target, published.repo_id, strategy, hub=True, revision=revision)
+        for revision in {None, published.revision}
+    )
+    return "" if any(code in text for code in codes) else f"; {CARD_NAME} shows other code than this"
+
+
+def _strategies(target: Target, options: VerifyOptions) -> Iterator[Strategy]:
+    """Ways of loading to try; from the Hub only the one that the card shows, where a manifest says which."""
+    if options.published is not None and options.strategy == "auto" and target.manifest is not None:
+        yield card_strategy(target)
+        return
+    if options.strategy == "from-pretrained" or (options.strategy == "auto" and not target.fused):
         yield "from-pretrained"
-    if choice in ("auto", "assign"):
+    if options.strategy in ("auto", "assign"):
         yield "assign"

@@ -6,6 +6,7 @@ is neither gets no example: a wrong one is worse than none.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -26,21 +27,29 @@ _OTHER_INPUTS = re.compile(
 _HALVES = re.compile(r"Prior|Decoder|LDM3D")
 
 
-def usage_code(target: Target, place: str, *, small: bool = False) -> str | None:
+def usage_code(target: Target, place: str, *, small: bool = False, revision: str | None = None) -> str | None:
     """Python that uses ``pipe`` or ``model`` after the load code; ``None`` for a kind that has no plain example.
 
     Args:
         target: the checkpoint.
         place: folder or repo id that was opened; a tokenizer is read from it.
         small: one step at the smallest sizes, for a check that it runs at all.
+        revision: of a repo, where it is not the default branch.
     """
     if target.kind == "pipeline":
         lines = _pipeline(target, small=small)
     elif target.kind == "transformers":
-        lines = _transformers(target, target.parts[0], place, small=small)
+        opened = repr(place) if revision is None else f"{place!r}, revision={revision!r}"
+        lines = _transformers(target, target.parts[0], opened, small=small)
     else:
         return None
     return "\n".join(lines) + "\n" if lines else None
+
+
+def usage_sha256(target: Target) -> str | None:
+    """SHA-256 (hex) of the example before place and sizes are filled in: by it a card knows that it was run."""
+    usage = usage_code(target, "")
+    return hashlib.sha256(usage.encode()).hexdigest() if usage is not None else None
 
 
 def usage_packages(usage: str | None) -> tuple[str, ...]:
@@ -92,11 +101,11 @@ def _arguments(target: Target, parameters: Mapping[str, Default], *, small: bool
     return arguments
 
 
-def _transformers(target: Target, part: Part, place: str, *, small: bool) -> list[str] | None:
+def _transformers(target: Target, part: Part, opened: str, *, small: bool) -> list[str] | None:
     if not any((target.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     limit = 2 if small else 100
-    head = ["from transformers import AutoTokenizer", "", f"tokenizer = AutoTokenizer.from_pretrained({place!r})"]
+    head = ["from transformers import AutoTokenizer", "", f"tokenizer = AutoTokenizer.from_pretrained({opened})"]
     name = part.class_name
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return head + _causal(_has_chat_template(target), limit)

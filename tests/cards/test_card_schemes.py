@@ -225,7 +225,9 @@ def test_no_forward_pass_is_claimed(made: Callable[[str], Path], tmp_path: Path)
     )
     (folder / "aoconvert.verify.json").write_text(report.dump())
     page = card(folder)
-    assert "Verified on 2026-11-21" in page.shown
+    assert "Verified on 2026-11-21: aoconvert verify ran this code with device = 'cpu' in a fresh process" in page.shown
+    assert "model.to('cuda') was not run." in page.shown
+    assert "forward pass went through" not in page.shown
     assert f"No forward pass was taken: {why}. Device cpu" in page.shown
 
 

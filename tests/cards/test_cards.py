@@ -132,6 +132,42 @@ def test_the_claim_needs_this_very_code(verified: Any, tmp_path: Path) -> None:
     assert "cannot be read" in read(render(folder, CardOptions()).text).shown
 
 
+def test_each_claim_has_its_record(verified: Any, tmp_path: Path) -> None:
+    """Without the record of what ran, on this device and of this very code, the claim is not there."""
+    folder = Path(shutil.copytree(verified("cogvideox"), tmp_path / "out"))
+    path = folder / "aoconvert.verify.json"
+    report = json.loads(path.read_text())
+    assert {item["what"]: item["device"] for item in report["ran"]} == dict.fromkeys(
+        ("load", "forward", "example"), "cpu"
+    )
+    example, forward = "the example at its smallest sizes", "A forward pass went through"
+
+    def shown(**changes: Any) -> str:
+        path.write_text(json.dumps({**report, **changes}))
+        return read(render(folder, CardOptions()).text).shown
+
+    def without(what: str, **changes: Any) -> list[dict[str, Any]]:
+        return [{**item, **changes} if item["what"] == what else item for item in report["ran"]]
+
+    whole = shown()
+    assert example in whole and forward in whole and "was not run" not in whole and "Device cpu, " in whole
+    for changes in ({"code_sha256": "0" * 64}, {"code_sha256": None}, {"device": "cuda"}):
+        assert example not in shown(ran=without("example", **changes))
+        assert forward not in shown(ran=without("forward", **changes)) or changes == {"code_sha256": None}
+    assert example not in shown(example=False)
+    text = shown(ran=[])
+    assert example not in text and forward not in text and "Verified on" in text
+    assert "Verified" not in shown(device=None, code_sha256=None).replace("Not verified", "")
+    # versions are those of the report, and so are the pins
+    versions = {**report["versions"], "diffusers": "0.99.0"}
+    assert "diffusers 0.99.0" in shown(versions=versions).partition("Provenance")[0]
+    assert "diffusers==0.99.0" in read(render(folder, CardOptions()).text).fences("bash")[0]
+    path.unlink()
+    text = read(render(folder, CardOptions()).text).shown
+    for claim in (example, forward, "Verified on", "opens it", "arrived", "Device "):
+        assert claim not in text, claim
+
+
 def test_a_sharded_pipeline_shows_the_way_that_works(checkpoints: Any, tmp_path: Path) -> None:
     """diffusers cannot open its shards (diffusers#14811); the manifest of a test says so, as verify would."""
     out = tmp_path / "out"

@@ -69,11 +69,14 @@ def test_there_and_back(
         if path != "aoconvert.verify.json"  # its path is the repo's
     }
     assert here == {path: digest for path, digest in pushed.items() if path != "aoconvert.verify.json"}
+    card = (folder / "README.md").read_text()
+    assert ("'me/trip', revision='int8'" in card) == (revision == "int8")  # main is the default, also of a pull request
     # it was opened before the push; what arrived is opened once, and looked into otherwise
     reload = [] if (kind, target, env) == ("shards", "main", XET) else ["--no-reload"]
-    verified = client.command(
-        "verify", "me/trip", "--revision", revision, "--json", "--local-files-only", *reload, env=empty
-    )
+    verified = client.command("verify", "me/trip", "--revision", revision, "--json", *reload, env=empty)
     assert verified.returncode == 0, verified.stdout
-    assert json.loads(verified.stdout)["ok"]
+    report = json.loads(verified.stdout)
+    assert report["ok"]
+    detail = next(check["detail"] for check in report["checks"] if check["name"] == "reload")
+    assert ("with an empty cache" in detail and "other code" not in detail) == (not reload)
     assert Path(place).is_relative_to(tmp_path / "empty")

@@ -16,11 +16,20 @@ def test_a_repo(hub_client: HubClient, checkpoints: Callable[[str], Path], tmp_p
     aoconvert.quantize(checkpoints("opt"), "int8wo", output=out, device="cpu")
     hub_client.hub.state.create_repo("user/opt-int8wo")
     files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    hub_client.hub.state.commit("user/opt-int8wo", {**files, "README.md": b"# card", ".gitattributes": b"*"})
+    commit = hub_client.hub.state.commit("user/opt-int8wo", {**files, "README.md": b"# card", ".gitattributes": b"*"})
     report = hub_client.run("import aoconvert\nresult = aoconvert.verify('user/opt-int8wo').to_dict()")
     assert report["ok"], report
-    assert {check["name"]: check["status"] for check in report["checks"]}["reload"] == "passed"
+    reload = next(check for check in report["checks"] if check["name"] == "reload")
+    assert reload["status"] == "passed"
+    assert f"from the Hub (user/opt-int8wo, main at {commit[:12]}) with an empty cache" in reload["detail"]
+    assert "README.md shows other code than this" in reload["detail"]
     assert report["path"] == "user/opt-int8wo"
+    assert report["published"] == {"repo_id": "user/opt-int8wo", "revision": "main", "commit": commit}
+    # fetched twice: to be checked, and by the code; nothing is written into the Hub's cache
+    weights = hub_client.hub.state.entries("user/opt-int8wo", commit)["pytorch_model.bin"].oid
+    assert len(hub_client.hub.requests(f"/lfs/{weights}", method="GET")) == 2
+    assert [path.name for path in hub_client.home.rglob("aoconvert.verify.json")] == []
+    assert [path.name for path in hub_client.home.iterdir() if "empty" in path.name] == []
 
 
 def test_a_repo_that_is_no_result(hub_client: HubClient, checkpoints: Callable[[str], Path]) -> None:
