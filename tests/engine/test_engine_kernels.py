@@ -339,15 +339,14 @@ def test_a_large_model_starts_eager_and_switches(cache: Path) -> None:
     with Kernels("cpu", {scheme.key: 10**6}) as kernels:
         assert kernels.for_tensor(scheme, BF16, BF16) is None
         assert not kernels._found[scheme.key, BF16, BF16]
-    began = time.perf_counter()
     with Kernels("cpu", {scheme.key: 10**11}) as kernels:
         assert kernels.for_tensor(scheme, BF16, BF16) is None
         building = kernels._found[scheme.key, BF16, BF16]
         assert isinstance(building, kernel_cache.Building)
         assert building._process is not None
         child = building._process.pid
-        assert kernels.for_tensor(scheme, BF16, BF16) is None
-    assert time.perf_counter() - began < 5
+        assert kernels.for_tensor(scheme, BF16, BF16) is None  # nobody waits: the child has not ended
+        assert not building.done
     os.killpg(child, 0)  # it goes on
     building.cancel()
     with pytest.raises(ProcessLookupError):

@@ -137,8 +137,8 @@ def test_five_thousand_tensors_land_close_in_seconds() -> None:
     least, most = cost_of(items, cheapest(items)), cost_of(items, (0,) * len(items))
     for share in (0.05, 0.4, 0.9):
         budget = least + int(share * (most - least))
-        began = time.perf_counter()
+        began = time.process_time()
         found = allocate(items, budget)
-        assert time.perf_counter() - began < 20
+        assert time.process_time() - began < 20
         assert found is not None
         assert 0.999 * budget <= cost_of(items, found) <= budget

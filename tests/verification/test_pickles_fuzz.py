@@ -43,14 +43,14 @@ class Memory:
 
 def attempt(read):
     """Contents, or None for our own error; anything else fails the test."""
-    start = time.monotonic()
+    start = time.thread_time()
     try:
         contents = read()
     except UnsafeFileError as error:
         assert error.message.isprintable()
         assert len(error.message) < 600
         contents = None
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5
     if contents is not None:
         assert isinstance(contents, BinContents)
         for tensor_ in contents.tensors.values():
