@@ -1,0 +1,168 @@
+"""The search: from a first guess, by repairs, to arguments that the model's forward takes."""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blanks import Blank, State, make
+from .facts import Facts, read_facts
+from .guesses import guesses
+from .repairs import repairs
+from .trial import Attempt, attempt, base_dtype, empty_copy, needs_values, on_meta, quantized, roomy_copy
+
+TRIES = 400
+SECONDS = 30.0
+_PATIENCE = 0.997  # what is left of an attempt's rank after each repair of it that was tried
+_UNCHANGED = 0.5  # of one that failed in the same way as what it was to repair
+
+
+class NoInputs(Exception):
+    """The model's forward took none of the arguments that were tried; ``closest`` is the error of the best of them."""
+
+    def __init__(self, closest: BaseException | None, tries: int) -> None:
+        lines = str(closest).strip().splitlines() or [""]
+        super().__init__(f"{tries} inputs were tried; {type(closest).__name__}: {lines[0]}")
+        self.closest = closest
+        self.tries = tries
+
+
+@dataclass(frozen=True)
+class Found:
+    """Arguments that a forward pass takes.
+
+    Attributes:
+        state: what they are.
+        dtype: of what is ``normal`` among them.
+        tries: how many were tried.
+        on_meta: they were tried on a model without weights only: their values are not known to be right.
+    """
+
+    state: State
+    dtype: torch.dtype
+    tries: int
+    on_meta: bool
+
+    def make(self, device: str = "cpu") -> dict[str, Any]:
+        """The keyword arguments: the same each time, with a batch of one."""
+        return {name: make(value, self.dtype, device) for name, value in self.state.items()}
+
+
+@dataclass(frozen=True, order=True)
+class _Node:
+    """An attempt that failed, and what is still to be tried in its place; ``rank`` is negative, the best the lowest."""
+
+    rank: float
+    number: int
+    state: State = field(compare=False)
+    rest: Iterator[State] = field(compare=False)
+    outcome: Attempt = field(compare=False)
+
+
+@dataclass
+class _Search:
+    facts: Facts
+    dtype: torch.dtype
+    tries: int
+    deadline: float
+    seen: set[str] = field(default_factory=set)
+    done: int = 0
+    best: Attempt | None = None
+
+    def spent(self) -> bool:
+        return self.done >= self.tries or time.monotonic() > self.deadline
+
+    def run(self, model: nn.Module, starts: list[State]) -> State | None:
+        """Best first: what gets furthest is repaired first; ``None`` where nothing is taken."""
+        queue: list[_Node] = []
+        for state in starts:
+            if (node := self.take(model, state, None)) is None:
+                return state
+            heapq.heappush(queue, node)
+        while queue and not self.spent():
+            parent = heapq.heappop(queue)
+            found = next((item for item in parent.rest if repr(item) not in self.seen), None)
+            if found is None:
+                continue
+            heapq.heappush(queue, replace(parent, rank=parent.rank * _PATIENCE))
+            if (node := self.take(model, found, parent)) is None:
+                return found
+            heapq.heappush(queue, node)
+        return None
+
+    def failure(self) -> NoInputs:
+        """What to raise where nothing is taken."""
+        return NoInputs(self.best.error if self.best is not None else None, self.done)
+
+    def take(self, model: nn.Module, state: State, parent: _Node | None) -> _Node | None:
+        """Try one; ``None`` where the model takes it, or ``meta`` can say no more."""
+        device = "meta" if on_meta(model) else "cpu"
+        self.seen.add(repr(state))
+        self.done += 1
+        outcome = attempt(model, {name: make(value, self.dtype, device) for name, value in state.items()})
+        if outcome.error is None or (device == "meta" and needs_values(outcome.error)):
+            return None
+        if self.best is None or outcome.progress > self.best.progress:
+            self.best = outcome
+        rank = float(outcome.progress)
+        if parent is not None and len(state) > len(parent.state):
+            rank = max(rank, -parent.rank)  # what was missing is there now, be it in a wrong shape
+        if parent is not None and outcome.where == parent.outcome.where:
+            rank *= _UNCHANGED
+        return _Node(-rank, self.done, state, repairs(self.facts, state, outcome), outcome)
+
+
+def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECONDS) -> Found:
+    """Keyword arguments of a smallest forward pass.
+
+    They are looked for on an empty copy of the model, which costs neither memory nor much time; what depends on values
+    is settled on ``model`` itself, or on a copy of it that is not quantized.
+
+    Args:
+        model: opened by its library, or without weights.
+        tries: how many may be tried.
+        seconds: how long that may take.
+
+    Raises:
+        NoInputs: none was taken.
+    """
+    search = _Search(read_facts(model), base_dtype(model), tries, time.monotonic() + seconds)
+    starts = list(_starts(search.facts))
+    empty = model if on_meta(model) else empty_copy(model)
+    state = search.run(empty, starts) if empty is not None else None
+    if on_meta(model):
+        if state is None:
+            raise search.failure()
+        return Found(state, search.dtype, search.done, True)
+    trial = model if not quantized(model) else roomy_copy(model)
+    if trial is not None:
+        search.seen.clear()
+        state = search.run(trial, [state] if state is not None else starts)
+    if state is None:
+        raise search.failure()
+    return Found(state, search.dtype, search.done, trial is None)
+
+
+def _starts(facts: Facts) -> Iterator[State]:
+    """What the signature asks for, and the main input."""
+    required = [name for name, p in facts.parameters.items() if p.default is inspect.Parameter.empty]
+    main = [name for name in facts.main if name in facts.parameters and name not in required]
+    if not required and not main:
+        main = [name for name in ("input_ids", "hidden_states", "sample") if name in facts.parameters][:1]
+    state = {name: _first(facts, name) for name in [*main, *required]}
+    encoder_decoder = facts.find("is_encoder_decoder") and "decoder_input_ids" in facts.parameters
+    if encoder_decoder:
+        yield {**state, "decoder_input_ids": _first(facts, "decoder_input_ids")}
+    yield state
+
+
+def _first(facts: Facts, name: str) -> Any:
+    found = guesses(facts, name)
+    return found[0] if found else Blank((1,))

@@ -1,0 +1,314 @@
+"""First guesses: what an argument of that name usually is, in the sizes that the config gives; the likeliest first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .blanks import Blank, Kind
+from .facts import Facts
+
+TOKENS = 7  # of a text: a number that no other size is likely to be
+_SIDE = 16  # of an image that may have any size
+_PATCHES = 16  # of an image that comes as a sequence
+
+_CHANNELS = (
+    "num_channels",
+    "in_channels",
+    "in_chans",
+    "input_channels",
+    "n_channels",
+    "latent_channels",
+    "num_input_channels",
+)
+_SIZES = ("image_size", "img_size", "input_size", "sample_size", "sample_height", "input_image_size", "resolution")
+_WIDTHS = ("hidden_size", "d_model", "dim", "inner_dim", "embed_dim", "n_embd", "width", "hidden_dim")
+_TEXT = (
+    "joint_attention_dim",
+    "cross_attention_dim",
+    "caption_channels",
+    "text_embed_dim",
+    "text_dim",
+    "cap_feat_dim",
+    "text_states_dim",
+    "encoder_hidden_size",
+    "text_in_dim",
+    "context_in_dim",
+    "encoder_hid_dim",
+    "text_hidden_dim",
+    "caption_projection_dim",
+    "context_dim",
+    "caption_channels",
+    "text_hidden_size",
+    "condition_dim",
+)
+_POOLED = (
+    "pooled_projection_dim",
+    "clip_text_pooled_in_channels",
+    "pooled_text_embed_dim",
+    "projection_dim",
+    "text_embed_dim",
+    "clip_embed_dim",
+    "embedding_dim",
+)
+
+Guess = Callable[[Facts, str], Iterator[Any]]
+
+
+def guesses(facts: Facts, name: str) -> list[Any]:
+    """What an argument may be."""
+    found: list[Any] = []
+    for pattern, guess in _GUESSES:
+        if pattern.fullmatch(name):
+            for value in guess(facts, name):
+                if value not in found:
+                    found.append(value)
+            break
+    return found
+
+
+def _side(facts: Facts, near: str = "") -> Iterator[int]:
+    given = facts.number(*_SIZES, near=near)
+    sizes = [given] if facts.library == "transformers" else [_SIDE, given]
+    yield from dict.fromkeys(size for size in (*sizes, 32, 64, 224, 8) if size)
+
+
+def _channels(facts: Facts, near: str = "", default: int = 3) -> int:
+    return facts.number(*_CHANNELS, near=near, default=default)
+
+
+def _frames(facts: Facts) -> Iterator[int]:
+    given = facts.number("num_frames", "sample_frames", "tubelet_size", "frames_per_clip")
+    yield from dict.fromkeys(size for size in (given, 4, 5, 1, 2, 8) if size)
+
+
+def _image(facts: Facts, name: str) -> Iterator[Any]:
+    near = "vision" if facts.find("vision_config") is not None else "image"
+    channels = _channels(facts, near)
+    temporal = re.search(r"Video|ViViT|Vivit|Timesformer|TimeSformer|VJEPA", facts.class_name) or "videos" in name
+    for side in _side(facts, near):
+        image = Blank((1, channels, side, side))
+        clips = [Blank((1, frames, channels, side, side)) for frames in _frames(facts)][:3]
+        yield from [*clips, image] if temporal else [image, *clips[:1]]
+    patch = facts.number("patch_size", near=near, default=16)
+    merged = channels * patch * patch
+    yield Blank((_PATCHES, merged * facts.number("temporal_patch_size", near=near, default=1)))
+    yield Blank((1, _PATCHES, merged))
+
+
+def _latents(facts: Facts, name: str) -> Iterator[Any]:
+    """What a denoiser or an autoencoder takes: an image, a video, a sequence of patches, or sound."""
+    channels = facts.number(
+        "in_channels",
+        "input_channels",
+        "audio_in_channels",
+        "latent_channels",
+        "z_dim",
+        "input_dim",
+        "embedding_dim",
+        "encoder_in_channels",
+        "dim",
+        "hidden_size",
+        default=3,
+    )
+    sequence = Blank((1, _PATCHES, channels))
+    images = [Blank((1, channels, side, side)) for side in _side(facts)]
+    videos = [Blank((1, channels, frames, side, side)) for side in (*_side(facts),) for frames in (5, 1, 4)]
+    turned = [Blank((1, frames, channels, side, side)) for side in (*_side(facts),) for frames in (5, 1, 4)]
+    sounds = [Blank((1, channels, 64)), Blank((1, 64, channels)), Blank((1, channels, 2048))]
+    as_sequence = {"img_ids", "img_shapes", "image_rotary_emb", "position_ids", "img_sizes"} & set(facts.parameters)
+    if as_sequence:
+        yield from [sequence, images[0], videos[0], turned[0]]
+    elif re.search(r"3D|Video|Temporal|Motion|Spatio", facts.class_name) or facts.find("temporal_compression_ratio"):
+        yield from [videos[0], turned[0], images[0], sequence, *videos[1:6], *turned[1:6]]
+    elif re.search(r"1D|Audio|Music|Oobleck", facts.class_name):
+        yield from [*sounds, images[0]]
+    yield from [*images, sequence, videos[0], turned[0], *sounds]
+    yield Blank((1, channels))
+
+
+def _text_states(facts: Facts, name: str) -> Iterator[Any]:
+    hint = "image_dim" if "image" in name else ""
+    for key in (hint, *_TEXT, *_WIDTHS):
+        if key and (width := facts.number(key)):
+            yield Blank((1, TOKENS, width))
+    yield Blank((1, TOKENS, 32))
+
+
+def _pooled(facts: Facts, name: str) -> Iterator[Any]:
+    for key in (*_POOLED, *_TEXT, *_WIDTHS):
+        if width := facts.number(key):
+            yield Blank((1, width))
+    yield Blank((1, 32))
+
+
+def _ids(facts: Facts, name: str) -> Iterator[Any]:
+    end = facts.find("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    last = end if isinstance(end, int) and 0 <= end < facts.vocabulary else None
+    high = facts.vocabulary
+    if name.startswith("decoder") and isinstance(own := facts.find("vocab_size", near="decoder"), int):
+        high = min(high, own) if own > 0 else high
+    blank = Blank((1, TOKENS), "ids", high, last=last, avoid=facts.special)
+    yield blank
+    for length in (16, facts.number("max_position_embeddings", default=64), 64):
+        yield Blank((1, length), "ids", high, last=last, avoid=facts.special)
+
+
+def _mask(facts: Facts, name: str) -> Iterator[Any]:
+    yield Blank((1, TOKENS), "mask")
+    yield Blank((1, TOKENS), "bool")
+    yield Blank((1, _PATCHES), "mask")
+    yield Blank((1, _SIDE, _SIDE), "mask")
+    yield Blank((1, 1, _SIDE, _SIDE))
+
+
+def _time(facts: Facts, name: str) -> Iterator[Any]:
+    yield Blank((1,), "time")
+    yield Blank((1,), "mask")
+    yield Blank((1, 1), "time")
+    yield Blank((), "mask")
+
+
+def _sound(facts: Facts, name: str) -> Iterator[Any]:
+    bins = facts.number(
+        "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim", near="audio", default=80
+    )
+    length = facts.number("max_length", "max_source_positions", near="audio", default=100)
+    conv = 2 * length if facts.find("max_source_positions") else length
+    yield Blank((1, bins, conv))
+    yield Blank((1, length, bins))
+    yield Blank((1, conv, bins))
+    yield Blank((1, 64, bins))
+    yield Blank((1, 1, length, bins))
+    yield Blank((1, 2000))
+
+
+def _wave(facts: Facts, name: str) -> Iterator[Any]:
+    if bins := facts.number("num_mel_bins", "num_mel_channels"):
+        yield Blank((1, facts.number("max_length", default=64), bins))
+    yield Blank((1, 2000))
+    yield Blank((1, 1, 2048))
+    yield Blank((1, 16000))
+
+
+def _series(facts: Facts, name: str) -> Iterator[Any]:
+    length = facts.number("context_length", default=32)
+    lags = facts.find("lags_sequence")
+    length += max(lags) if isinstance(lags, (list, tuple)) and lags else 0
+    width = facts.number("num_input_channels", "input_size", default=1)
+    kind: Kind = "mask" if "mask" in name else "normal"
+    if "time_features" in name:
+        yield Blank((1, length, facts.number("num_time_features", default=1)))
+    if width > 1:
+        yield Blank((1, length, width), kind)
+    yield Blank((1, length), kind)
+    yield Blank((1, length, width), kind)
+    yield Blank((1, length, 1), kind)
+
+
+def _boxes(facts: Facts, name: str) -> Iterator[Any]:
+    yield Blank((1, TOKENS, 4), "mask")
+    yield Blank((1, TOKENS, 4))
+
+
+def _grid(facts: Facts, name: str) -> Iterator[Any]:
+    yield Blank((1, 3), "given", given=((1, 4, 4),))
+    yield [(1, 4, 4)]
+
+
+def _sizes(facts: Facts, name: str) -> Iterator[Any]:
+    side = next(_side(facts, "vision"))
+    yield Blank((1, 2), "given", given=((side, side),))
+    yield [[side, side]]
+    yield Blank((1, 2))
+
+
+def _coordinates(facts: Facts, name: str) -> Iterator[Any]:
+    axes = facts.find("axes_dims_rope", "axes_dim", "axes_lens", "rope_axes_dim")
+    width = len(axes) if isinstance(axes, (list, tuple)) else 3
+    length = TOKENS if re.search("txt|text", name) else _PATCHES
+    yield Blank((length, width))
+    yield Blank((1, length, width))
+    yield Blank((length, 4))
+    yield Blank((1, length), "positions")
+    yield Blank((length,), "positions")
+    yield Blank((3, 1, length), "positions")
+
+
+def _shapes(facts: Facts, name: str) -> Iterator[Any]:
+    yield [[(1, 4, 4)]]
+    yield [(1, 4, 4)]
+    yield [(4, 4)]
+
+
+def _conditions(facts: Facts, name: str) -> Iterator[Any]:
+    yield {"resolution": None, "aspect_ratio": None}
+    yield {}
+
+
+def _label(facts: Facts, name: str) -> Iterator[Any]:
+    yield Blank((1,), "mask")
+    yield Blank((1,))
+    yield from _pooled(facts, name)
+
+
+def _control(facts: Facts, name: str) -> Iterator[Any]:
+    channels = facts.number("conditioning_channels", "in_channels", default=3)
+    yield Blank((1, channels, 8 * _SIDE, 8 * _SIDE))
+    yield from _latents(facts, name)
+
+
+def _any(facts: Facts, name: str) -> Iterator[Any]:
+    """A name that says nothing: by its annotation, and then anything."""
+    parameter = facts.parameters.get(name)
+    kind = str(parameter.annotation) if parameter is not None else ""
+    if "Tensor" not in kind:
+        if "float" in kind:
+            yield 1.0
+        if "int" in kind:
+            yield 1
+        if "bool" in kind:
+            yield False
+    if "LongTensor" in kind or re.search(r"ids?$|index|indices|idx|position|token", name):
+        yield Blank((1, TOKENS), "positions")
+        yield Blank((TOKENS,), "positions")
+        yield Blank((1,), "long")
+    if "list" in kind.lower():
+        yield list(_text_states(facts, name))[:1]
+    yield from _text_states(facts, name)
+    yield from _pooled(facts, name)
+    yield Blank((1,))
+
+
+_GUESSES: tuple[tuple[re.Pattern[str], Guess], ...] = tuple(
+    (re.compile(pattern), guess)
+    for pattern, guess in (
+        (r".*attention_mask.*|.*(_|^)masks?(_.*)?|encoder_hidden_states_mask", _mask),
+        (r"past_.*|future_.*", _series),
+        (r"(.*_)?input_ids|input|langs|\w*token_ids|decoder_input_tokens", _ids),
+        (r".*pixel_values.*|image|images|xs", _image),
+        (r".*input_features.*|spectrogram|.*_?mel(_.*)?", _sound),
+        (r"(decoder_)?input_values|waveform|audio", _wave),
+        (r"bbox|boxes|input_boxes|visual_pos", _boxes),
+        (r".*grid_thw|spatial_shapes|.*grid_hws", _grid),
+        (r"(image|target|original|crop|input_image|img)_?(sizes?|coords)|crop_coords", _sizes),
+        (r"(img|txt|video|audio|text|image)_(ids|coords|positions?)|position_ids", _coordinates),
+        (r"(img|image|video|vision)_(shapes|sizes)", _shapes),
+        (
+            r".*timesteps?(_.*)?|t|time_step|guidance|.*sigma|r_timestep|noise_time|.*_time|timestep_ratio|fps|ofs",
+            _time,
+        ),
+        (r"added_cond_kwargs|conditioning", _conditions),
+        (r"class_labels|labels|control_type_idx", _label),
+        (r"controlnet_cond|control_latents|control_context", _control),
+        (r"pooled_\w+|\w*_pooled|.*text_embeds|proj_embedding|image_embeds|class_labels_emb", _pooled),
+        (r"hidden_states|sample|x|latents?|.*_latents|latents_.*|z|z_latent|input|inputs", _latents),
+        (
+            r".*encoder_hidden_states.*|.*hidden_states.*|cap_feats|prompt_embeds|inputs_embeds|encoder_outputs",
+            _text_states,
+        ),
+        (r".*", _any),
+    )
+)

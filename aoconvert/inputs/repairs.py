@@ -1,0 +1,373 @@
+"""What to change after a pass has failed: read off the error's message and the lines of code that it passed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from .blanks import Blank, Path, State, replace_at, tensors
+from .facts import Facts
+from .guesses import guesses
+from .trial import Attempt
+
+_WORD = re.compile(r"[A-Za-z_]\w*")
+_UNPACKED = re.compile(r"([\w*]+(?:\s*,\s*[\w*]+)+)\s*=\s*(\w+)\.(?:shape|size\(\))")
+_LARGEST = 1 << 21  # elements of one input
+
+
+def repairs(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
+    """Other arguments to try, the likeliest first.
+
+    Args:
+        facts: of the model.
+        state: the arguments that failed.
+        failed: how.
+    """
+    for found in _all(facts, state, failed):
+        if all(_count(blank.shape) <= _LARGEST and 0 not in blank.shape for _, blank in tensors(found)):
+            yield found
+
+
+def _all(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
+    message = str(failed.error)
+    wild = _in_turn(
+        _others(facts, state, failed),
+        _larger(state),
+        _optional(facts, state, failed),
+        _numbered(state, failed, message),
+    )
+    yield from _in_turn(
+        _keys(facts, state, failed, message),
+        _absent(facts, state, failed, message),
+        _kinds(state, failed, message),
+        _fillers(facts, state, message),
+        _layer(state, failed),
+        _lists(facts, state, failed, message),
+        _ranks(facts, state, failed, message),
+        _dims(state, failed, message),
+        wild,
+    )
+
+
+def _in_turn(*sources: Iterator[State]) -> Iterator[State]:
+    """One of each, until all are used up."""
+    left = list(sources)
+    while left:
+        for source in list(left):
+            try:
+                yield next(source)
+            except StopIteration:
+                left.remove(source)
+
+
+def _layer(state: State, failed: Attempt) -> Iterator[State]:
+    """A layer of torch's wants another size along one axis."""
+    misfit = failed.misfit
+    if misfit is None or misfit.got == misfit.want or misfit.got == 0:
+        return
+    same = [(path, blank) for path, blank in _by_mention(state, failed) if blank.shape == misfit.shape]
+    for path, blank in same:
+        axis = 1 if misfit.axes and len(blank.shape) > 1 else len(blank.shape) - 1
+        if blank.shape[axis] == misfit.got:
+            yield _put(state, path, replace(blank, shape=(*blank.shape[:axis], misfit.want, *blank.shape[axis + 1 :])))
+        if misfit.want in blank.shape:  # the axes are in another order
+            other = blank.shape.index(misfit.want)
+            shape = list(blank.shape)
+            shape[axis], shape[other] = shape[other], shape[axis]
+            yield _put(state, path, replace(blank, shape=tuple(shape)))
+    yield from _resized(state, failed, misfit.got, misfit.want)
+    yield from _scaled(state, failed, misfit.got, misfit.want)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _mentioned(failed: Attempt, message: str) -> list[str]:
+    """Names in the message, and then in the lines of code, the innermost first, and in those around them."""
+    lines = [message, *(frame.line for frame in failed.frames), *(frame.around for frame in failed.frames)]
+    return list(dict.fromkeys(word for line in lines for word in _WORD.findall(line)))
+
+
+def _keys(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """An argument that is a dict lacks a key."""
+    if not isinstance(failed.error, (KeyError, ValueError, TypeError)):
+        return
+    names = re.findall(r"[`']([a-z]\w*)[`']", message)
+    for holder in (name for name, value in state.items() if isinstance(value, dict)):
+        for key in (key for key in names if key != holder and key not in facts.parameters):
+            if state[holder].get(key) is None:
+                for guess in guesses(facts, key)[:3]:
+                    others = {k: v for k, v in state[holder].items() if v is not None}
+                    yield {**state, holder: {**others, key: guess}}
+
+
+def _absent(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """An argument that was left out is wanted."""
+    missing = [name for name in facts.parameters if state.get(name) is None]
+    absent = {name for frame in failed.frames for name in frame.absent}
+    in_message = [name for name in _WORD.findall(message) if name in missing]
+    in_code = [name for name in _mentioned(failed, "") if name in missing and name in absent]
+    wanted = re.search("None|missing .* argument", message) or in_message
+    for name in dict.fromkeys([*in_message, *(in_code if wanted else ())]):
+        for guess in guesses(facts, name)[:4]:
+            yield {**state, name: guess}
+    for holder, value in state.items():  # a dict's value that is None
+        if isinstance(value, dict) and wanted:
+            for key in [key for key, item in value.items() if item is None]:
+                for guess in guesses(facts, key)[:2]:
+                    yield {**state, holder: {**value, key: guess}}
+
+
+def _kinds(state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """Integers are wanted where there are fractions, or the other way round."""
+    wants_long = re.search(r"\bLong\b|integer|indices|Int\b|embedding|one_hot|index tensor|used as indices", message)
+    if wants_long and re.search(r"[Ff]loat|Half|BFloat16|scalar type|dtype", message):
+        for path, blank in _by_mention(state, failed):
+            if blank.floating:
+                yield _put(state, path, replace(blank, kind="mask"))
+    if re.search(r"dtype|scalar type|Float|Long|Bool|bool", message):
+        for path, blank in _by_mention(state, failed):
+            for kind in ("normal", "bool", "mask", "float32"):
+                if kind != blank.kind and blank.kind != "ids":
+                    yield _put(state, path, replace(blank, kind=kind))
+
+
+def _fillers(facts: Facts, state: State, message: str) -> Iterator[State]:
+    """A text wants as many tokens for an image as there are features of it."""
+    found = re.search(r"tokens:?\s*=?\s*(\d+)\D+features:?\s*(?:\w+\s*)?\D*(\d+)", message)
+    if not found:
+        return
+    count = int(found[2])
+    ids = {key: value for _, key, value in facts.values if re.search(r"(image|video|audio)\w*_token_(id|index)$", key)}
+    for key, token in ids.items():
+        if not isinstance(token, int) or not 0 <= token < facts.vocabulary:
+            continue
+        kind = key.partition("_")[0]
+        if kind not in message.lower() and kind == "video":
+            continue
+        for path, blank in tensors(state):
+            if blank.kind == "ids" and path[0] == "input_ids":
+                yield _put(state, path, replace(blank, shape=(1, count + 3), run=count, filler=token))
+
+
+def _ranks(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """A tensor has too few axes, or too many."""
+    misfit = failed.misfit
+    bad_axes = misfit is not None and misfit.axes and misfit.axes != len(misfit.shape)
+    if not bad_axes and not re.search(
+        r"unpack|[1-6]-?D\b|dimension|Dimension|axes|rank|out of range|permute|dims|einsum|Wrong shape", message
+    ):
+        return
+    wanted = [misfit.axes] if misfit is not None and bad_axes else []
+    wanted += [int(size) for size in re.findall(r"\b([1-6])-?[Dd]\b", message)]
+    wanted += [
+        int(size) for size in re.findall(r"expected (\d)|be (\d)-dim|(\d) dim", message) for size in size if size
+    ]
+    for frame in failed.frames:
+        if unpacked := _UNPACKED.search(frame.line):
+            names = [name.strip() for name in unpacked[1].split(",")]
+            if not any(name.startswith("*") for name in names):
+                wanted.insert(0, len(names))
+                yield from _by_names(state, frame.shapes.get(unpacked[2]), unpacked[2], names)
+    for path, blank in _by_mention(state, failed):
+        for guess in _tensor_guesses(facts, path):
+            if len(guess.shape) != len(blank.shape) and (not wanted or len(guess.shape) in wanted):
+                yield _put(state, path, guess)
+    for path, blank in _by_mention(state, failed):
+        if blank.shape and blank.shape[0] == 1 and len(blank.shape) > 1:
+            yield _put(state, path, replace(blank, shape=blank.shape[1:]))
+        yield _put(state, path, replace(blank, shape=(1, *blank.shape)))
+        if len(blank.shape) > 1:
+            yield _put(state, path, replace(blank, shape=(blank.shape[0], 1, *blank.shape[1:])))
+
+
+def _by_names(state: State, shape: tuple[int, ...] | None, variable: str, names: list[str]) -> Iterator[State]:
+    """A tensor in the layout that the code unpacks: its names tell channels, frames, height and width."""
+    for path, blank in tensors(state):
+        if blank.shape != shape and path[0] != variable:
+            continue
+        channels, side = _channels_and_side(blank)
+        sizes = []
+        for place, name in enumerate(names):
+            if place == 0 and len(names) > 1:
+                sizes.append(1)
+            elif re.search(r"chan|^c$|^_?c_|in_c|dim|hidden|embed", name):
+                sizes.append(channels)
+            elif re.search(r"frame|time|^[ftd]$|temporal", name):
+                sizes.append(4)
+            else:
+                sizes.append(side)
+        yield _put(state, path, replace(blank, shape=tuple(sizes)))
+
+
+def _channels_and_side(blank: Blank) -> tuple[int, int]:
+    if len(blank.shape) >= 4:
+        image = blank.shape[-3] if len(blank.shape) == 4 else min(blank.shape[1:3])
+        return image, blank.shape[-1]
+    return (blank.shape[-1] if blank.shape else 1), 16
+
+
+def _dims(state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """Sizes that do not fit: what the message says there is, and what it says there should be."""
+    pairs = list(dict.fromkeys(_stated(message)))
+    yield from _in_turn(*(_in_turn(_resized(state, failed, *pair), _scaled(state, failed, *pair)) for pair in pairs))
+    for frame in failed.frames[:3]:
+        if "==" in frame.line or "!=" in frame.line:
+            numbers = [int(number) for number in re.findall(r"(?<![\w.])(\d+)(?![\w.])", frame.line)][:4]
+            sizes = sorted({size for _, blank in tensors(state) for size in blank.shape})
+            for got, want in ((a, b) for a in sizes for b in numbers if a != b > 1):
+                yield from _resized(state, failed, got, want)
+
+
+def _numbered(state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """Any number of the message in the place of any other."""
+    for pair in list(dict.fromkeys(_numbers(message)))[:60]:
+        yield from _resized(state, failed, *pair)
+
+
+def _lists(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """A list is too short, or a tensor should be one."""
+    layers = facts.number("num_layers", "num_hidden_layers", "depth", default=2)
+    for name, value in state.items():
+        if isinstance(value, list) and value and re.search("index|range|length|len|unpack", message):
+            for count in dict.fromkeys((2 * len(value), layers, layers + facts.number("num_single_layers"))):
+                yield {**state, name: (value * count)[:count]}
+        if isinstance(value, Blank) and re.search("list|iterable|tuple|sequence|has no len", message):
+            yield {**state, name: [value]}
+            yield {**state, name: [replace(value, shape=value.shape[1:])]}
+
+
+def _larger(state: State) -> Iterator[State]:
+    """Images, clips and sounds of other sizes: what halves them on the way may leave nothing."""
+    for times in (2, 4, 8):
+        for path, blank in tensors(state):
+            if len(blank.shape) >= 4:
+                yield _put(
+                    state, path, replace(blank, shape=(*blank.shape[:-2], *(times * s for s in blank.shape[-2:])))
+                )
+            elif len(blank.shape) == 3:
+                yield _put(state, path, replace(blank, shape=(*blank.shape[:-1], times * blank.shape[-1])))
+                yield _put(state, path, replace(blank, shape=(blank.shape[0], times * blank.shape[1], blank.shape[2])))
+
+
+_PAIRS = (
+    r"shapes cannot be multiplied \((?:\d+)x(?P<got>\d+) and (?P<want>\d+)x",
+    r"to have (?P<want>\d+) channels, but got (?P<got>\d+)",
+    r"tensor a \((?P<got>\d+)\) must match the size of tensor b \((?P<want>\d+)\)",
+    r"Expected size (?P<want>\d+) but got size (?P<got>\d+)",
+    r"normalized_shape=\[(?P<want>\d+)\].*input of size\[.*?(?P<got>\d+)\]",
+    r"[Ee]xpected (?:\w+ )*?(?P<want>\d+),? (?:but )?got (?P<got>\d+)",
+    r"size \((?P<want>\d+)\) must match the existing size \((?P<got>\d+)\)",
+    r"got (?P<got>\d+).*?(?:but )?expected (?P<want>\d+)",
+)
+
+
+_SHAPE = re.compile(r"\[((?:\d+|\*)(?:, (?:\d+|\*))*)\]")
+
+
+def _stated(message: str) -> Iterator[tuple[int, int]]:
+    if "broadcast" in message and len(shapes := [found[1].split(", ") for found in _SHAPE.finditer(message)]) == 2:
+        for got, want in zip(reversed(shapes[0]), reversed(shapes[1]), strict=False):
+            if got != want and "1" not in (got, want):
+                yield int(got), int(want)
+                yield int(want), int(got)
+    for pattern in _PAIRS:
+        if found := re.search(pattern, message):
+            yield int(found["got"]), int(found["want"])
+            yield int(found["want"]), int(found["got"])
+
+
+def _numbers(message: str) -> Iterator[tuple[int, int]]:
+    numbers = [int(number) for number in re.findall(r"\d+", message)][:12]
+    for place, got in enumerate(numbers):
+        for want in numbers[place + 1 :] + numbers[:place]:
+            if got != want and got > 0 and want > 0:
+                yield got, want
+
+
+def _resized(state: State, failed: Attempt, got: int, want: int) -> Iterator[State]:
+    having = [
+        (path, blank)
+        for path, blank in _by_mention(state, failed)
+        if got in blank.shape and (got > 1 or len(blank.shape) == 1)
+    ]
+    for path, blank in having:
+        yield _put(state, path, replace(blank, shape=tuple(want if size == got else size for size in blank.shape)))
+    for path, blank in having:
+        if blank.shape.count(got) > 1:
+            for axis in (axis for axis, size in enumerate(blank.shape) if size == got):
+                yield _put(state, path, replace(blank, shape=(*blank.shape[:axis], want, *blank.shape[axis + 1 :])))
+    if len(having) > 1:
+        changed = state
+        for path, blank in having:
+            changed = _put(changed, path, replace(blank, shape=tuple(want if s == got else s for s in blank.shape)))
+        yield changed
+
+
+def _scaled(state: State, failed: Attempt, got: int, want: int) -> Iterator[State]:
+    """Sizes that were multiplied or joined on the way."""
+    for path, blank in _by_mention(state, failed):
+        for axis, size in enumerate(blank.shape):
+            if axis == 0 and size == 1:
+                continue
+            for new in {size * want // got if got and size * want % got == 0 else 0, size + want - got}:
+                if new > 0 and new != size and new < 1 << 14:
+                    shape = (*blank.shape[:axis], new, *blank.shape[axis + 1 :])
+                    yield _put(state, path, replace(blank, shape=shape))
+        if len(blank.shape) >= 4 and blank.shape[-1] == blank.shape[-2]:  # both sides of an image
+            root = (blank.shape[-1] ** 2 * want / max(got, 1)) ** 0.5
+            if root == int(root) and 0 < root < 1 << 11:
+                yield _put(state, path, replace(blank, shape=(*blank.shape[:-2], int(root), int(root))))
+
+
+def _others(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
+    """Whatever else an argument may be, those first that the failing lines name."""
+    names = list(dict.fromkeys([path[0] for path, _ in _by_mention(state, failed)]))
+    for name in names + [name for name in state if name not in names]:
+        for guess in guesses(facts, name):
+            if guess != state[name]:
+                yield {**state, name: guess}
+
+
+_LEFT_OUT = re.compile(
+    r"output_.*|return_.*|use_cache|past_key_values|.*labels?|cache.*|.*_mask|generator|start_.*|end_.*|.*_kwargs"
+)
+
+
+def _optional(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
+    """Arguments that may be left out, those first that the failing lines name."""
+    missing = [name for name in facts.parameters if state.get(name) is None and not _LEFT_OUT.fullmatch(name)]
+    named = [name for name in _mentioned(failed, "") if name in missing]
+    for name in dict.fromkeys([*named, *missing]):
+        for guess in guesses(facts, name)[:1]:
+            yield {**state, name: guess}
+
+
+def _tensor_guesses(facts: Facts, path: Path) -> list[Blank]:
+    name = next((part for part in reversed(path) if isinstance(part, str)), str(path[0]))
+    return [guess for guess in guesses(facts, name) if isinstance(guess, Blank)]
+
+
+def _by_mention(state: State, failed: Attempt) -> list[tuple[Path, Blank]]:
+    """The tensors, those first whose names or shapes are found in the failing lines."""
+    words = _mentioned(failed, "")
+    rank = {word: place for place, word in enumerate(words)}
+
+    def order(item: tuple[Path, Blank]) -> tuple[int, int]:
+        path, _ = item
+        return min(rank.get(str(part), len(rank)) for part in path), 0
+
+    return sorted(tensors(state), key=order)
+
+
+def _put(state: State, path: Path, blank: Any) -> State:
+    """The arguments with another tensor at that place; one whose values are given stays as it is."""
+    if blank.kind == "given":
+        return state
+    return {**state, path[0]: replace_at(state[path[0]], path[1:], blank)}
