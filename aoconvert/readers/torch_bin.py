@@ -1,38 +1,79 @@
-"""torch files (``.bin``, ``.pt``): the pickle through torch's weights-only unpickler, the data by plain reads.
+"""torch files (``.bin``, ``.pt``), read without torch's unpickler: what they hold is described by our own reader.
 
-``torch.load(mmap=True)`` would do, but the kernel refuses a private mapping larger than RAM (``ENOMEM``), and
-``map_location="meta"`` computes record offsets from torch's own write order instead of looking them up. So the pickle
-is read onto the meta device with the record's name kept on each storage, and a tensor's bytes are read when asked for.
-Format: ``torch/serialization.py``, ``_load``.
+``torch.load(mmap=True)`` would do for the data, but the kernel refuses a private mapping larger than RAM (``ENOMEM``);
+and a pickle of a megabyte can make torch's unpickler take gigabytes. So the description comes from
+``verification.pickles``, which runs nothing and has bounds, and a tensor's bytes are read when asked for.
+Format: ``torch/serialization.py``, ``_load`` and ``_legacy_load``.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
+import pickletools
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch._weights_only_unpickler import Unpickler
 
-from aoconvert.errors import AoconvertError, SourceError
+from aoconvert.errors import AoconvertError, SourceError, UnsafeFileError
 from aoconvert.readers.base import DAMAGED_HINT, Observe, TensorInfo, open_file, read_bytes
+from aoconvert.verification.contents import Instance, TensorEntry, Value
+from aoconvert.verification.pickles import read_source
 
 _ZIP_MAGIC = b"PK\x03\x04"
-_LOCAL_HEADER_BYTES = 30
 _LEGACY_BUFFER = 1 << 20
+_LEGACY_PICKLES = 4  # magic number, protocol, sizes of C types, the dict
+_LEGACY_OPCODES = 1_000_000
+_LEGACY_NAMES = re.compile(
+    r"collections OrderedDict|torch (\w+Storage|b?float\w+|u?int\d+|bool|complex\d+|Size)|torch\.storage UntypedStorage"
+    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter)|torch\.nn\.parameter Parameter"
+)
 _REFUSED = re.compile(r"\bGLOBAL (\S+)")
 _QUANTIZED_HINT = "aoconvert quantizes floating-point checkpoints; take the original one"
+_DICT_HINT = "aoconvert reads a dict of tensors, or one under the key 'state_dict'"
+_PLAIN = ("torch.Tensor", "torch.nn.parameter.Parameter")
 
 
 def _bad(path: Path, what: str, hint: str = DAMAGED_HINT) -> NoReturn:
     raise SourceError(f"{path}: {what}", hint=hint)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's elements lie: absolute byte offset of the first, and elements from one index to the next."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @property
+    def span(self) -> int:
+        """Bytes from the first to the last element."""
+        if 0 in self.shape:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+    @property
+    def in_order(self) -> bool:
+        """Whether they lie in row-major order, one after the other."""
+        return (
+            self.span == math.prod(self.shape) * self.dtype.itemsize
+            and torch.empty_strided(self.shape, self.stride, device="meta").is_contiguous()
+        )
+
+    def rows(self, start: int, stop: int) -> _Place:
+        """Those of some rows."""
+        skip = start * self.stride[0] * self.dtype.itemsize
+        return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + skip)
 
 
 class TorchBinReader:
@@ -42,25 +83,26 @@ class TorchBinReader:
 
     Args:
         path: the file.
-        observe: is told of the bytes that tensors are made of.
+        observe: is told of the bytes that are read of it.
 
     Raises:
-        SourceError: missing, damaged, not a dict of tensors, already quantized, or its pickle names a class or
-            function that weights-only loading refuses.
+        SourceError: missing, damaged, not a dict of tensors, already quantized, or its pickle holds what does not
+            belong in a checkpoint.
     """
 
     def __init__(self, path: Path, observe: Observe | None = None) -> None:
         self._path = path
         self._observe = observe
+        self._places: dict[str, _Place] = {}
+        self._loaded: dict[str, torch.Tensor] = {}
         self._descriptor = open_file(path)
         try:
             if os.pread(self._descriptor, 4, 0) == _ZIP_MAGIC:
-                self._records = _records(path)
-                self._tensors = _state_dict(_unpickle(path, self._records), path)
-                self._infos = {name: self._info(name, tensor) for name, tensor in self._tensors.items()}
+                self._places = _places(_Bytes(self._descriptor, path, observe), path)
+                self._infos = {name: _info(name, place, path) for name, place in self._places.items()}
             else:
-                self._tensors = _state_dict(_load_legacy(self._descriptor, path, observe), path)
-                self._infos = _legacy_infos(self._tensors, path)
+                self._loaded = _state_dict(_load_legacy(self._descriptor, path, observe), path)
+                self._infos = _legacy_infos(self._loaded, path)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -75,104 +117,93 @@ class TorchBinReader:
         Raises:
             ReadError: the data could not be read.
         """
-        return self._read(name, self._tensors[name], into)
+        if name in self._loaded:
+            return _own(self._loaded[name])
+        return self._read(name, self._places[name], into)
 
     def read_rows(self, name: str, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
         """Rows ``start`` to ``stop`` (dimension 0) of a tensor of at least one dimension; as ``read``."""
-        tensor = self._tensors[name]
-        if not 0 <= start <= stop <= tensor.shape[0]:
-            raise IndexError(f"rows {start}:{stop} of {name!r}, which has {tensor.shape[0]}")
-        return self._read(name, tensor[start:stop], into)
+        rows = self._infos[name].shape[0]
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows {start}:{stop} of {name!r}, which has {rows}")
+        if name in self._loaded:
+            return _own(self._loaded[name][start:stop])
+        return self._read(name, self._places[name].rows(start, stop), into)
 
-    def _read(self, name: str, part: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
-        """``part`` is the tensor or some of its rows: a view, on meta or in memory."""
-        if part.device.type != "meta":
-            return part.detach().clone(memory_format=torch.contiguous_format)
-        whole = self._tensors[name]
-        skip = (int(part.storage_offset()) - int(whole.storage_offset())) * part.element_size()
-        if not part.is_contiguous():
+    def _read(self, name: str, place: _Place, into: torch.Tensor | None) -> torch.Tensor:
+        if not place.in_order:
             into = None  # what is read is not what is given
         where = f"{self._path}: tensor {name!r}"
-        data = read_bytes(self._descriptor, self._infos[name].offset + skip, _span(part), where, into, self._observe)
-        return data.view(part.dtype).as_strided(part.size(), part.stride(), 0).contiguous()
+        data = read_bytes(self._descriptor, place.offset, place.span, where, into, self._observe)
+        return data.view(place.dtype).as_strided(place.shape, place.stride, 0).contiguous()
 
     def close(self) -> None:
         """Release the file and what was loaded from it."""
-        self._tensors = {}
+        self._loaded = {}
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _info(self, name: str, tensor: torch.Tensor) -> TensorInfo:
-        key: str = tensor.untyped_storage()._record  # type: ignore[attr-defined]
-        record = self._records.get(f"data/{key}")
-        if record is None:
-            _bad(self._path, f"tensor {name!r}: its data, record data/{key}, is not in the file")
-        skip = int(tensor.storage_offset()) * tensor.element_size()
-        if skip + _span(tensor) > record.file_size:
-            _bad(self._path, f"tensor {name!r}: needs {skip + _span(tensor)} bytes, its record has {record.file_size}")
-        offset = self._data_offset(record) + skip
-        nbytes = tensor.numel() * tensor.element_size()
-        shape = tuple(tensor.size())
-        return TensorInfo(name, tensor.dtype, shape, nbytes, str(self._path), offset)
 
-    def _data_offset(self, record: zipfile.ZipInfo) -> int:
-        """Where a record's data starts: its local header repeats name and extra field, in lengths of its own."""
-        header = os.pread(self._descriptor, _LOCAL_HEADER_BYTES, record.header_offset)
-        if len(header) != _LOCAL_HEADER_BYTES or not header.startswith(_ZIP_MAGIC):
-            _bad(self._path, f"is damaged: no record at byte {record.header_offset}, where {record.filename} should be")
-        name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-        return record.header_offset + _LOCAL_HEADER_BYTES + name + extra
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _span(tensor: torch.Tensor) -> int:
-    """Bytes from a tensor's first to its last element, whatever its strides."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+@dataclass(frozen=True)
+class _Bytes:
+    """An open file as a ``ByteSource``."""
+
+    descriptor: int
+    path: Path
+    observe: Observe | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return os.fstat(self.descriptor).st_size
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Exactly ``count`` bytes from ``offset``."""
+        return read_bytes(self.descriptor, offset, count, str(self.path), observe=self.observe).numpy().tobytes()
 
 
-def _records(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The archive's records by their name below its top folder. The directory is read, no data."""
+def _places(source: _Bytes, path: Path) -> dict[str, _Place]:
+    """The tensors by name; one enclosing ``{"state_dict": ...}`` is opened."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-        raise SourceError(
-            f"{path}: is damaged or truncated: its directory cannot be read", hint=DAMAGED_HINT
-        ) from error
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        _bad(path, "has compressed records, which torch never writes", hint="save it again with torch.save")
-    records = {entry.filename.partition("/")[2]: entry for entry in entries}
-    if "data.pkl" not in records:
-        _bad(path, "is a zip file but no torch checkpoint: it has no data.pkl", hint="name a file made by torch.save")
-    return records
+        contents = read_source(source, str(path), expanded=True)
+    except UnsafeFileError as error:
+        raise SourceError(error.message, hint=error.hint or DAMAGED_HINT) from error
+    for use in contents.globals:
+        if use.name.startswith("torchao."):
+            raise _unsafe(path, use.name)
+    if contents.byteorder != "little":
+        _bad(path, "was saved on a big-endian machine", hint="save it again with torch.save on this machine")
+    inner = contents.others.get("state_dict")
+    top: dict[str | int, Value] = dict(contents.others)
+    top.update(contents.tensors)
+    found = inner if isinstance(inner, Mapping) else top
+    return {str(name): _place(name, value, path) for name, value in found.items()}
 
 
-def _unpickle(path: Path, records: Mapping[str, zipfile.ZipInfo]) -> object:
-    """The pickled object, its tensors on the meta device, each storage with its record's key as ``_record``."""
+def _place(name: str | int, value: Value, path: Path) -> _Place:
+    if not isinstance(name, str):
+        _bad(path, f"the key {name!r} is not a tensor name", _DICT_HINT)
+    if not isinstance(value, TensorEntry):
+        _bad(path, f"{name!r} is a {_kind(value)}, not a tensor", _DICT_HINT)
+    if value.class_name not in _PLAIN or value.data is None or value.data.offset is None:
+        raise AssertionError(f"{name!r} is a {value.class_name}, but nothing of torchao is in the file")
+    return _Place(getattr(torch, value.dtype), value.shape, value.data.stride, value.data.offset)
 
-    def persistent_load(identifier: tuple[Any, ...]) -> torch.TypedStorage:
-        _, kind, key, _, numel = identifier
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        storage = torch.UntypedStorage(numel * dtype.itemsize, device="meta")  # type: ignore[no-untyped-call]
-        storage._record = str(key)  # type: ignore[attr-defined]
-        return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            content = archive.read(records["data.pkl"])
-            order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
-        if order != b"little":
-            _bad(path, "was saved on a big-endian machine", hint="save it again with torch.save on this machine")
-        unpickler = Unpickler(io.BytesIO(content), encoding="utf-8")
-        unpickler.persistent_load = persistent_load  # type: ignore[method-assign]
-        return unpickler.load()  # type: ignore[no-untyped-call]
-    except SourceError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise _refused(path, error) from error
+def _kind(value: Value) -> str:
+    if isinstance(value, Mapping):
+        return "dict"
+    return value.class_name.rpartition(".")[2] if isinstance(value, Instance) else type(value).__name__
+
+
+def _info(name: str, place: _Place, path: Path) -> TensorInfo:
+    nbytes = math.prod(place.shape) * place.dtype.itemsize
+    return TensorInfo(name, place.dtype, place.shape, nbytes, str(path), place.offset)
 
 
 class _Observed(io.RawIOBase):
@@ -208,6 +239,7 @@ class _Observed(io.RawIOBase):
 
 def _load_legacy(descriptor: int, path: Path, observe: Observe | None) -> object:
     try:
+        _check_legacy(descriptor, path)
         with warnings.catch_warnings(action="ignore"):  # of a plain pickle's protocol; the error says more
             file = io.BufferedReader(_Observed(descriptor, observe), _LEGACY_BUFFER)
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -217,12 +249,33 @@ def _load_legacy(descriptor: int, path: Path, observe: Observe | None) -> object
         raise _refused(path, error) from error
 
 
+def _check_legacy(descriptor: int, path: Path) -> None:
+    """Refuse pickles that ``torch.save`` of that time never wrote, before torch's unpickler makes anything of them.
+
+    Raises:
+        SourceError: a name that has no business there, or too many opcodes.
+        ValueError: damaged.
+    """
+    file = io.BufferedReader(_Observed(descriptor, None), _LEGACY_BUFFER)
+    count = 0
+    for _ in range(_LEGACY_PICKLES):
+        for opcode, argument, _position in pickletools.genops(file):
+            count += 1
+            if count > _LEGACY_OPCODES:
+                _bad(path, f"its pickle has more than {_LEGACY_OPCODES:,} opcodes")
+            if opcode.name == "GLOBAL" and not _LEGACY_NAMES.fullmatch(str(argument)):
+                raise _unsafe(path, str(argument).replace(" ", "."))
+
+
 def _refused(path: Path, error: Exception) -> SourceError:
     """One line for a pickle that cannot be read, naming what was refused."""
     found = _REFUSED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if found is None:
         return SourceError(f"{path}: is damaged, or no torch checkpoint", hint=DAMAGED_HINT)
-    name = found[1]
+    return _unsafe(path, found[1])
+
+
+def _unsafe(path: Path, name: str) -> SourceError:
     if name.startswith("torchao."):
         return SourceError(f"{path}: is already quantized: it holds {name}", hint=_QUANTIZED_HINT)
     return SourceError(
@@ -235,14 +288,13 @@ def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
     """The tensors by name; one enclosing ``{"state_dict": ...}`` is opened."""
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    hint = "aoconvert reads a dict of tensors, or one under the key 'state_dict'"
     if not isinstance(content, dict):
-        _bad(path, f"holds a {type(content).__name__}, not a dict of tensors", hint)
+        _bad(path, f"holds a {type(content).__name__}, not a dict of tensors", _DICT_HINT)
     for name, value in content.items():
         if not isinstance(name, str):
-            _bad(path, f"the key {name!r} is not a tensor name", hint)
+            _bad(path, f"the key {name!r} is not a tensor name", _DICT_HINT)
         if not isinstance(value, torch.Tensor):
-            _bad(path, f"{name!r} is a {type(value).__name__}, not a tensor", hint)
+            _bad(path, f"{name!r} is a {type(value).__name__}, not a tensor", _DICT_HINT)
         if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_quantized:
             kind = "quantized torch.Tensor" if value.is_quantized else type(value).__qualname__
             _bad(path, f"is already quantized: {name!r} is a {kind}", hint=_QUANTIZED_HINT)

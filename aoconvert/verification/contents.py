@@ -67,6 +67,8 @@ class TensorEntry:
         attributes: its other attributes, in the pickle's order.
         requires_grad: as stored.
         location: device its data was saved from (``cpu``, ``cuda:0``).
+        values: in it, itself among them, one that is shared each time.
+        depth: of what lies within each other in it.
     """
 
     class_name: str
@@ -77,6 +79,8 @@ class TensorEntry:
     attributes: Mapping[str, Value]
     requires_grad: bool
     location: str
+    values: int = field(default=1, repr=False, compare=False)
+    depth: int = field(default=0, repr=False, compare=False)
 
     def leaves(self, prefix: str = "") -> Iterator[tuple[str, TensorEntry]]:
         """Dotted attribute names and plain tensors within, at any depth; itself, as ``""``, when it is plain."""
@@ -84,6 +88,11 @@ class TensorEntry:
             yield prefix, self
         for name, tensor in self.inner.items():
             yield from tensor.leaves(f"{prefix}.{name}" if prefix else name)
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Which elements it stands for: the same for tensors that share all of them."""
+        return tuple((leaf.data, leaf.dtype, leaf.shape) for _, leaf in self.leaves())
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from aoconvert.errors import UnsafePickleError
 
+_FREE_CONTAINERS = 20_000
+_BYTES_PER_CONTAINER = 8  # torch writes at least two strings or numbers for each
 MAX_LINE = 4096  # bytes, of the text opcodes of protocol 0
 _NESTED_TEXT = re.compile(r"\x80[\x00-\x05]|\(*[ci][\w.]+\n[\w.]+\n")
 
@@ -88,6 +90,7 @@ class Machine:
     stack: list[object] = field(default_factory=list)
     marks: list[list[object]] = field(default_factory=list)
     memo: dict[int, object] = field(default_factory=dict)
+    containers: int = 0  # that were made
 
     def take(self, count: int) -> bytes:
         """The next ``count`` bytes."""
@@ -111,6 +114,13 @@ class Machine:
     def push(self, value: object) -> None:
         """Put a value on the stack."""
         self.stack.append(value)
+
+    def contain(self, container: object) -> None:
+        """Put a new list, dict or set on the stack; there may be so many in proportion to the pickle."""
+        self.containers += 1
+        if self.containers > _FREE_CONTAINERS + len(self.data) // _BYTES_PER_CONTAINER:
+            raise refuse(self.start, f"more than {self.containers - 1:,} lists, dicts and sets")
+        self.stack.append(container)
 
     def pop(self) -> object:
         """Take the top value; marks are in the way of deeper ones."""

@@ -183,19 +183,19 @@ def _add_items(m: Machine) -> None:
 def _list(m: Machine) -> None:
     made = Items()
     made.values = m.to_mark()
-    m.push(made)
+    m.contain(made)
 
 
 def _dict(m: Machine) -> None:
     made, values = Pairs(), m.to_mark()
     _fill(m, made, values)
-    m.push(made)
+    m.contain(made)
 
 
 def _frozenset(m: Machine) -> None:
     made = Members()
     made.values = m.to_mark()
-    m.push(made)
+    m.contain(made)
 
 
 def _global_line(m: Machine) -> None:
@@ -287,15 +287,15 @@ _HANDLERS: dict[int, Handler] = {
         b"\x85": lambda m: m.tuple(1),
         b"\x86": lambda m: m.tuple(2),
         b"\x87": lambda m: m.tuple(3),
-        b"]": lambda m: m.push(Items()),
+        b"]": lambda m: m.contain(Items()),
         b"l": _list,
         b"a": _append,
         b"e": lambda m: _extend(m, m.to_mark()),
-        b"}": lambda m: m.push(Pairs()),
+        b"}": lambda m: m.contain(Pairs()),
         b"d": _dict,
         b"s": _set_item,
         b"u": lambda m: _set_items(m, m.to_mark()),
-        b"\x8f": lambda m: m.push(Members()),
+        b"\x8f": lambda m: m.contain(Members()),
         b"\x90": _add_items,
         b"\x91": _frozenset,
         b"p": lambda m: m.put(_memo_index(m)),

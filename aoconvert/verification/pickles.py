@@ -5,17 +5,20 @@ No storage is read, nothing is executed, torch and torchao are not imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from aoconvert.errors import UnsafeFileError, UnsafePickleError
 from aoconvert.verification.byte_source import ByteSource, LocalFile
-from aoconvert.verification.contents import BinContents, TensorEntry, Value
+from aoconvert.verification.contents import BinContents, StorageInfo, TensorEntry, Value
 from aoconvert.verification.machine import Pairs, refuse
 from aoconvert.verification.opcodes import MAX_PICKLE_BYTES, read_pickle
 from aoconvert.verification.rebuild import Rebuilder
 from aoconvert.verification.zips import Record, read_archive, read_record
+
+MAX_REPEATS = 16  # times that the bytes of a file may be read, beyond what costs little
+_FREE_BYTES = 256 << 20
 
 _Error = TypeVar("_Error", bound=UnsafeFileError)
 
@@ -32,13 +35,14 @@ def read_bin(path: Path) -> BinContents:
         return read_source(source, str(path))
 
 
-def read_source(source: ByteSource, label: str, *, local_headers: bool = True) -> BinContents:
+def read_source(source: ByteSource, label: str, *, local_headers: bool = True, expanded: bool = False) -> BinContents:
     """``read_bin`` from any source of bytes.
 
     Args:
         source: the file.
         label: what messages call it.
         local_headers: see ``read_archive``; without them storages and tensors have no ``offset``.
+        expanded: accept tensors that repeat their elements, which no quantized checkpoint holds.
 
     Raises:
         SourceError: the bytes could not be read.
@@ -50,18 +54,20 @@ def read_source(source: ByteSource, label: str, *, local_headers: bool = True) -
         if order not in (b"little", b"big"):
             raise refuse(None, "the byte order beside it is neither little nor big")
         data = read_record(source, archive, "data.pkl", MAX_PICKLE_BYTES)
-        return read_contents(data, archive.storages(), order.decode())
+        return read_contents(data, archive.storages(), order.decode(), expanded=expanded)
     except UnsafeFileError as error:
         raise _labelled(error, label) from None
 
 
-def read_contents(data: bytes, storages: Mapping[str, Record], byteorder: str = "little") -> BinContents:
+def read_contents(
+    data: bytes, storages: Mapping[str, Record], byteorder: str = "little", *, expanded: bool = False
+) -> BinContents:
     """Read a ``data.pkl`` over the storage records beside it, by key.
 
     Raises:
         UnsafePickleError: as ``read_bin``.
     """
-    rebuilder = Rebuilder(storages)
+    rebuilder = Rebuilder(storages, len(data), expanded=expanded)
     top, protocol = read_pickle(data, rebuilder)
     if not isinstance(top, Pairs):
         raise refuse(None, "no dict at its top", hint="a checkpoint is a dict of tensors by name")
@@ -75,6 +81,7 @@ def read_contents(data: bytes, storages: Mapping[str, Record], byteorder: str = 
             tensors[name] = value
         else:
             others[name] = value
+    check_reads(tensors.values(), rebuilder.storages)
     return BinContents(
         tensors=tensors,
         others=others,
@@ -84,6 +91,18 @@ def read_contents(data: bytes, storages: Mapping[str, Record], byteorder: str = 
         byteorder=byteorder,
         pickle_bytes=len(data),
     )
+
+
+def check_reads(tensors: Iterable[TensorEntry], storages: Mapping[str, StorageInfo]) -> None:
+    """Refuse a file of which much more would be read than it holds; the same tensor under many names is read once.
+
+    Raises:
+        UnsafePickleError: it is such a file.
+    """
+    held = sum(info.size for info in storages.values())
+    wanted = sum({tensor.place: tensor.nbytes for tensor in tensors}.values())
+    if wanted > _FREE_BYTES + MAX_REPEATS * held:
+        raise refuse(None, f"its tensors take {wanted:,} bytes out of storages that hold {held:,}")
 
 
 def check_bin(path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,13 +18,17 @@ from aoconvert.verification.machine import Items, Members, Pairs, refuse, shown
 from aoconvert.verification.safe_names import ITEMSIZE, STORAGE_DTYPE, Kind, Known, lookup
 from aoconvert.verification.zips import Record
 
-MAX_DEPTH = 50  # containers within each other
-MAX_VALUES = 2_000_000  # looked at while freezing; shared ones count each time
+MAX_DEPTH = 50  # containers and tensors within each other
+MAX_VALUES = 2_000_000
+_FREE_VALUES = 20_000
+_BYTES_PER_VALUE = 2  # torch writes at least five for each, by this count
+_CALL = 4  # values that the result of a call takes the memory of, about
 MAX_DIMS = 64
 MAX_ELEMENTS_PER_BYTE = (
     64  # of a torchao tensor, over what is stored for it; 1-bit codes reach 8, codebooks a little more
 )
 
+_TOO_MUCH = "values are nested too deeply, or repeat each other too often"
 _KEY = re.compile(r"[0-9]{1,20}", re.ASCII)
 _LOCATION = re.compile(r"[a-z]{1,16}(?::[0-9]{1,3})?", re.ASCII)
 _LIST_HINT = "only torch's and torchao's own names belong in a checkpoint; get the file from its author as safetensors"
@@ -60,23 +64,44 @@ class Storage:
 
 
 class Made:
-    """An object under construction; ``sealed`` once it has been used."""
+    """An object under construction; ``sealed`` once it has been used. ``inside``: what its parts froze to."""
 
-    __slots__ = ("args", "name", "sealed", "state")
+    __slots__ = ("args", "inside", "name", "sealed", "state")
 
-    def __init__(self, name: Name, args: tuple[Value, ...]) -> None:
+    def __init__(self, name: Name, args: tuple[Value, ...], inside: list[Frozen]) -> None:
         self.name = name
         self.args = args
+        self.inside = inside
         self.state: Mapping[str | int, Value] | None = None
         self.sealed = False
 
 
-class Rebuilder:
-    """The ``Actions`` of a checkpoint over the storage records of its archive."""
+@dataclass(frozen=True)
+class Frozen:
+    """A value that is final. ``values``: in it, shared ones each time; ``depth``: of those within each other."""
 
-    def __init__(self, records: Mapping[str, Record]) -> None:
+    value: Value
+    values: int = 1
+    depth: int = 0
+
+
+class Rebuilder:
+    """The ``Actions`` of a checkpoint over the storage records of its archive.
+
+    What is shared is frozen once, but counts each time it is met: so it does for all who walk the result. How much
+    may be made is in proportion to the pickle.
+
+    Args:
+        records: storages, by key.
+        pickle_bytes: size of the pickle.
+        expanded: accept tensors that repeat their elements (``Tensor.expand``).
+    """
+
+    def __init__(self, records: Mapping[str, Record], pickle_bytes: int, *, expanded: bool = False) -> None:
         self._records = records
-        self._values = 0
+        self._expanded = expanded
+        self._left = min(MAX_VALUES, _FREE_VALUES + pickle_bytes // _BYTES_PER_VALUE)
+        self._known: dict[int, tuple[object, Frozen]] = {}  # by id of what was frozen, which is kept with it
         self.uses: dict[str, GlobalUse] = {}
         self.storages: dict[str, StorageInfo] = {}
 
@@ -116,6 +141,7 @@ class Rebuilder:
         """The result of a call that torch.save writes."""
         if not isinstance(func, Name):
             raise refuse(position, "something is called that is no name")
+        self._spend(_CALL, position)
         match func.kind, args:
             case Kind.ORDERED_DICT, ():
                 return Pairs(ordered=True)
@@ -133,7 +159,7 @@ class Rebuilder:
             case Kind.DEVICE, (str(device), int(index)) if _LOCATION.fullmatch(device) and 0 <= index < 1000:
                 return Instance(func.dotted, (f"{device}:{index}",))
             case Kind.PARTIAL, (Name() as inner,) if inner.kind is Kind.FUNCTION:
-                return Made(func, (Symbol(inner.dotted),))
+                return Made(func, (Symbol(inner.dotted),), [])
             case Kind.REBUILD, _:
                 return self._dense(func, args, position)
             case Kind.PARAMETER, _:
@@ -147,7 +173,9 @@ class Rebuilder:
         if not isinstance(cls, Name):
             raise refuse(position, "an object is made of something that is no name")
         if (cls.kind is Kind.DATA and not args) or (cls.kind is Kind.TUPLE and len(args) <= 16):
-            return Made(cls, tuple(self.freeze(arg, position) for arg in args))
+            self._spend(_CALL, position)
+            inside = [self._frozen(arg, position, 0) for arg in args]
+            return Made(cls, tuple(item.value for item in inside), inside)
         raise refuse(position, f"an object of {cls.dotted} is made in a way that torch.save never writes")
 
     def build(self, target: object, state: object, position: int) -> None:
@@ -158,39 +186,73 @@ class Rebuilder:
         if not isinstance(target, Made) or target.sealed or target.state is not None:
             raise refuse(position, "a state is given to something that has none, or has it already, or is in use")
         if target.name.kind is Kind.PARTIAL:
-            target.state = self._partial(target, state, position)
+            frozen = self._partial(target, state, position)
         elif target.name.kind is Kind.DATA:
-            target.state = self._attributes(state, position)
+            frozen = self._attributes(state, position)
         else:
             raise refuse(position, f"a state is given to {target.name.dotted}, which has none")
+        target.state = cast("Mapping[str | int, Value]", frozen.value)
+        target.inside.append(frozen)
 
     # --- values
 
-    def freeze(self, value: object, position: int, depth: int = 0) -> Value:
+    def freeze(self, value: object, position: int) -> Value:
         """``value`` as frozen plain data; what it is made of can no longer be changed."""
-        self._values += 1
-        if self._values > MAX_VALUES or depth > MAX_DEPTH:
-            raise refuse(position, "values are nested too deeply, or repeat each other too often")
-        if value is None or isinstance(value, (bool, int, float, str, bytes, Symbol, Instance, TensorEntry)):
-            return value
-        if isinstance(value, tuple):
-            return tuple([self.freeze(item, position, depth + 1) for item in value])
-        if isinstance(value, Items):
+        frozen = self._frozen(value, position, 0)
+        self._spend(frozen.values, position)
+        return frozen.value
+
+    def _spend(self, values: int, position: int) -> None:
+        self._left -= values
+        if self._left < 0:
+            raise refuse(position, _TOO_MUCH)
+
+    def _frozen(self, value: object, position: int, depth: int) -> Frozen:
+        """``depth``: of what it lies in."""
+        if value is None or isinstance(value, (bool, int, float, str, bytes, Symbol)):
+            return Frozen(value)
+        if isinstance(value, Instance):
+            return Frozen(value, 1 + len(value.args))
+        if isinstance(value, TensorEntry):
+            found = Frozen(value, value.values, value.depth)
+        elif id(value) in self._known:
+            found = self._known[id(value)][1]
+        elif depth > MAX_DEPTH:
+            raise refuse(position, _TOO_MUCH)
+        else:
+            found = self._opened(value, position, depth)
+            self._known[id(value)] = (value, found)
+        if depth + found.depth > MAX_DEPTH:
+            raise refuse(position, _TOO_MUCH)
+        return found
+
+    def _opened(self, value: object, position: int, depth: int) -> Frozen:
+        """A container, which is sealed, or a name that stands for a value; met for the first time."""
+        if isinstance(value, (Items, Pairs, Members, Made)):
             value.sealed = True
-            return tuple([self.freeze(item, position, depth + 1) for item in value.values])
-        if isinstance(value, Pairs):
-            value.sealed = True
-            return {key: self.freeze(item, position, depth + 1) for key, item in value.values.items()}
-        if isinstance(value, Members):
-            value.sealed = True
-            return Instance("builtins.set", tuple(self._primitive(item, position) for item in value.values))
-        if isinstance(value, Made):
-            value.sealed = True
-            return Instance(value.name.dotted, value.args, value.state or {})
-        if isinstance(value, Name) and value.kind in (Kind.DTYPE, Kind.FUNCTION):
-            return Symbol(value.dotted)
+        match value:
+            case Made():
+                return self._joined(Instance(value.name.dotted, value.args, value.state or {}), value.inside, position)
+            case Members():
+                members = tuple(self._primitive(item, position) for item in value.values)
+                return Frozen(Instance("builtins.set", members), 1 + len(members))
+            case Pairs():
+                inside = [self._frozen(item, position, depth + 1) for item in value.values.values()]
+                made = dict(zip(value.values, (item.value for item in inside), strict=True))
+                return self._joined(made, inside, position)
+            case Items() | tuple():
+                items = value.values if isinstance(value, Items) else value
+                inside = [self._frozen(item, position, depth + 1) for item in items]
+                return self._joined(tuple(item.value for item in inside), inside, position)
+            case Name(dotted, Known(Kind.DTYPE | Kind.FUNCTION)):
+                return Frozen(Symbol(dotted))
         what = value.dotted if isinstance(value, Name) else "a storage"
         raise refuse(position, f"{what} is used as a value")
+
+    def _joined(self, value: Value, inside: Sequence[Frozen], position: int) -> Frozen:
+        """A container of what is ``inside``."""
+        self._spend(1 + len(inside), position)
+        return Frozen(value, 1 + sum(item.values for item in inside), 1 + max((i.depth for i in inside), default=0))
 
     def _primitive(self, value: object, position: int) -> Value:
         frozen = self.freeze(value, position)
@@ -198,15 +260,16 @@ class Rebuilder:
             return frozen
         raise refuse(position, "an enum member or a set item that is no number or string")
 
-    def _attributes(self, state: object, position: int) -> Mapping[str | int, Value]:
+    def _attributes(self, state: object, position: int) -> Frozen:
+        """A dict of attributes."""
         if not isinstance(state, Pairs):
             raise refuse(position, "a state that is no dict")
         for key in state.values:
             if not isinstance(key, str) or not key.isidentifier() or key.startswith("__"):
                 raise refuse(position, f"an attribute called '{shown(str(key))}'")
-        return cast("Mapping[str | int, Value]", self.freeze(state, position))
+        return self._frozen(state, position, 0)
 
-    def _partial(self, target: Made, state: object, position: int) -> Mapping[str | int, Value]:
+    def _partial(self, target: Made, state: object, position: int) -> Frozen:
         """``functools.partial.__reduce__``: (function, args, keywords, attributes)."""
         match state:
             case (Name() as func, (), Pairs() as keywords, None) if (Symbol(func.dotted),) == target.args:
@@ -237,13 +300,17 @@ class Rebuilder:
         if not shape_ok or len(args) < 4 or not isinstance(args[0], Storage) or len(rest) > 3:
             raise refuse(position, f"{func.dotted} is called in a way that torch.save never writes")
         requires_grad = self._grad_and_hooks(rest, position) if rest else False
-        if len(rest) == 3 and rest[2] is not None:
-            self._attributes(rest[2], position)
+        if len(rest) == 3 and rest[2] is not None and any(self._metadata(rest[2], position)):
+            raise refuse(position, "a tensor that is to be conjugated or negated when it is read")
         storage = args[0]
         data = self._stored(storage, args[1], args[2], args[3], dtype or storage.info.dtype, position)
         shape = self._sizes(args[2], position)
         location = storage.info.location
         return TensorEntry("torch.Tensor", dtype or storage.info.dtype, shape, data, {}, {}, requires_grad, location)
+
+    def _metadata(self, value: object, position: int) -> Iterable[Value]:
+        """The marks of a dense tensor (``torch._utils.get_tensor_metadata``): ``conj`` and ``neg``."""
+        return cast("Mapping[str, Value]", self._attributes(value, position).value).values()
 
     def _grad_and_hooks(self, args: tuple[object, ...], position: int) -> bool:
         requires_grad, hooks = args[0], args[1]
@@ -255,7 +322,7 @@ class Rebuilder:
     def _stored(
         self, storage: Storage, offset: object, size: object, stride: object, dtype: str, position: int
     ) -> StoredData:
-        """The elements of a dense tensor, which must all lie in its storage, none of them twice as often as stored."""
+        """The elements of a dense tensor, which must all lie in its storage, and be no more unless they may repeat."""
         shape, steps = self._sizes(size, position), self._sizes(stride, position)
         if type(offset) is not int or not _is_size(offset) or len(shape) != len(steps):
             raise refuse(position, "a tensor whose shape, stride and offset do not belong together")
@@ -263,7 +330,7 @@ class Rebuilder:
         held = storage.info.size // width
         count = math.prod(shape)
         last = offset + sum((length - 1) * step for length, step in zip(shape, steps, strict=True))
-        if count > held or offset > held or (count and last >= held):
+        if (count > held and not self._expanded) or offset > held or (count and last >= held):
             raise refuse(
                 position,
                 f"a {dtype} tensor of {_number(count)} elements (shape {_clip(shape)}, stride {_clip(steps)},"
@@ -286,12 +353,23 @@ class Rebuilder:
     def _with_state(self, tensor: TensorEntry, state: object, position: int) -> TensorEntry:
         if state is None:
             return tensor
-        values = cast("Mapping[str, Value]", self._attributes(state, position))
+        frozen = self._attributes(state, position)
+        values = cast("Mapping[str, Value]", frozen.value)
+        count, depth = tensor.values + frozen.values, max(tensor.depth, 1 + frozen.depth)
+        self._spend(count, position)
+        if depth > MAX_DEPTH:
+            raise refuse(position, _TOO_MUCH)
         for name in _SETTERS.intersection(values):
             raise refuse(position, f"an attribute called '{name}', which would change the tensor itself")
         inner = {name: value for name, value in values.items() if isinstance(value, TensorEntry)}
         attributes = {name: value for name, value in values.items() if not isinstance(value, TensorEntry)}
-        return replace(tensor, inner={**tensor.inner, **inner}, attributes={**tensor.attributes, **attributes})
+        return replace(
+            tensor,
+            inner={**tensor.inner, **inner},
+            attributes={**tensor.attributes, **attributes},
+            values=count,
+            depth=depth,
+        )
 
     def _from_type(self, func: Name, cls: Name, args: tuple[object, ...], state: object, position: int) -> TensorEntry:
         """``_rebuild_from_type_v2(func, type, args, state)``: a subclass, or a tensor with attributes."""

@@ -217,13 +217,60 @@ def named_cases():
     return {f"name {key}": (top(value), key) for key, value in other.items()}
 
 
+def with_state(data, state):
+    return call("torch._utils._rebuild_parameter_with_state", data, b"\x89", NO_HOOKS, state)
+
+
+def got(index):
+    return b"j" + struct.pack("<I", index)
+
+
+def put(index):
+    return b"r" + struct.pack("<I", index)
+
+
+def entries(*values):
+    """A dict of these values at the top."""
+    return b"\x80\x02}(" + b"".join(text(f"w{at}") + value for at, value in enumerate(values)) + b"u" + STOP
+
+
+def bombs():
+    """name -> pickle that is small, and gives much: each thing in it is allowed."""
+    first = tensor() + put(0)
+    inside = [with_state(got(at), b"}(" + text("a") + got(at) + text("b") + got(at) + b"u") + put(at + 1)
+              for at in range(60)]  # fmt: skip
+    chain = [wrapper(state=b"}(" + text("qdata") + got(at) + b"u") + put(at + 1) for at in range(1200)]
+    attributes = b"}(" + b"".join(text(f"a{at}") + b"N" for at in range(3000)) + b"u" + put(1)
+    shared = [with_state(got(0), attributes)] + [with_state(got(0), got(1)) for _ in range(3000)]
+    growing = [with_state(got(at), b"}" + text(f"a{at}") + b"Ns") + put(at + 1) for at in range(3000)]
+    again = [with_state(got(0), b"}" + text("a") + got(9) + b"s") for _ in range(300)]
+    args = tup(storage(), number(0), numbers(4), numbers(1), b"\x89", NO_HOOKS, b"N")
+    key, calls = text("b") + b"](", b"h\x01h\x02R" * 30_000 + b"e"
+    flood = name("torch._utils._rebuild_tensor_v2") + b"q\x01" + args + b"q\x02R" + key + calls
+    devices = name("torch.device") + b"q\x01" + tup(text("cpu")) + b"q\x02R" + key + calls
+    ordered = NO_HOOKS[:-2] + put(1) + b")R" + (got(1) + b")R") * 60_000
+    return {
+        "tensors inside tensors, each twice": entries(first, *inside),
+        "a chain of wrappers": entries(first, *chain),
+        "thousands of tensors with the same thousands of attributes": entries(first, *shared),
+        "attributes that are added one by one": entries(first, *growing),
+        "the same large list for hundreds": entries(first, b"](" + b"N" * 20_000 + b"e" + put(9), *again),
+        "a call again and again": b"\x80\x02}(" + text("a") + flood + b"u" + STOP,
+        "devices again and again": b"\x80\x02}(" + text("a") + devices + b"u" + STOP,
+        "empty dicts": b"\x80\x02}" + text("a") + b"](" + b"}" * 50_000 + b"es" + STOP,
+        "ordered dicts": b"\x80\x02}" + text("a") + b"](" + ordered + b"es" + STOP,
+    }
+
+
 def structure_cases():
     """name -> (pickle, what the refusal says)."""
     fit = storage(numel=4)
     million = 1_000_000
     laughs = b"(]q\x00" + (b"](" + b"h\x00" * 10 + b"eq\x00") * 40 + b"t"
     cycle = b"\x80\x02}" + text("w") + b"]q\x00h\x00ah\x00as" + STOP
+    much = "nested too deeply, or repeat each other|more than [0-9,]+ lists"
     return {
+        **{name: (pickled, much) for name, pickled in bombs().items()},
         "EXT1": (top(b"\x82\x01"), "EXT1"),
         "EXT2": (top(b"\x83\x01\x00"), "EXT2"),
         "EXT4": (top(b"\x84\x01\x00\x00\x00"), "EXT4"),
@@ -322,12 +369,12 @@ def structure_cases():
         "tensor at the top": (b"\x80\x02" + tensor() + STOP, "no dict at its top"),
         "deep nesting of marks": (b"\x80\x02" + b"(" * million + STOP, "nested"),
         "deep nesting of tuples": (top(b"N" + b"\x85" * million), "nested"),
-        "deep nesting of lists": (top(b"]" * 900_000 + b"a" * 899_999), "nested"),
+        "deep nesting of lists": (top(b"]" * 900_000 + b"a" * 899_999), "more than [0-9,]+ lists"),
         "billion laughs": (top(laughs), "nested too deeply, or repeat"),
         "memo bomb": (top(b"(Nq\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"t"), "nested"),
         "wide memo bomb": (top(b"(](" + b"N" * 3000 + b"eq\x00" + b"h\x00" * 3000 + b"t"), "repeat each other"),
         "cycle": (cycle, "nested"),
-        "too many opcodes": (b"\x80\x02" + b"]" * 2_100_000, "more than 2,000,000 opcodes"),
+        "too many opcodes": (b"\x80\x02" + b"N" * 2_100_000, "more than 2,000,000 opcodes"),
         "a sealed dict changed": (
             b"\x80\x02}"
             + text("w")

@@ -12,7 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
-QUIET = {"object.__getattr__", "object.__setattr__", "sys._getframe"}
+QUIET = {"builtins.id", "object.__getattr__", "object.__setattr__", "sys._getframe"}
 
 
 class Real(pickle.Unpickler):

@@ -5,13 +5,19 @@ import os
 import re
 import subprocess
 import sys
+import time
+import tracemalloc
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from hostile_pickles import archive, code_cases, named_cases, structure_cases, tensor, top, wrapper
+import torch
+from hostile_pickles import archive, bombs, code_cases, named_cases, structure_cases, tensor, top, wrapper
 
-from aoconvert.errors import UnsafePickleError
+from aoconvert.errors import AoconvertError, UnsafePickleError
+from aoconvert.readers.torch_bin import TorchBinReader
 from aoconvert.verification.pickles import check_bin, read_bin
+from aoconvert.verification.process import ask
 
 HERE = Path(__file__).parent
 WRONG = named_cases() | structure_cases()
@@ -88,6 +94,36 @@ def test_the_refusal_is_the_right_one(name, ours):
     assert re.search(re.escape(expected) if name.startswith("name ") else expected, ours[0][name][1])
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if "attributes" in name else pytest.mark.exhaustive) for name in bombs()]
+)
+def test_a_bomb_takes_memory_in_proportion_to_its_size(name, tmp_path):
+    """And quantize reads a source through the same reader."""
+    pickled = bombs()[name]
+    (tmp_path / "pytorch_model.bin").write_bytes(archive(pickled))
+    tracemalloc.start()
+    for read in (read_bin, TorchBinReader):
+        tracemalloc.reset_peak()
+        began = time.process_time()
+        with pytest.raises(AoconvertError, match=r"nested too deeply, or repeat each other|more than"):
+            read(tmp_path / "pytorch_model.bin")
+        assert time.process_time() - began < 20
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000 + 120 * len(pickled)
+    tracemalloc.stop()
+
+
+def test_many_views_of_one_storage(tmp_path):
+    """As many reads of the same bytes as no checkpoint needs; the same view under many names is one."""
+    base = torch.zeros(10_000_000)
+    torch.save({f"{at}": base for at in range(20_000)}, tmp_path / "one.bin")
+    assert len(read_bin(tmp_path / "one.bin").tensors) == 20_000
+    torch.save({f"{at}": base[at:] for at in range(40)}, tmp_path / "views.bin")
+    with pytest.raises(
+        UnsafePickleError, match=r"tensors take 1,599,996,880 bytes out of storages that hold 40,000,000"
+    ):
+        read_bin(tmp_path / "views.bin")
+
+
 def test_names_are_in_the_message_with_their_position(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(archive(b"\x80\x02}X\x01\x00\x00\x00acposix\nsystem\nX\x02\x00\x00\x00id\x85Rs."))
@@ -105,3 +141,24 @@ def test_the_builders_make_readable_files(tmp_path):
     assert list(contents.tensors) == ["a", "b"]
     assert contents.tensors["b"].inner["qdata"].data == contents.tensors["a"].data
     assert check_bin(path) is None
+
+
+@pytest.mark.parametrize("child", ["load_child", pytest.param("reload_child", marks=pytest.mark.exhaustive)])
+def test_a_storage_is_hashed_once(child, tmp_path):
+    """8 MB under 20,000 names would be 160 GB."""
+    torch.save({f"{at}": torch.zeros(2_000_000) for at in range(1)}, tmp_path / "one.bin")
+    base = torch.load(tmp_path / "one.bin")["0"]
+    digest = sha256(bytes(8_000_000)).hexdigest()
+    if child == "load_child":
+        torch.save({f"{at}": base for at in range(20_000)}, tmp_path / "model.bin")
+        answers = ask(child, {"files": [str(tmp_path / "model.bin")], "imports": [], "safe_globals": []})
+        assert len(answers) == 20_001
+        assert {answer["sha256"] for answer in answers[:-1]} == {digest}
+        return
+    code = (
+        "import torch\nmodel = torch.nn.Module()\nmodel.one = torch.nn.Parameter(torch.zeros(2_000_000))\n"
+        "for at in range(20_000): model.register_parameter(f'p{at}', model.one)"
+    )
+    expected = {f"p{at}": ["torch.Tensor", digest] for at in range(20_000)}
+    request = {"code": code, "parts": {"": expected}, "forward": False, "example": None}
+    assert ask(child, request)[1] == {"part": "", "problems": []}

@@ -35,8 +35,12 @@ def main() -> None:
         for file in request["files"]:
             with torch.serialization.safe_globals(allowed):
                 state = torch.load(file, weights_only=True, mmap=True)
+            known: dict[Any, dict[str, Any]] = {}
             for name, tensor in state.items():
-                say({"file": file, "name": name, **describe(tensor)})
+                key = place(tensor)
+                if key not in known:  # what has many names is read once
+                    known[key] = describe(tensor)
+                say({"file": file, "name": name, **known[key]})
             del state
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
@@ -48,6 +52,15 @@ def resolve(name: str) -> Any:
     """The object of a dotted name."""
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def place(tensor: Any) -> tuple[Any, ...]:
+    """Class and attributes, and where in memory the elements lie: the same for tensors that share all of them."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return (type(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    names, context = flatten()
+    return (type(tensor), str(context), *(place(getattr(tensor, name)) for name in names))
 
 
 def describe(tensor: Any) -> dict[str, Any]:
