@@ -355,11 +355,12 @@ def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: 
     resolved = _resolved(source, options)
     refuse_early(resolved, options)
     from aoconvert.engine.ahead import HashingAhead
-    from aoconvert.planning.weights import local_weights
+    from aoconvert.planning.weights import local_weights, unreadable_headers
 
     with HashingAhead(local_weights(resolved, options)) as ahead:
         from aoconvert.engine.run import run
 
+        _download(resolved, unreadable_headers(resolved, options), progress)
         made = _made(resolved, options, progress, need_weights=True)
         if made.source.kind == "hub":
             _download(made.source, made.fetch, progress)
@@ -368,6 +369,8 @@ def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: 
 
 
 def _download(source: Source, paths: Sequence[str], progress: Progress) -> None:
+    if not paths:
+        return
     progress.start("download", sum(source.files()[path].size for path in paths))
     done = 0
 
@@ -384,7 +387,7 @@ _VALUES = (
     *("min_sqnr", "target_bits", "target_size"),
     *("subfolder", "variant", "dtype", "layout_device", "max_shard_size", "min_quantized"),
 )
-_FLAGS = ("component_only", "include_embeddings", "untie", "fuse_qkv", "trust_remote_code")
+_FLAGS = ("component_only", "keep_original_files", "include_embeddings", "untie", "fuse_qkv", "trust_remote_code")
 
 
 def command_line(made: Plan, options: QuantizeOptions) -> str:

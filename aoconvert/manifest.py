@@ -18,6 +18,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from aoconvert.errors import SourceError
 
 MANIFEST_NAME = "aoconvert.json"
+REPORT_NAME = "aoconvert.verify.json"
+CARD_NAME = "README.md"
+PICTURE_NAME = "sqnr.svg"
 SCHEMA_VERSION = 1
 _BLANK = "0" * 64
 _DIGEST_KEY = '"digest": "'
@@ -205,6 +208,34 @@ class ComponentEntry(_Model):
     totals: Totals
 
 
+class StoredEntry(_Model):
+    """A tensor that is as it was in the source. ``sha256`` is of its elements in row-major order."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    sha256: Sha256
+    file: RelativePath
+
+
+class UnquantizedEntry(_Model):
+    """A part of a pipeline that was not quantized; its tensors are the source's, bit for bit."""
+
+    name: str
+    path: RelativeFolder
+    library: Literal["diffusers", "transformers"] = Field(description="by which of the two its weights are loaded")
+    class_name: str
+    files: list[FileEntry]
+    tensors: list[StoredEntry]
+
+
+class LeftBehindEntry(_Model):
+    """A file or folder of the source that did not arrive, and why."""
+
+    path: str
+    reason: str
+
+
 class RunEntry(_Model):
     """The only part that differs between two equal runs. Times in seconds, peaks in bytes.
 
@@ -242,14 +273,23 @@ class Manifest(_Model):
     environment: EnvironmentEntry
     pipeline: PipelineEntry | None = None
     components: list[ComponentEntry]
+    unquantized: list[UnquantizedEntry] = Field(default_factory=list)
     copied: list[FileEntry]
+    left_behind: list[LeftBehindEntry] = Field(default_factory=list)
     run: RunEntry
 
     def files(self) -> Iterator[FileEntry]:
         """Every file that the manifest vouches for."""
         for component in self.components:
             yield from component.files
+        for part in self.unquantized:
+            yield from part.files
         yield from self.copied
+
+    def files_by_folder(self) -> dict[str, tuple[str, ...]]:
+        """Folder of each model → the files that were written for it."""
+        models: list[ComponentEntry | UnquantizedEntry] = [*self.components, *self.unquantized]
+        return {model.path: tuple(file.path for file in model.files) for model in models}
 
 
 def dump(manifest: Manifest) -> str:

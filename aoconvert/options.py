@@ -34,6 +34,7 @@ class QuantizeKwargs(TypedDict, total=False):
     skip: str | Sequence[str]
     components: str | Sequence[str] | Mapping[str, str | None]
     component_only: bool
+    keep_original_files: bool
     include_embeddings: bool
     untie: bool
     default_skips: bool
@@ -71,6 +72,7 @@ class QuantizeOptions:
         skip: exact tensor or module names, or ``re:`` patterns that match one fully; not quantized.
         components: pipeline parts to quantize → scheme name, or ``None`` for ``scheme``. Empty: the denoiser.
         component_only: write only that component, not the pipeline.
+        keep_original_files: take the files of a pipeline's other parts over unchanged, not as ``.bin``.
         include_embeddings: quantize embedding tables too, with a scheme that they can take.
         untie: write tensors that share their memory as tensors of their own, so that they can be quantized apart.
         default_skips: leave alone what a careful converter leaves alone (output head, routers …).
@@ -103,6 +105,7 @@ class QuantizeOptions:
     skip: tuple[str, ...] = ()
     components: Mapping[str, str | None] = field(default_factory=dict)
     component_only: bool = False
+    keep_original_files: bool = False
     include_embeddings: bool = False
     untie: bool = False
     default_skips: bool = True

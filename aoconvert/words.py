@@ -1,6 +1,8 @@
-"""Numbers for people."""
+"""Numbers and lists for people."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def size(count: float) -> str:
@@ -33,3 +35,9 @@ def percent(fraction: float) -> str:
 def plural(count: int, word: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def first(names: Sequence[str], most: int = 3) -> str:
+    """The first few of many names: ``a, b, c and 7 more``."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import WriteError
-from aoconvert.verification.report import CARD_NAME as CARD_NAME
-
-PICTURE_NAME = "sqnr.svg"
+from aoconvert.manifest import CARD_NAME as CARD_NAME
+from aoconvert.manifest import PICTURE_NAME as PICTURE_NAME
 
 _SEAL = re.compile(rb"<!-- written by aoconvert; sha256 of all above: ([0-9a-f]{64}) -->\s*\Z")
 

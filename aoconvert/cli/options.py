@@ -77,6 +77,11 @@ def conversion(function: F) -> F:
             help="Part of a pipeline to quantize; its own scheme, or --scheme's. Repeatable. Default: the denoiser.",
         ),
         click.option("--component-only", is_flag=True, help="Write just that component, not the pipeline."),
+        click.option(
+            "--keep-original-files",
+            is_flag=True,
+            help="Take the other parts' weights over unchanged, not as .bin. Such a pipeline must be downloaded first.",
+        ),
         click.option("--include-embeddings", is_flag=True, help="Quantize embedding tables too."),
         click.option(
             "--untie", is_flag=True, help="Write tied tensors (output head, embedding) as tensors of their own."

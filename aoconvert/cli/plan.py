@@ -9,7 +9,7 @@ import click
 from aoconvert.cli.options import common, conversion
 from aoconvert.cli.output import Output
 from aoconvert.options import QuantizeOptions
-from aoconvert.words import size
+from aoconvert.words import first, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,12 +70,24 @@ def _render(plan: Plan, *, tensors: bool) -> RenderableType:
         )
         parts.append(Padding(_tensor_table(item) if tensors else _reason_table(item), (0, 0, 0, 2)))
         parts += [Text(f"  {file.path}  {size(file.size)}") for file in item.files]
+    for part in plan.unquantized:
+        total = sum(file.size for file in part.files)
+        parts.append(Text(f"{part.component.name} ({part.component.class_name}) as it is, {size(total)} of .bin"))
     if plan.copied:
         parts.append(Text(f"taken over unchanged: {len(plan.copied)} files, {size(sum(c.size for c in plan.copied))}"))
+    parts += [Text(line) for line in _left_behind(plan)]
     needs = plan.needs
     device = f", {size(needs.device_peak_bytes)} on {plan.device}" if needs.device_peak_bytes else ""
     parts.append(Text(f"needs {size(needs.disk_bytes)} of disk, about {size(needs.host_peak_bytes)} of memory{device}"))
     return Group(*parts)
+
+
+def _left_behind(plan: Plan) -> list[str]:
+    """What the source holds besides, a line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for item in plan.left_behind:
+        by_reason.setdefault(item.reason, []).append(item.path)
+    return [f"left behind ({reason}): {first(paths)}" for reason, paths in by_reason.items()]
 
 
 def _reason_table(plan: ComponentPlan) -> RenderableType:

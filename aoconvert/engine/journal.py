@@ -33,8 +33,8 @@ from aoconvert.writers.zip_stream import Entry, end_of
 
 if TYPE_CHECKING:
     from aoconvert.engine.output import Stage
-    from aoconvert.planning import ComponentPlan, Plan
-    from aoconvert.planning.types import TensorPlan
+    from aoconvert.planning import Plan
+    from aoconvert.planning.types import StreamedPlan, TensorPlan
     from aoconvert.progress import Progress
 
 _MAX_CRC = 0xFFFFFFFF
@@ -66,7 +66,7 @@ class Journal:
         self._files: dict[str, _File] = {}
         self._out: JournalFile | None = None
         self.kept = 0
-        self.total = sum(t.file is not None for component in plan.components for t in component.tensors)
+        self.total = sum(t.is_written for model in plan.streamed for t in model.tensors)
         self.digests: dict[str, FileDigest] = {}
 
     def open(self, resume: bool, progress: Progress) -> str | None:
@@ -103,7 +103,7 @@ class Journal:
         self.kept = sum(len(file.stored) for file in self._files.values())
         return reason
 
-    def finished(self, plan: ComponentPlan) -> dict[str, TensorResult]:
+    def finished(self, plan: StreamedPlan) -> dict[str, TensorResult]:
         """The results of a component that need not be made again, by tensor name."""
         return {
             tensor.written.name: TensorResult(tensor.written, line.sqnr_db, line.max_abs_error, line.repaired)
@@ -112,7 +112,7 @@ class Journal:
             for line, tensor in zip(file.lines, file.stored, strict=True)
         }
 
-    def sealed(self, plan: ComponentPlan) -> dict[str, SealedFile]:
+    def sealed(self, plan: StreamedPlan) -> dict[str, SealedFile]:
         """The files of a component that are finished."""
         return {path: file.sealed for path in _paths(plan) if (file := self._files.get(path)) and file.sealed}
 
@@ -181,9 +181,9 @@ class Journal:
 
     def _recover(self, lines: list[Line], progress: Progress) -> tuple[list[Line], str | None]:
         """The lines that hold, and where none do, why."""
-        planned = {path: order for component in self._plan.components for path, order in _paths(component).items()}
+        planned = {path: order for model in self._plan.streamed for path, order in _paths(model).items()}
         self._stage.clear([JOURNAL_NAME, *planned])
-        sources = {path for component in self._plan.components if component.weights for path in component.weights.files}
+        sources = {path for model in self._plan.streamed if model.weights for path in model.weights.files}
         self._files = {path: _fitting(lines, path, order, sources) for path, order in planned.items()}
         sealed = {line.file: line for line in lines if isinstance(line, FileLine)}
         ends = {path: file.stored[-1].size for path, file in self._files.items() if file.stored}
@@ -239,7 +239,7 @@ class Journal:
         return True
 
 
-def _paths(plan: ComponentPlan) -> dict[str, list[TensorPlan]]:
+def _paths(plan: StreamedPlan) -> dict[str, list[TensorPlan]]:
     """The output files of a component, and the tensors of each in the order in which they are written."""
     plans = {tensor.name: tensor for tensor in plan.tensors}
     found: dict[str, list[TensorPlan]] = {}

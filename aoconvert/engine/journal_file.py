@@ -177,8 +177,8 @@ def signature_of(plan: Plan) -> dict[str, Any]:
         "source": _digest(
             [
                 _file_facts(plan.source, path)
-                for component in plan.components
-                for path in (component.weights.paths if component.weights else ())
+                for model in plan.streamed
+                for path in (model.weights.paths if model.weights else ())
             ]
         ),
     }
@@ -191,9 +191,9 @@ def _digest(values: Any) -> str:
 def _plan_values(plan: Plan) -> list[Any]:
     return [
         [
-            component.component.name,
-            component.component.class_name,
-            component.folder,
+            model.component.name,
+            model.component.class_name,
+            model.folder,
             plan.dtype,
             [
                 [
@@ -206,12 +206,13 @@ def _plan_values(plan: Plan) -> list[Any]:
                     t.origin,
                     t.bytes_out,
                     t.scheme.key if t.scheme is not None else None,
+                    t.same_as,
                 ]
-                for t in component.tensors
+                for t in model.tensors
             ],
-            component.order,
+            model.order,
         ]
-        for component in plan.components
+        for model in plan.streamed
     ]
 
 

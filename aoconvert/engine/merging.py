@@ -16,7 +16,7 @@ from aoconvert.errors import AoconvertError, ReadError
 from aoconvert.models import transformers as transformers_models
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import BLOCK_BYTES, Load, Recipe, Rows, build
-from aoconvert.planning.types import ComponentPlan, TensorPlan
+from aoconvert.planning.types import ComponentPlan, StreamedPlan, TensorPlan
 from aoconvert.readers.safetensors import SafetensorsReader
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Merging(Protocol):
         """Release memory, files, and what was written for this."""
 
 
-def open_merging(plan: ComponentPlan, whole: Plan, scratch: Path, load: LoadInto) -> Merging:
-    """What a component's plan asks for.
+def open_merging(plan: StreamedPlan, whole: Plan, scratch: Path, load: LoadInto) -> Merging | None:
+    """What a model's plan asks for; ``None`` for one that is written as it is.
 
     Args:
         plan: the component.
@@ -58,6 +58,8 @@ def open_merging(plan: ComponentPlan, whole: Plan, scratch: Path, load: LoadInto
     Raises:
         SourceError: a copy is needed, and transformers refuses the checkpoint.
     """
+    if not isinstance(plan, ComponentPlan):
+        return None
     return _Made(plan, load) if plan.copied is None else _Copied(plan, whole, scratch)
 
 

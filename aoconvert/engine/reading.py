@@ -13,7 +13,7 @@ from aoconvert.engine.merging import Merging, open_merging
 from aoconvert.errors import ReadError, SourceError
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import Rows
-from aoconvert.planning.types import ComponentPlan, TensorPlan
+from aoconvert.planning.types import ComponentPlan, StreamedPlan, TensorPlan
 from aoconvert.readers.digest import FileDigest, Mark, damaged_in_cache
 from aoconvert.readers.multi import CheckpointReader
 from aoconvert.sources import Source
@@ -36,7 +36,7 @@ class ComponentReading:
     """
 
     def __init__(
-        self, plan: ComponentPlan, whole: Plan, scratch: Path, digests: Mapping[str, FileDigest] | None = None
+        self, plan: StreamedPlan, whole: Plan, scratch: Path, digests: Mapping[str, FileDigest] | None = None
     ) -> None:
         if plan.weights is None:
             raise SourceError(f"{plan.component.title}: the source has no weights")
@@ -46,8 +46,8 @@ class ComponentReading:
         self._digests = {path: earlier.get(path) or FileDigest(self._source.local(path)) for path in plan.weights.files}
         self._marks: dict[str, dict[str, Mark]] = {}
         self._reader = CheckpointReader(self._source.root, plan.weights.files, plan.weights.index, self._feed)
-        self._merging: Merging = open_merging(plan, whole, scratch, self._load)
-        self._copied = plan.copied is not None
+        self._merging: Merging | None = open_merging(plan, whole, scratch, self._load)
+        self._copied = isinstance(plan, ComponentPlan) and plan.copied is not None
         if self._copied:  # transformers read the files: each tensor may be made of any byte of them
             for digest in self._digests.values():
                 digest.read_all()
@@ -64,6 +64,7 @@ class ComponentReading:
             ReadError: a disk error, or a file that changed since the plan.
         """
         if tensor.origin is None:
+            assert self._merging is not None
             data = self._merging.read(tensor, rows, into)
         else:
             path, name = tensor.origin
@@ -107,7 +108,8 @@ class ComponentReading:
     def close(self) -> None:
         """Close every file and remove what was merged."""
         self._reader.close()
-        self._merging.close()
+        if self._merging is not None:
+            self._merging.close()
 
     def __enter__(self) -> Self:
         return self

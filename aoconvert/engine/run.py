@@ -21,12 +21,12 @@ from aoconvert.engine.source_card import read_card
 from aoconvert.engine.stream import ComponentResult, Seconds, run_component
 from aoconvert.environment import device_facts, platform_name, versions
 from aoconvert.errors import DeviceMemoryError, Interrupted, ReadError, SourceError, WriteError
-from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry
+from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry, UnquantizedEntry
 from aoconvert.models import join
 from aoconvert.models.calls import call_parameters
 from aoconvert.planning import ComponentPlan, Plan
 from aoconvert.planning.files import index_name
-from aoconvert.planning.types import config_dict, layout_dict, vars_of
+from aoconvert.planning.types import StreamedPlan, UnquantizedPlan, config_dict, layout_dict, vars_of
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import FileDigest
 from aoconvert.recipes import rule_schemes
@@ -117,15 +117,16 @@ def run(
     try:
         unused = journal.open(resume, progress)
         resumed = journal.kept
-        for path in {path for item in plan.components if item.weights for path in item.weights.files}:
+        for path in {path for item in plan.streamed if item.weights for path in item.weights.files}:
             if begun and (digest := begun.get(plan.source.local(path))):
                 journal.digests.setdefault(path, digest)
         entries, digests, seconds = _components(plan, stage, journal, progress)
-        copied: list[FileEntry] = []
-        if plan.copied:
-            progress.start("copy", sum(item.size for item in plan.copied))
-            copied = stage.take_over(plan.source, plan.copied, progress)
-            progress.finish()
+        progress.start("copy", sum(item.bytes_in for item in plan.unquantized) + sum(c.size for c in plan.copied))
+        unquantized, more, spent = _unquantized(plan, stage, journal, progress)
+        copied = stage.take_over(plan.source, plan.copied, progress)
+        progress.finish()
+        digests |= more
+        seconds += spent
         elapsed = time.perf_counter() - began
         result = Manifest(
             schema_version=1,
@@ -134,7 +135,9 @@ def run(
             environment=_environment(plan),
             pipeline=_pipeline(plan),
             components=entries,
+            unquantized=unquantized,
             copied=copied,
+            left_behind=[manifest.LeftBehindEntry(path=item.path, reason=item.reason) for item in plan.left_behind],
             run=manifest.RunEntry(
                 command=command,
                 started=started,
@@ -184,13 +187,14 @@ def _kept(stage: Stage, journal: Journal) -> str:
 def _components(
     plan: Plan, stage: Stage, journal: Journal, progress: Progress
 ) -> tuple[list[ComponentEntry], dict[str, FileEntry], Seconds]:
-    entries, digests, seconds = [], {}, Seconds()
+    entries: list[ComponentEntry] = []
+    digests: dict[str, FileEntry] = {}
+    seconds = Seconds()
     progress.start("quantize", sum(item.totals.bytes_in for item in plan.components))
     for component in plan.components:
         with ComponentReading(component, plan, stage.root, journal.digests) as reading:
             done = run_component(component, reading, journal, plan.devices, progress, allow_cpu=plan.allow_cpu)
-            for path, digest in reading.digests().items():
-                digests[path] = FileEntry(path=path, size=plan.source.files()[path].size, sha256=digest)
+            digests |= _read_files(plan, reading)
         seconds += done.seconds
         extra = [
             stage.write_text(
@@ -210,7 +214,53 @@ def _components(
     return entries, digests, seconds
 
 
-def _write_index(component: ComponentPlan, stage: Stage) -> FileEntry:
+def _read_files(plan: Plan, reading: ComponentReading) -> dict[str, FileEntry]:
+    files = plan.source.files()
+    return {
+        path: FileEntry(path=path, size=files[path].size, sha256=digest) for path, digest in reading.digests().items()
+    }
+
+
+def _unquantized(
+    plan: Plan, stage: Stage, journal: Journal, progress: Progress
+) -> tuple[list[UnquantizedEntry], dict[str, FileEntry], Seconds]:
+    """Write the parts that are not quantized, tensor by tensor."""
+    entries: list[UnquantizedEntry] = []
+    digests: dict[str, FileEntry] = {}
+    seconds = Seconds()
+    for part in plan.unquantized:
+        with ComponentReading(part, plan, stage.root, journal.digests) as reading:
+            done = run_component(part, reading, journal, ("cpu",), progress)
+            digests |= _read_files(plan, reading)
+        seconds += done.seconds
+        files = [FileEntry(path=path, size=file.size, sha256=file.sha256) for path, file in done.files.items()]
+        if len(part.files) > 1:
+            files.append(_write_index(part, stage))
+        entries.append(_unquantized_entry(part, done, files))
+    return entries, digests, seconds
+
+
+def _unquantized_entry(part: UnquantizedPlan, done: ComponentResult, files: list[FileEntry]) -> UnquantizedEntry:
+    return UnquantizedEntry(
+        name=part.component.name,
+        path=part.folder,
+        library=part.component.library,
+        class_name=part.component.class_name,
+        files=files,
+        tensors=[
+            manifest.StoredEntry(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=list(tensor.shape),
+                sha256=done.tensors[tensor.same_as or tensor.name].written.sha256,
+                file=tensor.file or "",
+            )
+            for tensor in part.tensors
+        ],
+    )
+
+
+def _write_index(component: StreamedPlan, stage: Stage) -> FileEntry:
     path = join(component.folder, index_name(component.component))
     where = {t.name: Path(t.file).name for t in component.tensors if t.file is not None}
     write_index(stage.root / path, where, sum(t.bytes_out for t in component.tensors))

@@ -22,7 +22,7 @@ from aoconvert.engine.process import Begin, End, Message, Piece, Processor, Rows
 from aoconvert.environment import available_cores
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, SLICE_BYTES, slices
-from aoconvert.planning.types import ComponentPlan, TensorPlan
+from aoconvert.planning.types import StreamedPlan, TensorPlan
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import Mark
 from aoconvert.writers.torch_bin import SealedFile, TensorSink, TorchBinWriter, WrittenTensor
@@ -78,7 +78,7 @@ class ComponentResult:
 
 
 def run_component(
-    plan: ComponentPlan,
+    plan: StreamedPlan,
     reading: Reading,
     journal: Journal,
     devices: Sequence[str],
@@ -86,7 +86,7 @@ def run_component(
     *,
     allow_cpu: bool = False,
 ) -> ComponentResult:
-    """Stream every tensor of a component into its files, but for those that ``journal`` has already.
+    """Stream every tensor of a model into its files, but for those that ``journal`` has already.
 
     Bounded channels connect the stages, so memory does not depend on the model's size. The quantizer runs in the
     calling thread, which is the one that Ctrl-C reaches.
@@ -106,7 +106,7 @@ def run_component(
 
 @dataclass
 class _Stream:
-    plan: ComponentPlan
+    plan: StreamedPlan
     reading: Reading
     journal: Journal
     devices: Sequence[str]
@@ -213,10 +213,10 @@ class _Stream:
 
     def _write(self, source: Channel[Message]) -> None:
         """Tensors come file by file; a file is sealed when its last tensor has passed."""
-        left: dict[str, int] = {}
+        left = {file.path: 0 for file in self.plan.files}
         for tensor in self.plan.tensors:
-            if tensor.file is not None:
-                left[tensor.file] = left.get(tensor.file, 0) + (tensor.name not in self.done)
+            if tensor.file is not None and tensor.is_written:
+                left[tensor.file] += tensor.name not in self.done
         writer: TorchBinWriter | None = None
         sink: TensorSink | None = None
         try:
@@ -261,6 +261,8 @@ class _Stream:
                 writer.leave()
 
     def _seal(self, path: str, writer: TorchBinWriter) -> None:
-        sealed = writer.seal([tensor.name for tensor in self.plan.tensors if tensor.file == path])
+        here = [tensor for tensor in self.plan.tensors if tensor.file == path]
+        also = {tensor.name: tensor.same_as for tensor in here if tensor.same_as is not None}
+        sealed = writer.seal([tensor.name for tensor in here], also)
         self.journal.done_file(path, sealed)
         self.files[path] = sealed

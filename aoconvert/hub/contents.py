@@ -68,7 +68,7 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
         hashed = frozenset(entries) if not problems else hashed
     elif report is not None:
         problems += _changed(folder, entries)
-    problems += shadows(folder, {part.path: tuple(file.path for file in part.files) for part in manifest.components})
+    problems += shadows(folder, manifest.files_by_folder())
     files = [Sent(entry.path, entry.size, entry.sha256, folder / entry.path) for entry in entries.values()]
     files.append(Sent.from_bytes(MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes()))
     if report is not None:

@@ -24,9 +24,11 @@ class Component:
     Attributes:
         name: ``"transformer"`` in a pipeline, ``""`` where the checkpoint is a single model.
         folder: where its config and weights are in the source, relative, ``""`` for the root.
-        library: the library whose class it is.
+        library: the library whose class it is, or whose base class it has.
         class_name: the model class, e.g. ``"CogVideoXTransformer3DModel"``.
         config: its ``config.json``.
+        module: what model_index.json names in the library's place, where the class is a pipeline's own
+            (``"stable_diffusion"``) or code inside the checkpoint; ``library`` is that of its base class then.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Component:
     library: Library
     class_name: str
     config: Mapping[str, Any] = field(repr=False)
+    module: str | None = None
 
     @property
     def title(self) -> str:
@@ -43,13 +46,18 @@ class Component:
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of the checkpoint: the file that holds it (relative to the source), its name there, what it is."""
+    """A tensor of the checkpoint: the file that holds it (relative to the source), its name there, what it is.
+
+    ``offset`` is the byte of the file at which its elements begin, in row-major order; ``None`` where no other tensor
+    can be there, or where they are in another order.
+    """
 
     file: str
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
+    offset: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aoconvert.environment import quiet_imports
 from aoconvert.errors import SourceError
-from aoconvert.models.base import Component, Skeleton
+from aoconvert.models.base import Component, Library, Skeleton
 from aoconvert.models.unknown import check_class_keys, explain_unknown
+from aoconvert.sources.base import is_safe_path
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,31 @@ if TYPE_CHECKING:
 
 # the parts of a pipeline that denoise: they hold nearly all of the compute, and are what people quantize
 DENOISERS = ("transformer", "transformer_2", "unet")
+
+# class name → the file that its from_pretrained begins with; models have config.json
+_CONFIG_NAMES = {
+    re.compile(r".*Scheduler"): "scheduler_config.json",
+    re.compile(r".*Tokenizer(Fast)?"): "tokenizer_config.json",
+    re.compile(r".*(FeatureExtractor|Processor)(Fast|Pil)?"): "preprocessor_config.json",
+    re.compile(r".*(Guidance|Guider)"): "guider_config.json",
+}
+
+
+@dataclass(frozen=True)
+class PipelinePart:
+    """An entry of model_index.json: a model, a scheduler, a tokenizer, …
+
+    Attributes:
+        name: the pipeline's name for it.
+        folder: where it is in the source; that of the pipeline for what has none of its own.
+        library: ``"diffusers"``, ``"transformers"``, a module of diffusers' pipelines, or a file of code beside it.
+        class_name: its class there.
+    """
+
+    name: str
+    folder: str
+    library: str
+    class_name: str
 
 
 @dataclass(frozen=True)
@@ -30,14 +57,14 @@ class ModelLayout:
         folder: where in the source it starts, ``""`` for the root.
         class_name: pipeline class, or the model's.
         components: the models in it; one, named ``""``, where ``kind`` is not ``pipeline``.
-        parts: folders of a pipeline's other parts (schedulers, tokenizers, …).
+        parts: everything that a pipeline's model_index.json names, models included.
     """
 
     kind: Literal["pipeline", "diffusers", "transformers"]
     folder: str
     class_name: str
     components: tuple[Component, ...]
-    parts: tuple[str, ...] = field(default=())
+    parts: tuple[PipelinePart, ...] = field(default=())
 
     def component(self, name: str) -> Component | None:
         """The component of that name, or ``None``."""
@@ -73,32 +100,69 @@ def _single(source: Source, folder: str, config: Mapping[str, Any], name: str = 
 
 
 def _pipeline(source: Source, folder: str, index: Mapping[str, Any]) -> ModelLayout:
-    components, parts = [], []
-    for name, entry in index.items():
-        if name.startswith("_") or not (isinstance(entry, list) and len(entry) == 2):
-            continue
-        library, class_name = entry
-        if library is None or class_name is None:
-            continue  # an optional part that this pipeline does not have
-        part = join(folder, name)
-        if "/" in name or name in (".", "..") or not any(path.startswith(f"{part}/") for path in source.files()):
-            raise SourceError(
-                f"{source.label}: {join(folder, 'model_index.json')} names the part {name!r}, which is not there",
-                hint="download the whole pipeline again",
-            )
-        parts.append(name)
-        config = join(part, "config.json")
-        if not source.has(config):
-            continue
-        values = _mapping(source, config)
-        if library == "diffusers" and "_class_name" in values:
-            components.append(Component(name, part, "diffusers", str(class_name), values))
-        elif library == "transformers" and "model_type" in values:
-            components.append(Component(name, part, "transformers", str(class_name), values))
+    parts = {
+        name: PipelinePart(name, _part_folder(source, folder, name, entry[1]), *entry)
+        for name, entry in index.items()
+        if not name.startswith("_") and _is_part(entry)
+    }
+    found = (_component(source, part) for part in parts.values())
+    components = tuple(component for component in found if component is not None)
     class_name = index.get("_class_name")
+    if isinstance(class_name, list):  # [the file of its own code, class]
+        class_name = class_name[-1] if class_name else None
     if not isinstance(class_name, str):
         raise SourceError(f"{source.label}: model_index.json has no _class_name", hint="is this a diffusers pipeline?")
-    return ModelLayout("pipeline", folder, class_name, tuple(components), tuple(parts))
+    return ModelLayout("pipeline", folder, class_name, components, tuple(parts.values()))
+
+
+def _is_part(entry: Any) -> bool:
+    """Whether a value of model_index.json is ``[library, class]``.
+
+    Others are settings of the pipeline, and ``[null, null]`` stands for a part that it does not have.
+    """
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(item, str) for item in entry)
+
+
+def _part_folder(source: Source, folder: str, name: str, class_name: str) -> str:
+    """Where a part is: its own folder, or the pipeline's, where diffusers looks for what has none.
+
+    Raises:
+        SourceError: it is in neither.
+    """
+    own = join(folder, name)
+    if is_safe_path(name) and "/" not in name:
+        if any(path.startswith(f"{own}/") for path in source.files()):
+            return own
+        if source.has(join(folder, _config_name(class_name))):
+            return folder
+    raise SourceError(
+        f"{source.label}: {join(folder, 'model_index.json')} names the part {name!r}, which is not there",
+        hint="download the whole pipeline again",
+    )
+
+
+def _config_name(class_name: str) -> str:
+    """The file without which a part of that class cannot be opened."""
+    return next((name for kind, name in _CONFIG_NAMES.items() if kind.fullmatch(class_name)), "config.json")
+
+
+def _component(source: Source, part: PipelinePart) -> Component | None:
+    """The model that a part is; ``None`` where it is a scheduler, a tokenizer, or whatever else has no weights.
+
+    A model of diffusers says its class in its config; any other class of a pipeline's own has a base class of
+    transformers.
+    """
+    config = join(part.folder, "config.json")
+    if not source.has(config):
+        return None
+    values = _mapping(source, config)
+    if "_class_name" not in values and _config_name(part.class_name) != "config.json":
+        return None
+    if part.library in ("diffusers", "transformers"):
+        library, module = part.library, None
+    else:
+        library, module = "diffusers" if "_class_name" in values else "transformers", part.library
+    return Component(part.name, part.folder, cast(Library, library), part.class_name, values, module)
 
 
 def identify(source: Source, subfolder: str | None = None) -> ModelLayout:

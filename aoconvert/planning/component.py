@@ -183,9 +183,12 @@ def lay_out(
     for number, names in enumerate(dealt, start=1):
         path = join(folder, plan_files.weights_name(component, number, len(dealt)))
         where.update(dict.fromkeys(names, path))
+        also = {tensor.name: tensor.same_as for tensor in planned if tensor.same_as in where}
+        also = {name: same for name, same in also.items() if where[same] == path}
+        where.update(dict.fromkeys(also, path))
         # the pickle lists tensors in state-dict order, their data lies in the order it was read
         listed = [tensor.name for tensor in planned if where.get(tensor.name) == path]
-        files.append(FilePlan(path, predict_size({name: outputs[name] for name in names}, listed)))
+        files.append(FilePlan(path, predict_size({name: outputs[name] for name in names}, listed, also)))
     tensors = tuple(replace(tensor, file=where.get(tensor.name)) for tensor in planned)
     return tensors, tuple(name for names in dealt for name in names), tuple(files)
 

@@ -39,8 +39,12 @@ class Inventory:
     order: tuple[str, ...]
 
 
-def _headers(source: Source, weights: WeightFiles) -> dict[str, SourceTensor] | None:
-    """Checkpoint name → tensor, over all files; ``None`` where the headers cannot be had without the weights."""
+def headers(source: Source, weights: WeightFiles) -> dict[str, SourceTensor] | None:
+    """Checkpoint name → tensor, over all files; ``None`` where the headers cannot be had without the weights.
+
+    Raises:
+        SourceError: a file is damaged, or two files contradict each other.
+    """
     found: dict[str, SourceTensor] = {}
     for path in weights.files:
         if weights.format == "safetensors":
@@ -91,7 +95,10 @@ def _torch_bin(source: Source, path: str) -> list[SourceTensor]:
 
     reader = TorchBinReader(source.local(path))
     try:
-        return [SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes) for i in reader.infos().values()]
+        return [
+            SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes, i.offset if i.in_order else None)
+            for i in reader.infos().values()
+        ]
     finally:
         reader.close()
 
@@ -105,7 +112,7 @@ def take(source: Source, skeleton: Skeleton, weights: WeightFiles | None) -> Inv
     Raises:
         SourceError: a file is damaged, or two files contradict each other.
     """
-    found = _headers(source, weights) if weights is not None else None
+    found = headers(source, weights) if weights is not None else None
     if found is None or weights is None:
         return None
     if skeleton.component.library == "diffusers":

@@ -20,8 +20,10 @@ from aoconvert.models.fused import CannotFuse
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
 from aoconvert.planning.component import component_warnings, plan_component
+from aoconvert.planning.copying import sort_files, unread_pickles
 from aoconvert.planning.needs import needs
-from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, Plan
+from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
+from aoconvert.planning.unquantized import plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
 from aoconvert.rules import Rules, skipping, unmatched
 from aoconvert.words import size
@@ -65,17 +67,24 @@ def make(
     plans, found, warnings = _plans(source, layout, chosen, asked, options, need_weights=need_weights)
     problems += [*found, *_unmatched(plans)]
 
-    copied: tuple[CopyPlan, ...] = ()
-    if chosen:
-        copied = plan_files.copies(
-            source,
-            layout,
-            chosen,
-            only=is_only(layout, options),
-            variant=options.variant,
-            code=options.trust_remote_code,
-        )
-    wanted = needs(plans, copied, devices[0])
+    only = is_only(layout, options)
+    unquantized: tuple[UnquantizedPlan, ...] = ()
+    if chosen and layout.kind == "pipeline" and not (only or options.keep_original_files):
+        unquantized = plan_unquantized(source, layout, chosen, options)
+    weights = [item.weights for item in plans if item.weights] + [item.weights for item in unquantized]
+    fetch = [path for files in weights for path in files.paths]
+    copied, left_behind = sort_files(
+        source,
+        layout,
+        chosen,
+        fetch,
+        only=only,
+        variant=options.variant,
+        code=options.trust_remote_code,
+        keep_original=options.keep_original_files,
+    )
+    problems += unread_pickles(source, copied)
+    wanted = needs(plans, unquantized, copied, devices[0])
     # a plan writes nothing: what is in the way of the output is worth knowing, no more
     (problems if need_weights else warnings).extend(output_problems(source, options))
     # of a config alone the plan is a calculation: nothing could be carried out anyway
@@ -92,7 +101,9 @@ def make(
         devices=devices,
         dtype=options.dtype,
         components=tuple(plans),
+        unquantized=unquantized,
         copied=copied,
+        left_behind=left_behind,
         fetch=(*fetch, *(item.source for item in copied)),
         needs=wanted,
         warnings=tuple(warnings),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from aoconvert.planning.slices import BLOCK_BYTES, BUFFERS, CPU_BLOCK, SLICE_BYTES, at_once, is_streamed, slices
-from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, TensorPlan
+from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, StreamedPlan, TensorPlan, UnquantizedPlan
 
 READ_AHEAD_BYTES = SLICE_BYTES
 """Most bytes that wait between two stages; a single larger tensor may."""
@@ -18,13 +18,16 @@ _FEWER_IMPORTS_BYTES = 360 * 10**6
 _HQQ_BYTES, _HQQ_INT4_BYTES = 16, 38
 
 
-def needs(plans: Sequence[ComponentPlan], copied: Sequence[CopyPlan], device: str) -> Needs:
+def needs(
+    plans: Sequence[ComponentPlan], unquantized: Sequence[UnquantizedPlan], copied: Sequence[CopyPlan], device: str
+) -> Needs:
     """Bytes on disk, and the peaks of host and device memory."""
     merged = sum(t.bytes_in for plan in plans if plan.copied is not None for t in plan.tensors if t.origin is None)
-    disk = sum(file.size for plan in plans for file in plan.files) + sum(item.size for item in copied) + merged
+    streamed: list[StreamedPlan] = [*plans, *unquantized]
+    disk = sum(file.size for plan in streamed for file in plan.files) + sum(item.size for item in copied) + merged
     built = any(plan.skeleton.model is not None for plan in plans)
     imports = _IMPORTS_BYTES if built else _FEWER_IMPORTS_BYTES
-    host = imports + max((_tensors_peak(plan, device) for plan in plans), default=0)
+    host = imports + max((_tensors_peak(plan, device) for plan in streamed), default=0)
     on_device = 0 if device == "cpu" else max((_on_device(plan) for plan in plans), default=0)
     return Needs(disk_bytes=disk, device_peak_bytes=on_device, host_peak_bytes=host)
 
@@ -36,7 +39,7 @@ def _pieces(tensor: TensorPlan) -> tuple[int, int]:
     return len(ranges), -(-tensor.bytes_in * ranges[0][1] // rows) if rows else 0
 
 
-def _tensors_peak(plan: ComponentPlan, device: str) -> int:
+def _tensors_peak(plan: StreamedPlan, device: str) -> int:
     """Most bytes of tensors in memory: the buffers that are read into, and what is at work, waiting and written."""
     pooled, steps = 0, []
     for tensor, count, largest in _ordered(plan):
@@ -85,7 +88,7 @@ def _waiting(results: Sequence[int]) -> int:
     return written + total
 
 
-def _ordered(plan: ComponentPlan) -> Iterator[tuple[TensorPlan, int, int]]:
+def _ordered(plan: StreamedPlan) -> Iterator[tuple[TensorPlan, int, int]]:
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     for name in plan.order:
         yield tensors[name], *_pieces(tensors[name])

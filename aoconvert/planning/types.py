@@ -48,6 +48,7 @@ class TensorPlan:
         origin: (file, name) in the source; ``None`` where it is made from others, or there are no weights.
         sources: (file, name) of what it is made from, in that order.
         working_bytes: host memory that is taken while it is made, beside itself.
+        same_as: name of the tensor of the same file whose data it has: written once, under both names.
     """
 
     name: str
@@ -66,6 +67,12 @@ class TensorPlan:
     sources: tuple[tuple[str, str], ...] = ()
     working_bytes: int = 0
     scheme: Scheme | None = None
+    same_as: str | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the output holds data of its own for it."""
+        return self.file is not None and self.same_as is None
 
     @property
     def numel(self) -> int:
@@ -198,6 +205,43 @@ class ComponentPlan:
 
 
 @dataclass(frozen=True)
+class UnquantizedPlan:
+    """A part of a pipeline whose tensors are written as they are, into ``.bin`` files.
+
+    Attributes:
+        component: the part.
+        folder: its folder in the output.
+        tensors: in the order of the source's files; none where these are not here yet.
+        order: names of those that are written, in the order they are read and written, file by file.
+        files: with the source's sizes where these are not here yet.
+    """
+
+    component: Component
+    folder: str
+    tensors: tuple[TensorPlan, ...]
+    order: tuple[str, ...]
+    files: tuple[FilePlan, ...]
+    weights: WeightFiles
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.bytes_in for tensor in self.tensors)
+
+
+StreamedPlan = ComponentPlan | UnquantizedPlan
+"""What passes through the engine tensor by tensor."""
+
+
+@dataclass(frozen=True)
+class LeftBehind:
+    """A file or folder of the source that does not arrive, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Needs:
     """What the run will take, in bytes."""
 
@@ -211,6 +255,9 @@ class Plan:
     """Every decision, before the first byte moves.
 
     Attributes:
+        unquantized: the other parts of a pipeline that have weights.
+        copied: files that are taken over unchanged.
+        left_behind: what else the source holds.
         fetch: files of the source that must be local before the work starts.
         warnings: things that are not wrong but that the user should know.
         devices: where weights are quantized: the CPU, or one GPU or several of one machine.
@@ -223,7 +270,9 @@ class Plan:
     devices: tuple[str, ...]
     dtype: str
     components: tuple[ComponentPlan, ...]
+    unquantized: tuple[UnquantizedPlan, ...]
     copied: tuple[CopyPlan, ...]
+    left_behind: tuple[LeftBehind, ...]
     fetch: tuple[str, ...]
     needs: Needs
     warnings: tuple[str, ...]
@@ -237,6 +286,11 @@ class Plan:
         """The device that the manifest names: the first."""
         return self.devices[0]
 
+    @property
+    def streamed(self) -> tuple[StreamedPlan, ...]:
+        """Every model of which tensors are written."""
+        return (*self.components, *self.unquantized)
+
     def to_dict(self) -> dict[str, Any]:
         """The document that ``aoconvert plan --json`` prints (see ``cli.md``: keys are a contract)."""
         return {
@@ -249,7 +303,9 @@ class Plan:
                 "subfolder": self.subfolder,
             },
             "components": [_component_dict(item) for item in self.components],
+            "unquantized": [_unquantized_dict(item) for item in self.unquantized],
             "copied": [{"path": item.path, "size": item.size} for item in self.copied],
+            "left_behind": [{"path": item.path, "reason": item.reason} for item in self.left_behind],
             "needs": {
                 "disk_bytes": self.needs.disk_bytes,
                 "device_peak_bytes": self.needs.device_peak_bytes,
@@ -284,6 +340,20 @@ def _component_dict(plan: ComponentPlan) -> dict[str, Any]:
         ],
         "files": [{"path": item.path, "size": item.size} for item in plan.files],
         "totals": vars_of(plan.totals),
+    }
+
+
+def _unquantized_dict(plan: UnquantizedPlan) -> dict[str, Any]:
+    return {
+        "name": plan.component.name,
+        "path": plan.folder,
+        "library": plan.component.library,
+        "class": plan.component.class_name,
+        "tensors": [
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.bytes_out, "file": t.file}
+            for t in plan.tensors
+        ],
+        "files": [{"path": item.path, "size": item.size} for item in plan.files],
     }
 
 

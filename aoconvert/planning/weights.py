@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aoconvert import recipes
-from aoconvert.errors import AoconvertError
+from aoconvert.errors import AoconvertError, SourceError
 from aoconvert.models import Component, ModelLayout, identify
 from aoconvert.options import QuantizeOptions
 from aoconvert.sources.weights import find_weights
@@ -14,6 +14,7 @@ from aoconvert.sources.weights import find_weights
 if TYPE_CHECKING:
     from aoconvert.recipes import Recipe
     from aoconvert.sources import Source
+    from aoconvert.sources.weights import WeightFiles
 
 
 def local_weights(source: Source, options: QuantizeOptions) -> list[Path]:
@@ -29,6 +30,39 @@ def local_weights(source: Source, options: QuantizeOptions) -> list[Path]:
     except AoconvertError:
         return []
     return found
+
+
+def unreadable_headers(source: Source, options: QuantizeOptions) -> list[str]:
+    """Torch files of a Hub repo whose tensors only the whole file tells: without them there is no exact plan.
+
+    None where anything is wrong: the plan will say.
+    """
+    if source.kind != "hub":
+        return []
+    try:
+        layout = identify(source, options.subfolder)
+        models = choose(layout, options, load_recipe(options))[0]
+        if layout.kind == "pipeline" and not (is_only(layout, options) or options.keep_original_files):
+            models = list(layout.components)
+        found = (weights_of(source, model, options.variant) for model in models)
+        files = [path for weights in found if weights is not None for path in weights.files]
+    except AoconvertError:
+        return []
+    return [path for path in files if path.endswith(".bin") and not source.is_local(path)]
+
+
+def weights_of(source: Source, component: Component, variant: str | None) -> WeightFiles | None:
+    """A part's weights; like diffusers, those without a variant where the part does not have the one asked for.
+
+    Raises:
+        SourceError: as ``find_weights``.
+    """
+    if variant is None:
+        return find_weights(source, component.folder, component.library)
+    try:
+        return find_weights(source, component.folder, component.library, variant=variant)
+    except SourceError:
+        return find_weights(source, component.folder, component.library)
 
 
 def load_recipe(options: QuantizeOptions) -> Recipe | None:

@@ -84,8 +84,7 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
     with quiet_imports():
         for name in imports([name for entry in manifest.components for name in entry.safe_globals]):
             importlib.import_module(name)
-    listed = [*(file for entry in manifest.components for file in entry.files), *manifest.copied]
-    if absent := next((file.path for file in listed if not (folder / file.path).is_file()), None):
+    if absent := next((file.path for file in manifest.files() if not (folder / file.path).is_file()), None):
         raise SourceError(f"{folder} has no file {absent}", hint="the manifest lists it: fetch or make it again")
     plans: dict[str, PartPlan] = {}
     problems: list[str] = []

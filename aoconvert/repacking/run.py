@@ -108,6 +108,7 @@ def repack(folder: Path, device: str, output: Path, *, overwrite: bool, progress
         ]
         progress.finish()
         others = [file for entry in old.components if entry.name not in plans for file in entry.files]
+        others += [file for part in old.unquantized for file in part.files]
         _take_over(folder, [*others, *old.copied], stage, progress)
         new = old.model_copy(
             update={

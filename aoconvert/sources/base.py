@@ -73,6 +73,10 @@ class Source(ABC):
             HubError: the Hub refused, or the connection broke.
         """
 
+    def hidden_folders(self) -> Sequence[str]:
+        """Folders of the source that are not looked into, such as ``.git``."""
+        return ()
+
     def has(self, path: str) -> bool:
         """Whether the source holds this file."""
         return path in self.files()

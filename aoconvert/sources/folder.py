@@ -39,6 +39,11 @@ class FolderSource(Source):
             self._files = list_folder(self.root, self.label)
         return self._files
 
+    def hidden_folders(self) -> Sequence[str]:
+        """Those at the top; see :meth:`Source.hidden_folders`."""
+        with os.scandir(self.root) as entries:
+            return sorted(entry.name for entry in entries if entry.name.startswith(".") and entry.is_dir())
+
     def has(self, path: str) -> bool:
         """Whether something by this name is there, also a link that :meth:`require` refuses."""
         return path in self.files() or self._refused_link(path) is not None

@@ -151,6 +151,12 @@ def _explain_absence(source: Source, folder: str, library: Library, variant: str
     )
 
 
+def variant_of(path: str) -> str | None:
+    """The variant that a weights file belongs to by its name, in either library."""
+    name = posixpath.basename(path)
+    return next((found for library in STEMS for found in _variant_of(name, library) if found is not None), None)
+
+
 def _variant_of(name: str, library: Library) -> set[str | None]:
     """The variant that a file name belongs to (``{None}``: to none), or nothing where it names no weights."""
     for format_, stem in STEMS[library].items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import VerificationError
+from aoconvert.manifest import UnquantizedEntry
 from aoconvert.verification.pickles import read_bin
 from aoconvert.verification.process import ask
 from aoconvert.verification.published import Published
@@ -39,46 +41,94 @@ def check_load(target: Target, loaded: Loaded) -> tuple[Status, str]:
     """``torch.load(weights_only=True, mmap=True)`` of every quantized file, and what came out against the manifest."""
     problems: list[str] = []
     count = 0
-    for part in target.parts:
-        answers = ask(
-            "load_child",
-            {
-                "files": [str(target.folder.resolve() / file) for file in part.files],
-                "imports": list(target.imports),
-                "safe_globals": list(part.safe_globals) if part.safe_globals is not None else None,
-            },
-        )
-        if "error" in answers[-1]:
-            return "failed", f"{part.name or part.class_name}: {answers[-1]['error']}"
-        tensors = {answer["name"]: answer for answer in answers if "name" in answer}
-        loaded.tensors[part.name] = tensors
-        count += len(tensors)
-        problems += _differences(part, tensors)
+    try:
+        # parts that are not quantized go with the first: an interpreter takes seconds to start
+        others = target.manifest.unquantized if target.manifest is not None else []
+        for part in target.parts:
+            found = _load(target, part, [file.path for entry in others for file in entry.files])
+            tensors = loaded.tensors[part.name] = _of(found, part.files)
+            problems += _differences(part, tensors)
+            for entry in others:
+                problems += _stored_differences(entry, _of(found, [file.path for file in entry.files]))
+            count += sum(map(len, found.values()))
+            others = []
+    except VerificationError as error:
+        return "failed", error.message
     if problems:
         return "failed", some(problems)
     compared = "" if target.manifest else " (no manifest to compare with)"
     return "passed", f"{count} tensors, weights_only=True, mmap=True{compared}"
 
 
+def _load(target: Target, part: Part, more: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What a fresh interpreter says of each tensor of a part's ``.bin`` files and of ``more``, by file and name.
+
+    Raises:
+        VerificationError: torch does not load them.
+    """
+    root = target.folder.resolve()
+    answers = ask(
+        "load_child",
+        {
+            "files": [str(root / file) for file in (*part.files, *more) if file.endswith(".bin")],
+            "imports": list(target.imports),
+            "safe_globals": list(part.safe_globals) if part.safe_globals is not None else None,
+        },
+    )
+    if "error" in answers[-1]:
+        raise VerificationError(f"{part.name or part.class_name}: {answers[-1]['error']}")
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for answer in answers:
+        if "name" in answer:
+            found.setdefault(Path(answer["file"]).relative_to(root).as_posix(), {})[answer["name"]] = answer
+    return found
+
+
+def _of(found: dict[str, dict[str, dict[str, Any]]], files: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {name: tensor for file in files for name, tensor in found.get(file, {}).items()}
+
+
 def _differences(part: Part, tensors: dict[str, dict[str, Any]]) -> list[str]:
     if part.tensors is None:
         return []
-    wanted = {name: entry for name, entry in part.tensors.items() if entry.action != "tied"}
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name} is not in the manifest" for name in tensors if name not in wanted]
-    for name, entry in wanted.items():
-        found = tensors.get(name)
-        if found is None:
-            continue
-        for key, value in (
-            ("class", entry.class_name),
-            ("shape", entry.shape),
-            ("dtype", entry.dtype),
-            ("data_names", entry.data_names),
-            ("sha256", entry.sha256),
-        ):
-            if found[key] != value:
-                problems.append(f"{name}: its {key} is {found[key]}, the manifest says {value}")
+    return _against_manifest(
+        {
+            name: {
+                "class": entry.class_name,
+                "shape": entry.shape,
+                "dtype": entry.dtype,
+                "data_names": entry.data_names,
+                "sha256": entry.sha256,
+            }
+            for name, entry in part.tensors.items()
+            if entry.action != "tied"
+        },
+        tensors,
+    )
+
+
+def _stored_differences(entry: UnquantizedEntry, tensors: dict[str, dict[str, Any]]) -> list[str]:
+    wanted = {
+        tensor.name: {
+            "class": "torch.Tensor",
+            "shape": tensor.shape,
+            "dtype": tensor.dtype,
+            "data_names": [],
+            "sha256": tensor.sha256,
+        }
+        for tensor in entry.tensors
+    }
+    return [f"{entry.name}: {line}" for line in _against_manifest(wanted, tensors)]
+
+
+def _against_manifest(wanted: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> list[str]:
+    """What is wrong with the tensors that were found, one line each."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not in the manifest" for name in found if name not in wanted]
+    for name in wanted.keys() & found.keys():
+        for key, value in wanted[name].items():
+            if found[name][key] != value:
+                problems.append(f"{name}: its {key} is {found[name][key]}, the manifest says {value}")
                 break
     return problems
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aoconvert.errors import VerificationError
+from aoconvert.manifest import CARD_NAME as CARD_NAME
+from aoconvert.manifest import REPORT_NAME as REPORT_NAME
 from aoconvert.verification.published import Published
 
 CheckName = Literal["manifest", "files", "pickle", "versions", "load", "reload", "numbers", "forward"]
 Status = Literal["passed", "failed", "skipped"]
 
-REPORT_NAME = "aoconvert.verify.json"
-CARD_NAME = "README.md"
 SCHEMA_VERSION = 1
 
 

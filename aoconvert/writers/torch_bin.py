@@ -90,8 +90,10 @@ class SealedFile:
     globals: tuple[str, ...]
 
 
-def predict_size(tensors: Mapping[str, torch.Tensor], order: Sequence[str] | None = None) -> int:
-    """Exact bytes of the file that holds ``tensors``, added in the mapping's order and sealed with ``order``.
+def predict_size(
+    tensors: Mapping[str, torch.Tensor], order: Sequence[str] | None = None, also: Mapping[str, str] | None = None
+) -> int:
+    """Exact bytes of the file that holds ``tensors``, added in the mapping's order and sealed so.
 
     The tensors may be on the meta device; no data is read.
 
@@ -106,6 +108,7 @@ def predict_size(tensors: Mapping[str, torch.Tensor], order: Sequence[str] | Non
         return key
 
     nodes = {name: _describe_named(name, tensor, count) for name, tensor in tensors.items()}
+    nodes |= {name: nodes[same] for name, same in (also or {}).items()}
     records.append((_PREFIX + "data.pkl", len(_pickle(nodes, order))))
     records.extend((_PREFIX + name, len(content)) for name, content in _TAIL.items())
     return archive_size(records)
@@ -193,18 +196,19 @@ class TorchBinWriter:
         entries = tuple(self._zip.entries[first:])
         return StoredTensor(written, self._nodes[written.name], entries, self._file.size, self._file.sha256())
 
-    def seal(self, order: Sequence[str] | None = None) -> SealedFile:
+    def seal(self, order: Sequence[str] | None = None, also: Mapping[str, str] | None = None) -> SealedFile:
         """Write ``data.pkl`` and the directory, and flush to the disk.
 
         Args:
             order: the order of names in the loaded dict; default: as they were added.
+            also: second names, and the tensor that each stands for: the loaded two share their storage.
 
         Raises:
             WriteError: disk full or another write error; ``order`` does not name exactly the tensors written.
         """
         if not self._whole:
             raise WriteError(f"{self._path}: a tensor was left half-written")
-        content = _pickle(self._nodes, order)
+        content = _pickle(self._nodes | {name: self._nodes[same] for name, same in (also or {}).items()}, order)
         try:
             self._zip.add(_PREFIX + "data.pkl", content)
             for name, record in _TAIL.items():

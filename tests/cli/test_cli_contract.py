@@ -142,7 +142,10 @@ def test_plan_json(call: Call, llama: Path, tmp_path: Path) -> None:
     done = call("plan", llama, *options)
     assert (done.code, done.stderr) == (0, "")
     made = json.loads(done.stdout)
-    assert list(made) == ["schema_version", "source", "components", "copied", "needs", "warnings", "problems"]
+    assert list(made) == [
+        *("schema_version", "source", "components", "unquantized", "copied", "left_behind"),
+        *("needs", "warnings", "problems"),
+    ]
     assert made["problems"] == []
     assert made["source"]["label"] == "tiny-llama"
     assert str(llama.parent) not in done.stdout

@@ -33,12 +33,13 @@ def test_plan_fetches_no_weights(hub_client: HubClient, checkpoints: Callable[[s
     size = (source / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
     assert size > 7_000_000
     stored = hub_client.hub.requests(".*", server="store")  # weights come from another server, by a redirect
-    assert 0 < total_bytes(stored) < 120_000  # the client asks for the first 100 kB of one file
-    assert {Path(request.path).parent.name for request in fetched} == {"transformer"}
+    assert 0 < total_bytes(stored) < 320_000  # the client asks for the first 100 kB of each of three files
+    assert {Path(request.path).parent.name for request in fetched} == {"text_encoder", "transformer", "vae"}
     local = hub_client.run(
         f"import aoconvert\nresult = aoconvert.plan({str(source)!r}, 'int8wo', device='cpu').to_dict()"
     )
     assert made["components"] == local["components"]
+    assert made["unquantized"] == local["unquantized"]
 
 
 def test_quantize_then_offline_then_the_same_bytes(
@@ -57,8 +58,9 @@ def test_quantize_then_offline_then_the_same_bytes(
     assert manifest["source"]["revision"] == sha
     assert manifest["source"]["license"] == "mit"
     assert f"--revision {sha}" in manifest["run"]["command"]
-    [weights] = manifest["source"]["files"]
-    assert weights["sha256"] == hashlib.sha256((source / weights["path"]).read_bytes()).hexdigest()
+    assert len(manifest["source"]["files"]) == 3
+    for weights in manifest["source"]["files"]:
+        assert weights["sha256"] == hashlib.sha256((source / weights["path"]).read_bytes()).hexdigest()
     assert not hub_client.hub.requests(r"model\.ckpt")
     before = len(hub_client.hub.requests(".*"))
     hub_client.run(script.format(out=str(offline), more=", local_files_only=True"))

@@ -181,7 +181,14 @@ def test_what_is_taken_over_is_a_copy(checkpoints: Callable[[str], Path], tmp_pa
     source = tmp_path / "source"
     shutil.copytree(checkpoints("cogvideox"), source)
     big = source / "transformer" / "diffusion_pytorch_model.safetensors"
-    result = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", components=["text_encoder"])
+    result = aoconvert.quantize(
+        source,
+        "int8wo",
+        output=tmp_path / "out",
+        device="cpu",
+        components=["text_encoder"],
+        keep_original_files=True,
+    )
     same = tmp_path / "out/transformer/diffusion_pytorch_model.safetensors"
     assert big.stat().st_size > 1 << 20
     assert (same.stat().st_nlink, big.stat().st_nlink) == (1, 1)  # an edit of one would be an edit of the other

@@ -90,7 +90,7 @@ def not_used(result: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("family", "options", "counts"),
     [
-        ("cogvideox", {}, (1, 60, 112)),
+        ("cogvideox", {}, (1, 60, 112, 200)),
         ("cogvideox", {"scheme": "int4dq", "components": ["transformer", "text_encoder"]}, (50, 125)),
         ("llama-tied", SHARDS, (3, 11, 20)),
         ("mixtral", SHARDS, (4, 15)),
@@ -105,12 +105,13 @@ def test_it_goes_on_and_reads_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = convert(checkpoints(family), tmp_path / "whole", **options)
-    names = [tensor.name for part in whole.manifest.components for tensor in part.tensors if tensor.file]
-    seen: list[str] = []
+    parts = (*whole.manifest.components, *whole.manifest.unquantized)
+    names = [(tensor.file, tensor.name) for part in parts for tensor in part.tensors if tensor.file]
+    seen: list[tuple[str, str]] = []
     read = ComponentReading.read
 
     def watched(self: ComponentReading, tensor: Any, *rest: Any) -> Any:
-        seen.append(tensor.name)
+        seen.append((tensor.file, tensor.name))
         return read(self, tensor, *rest)
 
     done = 0
@@ -269,7 +270,7 @@ def test_a_read_error_in_the_middle(checkpoints: Callable[[str], Path], tmp_path
     with pytest.raises(ReadError) as caught:
         convert(source, tmp_path / "out", Shrink())
     assert caught.value.hint is not None
-    assert " of 112 tensors are kept in " in caught.value.hint
+    assert " of 367 tensors are kept in " in caught.value.hint
     assert caught.value.hint.endswith("; --no-resume starts afresh")
     weights.write_bytes(content)
     convert(checkpoints("cogvideox"), tmp_path / "whole")

@@ -60,11 +60,12 @@ FOREIGN = ["pytorch_model.bin", "model.onnx", "tf_model.h5", "flax_model.msgpack
 FOREIGN += ["onnx/model.onnx", "original/consolidated.00.pth", "model.safetensors.index.json", "model.fp16.safetensors"]
 TAKEN = ["LICENSE", "NOTICE.txt", "USE_POLICY.md", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
 TAKEN += ["special_tokens_map.json", "vocab.txt", "merges.txt", "chat_template.jinja", "generation_config.json"]
+TAKEN += ["sample.png"]
 
 
 def test_copies_of_a_transformers_model(tmp_path: Path) -> None:
     source = build_llama(tmp_path / "model")
-    left = ["README.md", "modeling_llama.py", ".gitattributes", "sample.png", *FOREIGN]
+    left = ["README.md", "modeling_llama.py", ".gitattributes", *FOREIGN]
     for path in [*TAKEN, *left]:
         (source / path).parent.mkdir(exist_ok=True)
         (source / path).write_text("{}")
@@ -101,6 +102,7 @@ def test_sentence_transformers_folders_are_taken(tmp_path: Path) -> None:
         "2_Dense/model.safetensors",
         "generation_config.json",
         "modules.json",
+        "other/config.json",
     ]
 
 
@@ -122,15 +124,27 @@ def test_variant(variants: Path, tmp_path: Path) -> None:
     with pytest.raises(aoconvert.SourceError, match="only as variants: fp16"):
         aoconvert.plan(variants, "int8wo", output=tmp_path / "out", device="cpu")
     made = aoconvert.plan(variants, "int8wo", output=tmp_path / "out", device="cpu", variant="fp16")
+    text_encoder, vae = made.unquantized
+    at = "text_encoder/model.fp16-0000"
+    assert text_encoder.weights.files == tuple(f"{at}{number}-of-00002.safetensors" for number in (1, 2))
+    assert [file.path for file in text_encoder.files] == ["text_encoder/pytorch_model.bin"]
+    # the VAE has no such variant and is taken as it is, like diffusers does
+    assert vae.weights.files == ("vae/diffusion_pytorch_model.safetensors",)
+    assert not [item.path for item in made.copied if "fp16" in item.path]
+
+
+def test_original_files_lose_the_variant(variants: Path, tmp_path: Path) -> None:
+    options = {"output": tmp_path / "out", "device": "cpu", "variant": "fp16", "keep_original_files": True}
+    made = aoconvert.plan(variants, "int8wo", **options)
+    assert not made.unquantized
     copied = {item.path: item.source for item in made.copied}
     at = "text_encoder/model"
     assert copied[f"{at}.safetensors.index.json"] == f"{at}.safetensors.index.fp16.json"
     assert copied[f"{at}-00001-of-00002.safetensors"] == f"{at}.fp16-00001-of-00002.safetensors"
-    # the VAE has no such variant and is taken as it is, like diffusers does
     assert copied["vae/diffusion_pytorch_model.safetensors"] == "vae/diffusion_pytorch_model.safetensors"
     assert "README.md" not in copied
     assert not [path for path in copied if "fp16" in path]
-    aoconvert.quantize(variants, "int8wo", output=tmp_path / "out", device="cpu", variant="fp16")
+    aoconvert.quantize(variants, "int8wo", **options)
     index = json.loads((tmp_path / "out" / "text_encoder" / "model.safetensors.index.json").read_text())
     for path in set(index["weight_map"].values()):
         assert (tmp_path / "out" / "text_encoder" / path).is_file()

@@ -33,10 +33,16 @@ def check(made: Plan, written: manifest.Manifest, output: Path) -> None:
             assert (output / file.path).stat().st_size == file.size
             names += torch.load(output / file.path, weights_only=True, map_location="meta")
         assert sorted(names) == sorted(t.name for t in plan.tensors if t.action != "tied")
+    for part, stored in zip(made.unquantized, written.unquantized, strict=True):
+        assert [(t.name, t.dtype, list(t.shape)) for t in part.tensors] == [
+            (t.name, t.dtype, t.shape) for t in stored.tensors
+        ]
+        for file in part.files:
+            assert (output / file.path).stat().st_size == file.size
     for item in made.copied:
         assert (output / item.path).stat().st_size == item.size
     on_disk = {os.path.relpath(Path(at, name), output) for at, _, files in os.walk(output) for name in files}
-    recorded = [file.path for component in written.components for file in component.files]
+    recorded = [file.path for model in (*written.components, *written.unquantized) for file in model.files]
     assert on_disk == {*recorded, *(item.path for item in written.copied), manifest.MANIFEST_NAME}
 
 

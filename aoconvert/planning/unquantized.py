@@ -1,0 +1,92 @@
+"""The plan of a pipeline's parts that are not quantized: the same tensors, in ``.bin`` files.
+
+diffusers opens a repo of the Hub with one kind of file for all its weights: as soon as a part has none in safetensors,
+it fetches no safetensors at all (``pipeline_loading_utils._get_ignore_patterns``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from aoconvert.models import Component, ModelLayout, join
+from aoconvert.models.base import SourceTensor
+from aoconvert.options import QuantizeOptions
+from aoconvert.planning import files as plan_files
+from aoconvert.planning.component import lay_out
+from aoconvert.planning.inventory import headers
+from aoconvert.planning.types import FilePlan, TensorPlan, UnquantizedPlan
+from aoconvert.planning.weights import weights_of
+
+if TYPE_CHECKING:
+    from aoconvert.sources import Source
+    from aoconvert.sources.weights import WeightFiles
+
+_REASON = "not chosen"
+
+
+def plan_unquantized(
+    source: Source, layout: ModelLayout, chosen: Iterable[Component], options: QuantizeOptions
+) -> tuple[UnquantizedPlan, ...]:
+    """Plan every part of a pipeline that has weights and was not chosen.
+
+    Raises:
+        SourceError: a file is damaged, or must not be read.
+    """
+    folders = {component.folder for component in chosen}
+    parts = [component for component in layout.components if component.folder not in folders]
+    found = ((component, weights_of(source, component, options.variant)) for component in parts)
+    return tuple(
+        _plan(source, layout, component, weights, options.max_shard_size)
+        for component, weights in found
+        if weights is not None
+    )
+
+
+def _plan(
+    source: Source, layout: ModelLayout, component: Component, weights: WeightFiles, limit: int | None
+) -> UnquantizedPlan:
+    import torch
+
+    folder = component.folder.removeprefix(f"{layout.folder}/" if layout.folder else "")
+    found = headers(source, weights)
+    if found is None:  # a .bin on the Hub: what it holds is known when it is here
+        size = sum(source.files()[path].size for path in weights.files)
+        files = (FilePlan(join(folder, plan_files.weights_name(component, 1, 1)), size),)
+        return UnquantizedPlan(component, folder, (), (), files, weights)
+    planned = _tensors(found)
+    outputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in found.items()}
+    if component.library == "diffusers":  # it cannot open a sharded .bin without being told
+        limit = 1 + sum(tensor.nbytes for tensor in found.values())
+    return UnquantizedPlan(
+        component, folder, *lay_out(component, folder, planned, outputs, list(found), limit), weights
+    )
+
+
+def _tensors(found: Mapping[str, SourceTensor]) -> list[TensorPlan]:
+    """Each tensor as it is; of those that share their data in a torch file, the first is written."""
+    first: dict[tuple[object, ...], str] = {}
+    planned = []
+    for name, tensor in found.items():
+        place = (tensor.file, tensor.offset, tensor.dtype, tensor.shape)
+        same = first.setdefault(place, name) if tensor.offset is not None and tensor.nbytes else name
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        written = same == name
+        planned.append(
+            TensorPlan(
+                name=name,
+                shape=tensor.shape,
+                dtype=dtype,
+                source_dtype=dtype,
+                action="keep" if written else "tied",
+                reason=_REASON,
+                candidate=False,
+                parameter=True,
+                embedding=False,
+                bytes_in=tensor.nbytes if written else 0,
+                bytes_out=tensor.nbytes if written else 0,
+                origin=(tensor.file, tensor.name) if written else None,
+                same_as=None if written else same,
+            )
+        )
+    return planned
