@@ -149,6 +149,8 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
             }
         )
     others: defaultdict[str, int] = defaultdict(int)
+    for part in manifest.unquantized:
+        others[part.path or part.name] = sum(file.size for file in part.files)
     for file in manifest.copied:
         folder, slash, _ = file.path.rpartition("/")
         if slash and file.path.endswith(_WEIGHTS):
@@ -174,14 +176,24 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
             "revision_url": f"{_HUB}/{repo}/tree/{commit}" if repo and commit else None,
             "files": _files(source.files),
         },
-        "files": _files([file for entry in manifest.components for file in entry.files]),
+        "files": _files([file for file in manifest.files() if file not in manifest.copied]),
         "copied": len(manifest.copied),
         "command": make_again(manifest),
+        "unquantized": [part.name for part in manifest.unquantized],
+        "left_behind": _left_behind(manifest),
         "date": run.started[:10],
         "versions": [{"name": name, "version": version} for name, version in versions.items()],
         "device_name": manifest.environment.device.name,
         "tool": f"{manifest.tool.name} {manifest.tool.version}",
     }
+
+
+def _left_behind(manifest: Manifest) -> list[dict[str, Any]]:
+    """Files of the source that did not arrive, by reason."""
+    paths: defaultdict[str, list[str]] = defaultdict(list)
+    for entry in manifest.left_behind:
+        paths[entry.reason].append(entry.path)
+    return [{"reason": reason, "paths": found} for reason, found in paths.items()]
 
 
 def _files(entries: list[FileEntry]) -> list[dict[str, Any]]:

@@ -220,7 +220,7 @@ def component_warnings(plan: ComponentPlan) -> list[str]:
         lines.append(f"{title}: from_pretrained cannot open fused projections; the load code assigns the weights")
     if plan.component.library == "diffusers" and len(plan.files) > 1:
         lines.append(
-            f"{title}: diffusers opens a sharded .bin only with use_safetensors=False, and a pipeline not at all"
+            f"{title}: diffusers opens a sharded .bin only with use_safetensors=False"
         )
     if plan.unused:
         shown = ", ".join(plan.unused[:3]) + (", …" if len(plan.unused) > 3 else "")

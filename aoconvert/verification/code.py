@@ -101,7 +101,7 @@ def _device(target: Target, device: str | None) -> str:
 def _from_pretrained(program: _Program, target: Target, opened: str) -> None:
     if target.kind == "pipeline":
         program.imports.append("from diffusers import DiffusionPipeline")
-        arguments = "".join(f", {item}" for item in _dtype(target))
+        arguments = "".join(f", {item}" for item in (*_dtype(target), *_file_format(target)))
         program.body.append(f"pipe = DiffusionPipeline.from_pretrained({opened}{arguments})")
         return
     [part] = target.parts
@@ -178,6 +178,11 @@ def _dtype(target: Target) -> list[str]:
     dtypes = {str(part.kwargs["torch_dtype"]) for part in target.parts if "torch_dtype" in part.kwargs}
     dtypes |= {part.dtype for part in target.parts if part.dtype is not None}
     return [f"torch_dtype=torch.{dtypes.pop()}"] if len(dtypes) == 1 else []
+
+
+def _file_format(target: Target) -> list[str]:
+    """diffusers finds a sharded .bin only when it is told to look for one, in any of a pipeline's parts."""
+    return ["use_safetensors=False"] if any("use_safetensors" in part.kwargs for part in target.parts) else []
 
 
 def _kwargs(part: Part) -> list[str]:
