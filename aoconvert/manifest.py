@@ -190,6 +190,9 @@ class ComponentEntry(_Model):
     path: RelativeFolder
     library: Literal["diffusers", "transformers"]
     class_name: str
+    module: str | None = Field(
+        default=None, description="where a class of a pipeline's own is: a module of diffusers.pipelines, or own code"
+    )
     scheme: str
     config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict")
     dtype: str = Field(description="of what is not quantized, and the base of what is")

@@ -301,6 +301,7 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         path=plan.folder,
         library=plan.component.library,
         class_name=plan.component.class_name,
+        module=plan.component.module,
         scheme=plan.scheme_name,
         config=config_dict(plan.config),
         dtype=_base_dtype(plan, whole),

@@ -48,8 +48,8 @@ class Component:
 class SourceTensor:
     """A tensor of the checkpoint: the file that holds it (relative to the source), its name there, what it is.
 
-    ``offset`` is the byte of the file at which its elements begin, in row-major order; ``None`` where no other tensor
-    can be there, or where they are in another order.
+    ``place`` is the byte of the file at which its elements begin, and its strides: tensors of one file with the same
+    place, shape and dtype are one tensor under several names. ``None`` where no two can be.
     """
 
     file: str
@@ -57,7 +57,7 @@ class SourceTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
-    offset: int | None = None
+    place: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

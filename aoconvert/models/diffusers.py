@@ -12,6 +12,7 @@ from aoconvert.environment import import_diffusers, version_of
 from aoconvert.errors import SourceError
 from aoconvert.models import base
 from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors, from_json, to_json
+from aoconvert.models.own_classes import is_pipeline_module, located, own_class
 
 if TYPE_CHECKING:
     import torch
@@ -20,14 +21,22 @@ if TYPE_CHECKING:
 _PACKAGES = ("diffusers", "transformers", "accelerate", "torch")
 
 
-def model_class(component: Component) -> Any:
-    """The class named in ``_class_name``.
+def model_class(component: Component, *, code_root: Path | None = None) -> Any:
+    """The class named in ``_class_name``, or in a pipeline's ``model_index.json``.
+
+    Args:
+        component: the component.
+        code_root: folder with the checkpoint's own code; only given with ``--trust-remote-code``.
 
     Raises:
         SourceError: diffusers has no such model class.
     """
     diffusers = import_diffusers()
-    cls = getattr(diffusers, component.class_name, None)
+    component = located(component)
+    if component.module is not None:
+        cls = own_class(component, code_root=code_root)
+    else:
+        cls = getattr(diffusers, component.class_name, None)
     if cls is None or not hasattr(cls, "from_config") or not hasattr(cls, "_keep_in_fp32_modules"):
         raise SourceError(
             f"{component.title}: diffusers {diffusers.__version__} has no model class {component.class_name!r}",
@@ -36,13 +45,13 @@ def model_class(component: Component) -> Any:
     return cls
 
 
-def empty_model(component: Component) -> nn.Module:
-    """Build the model on ``meta``.
+def empty_model(component: Component, *, code_root: Path | None = None) -> nn.Module:
+    """Build the model on ``meta``; arguments as for :func:`model_class`.
 
     Raises:
         SourceError: the class does not exist, or does not take this config.
     """
-    cls = model_class(component)
+    cls = model_class(component, code_root=code_root)
     return build_empty(component, lambda: cls.from_config(dict(component.config)))
 
 
@@ -56,20 +65,26 @@ def kept_in_float32(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name in model.state_dict() if wanted & set(name.split(".")))
 
 
-def skeleton(component: Component, dtype: torch.dtype) -> Skeleton:
+def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
     """The empty model and its tensors. ``dtype`` is what floating tensors will be cast to."""
     built: Skeleton | None = None
+    component = located(component)
 
     def make() -> list[dict[str, Any]] | None:
         nonlocal built
-        model = empty_model(component)
+        model = empty_model(component, code_root=code_root)
         keep = kept_in_float32(model)
         built = Skeleton(component, model, describe_tensors(model, tied={}, keep_fp32=keep, precise=keep))
         renames = any(getattr(module, "_from_deprecated_attn_block", False) for module in model.modules())
-        return None if renames or _unreleased() else to_json(built.tensors)
+        foreign = component.module is not None and not is_pipeline_module(component.module)
+        return None if renames or foreign or _unreleased() else to_json(built.tensors)
 
     # building the model takes two seconds of imports; its tensors follow from class, config and versions alone
-    known = remembered("skeletons", {"config": component.config, "class": component.class_name, **_versions()}, make)
+    known = remembered(
+        "skeletons",
+        {"config": component.config, "class": [component.module, component.class_name], **_versions()},
+        make,
+    )
     if built is not None:
         return built
     try:

@@ -222,7 +222,9 @@ def build_skeleton(
     if component.library == "diffusers":
         from aoconvert.models import diffusers, fused
 
-        return fused.skeleton(component) if fuse_qkv else diffusers.skeleton(component, dtype)
+        if fuse_qkv:
+            return fused.skeleton(component)
+        return diffusers.skeleton(component, dtype, code_root=code_root)
     if fuse_qkv:
         from aoconvert.models.fused import CannotFuse
 

@@ -19,6 +19,7 @@ from aoconvert.errors import SourceError
 from aoconvert.models import configs
 from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors
 from aoconvert.models.conversions import Conversion
+from aoconvert.models.own_classes import located, own_class
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,9 @@ def model_class(component: Component, *, code_root: Path | None = None) -> Any:
     """
     import transformers
 
+    component = located(component)
+    if component.module is not None:
+        return own_class(component, code_root=code_root)
     reference = _own_code(component)
     if reference is not None and code_root is not None:
         return _dynamic_class(component, reference, code_root)

@@ -219,9 +219,7 @@ def component_warnings(plan: ComponentPlan) -> list[str]:
     if plan.skeleton.fused:
         lines.append(f"{title}: from_pretrained cannot open fused projections; the load code assigns the weights")
     if plan.component.library == "diffusers" and len(plan.files) > 1:
-        lines.append(
-            f"{title}: diffusers opens a sharded .bin only with use_safetensors=False"
-        )
+        lines.append(f"{title}: diffusers opens a sharded .bin only with use_safetensors=False")
     if plan.unused:
         shown = ", ".join(plan.unused[:3]) + (", …" if len(plan.unused) > 3 else "")
         lines.append(f"{title}: {len(plan.unused)} tensors of the checkpoint have no place in the model: {shown}")

@@ -96,8 +96,8 @@ def _torch_bin(source: Source, path: str) -> list[SourceTensor]:
     reader = TorchBinReader(source.local(path))
     try:
         return [
-            SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes, i.offset if i.in_order else None)
-            for i in reader.infos().values()
+            SourceTensor(path, info.name, info.dtype, info.shape, info.nbytes, info.place)
+            for info in reader.infos().values()
         ]
     finally:
         reader.close()

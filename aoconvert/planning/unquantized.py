@@ -68,8 +68,8 @@ def _tensors(found: Mapping[str, SourceTensor]) -> list[TensorPlan]:
     first: dict[tuple[object, ...], str] = {}
     planned = []
     for name, tensor in found.items():
-        place = (tensor.file, tensor.offset, tensor.dtype, tensor.shape)
-        same = first.setdefault(place, name) if tensor.offset is not None and tensor.nbytes else name
+        place = (tensor.file, tensor.place, tensor.dtype, tensor.shape)
+        same = first.setdefault(place, name) if tensor.place is not None and tensor.nbytes else name
         dtype = str(tensor.dtype).removeprefix("torch.")
         written = same == name
         planned.append(

@@ -32,6 +32,8 @@ class TensorInfo:
         nbytes: of its elements.
         file: the file that holds it.
         offset: absolute byte offset of its data in the file.
+        stride: elements from one index to the next, by dimension, where tensors of the file may share their data;
+            ``None`` where they cannot, or the file does not tell.
     """
 
     name: str
@@ -40,6 +42,12 @@ class TensorInfo:
     nbytes: int
     file: str
     offset: int
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def place(self) -> tuple[int, ...] | None:
+        """Offset and strides: tensors of one file with the same place, shape and dtype are one under several names."""
+        return None if self.stride is None else (self.offset, *self.stride)
 
 
 class TensorReader(Protocol):

@@ -203,7 +203,7 @@ def _kind(value: Value) -> str:
 
 def _info(name: str, place: _Place, path: Path) -> TensorInfo:
     nbytes = math.prod(place.shape) * place.dtype.itemsize
-    return TensorInfo(name, place.dtype, place.shape, nbytes, str(path), place.offset)
+    return TensorInfo(name, place.dtype, place.shape, nbytes, str(path), place.offset, place.stride)
 
 
 class _Observed(io.RawIOBase):

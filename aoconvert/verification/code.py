@@ -106,17 +106,21 @@ def _from_pretrained(program: _Program, target: Target, opened: str) -> None:
         return
     [part] = target.parts
     arguments = "".join(f", {item}" for item in _kwargs(part))
-    program.imports.append(f"from {part.library} import {part.class_name}")
+    program.imports.append(_import(part))
     program.body.append(f"model = {part.class_name}.from_pretrained({opened}{arguments})")
+
+
+def _import(part: Part) -> str:
+    module = part.library if part.module is None else f"diffusers.pipelines.{part.module}"
+    return f"from {module} import {part.class_name}"
 
 
 def _assign(program: _Program, target: Target, folder: str, *, hub: bool) -> None:
     program.imports.append("from accelerate import init_empty_weights")
-    names = sorted({(part.library, part.class_name) for part in target.parts})
-    program.imports += [f"from {library} import {class_name}" for library, class_name in names]
+    program.imports += sorted({_import(part) for part in target.parts})
     if hub:
         program.imports.append("from huggingface_hub import snapshot_download")
-    if any(part.library == "transformers" for part in target.parts):
+    if any(part.library == "transformers" and part.module is None for part in target.parts):
         program.imports.append("from transformers import AutoConfig")
     if target.kind == "pipeline":
         program.imports.append(f"from diffusers import {target.class_name}")
@@ -140,8 +144,9 @@ def _assign_part(part: Part) -> list[str]:
             f"    {variable} = {part.class_name}.from_config(config)",
         ]
     else:
+        reader = "AutoConfig" if part.module is None else f"{part.class_name}.config_class"
         lines = [
-            f"config = AutoConfig.from_pretrained({folder})",
+            f"config = {reader}.from_pretrained({folder})",
             "with init_empty_weights():",
             f"    {variable} = {part.class_name}(config)",
         ]

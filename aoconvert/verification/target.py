@@ -36,6 +36,7 @@ class Part:
         name: in a pipeline, ``""`` for a single model.
         folder: relative, ``""`` for the root.
         library, class_name, config: of the model.
+        module: where a class is that its library does not have in its top level, see ``Component``.
         files: its ``.bin`` files, relative to the checkpoint.
         dtype: of what is not quantized; ``None`` where the checkpoint does not say.
         kwargs: for ``from_pretrained``.
@@ -55,6 +56,7 @@ class Part:
     safe_globals: tuple[str, ...] | None
     tensors: Mapping[str, TensorEntry] | None = field(repr=False)
     fused: bool = False
+    module: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
         safe_globals=tuple(entry.safe_globals),
         tensors={tensor.name: tensor for tensor in entry.tensors},
         fused=entry.fused_qkv,
+        module=_identifier(entry.module) if entry.module is not None else None,
     )
 
 

@@ -1,0 +1,144 @@
+"""Parts whose classes are a pipeline's own, or code beside their weights: they arrive, and can be chosen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import own_parts
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import aoconvert
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    built: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in built:
+            built[name] = tmp_path_factory.mktemp("own") / name
+            own_parts.build(name, built[name])
+        return built[name]
+
+    return get
+
+
+def opened(folder: Path, **kwargs: Any) -> Any:
+    """The pipeline; parts that model_index.json has as null are passed as None, or diffusers misses them."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    return tiny.diffusers.DiffusionPipeline.from_pretrained(folder, **absent, **kwargs)
+
+
+@pytest.mark.parametrize("name", list(own_parts.PIPELINES))
+def test_every_part_arrives(name: str, pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+    source, out = pipelines(name), tmp_path / "out"
+    written = aoconvert.quantize(source, "int8wo", output=out, device="cpu", min_quantized=0.0).manifest
+    [chosen] = written.components
+    assert chosen.name in ("transformer", "unet")
+    own = {part.name for part in (*written.components, *written.unquantized)} & set(own_parts.PIPELINES[name][1])
+    assert own == set(own_parts.PIPELINES[name][1])
+    assert not written.left_behind
+    for weights in source.glob("*/*.safetensors"):
+        part = weights.parent.name
+        if part != chosen.name:
+            before, after = load_file(weights), torch.load(next((out / part).glob("*.bin")), weights_only=True)
+            assert before.keys() == after.keys()
+            assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    if name == "deepfloyd":  # its safety checker does not open with transformers 5, in the source either
+        with pytest.raises(AttributeError, match="all_tied_weights_keys"):
+            opened(source)
+        return
+    pipe, original = opened(out, torch_dtype=torch.bfloat16), opened(source, torch_dtype=torch.bfloat16)
+    assert {key: type(part) for key, part in pipe.components.items()} == {
+        key: type(part) for key, part in original.components.items()
+    }
+
+
+def quantized(model: Any) -> dict[str, torch.Tensor]:
+    quantize_(model, Int8WeightOnlyConfig(version=2))
+    return dict(model.state_dict())
+
+
+def check(model: Any, expected: dict[str, torch.Tensor], least: int) -> None:
+    count = 0
+    for name, tensor in model.state_dict().items():
+        if type(tensor).__name__ == "Int8Tensor":
+            count += 1
+            assert torch.equal(tensor.qdata, expected[name].qdata), name
+            assert torch.equal(tensor.scale, expected[name].scale), name
+        elif type(expected[name]).__name__ != "Int8Tensor":
+            assert torch.equal(tensor, expected[name]), name
+    assert count >= least
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("ltx2", "connectors"), ("stable-diffusion", "safety_checker"), ("audioldm2", "unet")]
+)
+def test_it_can_be_chosen(name: str, part: str, pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+    source, out = pipelines(name), tmp_path / "out"
+    options = {"device": "cpu", "min_quantized": 0.0, "components": [part]}
+    written = aoconvert.quantize(source, "int8wo", output=out, **options).manifest
+    assert written.components[0].module == json.loads((source / "model_index.json").read_text())[part][0]
+    expected = quantized(getattr(opened(source, torch_dtype=torch.bfloat16), part))
+    check(getattr(opened(out, torch_dtype=torch.bfloat16), part), expected, 5)
+
+
+def test_it_can_be_a_model_of_its_own(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+    """Alone, nothing but its class says where that is."""
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    source = pipelines("ltx2") / "connectors"
+    written = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu").manifest
+    assert written.components[0].module == "ltx2"
+    expected = quantized(LTX2TextConnectors.from_pretrained(source, torch_dtype=torch.bfloat16))
+    check(LTX2TextConnectors.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16), expected, 5)
+    assert "from diffusers.pipelines.ltx2 import LTX2TextConnectors" in aoconvert.card(tmp_path / "out").text
+
+
+CODE = """
+from diffusers import UNet2DConditionModel
+
+class MyUNet(UNet2DConditionModel):
+    pass
+"""
+
+
+@pytest.fixture
+def custom(pipelines: Callable[[str], Path], tmp_path: Path) -> Path:
+    source = tmp_path / "custom"
+    shutil.copytree(pipelines("stable-diffusion"), source)
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps({**index, "unet": ["my_unet", "MyUNet"]}))
+    config = json.loads((source / "unet/config.json").read_text())
+    (source / "unet/config.json").write_text(json.dumps({**config, "_class_name": "MyUNet"}))
+    (source / "unet/my_unet.py").write_text(CODE)
+    return source
+
+
+def test_code_beside_the_weights(custom: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(aoconvert.SourceError, match="finds no 'MyUNet' in 'my_unet'") as caught:
+        aoconvert.plan(custom, "int8wo", output=out, device="cpu", min_quantized=0.0)
+    assert "--trust-remote-code" in str(caught.value.hint)
+    options = {"output": out, "device": "cpu", "min_quantized": 0.0, "trust_remote_code": True}
+    aoconvert.quantize(custom, "int8wo", **options)
+    assert (out / "unet/my_unet.py").read_text() == CODE
+    pipe = tiny.diffusers.DiffusionPipeline.from_pretrained(out, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    assert type(pipe.unet).__name__ == "MyUNet"
+
+
+def test_code_that_is_not_trusted_is_named(custom: Path, tmp_path: Path) -> None:
+    """Another part is chosen; the denoiser's weights arrive, its code does not."""
+    made = aoconvert.plan(custom, "int8wo", output=tmp_path / "out", device="cpu", components=["text_encoder"])
+    assert [part.component.name for part in made.unquantized] == ["safety_checker", "unet", "vae"]
+    [left] = made.left_behind
+    assert (left.path, left.reason) == ("unet/my_unet.py", "code; --trust-remote-code takes it over")
