@@ -87,6 +87,12 @@ def edited(folder: Path) -> bool:
     return found is None or hashlib.sha256(content[: found.start()]).hexdigest() != found[1].decode()
 
 
+def has_text(folder: Path) -> bool:
+    """Whether the folder's ``README.md`` has more than a front matter."""
+    content = (folder / CARD_NAME).read_bytes().replace(b"\r\n", b"\n")
+    return bool(re.sub(rb"\A---\n.*?\n---\s*(\n|\Z)", b"", content, flags=re.DOTALL).strip())
+
+
 def write(folder: Path, card: Card) -> tuple[Path, ...]:
     """Put the card into the folder, its picture first.
 

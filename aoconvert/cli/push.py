@@ -39,7 +39,11 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show files, bytes and the card; change nothing.")
 @click.option("--allow-unverified", is_flag=True, help="Publish without a verification that passed; the card says so.")
 @click.option("--rehash", is_flag=True, help="Compare every file's SHA-256 with the manifest, not its time of change.")
-@click.option("--replace", is_flag=True, help="Delete other weights on the branch that a loader would take first.")
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Take the place of another model, other weights or files that others wrote.",
+)
 @click.option(
     "--verify-hub", is_flag=True, help="Then open the commit from the Hub by the card's code, with an empty cache."
 )
@@ -57,6 +61,9 @@ def command(*, repo_id: str, checkpoint: Path, out: Output, settings: tuple[str,
     Everything that could go wrong is checked first. The weights are uploaded, then one commit changes the branch from
     what it was to the whole checkpoint, and what arrived is compared with what was sent. After any failure, the same
     command goes on: what has arrived is not sent again.
+
+    The same model in another scheme or version is an update. Another model on the branch (another source, class or
+    shapes), other weights, and files that others wrote or changed there are an error without --replace.
     """
     with out.watch(f"push {checkpoint} to {repo_id}") as progress:
         from aoconvert.cards.metadata import parse_metadata

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import HubError, HubRefusal
-from aoconvert.hub.remote import Changes, Job, Tip, changes, find_tip, foreign_problem
+from aoconvert.hub.ownership import Held
+from aoconvert.hub.remote import Changes, Job, Tip, changes, find_tip, refusals
 from aoconvert.sources.hub_errors import LOGIN_HINT, WRITE_HINT, failed_status, translated
 from aoconvert.verification.report import some
 
@@ -65,18 +66,19 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Standing:
     problems += _collection_problems(job)
     if info is None:
         problems += _namespace_problems(job, me)
-        tip = Tip(job.branch, None, {}, frozenset(), exists=False)
+        tip = Tip(job.branch, None, {}, Held(), exists=False)
         found = changes(job, tip)
     else:
         problems += _repo_problems(job, info, asked=role != "read")
         tip = find_tip(job)
         found = changes(job, tip)
         problems += _ref_problems(job, tip, found)
-    if found.foreign:
-        problems.append(foreign_problem(job, found.foreign))
+    problems += refusals(job, found)
     if problems:
         raise HubRefusal(problems, hint=WRITE_HINT if any("may not write" in line for line in problems) else None)
     warnings = []
+    if tip.held.schemes is not None and not found.none:
+        warnings.append(f"{job.repo_id}: {tip.held.schemes}")
     if found.others:
         warnings.append(f"{job.repo_id} keeps files that this push does not know: {some(list(found.others))}")
     return Standing(info is not None, tip, found, tuple(warnings))

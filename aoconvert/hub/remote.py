@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoconvert import manifest as manifests
-from aoconvert.cards import PICTURE_NAME
-from aoconvert.errors import AoconvertError
+from aoconvert.hub.ownership import Branch, Held, look
 from aoconvert.hub.types import MARKER, PushOptions, RemoteFile, Sent
-from aoconvert.manifest import MANIFEST_NAME
+from aoconvert.manifest import Manifest
 from aoconvert.sources.hub_errors import translated
 from aoconvert.verification.files import LOADED
-from aoconvert.verification.report import REPORT_NAME, some
+from aoconvert.verification.report import some
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_SMALL = 64_000_000  # bytes; a manifest has some hundred kilobytes
 _MOST_PULL_REQUESTS = 50
 # kept, whoever wrote them: no loader looks at them
 _KEPT = re.compile(r"README\.md|\.gitattributes|(.*/)?(LICEN[CS]E|NOTICE)[^/]*", re.IGNORECASE)
@@ -40,6 +35,8 @@ class Job:
         files: what the repo is to hold.
         manifest_sha256: of the manifest among them.
         options: how to publish.
+        manifest: what it says.
+        card_by_hand: the card among the files was written by somebody.
     """
 
     api: HfApi
@@ -48,6 +45,8 @@ class Job:
     files: tuple[Sent, ...]
     manifest_sha256: str
     options: PushOptions
+    manifest: Manifest
+    card_by_hand: bool = False
 
     @property
     def branch(self) -> str:
@@ -82,7 +81,7 @@ class Tip:
         revision: its name, to commit to.
         commit: ``None`` where there is no commit at all.
         files: what it holds.
-        earlier: paths that an earlier push of aoconvert wrote.
+        held: what of it an earlier push of aoconvert wrote, and whether that is the same model.
         exists: whether the revision is there; else it is to be made from main, which the rest describes.
         pull_request: number of the pull request it belongs to.
     """
@@ -90,7 +89,7 @@ class Tip:
     revision: str
     commit: str | None
     files: Mapping[str, RemoteFile]
-    earlier: frozenset[str]
+    held: Held
     exists: bool = True
     pull_request: int | None = None
 
@@ -101,8 +100,10 @@ class Changes:
 
     Attributes:
         missing: files that are not there, or with another content.
-        deleted: files that an earlier push wrote and that have no place any more, or that are to be replaced.
+        deleted: files that an earlier push wrote and that have no place any more, or weights that are to be replaced.
         foreign: weights of somebody else that a loader would take in place of ours.
+        overwritten: files of somebody else at the place of ours.
+        model: what the branch holds, where that is another model.
         others: files of somebody else that stay, pictures and licences not counted.
     """
 
@@ -110,6 +111,8 @@ class Changes:
     deleted: tuple[str, ...]
     foreign: tuple[str, ...]
     others: tuple[str, ...]
+    overwritten: tuple[str, ...] = ()
+    model: str | None = None
 
     @property
     def none(self) -> bool:
@@ -147,11 +150,14 @@ def _read_tip(job: Job, revision: str, pull_request: int | None) -> Tip:
             exists = False
     if not exists and revision != "main":
         base = _read_tip(job, "main", None)
-        return Tip(revision, base.commit, base.files, base.earlier, exists=False)
+        return Tip(revision, base.commit, base.files, base.held, exists=False)
     if not exists or commit is None:
-        return Tip(revision, None, {}, frozenset(), exists=False)
+        return Tip(revision, None, {}, Held(), exists=False)
     files = list_files(job, commit)
-    return Tip(revision, commit, files, _earlier(job, commit, files), pull_request=pull_request)
+    branch = Branch(job.api, job.repo_id, commit, files)
+    sent = {file.path: file for file in job.files}
+    held = look(branch, sent, job.manifest, card_by_hand=job.card_by_hand)
+    return Tip(revision, commit, files, held, pull_request=pull_request)
 
 
 def list_files(job: Job, commit: str) -> dict[str, RemoteFile]:
@@ -164,25 +170,6 @@ def list_files(job: Job, commit: str) -> dict[str, RemoteFile]:
             for item in job.api.list_repo_tree(job.repo_id, recursive=True, revision=commit)
             if isinstance(item, RepoFile)
         }
-
-
-def _earlier(job: Job, commit: str, files: Mapping[str, RemoteFile]) -> frozenset[str]:
-    """What an earlier push wrote, by the manifest on the branch; nothing where there is none that can be read."""
-    there = files.get(MANIFEST_NAME)
-    if there is None or there.size > _SMALL:
-        return frozenset()
-    own = {MANIFEST_NAME, REPORT_NAME, PICTURE_NAME}
-    ours = next((file for file in job.files if file.path == MANIFEST_NAME), None)
-    if ours is not None and there.holds(ours):
-        return frozenset(own | job.paths)
-    with tempfile.TemporaryDirectory() as folder:
-        with translated(job.repo_id, commit, doing="write"):
-            job.api.hf_hub_download(job.repo_id, MANIFEST_NAME, revision=commit, local_dir=folder)
-        try:
-            found = manifests.load(Path(folder))
-        except AoconvertError:
-            return frozenset()
-    return frozenset(own | {entry.path for entry in found.files()})
 
 
 def _own_pull_request(job: Job) -> int | None:
@@ -208,15 +195,19 @@ def pull_request_url(job: Job, number: int) -> str:
 def changes(job: Job, tip: Tip) -> Changes:
     """What a commit on this tip has to change for the branch to hold the checkpoint."""
     missing = tuple(file for file in job.files if file.path not in tip.files or not tip.files[file.path].holds(file))
-    old = {path for path in tip.files if path in tip.earlier and path not in job.paths and not _KEPT.fullmatch(path)}
+    ours = tip.held.ours
+    old = {path for path in tip.files if path in ours and path not in job.paths and not _KEPT.fullmatch(path)}
     foreign = job.weights(tip.files) - old
-    deleted = old | foreign if job.options.replace else old
+    taken = {file.path for file in missing if file.path in tip.files and file.path not in ours}
+    asked = job.options.replace
     others = {path for path in set(tip.files) - job.paths - old - foreign if not _HARMLESS.fullmatch(path)}
     return Changes(
         missing,
-        tuple(sorted(deleted)),
-        () if job.options.replace else tuple(sorted(foreign)),
+        tuple(sorted(old | foreign if asked else old)),
+        () if asked else tuple(sorted(foreign)),
         tuple(sorted(others)),
+        () if asked else tuple(sorted(taken)),
+        None if asked else tip.held.model,
     )
 
 
@@ -238,12 +229,22 @@ def differences(job: Job, found: Mapping[str, RemoteFile]) -> list[str]:
     return problems + [f"{path} is there too" for path in sorted(job.weights(found))]
 
 
-def foreign_problem(job: Job, paths: tuple[str, ...]) -> str:
-    """What to say about weights that would be mixed up with ours."""
-    return (
-        f"{job.repo_id} has other weights, which a loader could take in place of these: {some(list(paths))} "
-        "(--replace deletes them in the same commit)"
-    )
+def refusals(job: Job, found: Changes) -> list[str]:
+    """What of somebody else's a commit would destroy, one line each; nothing where ``--replace`` asks for it."""
+    problems = []
+    if found.model is not None:
+        problems.append(f"{job.repo_id} holds another model: {found.model} (--replace puts this one in its place)")
+    if found.foreign:
+        problems.append(
+            f"{job.repo_id} has other weights, which a loader could take in place of these: "
+            f"{some(list(found.foreign))} (--replace deletes them in the same commit)"
+        )
+    if found.overwritten and found.model is None:
+        problems.append(
+            f"{job.repo_id} has files that are not from aoconvert, or were changed there since, in the place of these: "
+            f"{some(list(found.overwritten))} (--replace overwrites them; a README.md in the folder is sent as it is)"
+        )
+    return problems
 
 
 def conflict(job: Job, before: Tip, now: Tip) -> list[str]:

@@ -142,7 +142,9 @@ def _publish(
         contents, own = _local(folder, repo_id, replace(options, rehash=False), progress)
         card = _card(folder, repo_id, options, own)
     files = contents.files + card.files
-    job = Job(api, repo_id, me["name"], files, contents.manifest_sha256, options)
+    job = Job(
+        api, repo_id, me["name"], files, contents.manifest_sha256, options, contents.manifest, card_by_hand=card.kept
+    )
     standing = check_access(job, me)
     notes = [*contents.warnings, *card.warnings, *standing.warnings]
     result = Pushed(

@@ -51,7 +51,7 @@ class PushOptions:
         dry_run: look at everything, change nothing.
         allow_unverified: publish without a verification that passed; the card says so.
         rehash: compare the SHA-256 of each file with the manifest, whatever its time of change.
-        replace: delete weights on the branch that were not pushed by aoconvert and that a loader would take.
+        replace: take the place of another model, of other weights, and of files that others wrote or changed there.
         verify_hub: at the end, open the commit from the Hub by the card's code, with an empty cache.
         card_template, license, metadata: for the model card.
     """

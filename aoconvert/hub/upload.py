@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert.errors import HubError, HubRefusal, PlanError
 from aoconvert.hub.contents import other_content
-from aoconvert.hub.remote import Changes, Job, Tip, changes, conflict, find_tip, foreign_problem
+from aoconvert.hub.remote import Changes, Job, Tip, changes, conflict, find_tip, refusals
 from aoconvert.hub.types import Sent
 from aoconvert.hub.watching import FileWatch
 from aoconvert.progress import Progress
@@ -139,8 +139,8 @@ def _look_again(sending: Sending, first: Tip, failure: HubError | None, attempt:
             f"{sending.job.repo_id}: somebody else committed in the meantime, and changed {some(others)}",
             hint="look at the repo, then run it again",
         )
-    if problems.foreign:
-        raise HubRefusal([foreign_problem(sending.job, problems.foreign)])
+    if refused := refusals(sending.job, problems):
+        raise HubRefusal(refused)
     return tip
 
 

@@ -110,6 +110,8 @@ def test_a_branch_is_made_and_main_stays(me: Pusher, fresh: Fresh) -> None:
 
 def test_a_branch_that_begins_as_what_it_should_be(me: Pusher, fresh: Fresh) -> None:
     folder = fresh()
+    value(me.push(folder, "me/same"))
+    (folder / "README.md").write_text("# by hand\n")  # a rendered one says which branch its code opens
     first = value(me.push(folder, "me/same"))
     branch = value(me.push(folder, "me/same", revision="copy"))
     assert (branch["commit"], branch["nothing_to_do"], branch["bytes_uploaded"]) == (first["commit"], False, 0)
