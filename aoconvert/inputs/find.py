@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from .blanks import Blank, State, make
 from .facts import Facts, read_facts
 from .guesses import guesses
+from .outputs import first_tensors
 from .repairs import repairs
 from .trial import Attempt, attempt, base_dtype, empty_copy, needs_values, on_meta, quantized, roomy_copy
 
@@ -42,13 +43,16 @@ class Found:
         state: what they are.
         dtype: of what is ``normal`` among them.
         tries: how many were tried.
-        on_meta: they were tried on a model without weights only: their values are not known to be right.
+        proof: what took them: a model that is not quantized, with ``values``; one without weights, so that only the
+            ``shapes`` are known to be right; or ``nothing``, as the rest depends on values that could not be had.
+        finite: whether everything that such a model gave is finite; ``None`` where there were no values.
     """
 
     state: State
     dtype: torch.dtype
     tries: int
-    on_meta: bool
+    proof: Literal["values", "shapes", "nothing"]
+    finite: bool | None = None
 
     def make(self, device: str = "cpu") -> dict[str, Any]:
         """The keyword arguments: the same each time, with a batch of one."""
@@ -66,6 +70,15 @@ class _Node:
     outcome: Attempt = field(compare=False)
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """Arguments and what came of them; ``whole``: the pass went to its end."""
+
+    state: State
+    output: Any
+    whole: bool
+
+
 @dataclass
 class _Search:
     facts: Facts
@@ -79,38 +92,46 @@ class _Search:
     def spent(self) -> bool:
         return self.done >= self.tries or time.monotonic() > self.deadline
 
-    def run(self, model: nn.Module, starts: list[State]) -> State | None:
+    def run(self, model: nn.Module, starts: Iterable[State]) -> _Taken | None:
         """Best first: what gets furthest is repaired first; ``None`` where nothing is taken."""
         queue: list[_Node] = []
         for state in starts:
-            if (node := self.take(model, state, None)) is None:
-                return state
-            heapq.heappush(queue, node)
+            outcome = self.take(model, state)
+            if isinstance(outcome, _Taken):
+                return outcome
+            heapq.heappush(queue, self.node(state, outcome, None))
         while queue and not self.spent():
             parent = heapq.heappop(queue)
             found = next((item for item in parent.rest if repr(item) not in self.seen), None)
             if found is None:
                 continue
             heapq.heappush(queue, replace(parent, rank=parent.rank * _PATIENCE))
-            if (node := self.take(model, found, parent)) is None:
-                return found
-            heapq.heappush(queue, node)
+            outcome = self.take(model, found)
+            if isinstance(outcome, _Taken):
+                return outcome
+            heapq.heappush(queue, self.node(found, outcome, parent))
         return None
 
     def failure(self) -> NoInputs:
         """What to raise where nothing is taken."""
         return NoInputs(self.best.error if self.best is not None else None, self.done)
 
-    def take(self, model: nn.Module, state: State, parent: _Node | None) -> _Node | None:
-        """Try one; ``None`` where the model takes it, or ``meta`` can say no more."""
+    def take(self, model: nn.Module, state: State) -> _Taken | Attempt:
+        """Try one: taken also where ``meta`` can say no more."""
         device = "meta" if on_meta(model) else "cpu"
         self.seen.add(repr(state))
         self.done += 1
         outcome = attempt(model, {name: make(value, self.dtype, device) for name, value in state.items()})
-        if outcome.error is None or (device == "meta" and needs_values(outcome.error)):
-            return None
+        if outcome.error is None:
+            return _Taken(state, outcome.output, whole=True)
+        if device == "meta" and needs_values(outcome.error):
+            return _Taken(state, None, whole=False)
         if self.best is None or outcome.progress > self.best.progress:
             self.best = outcome
+        return outcome
+
+    def node(self, state: State, outcome: Attempt, parent: _Node | None) -> _Node:
+        """Where the attempt stands among the others."""
         rank = float(outcome.progress)
         if parent is not None and len(state) > len(parent.state):
             rank = max(rank, -parent.rank)  # what was missing is there now, be it in a wrong shape
@@ -136,18 +157,20 @@ def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECOND
     search = _Search(read_facts(model), base_dtype(model), tries, time.monotonic() + seconds)
     starts = list(_starts(search.facts))
     empty = model if on_meta(model) else empty_copy(model)
-    state = search.run(empty, starts) if empty is not None else None
-    if on_meta(model):
-        if state is None:
-            raise search.failure()
-        return Found(state, search.dtype, search.done, True)
-    trial = model if not quantized(model) else roomy_copy(model)
+    taken = search.run(empty, starts) if empty is not None else None
+    trial = None if on_meta(model) else roomy_copy(model) if quantized(model) else model
     if trial is not None:
         search.seen.clear()
-        state = search.run(trial, [state] if state is not None else starts)
-    if state is None:
+        taken = search.run(trial, [taken.state] if taken is not None else starts)
+    if taken is None:
         raise search.failure()
-    return Found(state, search.dtype, search.done, trial is None)
+    if trial is None:
+        return Found(taken.state, search.dtype, search.done, "shapes" if taken.whole else "nothing")
+    return Found(taken.state, search.dtype, search.done, "values", _finite(taken.output))
+
+
+def _finite(output: Any) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in first_tensors(output))
 
 
 def _starts(facts: Facts) -> Iterator[State]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+_LARGEST_COPY = 4 << 30  # bytes; random numbers for more take minutes
 _SHOWN = 12  # frames of a traceback that are looked at, the innermost ones
 
 
@@ -122,7 +123,7 @@ def empty_copy(model: nn.Module, device: str = "meta") -> nn.Module | None:
     """The same class from the same config, not quantized: on ``meta`` without weights, or with random ones.
 
     Returns:
-        The model in its base dtype, ready for a forward pass; ``None`` where its class cannot be built so.
+        The model in the dtypes of ``model``, ready for a forward pass; ``None`` where its class cannot be built so.
     """
     cls: Any = type(model)
     dtype, config = base_dtype(model), _config(model)
@@ -134,19 +135,26 @@ def empty_copy(model: nn.Module, device: str = "meta") -> nn.Module | None:
                 copy = cls._from_config(_plain(config), dtype=dtype)
             else:
                 copy = cls.from_config({k: v for k, v in dict(config).items() if k != "quantization_config"})
-                copy = copy.to(dtype)
     except Exception:  # a class may want real numbers to build itself
         return None
+    _cast(copy, model, dtype)
     return copy.eval()
 
 
+def _cast(copy: nn.Module, model: nn.Module, dtype: torch.dtype) -> None:
+    """Give each tensor the dtype that it has in ``model``: libraries keep some in float32."""
+    wanted = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for name, tensor in (*copy.named_parameters(), *copy.named_buffers()):
+        if tensor.dtype.is_floating_point:
+            tensor.data = tensor.data.to(wanted.get(name, dtype))
+
+
 def roomy_copy(model: nn.Module) -> nn.Module | None:
-    """The same class with random weights on the CPU, where it takes at most half of the memory that there is."""
+    """The same class with random weights on the CPU, where that takes little memory and time."""
     empty = empty_copy(model)
-    if empty is None:
-        return empty_copy(model, "cpu")
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*empty.parameters(), *empty.buffers()))
-    return empty_copy(model, "cpu") if 2 * size < available_memory() else None
+    parts = model if empty is None else empty
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*parts.parameters(), *parts.buffers()))
+    return empty_copy(model, "cpu") if size < min(_LARGEST_COPY, available_memory() // 2) else None
 
 
 def available_memory() -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,157 +111,55 @@ def attempt_example(code: str, names: dict[str, Any]) -> dict[str, str]:
 
 
 def attempt_forward(model: Any) -> dict[str, str]:
-    """One forward pass with a batch of one: ``{"status", "detail"}``."""
+    """One forward pass with a batch of one: ``{"status", "detail"}``.
+
+    What a model of the same class that is not quantized does not take either is no failure of this one.
+    """
+    package, name = load_inputs(), type(model).__name__
+    try:
+        found = package.find_inputs(model)
+    except package.NoInputs as error:
+        return {"status": "skipped", "detail": f"no input that {name} takes when it is not quantized: {error}"}
+    except Exception as error:
+        return {"status": "skipped", "detail": f"no input for {name}: {root_cause(error)}"}
     torch.manual_seed(0)
     try:
-        inputs = forward_inputs(model)
-    except Exception as error:
-        return {"status": "skipped", "detail": f"no synthetic input for {type(model).__name__} ({error})"}
-    if inputs is None:
-        return {"status": "skipped", "detail": f"{type(model).__name__} is not a family that this check knows"}
-    try:
         with torch.no_grad():
-            output = model(**on_device(inputs, model.device))
+            output = model(**on_device(found.make(), model.device))
     except Exception as error:
-        return {"status": "failed", "detail": f"the forward pass of {type(model).__name__} failed: {root_cause(error)}"}
-    values = output[0] if not hasattr(output, "last_hidden_state") else output.last_hidden_state
-    if not bool(torch.isfinite(values).all()):
-        return {"status": "failed", "detail": f"the output of {type(model).__name__} is not finite"}
-    return {"status": "passed", "detail": f"{type(model).__name__}: output {list(values.shape)}, finite"}
+        failure = f"the forward pass of {name} failed: {root_cause(error)}"
+        if found.proof == "nothing" or (found.proof == "shapes" and isinstance(error, IndexError)):
+            return {"status": "skipped", "detail": f"{failure}; no memory to try the input on it before quantization"}
+        return {"status": "failed", "detail": failure}
+    values = package.first_tensors(output)
+    if not all(bool(tensor.isfinite().all()) for tensor in values):
+        if found.finite is False:
+            return {"status": "skipped", "detail": f"the output of {name} is not finite, quantized or not"}
+        return {"status": "failed", "detail": f"the output of {name} is not finite"}
+    shape = f"output {list(values[0].shape)}, finite" if values else "a forward pass"
+    return {"status": "passed", "detail": f"{name}: {shape}"}
 
 
-def on_device(inputs: dict[str, Any], device: Any) -> dict[str, Any]:
+def load_inputs() -> Any:
+    """The package ``inputs``, by its path: nothing else of aoconvert is to be imported here."""
+    folder = Path(__file__).resolve().parents[2] / "inputs"
+    spec = importlib.util.spec_from_file_location("inputs", folder / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["inputs"] = package
+    spec.loader.exec_module(package)
+    return package
+
+
+def on_device(value: Any, device: Any) -> Any:
     """The inputs on the model's device."""
-    return {
-        name: value.to(device)
-        if isinstance(value, torch.Tensor)
-        else on_device(value, device)
-        if isinstance(value, dict)
-        else value
-        for name, value in inputs.items()
-    }
-
-
-def forward_inputs(model: Any) -> dict[str, Any] | None:
-    """A small input made from the model's config, or ``None`` for a family that is not known."""
-    if hasattr(model, "main_input_name"):
-        return transformers_inputs(model)
-    make = _DIFFUSERS.get(type(model).__name__)
-    if make is None:
-        return None
-    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point and p.dtype != torch.float32)
-    return {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in make(model.config).items()
-    }
-
-
-def transformers_inputs(model: Any) -> dict[str, Any] | None:
-    """Token ids for a text model, pixels for a vision model."""
-    config = model.config
-    if model.main_input_name == "input_ids":
-        ids = torch.arange(2, 26).reshape(1, 24) % text_vocabulary(config)
-        inputs = {"input_ids": ids}
-        if getattr(config, "is_encoder_decoder", False) and "Encoder" not in type(model).__name__:
-            inputs["decoder_input_ids"] = ids
-        return inputs
-    if model.main_input_name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        return {
-            "pixel_values": torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, dtype=model.dtype)
-        }
-    return None
-
-
-def text_vocabulary(config: Any) -> int:
-    """Number of token ids."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text.vocab_size)
-
-
-def _cogvideox(c: Any) -> dict[str, Any]:
-    side = c.patch_size * 4
-    frames = c.patch_size_t or 1
-    if c.use_learned_positional_embeddings:
-        frames = (c.sample_frames - 1) // c.temporal_compression_ratio + 1
-        height, width = c.sample_height, c.sample_width
-    else:
-        height = width = side
-    return {
-        "hidden_states": torch.randn(1, frames, c.in_channels, height, width),
-        "encoder_hidden_states": torch.randn(1, c.max_text_seq_length, c.text_embed_dim),
-        "timestep": torch.tensor([10]),
-    }
-
-
-def _flux(c: Any) -> dict[str, Any]:
-    inputs = {
-        "hidden_states": torch.randn(1, 16, c.in_channels),
-        "encoder_hidden_states": torch.randn(1, 8, c.joint_attention_dim),
-        "pooled_projections": torch.randn(1, c.pooled_projection_dim),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(8, 3),
-    }
-    return {**inputs, "guidance": torch.tensor([3.5])} if c.guidance_embeds else inputs
-
-
-def _pixart(c: Any) -> dict[str, Any]:
-    side = c.patch_size * 4
-    conditions = None
-    if c.use_additional_conditions or (c.use_additional_conditions is None and c.sample_size == 128):
-        conditions = torch.tensor([[float(side), float(side)]])
-    return {
-        "hidden_states": torch.randn(1, c.in_channels, side, side),
-        "encoder_hidden_states": torch.randn(1, 8, c.caption_channels),
-        "timestep": torch.tensor([10]),
-        "added_cond_kwargs": {
-            "resolution": conditions,
-            "aspect_ratio": None if conditions is None else torch.tensor([[1.0]]),
-        },
-    }
-
-
-def _sd3(c: Any) -> dict[str, Any]:
-    side = c.patch_size * 4
-    return {
-        "hidden_states": torch.randn(1, c.in_channels, side, side),
-        "encoder_hidden_states": torch.randn(1, 8, c.joint_attention_dim),
-        "pooled_projections": torch.randn(1, c.pooled_projection_dim),
-        "timestep": torch.tensor([10]),
-    }
-
-
-def _wan(c: Any) -> dict[str, Any]:
-    frames, height, width = c.patch_size
-    inputs = {
-        "hidden_states": torch.randn(1, c.in_channels, frames, height * 4, width * 4),
-        "encoder_hidden_states": torch.randn(1, 8, c.text_dim),
-        "timestep": torch.tensor([10]),
-    }
-    if c.image_dim is not None:
-        inputs["encoder_hidden_states_image"] = torch.randn(1, 257, c.image_dim)
-    return inputs
-
-
-def _qwen_image(c: Any) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.randn(1, 16, c.in_channels),
-        "encoder_hidden_states": torch.randn(1, 8, c.joint_attention_dim),
-        "encoder_hidden_states_mask": torch.ones(1, 8, dtype=torch.long),
-        "timestep": torch.tensor([0.5]),
-        "img_shapes": [[(1, 4, 4)]],
-    }
-
-
-_DIFFUSERS = {
-    "CogVideoXTransformer3DModel": _cogvideox,
-    "FluxTransformer2DModel": _flux,
-    "PixArtTransformer2DModel": _pixart,
-    "SD3Transformer2DModel": _sd3,
-    "WanTransformer3DModel": _wan,
-    "QwenImageTransformer2DModel": _qwen_image,
-}
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: on_device(item, device) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_device(item, device) for item in value)
+    return value
 
 
 def say(value: dict[str, Any]) -> None:
