@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import WriteError
+from aoconvert.files import read_limited
+from aoconvert.json_text import CONFIG_BYTES, parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +129,7 @@ def remembered(kind: str, facts: Any, make: Callable[[], Any]) -> Any:
     file = place / f"{key(facts)}.json" if place is not None else None
     if file is not None:
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            return json.loads(file.read_text(encoding="utf-8"))
+            return parse_json(read_limited(file, CONFIG_BYTES))
     value = make()
     if file is not None and value is not None:
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile("w", dir=place, delete=False) as stream:

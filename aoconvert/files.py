@@ -11,7 +11,11 @@ import errno
 import os
 import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from aoconvert.errors import WriteError
 
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -20,28 +24,32 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 NOT_REGULAR = "is not a regular file"
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file. Links are followed; a FIFO, a device or a folder is refused at once.
+def open_regular(path: Path, *, follow: bool = True) -> int:
+    """A descriptor of a regular file, for reading; a FIFO, a device or a folder is refused at once.
+
+    Args:
+        path: the file.
+        follow: go through a link.
 
     Raises:
-        OSError: no such file, no permission, or ``EINVAL``: it is not a regular file.
+        OSError: no such file, no permission, ``EINVAL``: it is not a regular file, or ``ELOOP``: it is a link.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
-    descriptor = os.open(path, flags | _CLOEXEC | _NO_WAIT)
+    descriptor = os.open(path, os.O_RDONLY | _CLOEXEC | _NO_WAIT | (0 if follow else _NO_FOLLOW))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced in between
         os.close(descriptor)
         raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
     return descriptor
 
 
-def read_limited(path: Path, most: int) -> bytes:
+def read_limited(path: Path, most: int, *, follow: bool = True) -> bytes:
     """The content of a regular file of at most ``most`` bytes.
 
     Raises:
         OSError: as ``open_regular``, or ``EFBIG``: it is larger.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise OSError(errno.EFBIG, f"is larger than {most:,} bytes", str(path))
@@ -58,7 +66,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     folder = os.open(path.parent, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _CLOEXEC)
     try:
-        _check_replaceable(path.name, folder, path)
+        _check(path, folder)
         draft = f".{path.name[:200]}.{secrets.token_hex(8)}"
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOEXEC, 0o666, dir_fd=folder)
         try:
@@ -73,10 +81,29 @@ def write_whole(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def _check_replaceable(name: str, folder: int, path: Path) -> None:
+def check_replaceable(path: Path) -> None:
+    """Whether ``write_whole`` could put a file there, as far as can be told before.
+
+    Raises:
+        OSError: ``EINVAL``: something that is not a file has this name.
+    """
+    _check(path, None)
+
+
+def _check(path: Path, folder: int | None) -> None:
     try:
-        mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+        mode = os.stat(path if folder is None else path.name, dir_fd=folder, follow_symlinks=False).st_mode
     except FileNotFoundError:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An ``OSError`` inside becomes a ``WriteError`` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free space on this disk, or choose another --output" if error.errno == errno.ENOSPC else None
+        raise WriteError(f"{error.filename or path}: {error.strerror or error}", hint=hint) from error

@@ -16,12 +16,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from aoconvert.errors import SourceError
+from aoconvert.files import read_limited
+from aoconvert.json_text import parse_json
 
 MANIFEST_NAME = "aoconvert.json"
 REPORT_NAME = "aoconvert.verify.json"
+CARD_BYTES = 8 << 20
 CARD_NAME = "README.md"
 PICTURE_NAME = "sqnr.svg"
 SCHEMA_VERSION = 1
+_MOST_BYTES = 512 << 20  # a manifest of 300,000 tensors has some 200 MB
 _BLANK = "0" * 64
 _DIGEST_KEY = '"digest": "'
 SCHEMA_PATH = Path("manifests") / "manifest.v1.schema.json"
@@ -309,6 +313,15 @@ def _digest_is_right(text: str, digest: str) -> bool:
     return bool(found) and hashlib.sha256(blanked.encode()).hexdigest() == digest
 
 
+def read(folder: Path) -> bytes:
+    """The manifest as it is in a folder.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+    """
+    return read_limited(folder / MANIFEST_NAME, _MOST_BYTES)
+
+
 def load(folder: Path) -> Manifest:
     """Read and check the manifest of a folder.
 
@@ -317,12 +330,12 @@ def load(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text)
+        raw = read(folder)
+        values = parse_json(raw, constants=False)
     except FileNotFoundError:
         raise SourceError(f"{folder} has no {MANIFEST_NAME}", hint="is it the output of aoconvert quantize?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        why = (error.strerror or "") if isinstance(error, OSError) else f"not usable JSON ({error})"
+    except (OSError, ValueError) as error:
+        why = (error.strerror or "") if isinstance(error, OSError) else f"it is {error}"
         raise SourceError(f"{path} cannot be read: {why}", hint="make the checkpoint again") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
@@ -335,7 +348,7 @@ def load(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise SourceError(f"{path} is not a valid manifest: {where}: {first['msg']}") from error
-    if found.run.digest is not None and not _digest_is_right(text, found.run.digest):
+    if found.run.digest is not None and not _digest_is_right(raw.decode(), found.run.digest):
         raise SourceError(f"{path} was edited or damaged: its digest is wrong", hint="make the checkpoint again")
     return found
 

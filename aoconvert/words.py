@@ -1,4 +1,4 @@
-"""Numbers and lists for people."""
+"""Numbers, names and lists for people."""
 
 from __future__ import annotations
 
@@ -41,3 +41,10 @@ def first(names: Sequence[str], most: int = 3) -> str:
     """The first few of many names: ``a, b, c and 7 more``."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def escaped(line: str) -> str:
+    """A line fit for a terminal: what cannot be printed is shown as its escape, such as ``\\x1b`` or ``\\u202e``."""
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)

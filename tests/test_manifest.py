@@ -150,10 +150,10 @@ def test_an_accepted_path_stays_inside(parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"", "not usable JSON"),
-        (b"{", "not usable JSON"),
-        (b"\xff\xfe", "not usable JSON"),
-        (b"[" * 100_000, "not usable JSON"),
+        (b"", "it is not valid JSON"),
+        (b"{", "it is not valid JSON"),
+        (b"\xff\xfe", "it is not UTF-8 text"),
+        (b"[" * 100_000, "nested too deeply"),
         (b"[]", "schema_version None"),
         (b'{"schema_version": 1}', "is not a valid manifest: tool: Field required"),
     ],
@@ -170,7 +170,7 @@ def test_no_manifest(tmp_path: Path) -> None:
         manifest.load(tmp_path)
     assert caught.value.hint
     (tmp_path / "aoconvert.json").mkdir()
-    with pytest.raises(SourceError, match="cannot be read: Is a directory"):
+    with pytest.raises(SourceError, match="cannot be read: is not a regular file"):
         manifest.load(tmp_path)
 
 

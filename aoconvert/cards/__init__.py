@@ -5,7 +5,6 @@ The interface of the package; what does the work is imported when it is called.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import WriteError
+from aoconvert.files import read_limited, write_whole
+from aoconvert.manifest import CARD_BYTES
 from aoconvert.manifest import CARD_NAME as CARD_NAME
 from aoconvert.manifest import PICTURE_NAME as PICTURE_NAME
 
@@ -78,7 +79,7 @@ def seal(text: str) -> str:
 def edited(folder: Path) -> bool:
     """Whether the folder has a ``README.md`` that aoconvert did not write, or that was changed since."""
     try:
-        content = (folder / CARD_NAME).read_bytes().replace(b"\r\n", b"\n")
+        content = read_limited(folder / CARD_NAME, CARD_BYTES).replace(b"\r\n", b"\n")
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -105,12 +106,8 @@ def write(folder: Path, card: Card) -> tuple[Path, ...]:
     texts = [(PICTURE_NAME, card.picture)] if card.picture is not None else []
     texts.append((CARD_NAME, card.text))
     for name, text in texts:
-        draft = folder / f".{name}.draft"
-        try:  # beside it and then in its place: what is there may be a link into the Hub's cache
-            draft.write_text(text, encoding="utf-8", newline="\n")
-            draft.replace(folder / name)
+        try:
+            write_whole(folder / name, text.encode())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
             raise WriteError(f"{folder / name}: {error.strerror or error}") from error
     return tuple(folder / name for name, _ in texts)

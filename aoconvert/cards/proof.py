@@ -10,12 +10,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.verification.code import Strategy, code_device, code_sha256
 from aoconvert.verification.files import file_sha256
-from aoconvert.verification.report import REPORT_NAME, CheckName, Status
+from aoconvert.verification.report import CheckName, Status, read_report
 from aoconvert.verification.target import Target
 from aoconvert.verification.usage import usage_sha256
 
@@ -81,12 +81,11 @@ def prove(folder: Path, target: Target) -> Proof:
     assert target.manifest is not None
     ways = {entry.load.strategy for entry in target.manifest.components}
     usual: Strategy = "assign" if "assign" in ways else "from-pretrained"
-    path = folder / REPORT_NAME
-    if not path.is_file():
-        return Proof(False, "No verification was run.", usual)
     try:
-        report = _Report.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        report = _Report.model_validate(read_report(folder))
+    except FileNotFoundError:
+        return Proof(False, "No verification was run.", usual)
+    except (OSError, ValueError):  # of pydantic's, too
         return Proof(False, "The report of the verification cannot be read.", usual)
     if report.manifest_sha256 != file_sha256(folder / MANIFEST_NAME):
         return Proof(False, "The last verification was of another conversion.", usual)

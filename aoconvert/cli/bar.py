@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from aoconvert.cli.output import write_stderr
+from aoconvert.words import escaped
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -37,7 +38,7 @@ class Bar:
         """Show what was done."""
         if self._bars is not None:
             room = self._bars.console.width - _FIGURES
-            self._bars.update(self._task, advance=nbytes, current=shorten(current, room))
+            self._bars.update(self._task, advance=nbytes, current=shorten(escaped(current), room))
 
     def finish(self) -> None:
         """Leave the finished line on the screen."""
@@ -52,7 +53,7 @@ class Bar:
     def _wait(self, doing: str) -> None:
         """Say what is being done without importing rich."""
         columns = shutil.get_terminal_size().columns
-        line = " ".join(doing.split())
+        line = escaped(" ".join(doing.split()))
         line = line if len(line) + 2 <= columns else f"{line[: max(columns - 3, 0)]}…"
         write_stderr(f"{line} …")
         self._waiting = True

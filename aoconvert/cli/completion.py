@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from aoconvert.files import read_limited
+from aoconvert.json_text import CONFIG_BYTES, parse_json
 
 if TYPE_CHECKING:
     import click
@@ -62,6 +64,6 @@ def _schemes() -> dict[str, str]:
 def _parts(source: str | None) -> list[str]:
     """Parts of the pipeline in a folder."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        index = json.loads((Path(source or "") / "model_index.json").read_text(encoding="utf-8"))
+        index = parse_json(read_limited(Path(source or "") / "model_index.json", CONFIG_BYTES))
         return [name for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)]
     return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ import click
 from aoconvert.cli.output import Output, give_up_stdout, write_stderr
 from aoconvert.errors import AoconvertError, Interrupted
 from aoconvert.version import __version__
+from aoconvert.words import escaped
 
 # name → one-line help; the module of the same name in this package holds the command
 _COMMANDS = {
@@ -85,6 +87,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if argv is None else argv
     out = Output.from_flags(json_mode="--json" in arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Formatter())
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show is escaped, no error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -117,6 +121,13 @@ def main(argv: list[str] | None = None) -> NoReturn:
                 hint="AOCONVERT_DEBUG=1 shows the traceback; please report it",
             ),
         )
+
+
+class _Formatter(logging.Formatter):
+    """What is logged may hold names from outside."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escaped(" ".join(super().format(record).split()))
 
 
 def _raised_by_click(error: Exception) -> bool:

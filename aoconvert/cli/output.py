@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from aoconvert.progress import Progress, Silent
+from aoconvert.words import escaped
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 Mode = Literal["human", "json", "quiet"]
 
 _ONE_LINE = 10_000  # columns, wider than any table
+_LONGEST = 4000  # characters of an error or a warning
+_UNPRINTABLE = re.compile(
+    "[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,11 @@ class Output:
     def result(self, human: Callable[[], RenderableType], data: Any, essential: str) -> None:
         """Print a result; ``human`` is only called where it is shown, and text of its is printed as it is."""
         if self.mode == "json":
-            _print(json.dumps(data, ensure_ascii=False) + "\n")
+            _print(_json(data))
         elif self.mode == "quiet":
-            _print(essential + "\n")
+            _print(escaped(essential) + "\n")
         elif isinstance(shown := human(), str):
-            _print(shown + "\n")
+            _print("".join(f"{escaped(line)}\n" for line in shown.split("\n")))
         else:
             import io
 
@@ -51,7 +58,7 @@ class Output:
             console = Console(
                 file=drawn, highlight=False, force_terminal=terminal, width=None if terminal else _ONE_LINE
             )
-            console.print(shown)
+            console.print(_Escaped(shown))
             _print("".join(f"{line.rstrip()}\n" for line in drawn.getvalue().splitlines()))
 
     def warning(self, message: str) -> None:
@@ -66,7 +73,7 @@ class Output:
         if self.mode == "json":
             values: dict[str, Any] = {"type": kind, "message": message, "hint": hint, "exit_code": exit_code}
             values |= {"retryable": retryable, "problems": list(problems)}
-            _print(json.dumps({"error": values}, ensure_ascii=False) + "\n")
+            _print(_json({"error": values}))
             return
         for line in problems:
             self._line("error", line, "31")
@@ -74,7 +81,8 @@ class Output:
             self._line("hint", hint, "2")
 
     def _line(self, label: str, text: str, color: str) -> None:
-        text = " ".join(text.split())
+        text = escaped(" ".join(text.split()))
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
         head = f"\033[{color}m{label}:\033[0m" if is_terminal(sys.stderr) else f"{label}:"
         write_stderr(f"{head} {text}\n")
 
@@ -95,6 +103,32 @@ class Output:
             yield bar
         finally:
             bar.finish()
+
+
+@dataclass(frozen=True)
+class _Escaped:
+    """What rich draws, with the characters escaped that would move the cursor, change colors or turn text round."""
+
+    shown: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        from rich.segment import Segment
+
+        for text, style, control in console.render(self.shown, options):
+            lines = text.split("\n")
+            yield Segment("\n".join(map(escaped, lines)), style, control)
+
+
+def _json(data: Any) -> str:
+    """One line of JSON, without a character that a terminal would obey."""
+    text = json.dumps(data, ensure_ascii=False)
+    return _UNPRINTABLE.sub(_unicode_escape, text) + "\n"
+
+
+def _unicode_escape(found: re.Match[str]) -> str:
+    """As JSON has it: four hexadecimal digits for each unit of UTF-16."""
+    units = found[0].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
 
 
 def is_terminal(stream: TextIO | None) -> bool:

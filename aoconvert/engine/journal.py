@@ -20,9 +20,10 @@ from aoconvert.engine.journal_file import (
     read_journal,
     signature_of,
 )
-from aoconvert.engine.output import JOURNAL_NAME, writing
+from aoconvert.engine.output import JOURNAL_NAME
 from aoconvert.engine.stream import TensorResult
 from aoconvert.errors import ReadError
+from aoconvert.files import writing
 from aoconvert.hashing import Prefix, matching
 from aoconvert.readers.digest import FileDigest, Mark
 from aoconvert.verification.safe_names import lookup

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from aoconvert.engine.output import writing
 from aoconvert.environment import device_facts, versions
+from aoconvert.files import read_limited, writing
 from aoconvert.manifest import Sha256
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class JournalFile:
         self._chain = ""
         partial = path.with_name(path.name + ".new")
         with writing(path):
-            self._descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            partial.unlink(missing_ok=True)
+            self._descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 self._append({"format": _FORMAT, "signature": signature})
                 for line in lines:
@@ -136,9 +137,8 @@ def read_journal(path: Path) -> tuple[Mapping[str, Any], list[Line]] | None:
         ``None`` where there is no journal, or none whose first line can be used.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            texts = file.read(_MOST_BYTES).split(b"\n")[:-1]  # behind the last line break lies nothing, or a torn line
+        raw = read_limited(path, _MOST_BYTES, follow=False)
+        texts = raw.split(b"\n")[:-1]  # behind the last line break lies nothing, or a torn line
     except OSError:
         return None
     signature: Mapping[str, Any] | None = None

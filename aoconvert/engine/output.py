@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -16,9 +15,11 @@ import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from aoconvert.errors import PlanError, WriteError
-from aoconvert.files import open_regular
+from aoconvert.errors import PlanError
+from aoconvert.files import open_regular, read_limited, write_whole, writing
+from aoconvert.json_text import INDEX_BYTES
 from aoconvert.manifest import MANIFEST_NAME, FileEntry
 from aoconvert.planning.files import partial_folder
 from aoconvert.planning.types import CopyPlan
@@ -59,11 +60,11 @@ class Stage:
                 os.close(self._lock)
                 raise
         with contextlib.suppress(OSError):  # it is only for the message that another process shows
-            (self.root / _LOCK_NAME).write_text(f"{os.getpid()}\n")
+            write_whole(self.root / _LOCK_NAME, f"{os.getpid()}\n".encode())
 
     def _mend(self) -> None:
         """Put back what a run that was killed in the middle of ``place`` had moved."""
-        if self._aside.exists():
+        if self._aside.is_dir() and not self._aside.is_symlink():
             shutil.rmtree(self._aside) if self.output.exists() else self._aside.rename(self.output)
         if self._journal_aside.exists():
             there = any(self.root.iterdir()) and not (self.root / JOURNAL_NAME).exists()
@@ -92,7 +93,7 @@ class Stage:
 
     def _owner(self) -> str:
         with contextlib.suppress(OSError, ValueError):
-            return f" (process {int((self.root / _LOCK_NAME).read_text()[:20])})"
+            return f" (process {int(read_limited(self.root / _LOCK_NAME, 20, follow=False))})"
         return ""
 
     def clear(self, keep: Collection[str] = ()) -> None:
@@ -141,7 +142,7 @@ class Stage:
         draft, journal = self.root / f"{MANIFEST_NAME}.partial", self.root / JOURNAL_NAME
         with writing(self.output):
             _sync_tree(self.root)
-            draft.write_text(manifest, encoding="utf-8")
+            write_whole(draft, manifest.encode())
             _sync(draft)
             with _undisturbed():
                 if journal.exists():
@@ -190,7 +191,7 @@ class Stage:
         content = text.encode("utf-8")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+            write_whole(target, content)
         return FileEntry(path=path, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def take_over(self, source: Source, files: Iterable[CopyPlan], progress: Progress) -> list[FileEntry]:
@@ -206,7 +207,7 @@ class Stage:
         entries = []
         for item in files:
             if item.drop is not None and item.path.endswith(".json"):
-                text = _renamed_index(source.read_text(item.source), item.drop)
+                text = _renamed_index(source.read_json(item.source, INDEX_BYTES), item.drop)
                 entries.append(self.write_text(item.path, text))
                 progress.advance(item.size, item.path)
                 continue
@@ -245,9 +246,8 @@ def _undisturbed() -> Iterator[None]:
         signal.raise_signal(which)
 
 
-def _renamed_index(text: str, variant: str) -> str:
+def _renamed_index(index: Any, variant: str) -> str:
     """A shard index whose file names have lost the variant."""
-    index = json.loads(text)
     index["weight_map"] = {name: path.replace(f".{variant}", "", 1) for name, path in index["weight_map"].items()}
     return json.dumps(index, indent=2) + "\n"
 
@@ -278,16 +278,6 @@ def _clone(origin: int, target: int) -> bool:
         fcntl.ioctl(target, _FICLONE, origin)
         return True
     return False
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An ``OSError`` inside becomes a ``WriteError`` that names the file."""
-    try:
-        yield
-    except OSError as error:
-        hint = "free space on this disk, or choose another --output" if error.errno == errno.ENOSPC else None
-        raise WriteError(f"{error.filename or path}: {error.strerror or error}", hint=hint) from error
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from aoconvert import cards
 from aoconvert.cards import CARD_NAME, PICTURE_NAME
 from aoconvert.errors import PlanError, WriteError
+from aoconvert.files import read_limited
 from aoconvert.hub.types import PushOptions, Sent
+from aoconvert.manifest import CARD_BYTES
 from aoconvert.sources.folder import stays_inside
 
 
@@ -73,7 +75,7 @@ def write_card(folder: Path, card: CardFiles) -> str | None:
 
 def _has(folder: Path, file: Sent) -> bool:
     place = folder / file.path
-    return place.is_file() and place.read_bytes() == file.content
+    return place.is_file() and place.stat().st_size == file.size and place.read_bytes() == file.content
 
 
 def _kept(folder: Path, options: PushOptions) -> CardFiles:
@@ -89,7 +91,7 @@ def _kept(folder: Path, options: PushOptions) -> CardFiles:
     outside = [f"{name} is a link that leaves the folder" for name in found if not stays_inside(folder, name)]
     if outside:
         raise PlanError(outside)
-    files = tuple(Sent.from_bytes(name, (folder / name).read_bytes()) for name in found)
+    files = tuple(Sent.from_bytes(name, read_limited(folder / name, CARD_BYTES)) for name in found)
     text = _checked(files[0])
     return CardFiles(files, text, (f"{CARD_NAME} was written by hand, and is sent as it is",), kept=True)
 

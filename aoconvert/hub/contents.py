@@ -17,7 +17,7 @@ from aoconvert.manifest import MANIFEST_NAME, FileEntry, Manifest
 from aoconvert.progress import Progress
 from aoconvert.sources.folder import list_folder, stays_inside
 from aoconvert.verification.files import file_sha256, shadows
-from aoconvert.verification.report import REPORT_NAME, some
+from aoconvert.verification.report import REPORT_NAME, read_report, some
 
 # https://huggingface.co/docs/hub/storage-limits
 FILE_LIMIT = 50_000_000_000
@@ -70,7 +70,7 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
         problems += _changed(folder, entries)
     problems += shadows(folder, manifest.files_by_folder())
     files = [Sent(entry.path, entry.size, entry.sha256, folder / entry.path) for entry in entries.values()]
-    files.append(Sent.from_bytes(MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes()))
+    files.append(Sent.from_bytes(MANIFEST_NAME, manifests.read(folder)))
     if report is not None:
         files.append(Sent.from_bytes(REPORT_NAME, public_report(report, folder, repo_id)))
         warnings += _weak_spots(report)
@@ -99,14 +99,13 @@ def _file_problems(folder: Path, entry: FileEntry) -> Iterator[str]:
 
 def _verification(folder: Path, manifest_sha256: str) -> tuple[dict[str, Any] | None, list[str]]:
     """The report that belongs to this manifest, if there is one, and what is wrong with it."""
-    path = folder / REPORT_NAME
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_report(folder)
     except FileNotFoundError:
         return None, [f"not verified: there is no {REPORT_NAME}"]
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None, [f"not verified: {REPORT_NAME} cannot be read"]
-    if not isinstance(report, dict) or report.get("manifest_sha256") != manifest_sha256:
+    if report.get("manifest_sha256") != manifest_sha256:
         return None, [f"not verified: {REPORT_NAME} is of another {MANIFEST_NAME}"]
     if report.get("ok") is not True:
         failed = [name for name, status, _ in _checks(report) if status == "failed"]

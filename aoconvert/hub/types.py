@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
+
+from aoconvert.files import open_regular
 
 if TYPE_CHECKING:
     from aoconvert.verification.report import Report
@@ -98,7 +101,7 @@ class Sent:
         if isinstance(self.content, bytes):
             yield self.content
             return
-        with self.content.open("rb") as file:
+        with os.fdopen(open_regular(self.content), "rb") as file:
             while block := file.read(_CHUNK):
                 yield block
 

@@ -6,7 +6,6 @@ and processors read.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -208,7 +207,7 @@ def _modules(source: Source, folder: str) -> list[str]:
     if not source.has(path):
         return []
     try:
-        entries = json.loads(source.read_text(path))
+        entries = source.read_json(path)
         named = [entry["path"] for entry in entries if entry.get("path") and ".." not in entry["path"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []

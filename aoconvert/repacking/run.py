@@ -18,6 +18,8 @@ from aoconvert import manifest as manifests
 from aoconvert.engine.memory import peak_host_bytes, steady_allocator
 from aoconvert.engine.output import Stage
 from aoconvert.errors import Interrupted, QuantizeError, SourceError
+from aoconvert.files import read_limited
+from aoconvert.json_text import INDEX_BYTES, parse_json
 from aoconvert.manifest import MANIFEST_NAME, ComponentEntry, FileEntry, Manifest, TensorEntry
 from aoconvert.planning.types import CopyPlan, layout_dict
 from aoconvert.progress import Progress
@@ -234,14 +236,14 @@ class _Part:
     def _index(self, path: str, tensors: list[TensorEntry]) -> FileEntry:
         where = {tensor.name: Path(tensor.file).name for tensor in tensors if tensor.file is not None}
         write_index(self.stage.root / path, where, sum(tensor.bytes_out for tensor in tensors))
-        return self.stage.write_text(path, (self.stage.root / path).read_text(encoding="utf-8"))
+        return self.stage.write_text(path, read_limited(self.stage.root / path, INDEX_BYTES).decode())
 
     def _config(self, file: FileEntry) -> FileEntry:
         """``config.json`` with the other layout's config; any other file as it is."""
-        content = (self.folder / file.path).read_bytes()
+        content = FolderSource(self.folder).read_bytes(file.path)
         if hashlib.sha256(content).hexdigest() != file.sha256:
             raise SourceError(f"{file.path} is not what the manifest lists", hint=_DAMAGED)
-        values = json.loads(content)
+        values = parse_json(content)
         values["quantization_config"]["quant_type"] = {"default": self.plan.config}
         return self.stage.write_text(file.path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 

@@ -6,7 +6,7 @@ always relative to the root of the repo or folder and separated by ``/``; a subf
 
 from __future__ import annotations
 
-import json
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aoconvert.errors import SourceError
+from aoconvert.files import read_limited
+from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.sources.headers import read_local_header
 
 FetchProgress = Callable[[int, int], None]
@@ -97,31 +99,27 @@ class Source(ABC):
             raise SourceError(f"{self.label} has no file {path}")
         return self.files()[path]
 
-    def read_text(self, path: str) -> str:
-        """The file's text (UTF-8).
+    def read_bytes(self, path: str, most: int = CONFIG_BYTES) -> bytes:
+        """The content of a small file.
 
         Raises:
-            SourceError: not there, not fetched, unreadable, or not UTF-8.
+            SourceError: not there, not fetched, unreadable, or larger than ``most`` bytes.
         """
         try:
-            return self.local(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{self.label}: {path} is not UTF-8 text (byte {error.start})") from error
+            return read_limited(self.local(path), most)
         except OSError as error:
-            raise SourceError(f"{self.label}: {path} cannot be read: {error.strerror}") from error
+            raise SourceError(f"{self.label}: {path} cannot be read: {_because(error)}") from error
 
-    def read_json(self, path: str) -> Any:
-        """The file's JSON value.
+    def read_json(self, path: str, most: int = CONFIG_BYTES) -> Any:
+        """The JSON value of a small file.
 
         Raises:
-            SourceError: as :meth:`read_text`, or the text is not valid JSON.
+            SourceError: as :meth:`read_bytes`, or it is not valid JSON, or of absurd depth or length.
         """
         try:
-            return json.loads(self.read_text(path))
-        except json.JSONDecodeError as error:
-            raise SourceError(f"{self.label}: {path} is not valid JSON (line {error.lineno})") from error
-        except RecursionError as error:
-            raise SourceError(f"{self.label}: {path} is not usable JSON (nested too deeply)") from error
+            return parse_json(self.read_bytes(path, most))
+        except ValueError as error:
+            raise SourceError(f"{self.label}: {path} is {error}") from error
 
     def safetensors_header(self, path: str) -> dict[str, dict[str, Any]]:
         """What a safetensors file holds, read from its header alone.
@@ -134,6 +132,10 @@ class Source(ABC):
             SourceError: the file is missing, truncated, or not a safetensors file.
         """
         return read_local_header(self.local(path), f"{self.label}: {path}")
+
+
+def _because(error: OSError) -> str:
+    return f"it {error.strerror}" if error.errno in (errno.EINVAL, errno.EFBIG) else str(error.strerror)
 
 
 def is_safe_path(path: str) -> bool:

@@ -6,10 +6,12 @@ Format: https://huggingface.co/docs/safetensors/index#format
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import SourceError
+from aoconvert.files import open_regular
 
 # The limit of the safetensors library itself; a longer header is damage or an attack.
 MAX_HEADER_BYTES = 100_000_000
@@ -30,7 +32,7 @@ def read_local_header(file: Path, name: str) -> dict[str, dict[str, Any]]:
     """
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
+        with os.fdopen(open_regular(file), "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise SourceError(f"{name} is truncated or not a safetensors file", hint=REPLACE_HINT)

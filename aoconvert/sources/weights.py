@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aoconvert.errors import SourceError
+from aoconvert.json_text import INDEX_BYTES
 from aoconvert.sources.base import Source, is_safe_path, show
 
 Library = Literal["diffusers", "transformers"]
@@ -96,7 +97,7 @@ def _index_names(weights_name: str, library: Library, variant: str | None) -> li
 def _read_index(source: Source, path: str, format_: Format) -> WeightFiles:
     """Read an index and check every shard it names, before any shard is opened."""
     source.fetch([path])
-    content = source.read_json(path)
+    content = source.read_json(path, INDEX_BYTES)
     where = f"{source.label}: {path}"
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):

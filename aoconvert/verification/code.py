@@ -6,14 +6,13 @@ Every value that goes into it was checked by ``target`` and is written as a Pyth
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Literal
 
 from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models.fused import FUSED
 from aoconvert.verification.files import file_sha256
-from aoconvert.verification.report import REPORT_NAME
+from aoconvert.verification.report import read_report
 from aoconvert.verification.target import Part, Target
 
 Strategy = Literal["from-pretrained", "assign"]
@@ -67,10 +66,10 @@ def card_strategy(target: Target) -> Strategy:
     ways = {entry.load.strategy for entry in manifest.components} if manifest is not None else set()
     usual: Strategy = "assign" if "assign" in ways else "from-pretrained"
     try:
-        report = json.loads((target.folder / REPORT_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        report = read_report(target.folder)
+    except (OSError, ValueError):
         return usual
-    if not isinstance(report, dict) or report.get("manifest_sha256") != file_sha256(target.folder / MANIFEST_NAME):
+    if report.get("manifest_sha256") != file_sha256(target.folder / MANIFEST_NAME):
         return usual
     proven = report.get("strategy")
     return proven if proven in ("from-pretrained", "assign") else usual

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
+from aoconvert.files import open_regular
 from aoconvert.manifest import Manifest
 from aoconvert.sources.folder import list_folder, stays_inside
 
@@ -71,7 +73,7 @@ def shadows(folder: Path, parts: dict[str, tuple[str, ...]]) -> list[str]:
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

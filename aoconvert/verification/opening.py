@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from aoconvert.schemes import int4
 from aoconvert.verification.code import Strategy, load_code
 from aoconvert.verification.files import file_sha256, shadows
 from aoconvert.verification.pickles import read_loadable
-from aoconvert.verification.report import REPORT_NAME
+from aoconvert.verification.report import read_report
 from aoconvert.verification.target import Target, from_folder, from_manifest, with_imports
 
 
@@ -47,9 +46,8 @@ def _strategies(target: Target) -> tuple[Strategy, ...]:
     """The way that the last verification of this manifest proved, or both in turn."""
     if target.fused:
         return ("assign",)
-    report = target.folder / REPORT_NAME
-    if report.is_file():
-        values = json.loads(report.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        values = read_report(target.folder)
         belongs = values.get("manifest_sha256") == file_sha256(target.folder / MANIFEST_NAME)
         if belongs and values.get("strategy") == "assign":
             return ("assign",)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from aoconvert.errors import VerificationError
+from aoconvert.files import read_limited
+from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.manifest import CARD_NAME as CARD_NAME
 from aoconvert.manifest import REPORT_NAME as REPORT_NAME
 from aoconvert.verification.published import Published
@@ -120,3 +123,16 @@ class Report:
     def dump(self) -> str:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What the report in a folder says; nothing of it is believed.
+
+    Raises:
+        OSError: there is none (``FileNotFoundError``), or it cannot be read.
+        ValueError: it is not a JSON object.
+    """
+    values = parse_json(read_limited(folder / REPORT_NAME, CONFIG_BYTES), constants=False)
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    return values

@@ -13,7 +13,8 @@ from typing import Literal
 from aoconvert import manifest as manifests
 from aoconvert.environment import versions
 from aoconvert.errors import AoconvertError, PlanError
-from aoconvert.manifest import MANIFEST_NAME, Manifest
+from aoconvert.files import check_replaceable, read_limited, write_whole, writing
+from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
 from aoconvert.progress import Progress
 from aoconvert.verification.code import Strategy, card_strategy, code_sha256, load_code
 from aoconvert.verification.files import check_files, file_sha256, shadows
@@ -28,7 +29,16 @@ from aoconvert.verification.loading import (
 from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.place import Place, choose_place
 from aoconvert.verification.published import Published
-from aoconvert.verification.report import CARD_NAME, REPORT_NAME, Check, CheckName, Ran, Report, Status, some
+from aoconvert.verification.report import (
+    CARD_NAME,
+    REPORT_NAME,
+    Check,
+    CheckName,
+    Ran,
+    Report,
+    Status,
+    some,
+)
 from aoconvert.verification.target import Target, from_folder, from_manifest, validate, with_imports
 from aoconvert.verification.usage import usage_code, usage_sha256
 from aoconvert.verification.versions import version_problems
@@ -110,7 +120,12 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
 
     Raises:
         SourceError: the folder holds no torchao checkpoint at all.
+        WriteError: the report cannot be written.
     """
+    writes = options.published is None and (folder / MANIFEST_NAME).exists()
+    if writes:
+        with writing(folder / REPORT_NAME):
+            check_replaceable(folder / REPORT_NAME)
     run = _Run(folder, label, options, progress)
     with contextlib.suppress(Stop):
         _checks(run)
@@ -130,8 +145,9 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         ran=tuple(run.ran),
         published=options.published,
     )
-    if report.manifest_sha256 is not None and options.published is None:
-        (folder / REPORT_NAME).write_text(report.dump(), encoding="utf-8")
+    if report.manifest_sha256 is not None and writes:
+        with writing(folder / REPORT_NAME):
+            write_whole(folder / REPORT_NAME, report.dump().encode())
     return report
 
 
@@ -168,7 +184,7 @@ def _ran(run: _Run, target: Target, loaded: Loaded) -> Iterator[Ran]:
 
 
 def _manifest(run: _Run) -> tuple[Status, str]:
-    if not (run.folder / MANIFEST_NAME).is_file():
+    if not (run.folder / MANIFEST_NAME).exists():
         run.target = from_folder(run.folder)
         return "skipped", f"no {MANIFEST_NAME}: by somebody else; nothing to compare with"
     run.manifest = found = manifests.load(run.folder)
@@ -267,7 +283,7 @@ def _card_shows(target: Target, published: Published, strategy: Strategy) -> str
     """Whether the published card shows the code that ran, but for the commit and the device."""
     card = target.folder / CARD_NAME
     try:
-        text = card.read_text(encoding="utf-8")
+        text = read_limited(card, CARD_BYTES).decode()
     except (OSError, UnicodeDecodeError):
         return f"; there is no {CARD_NAME}"
     codes = (

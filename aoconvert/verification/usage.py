@@ -7,11 +7,12 @@ is neither gets no example: a wrong one is worse than none.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from aoconvert.files import read_limited
+from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.models.calls import Default
 from aoconvert.verification.target import Part, Target
 
@@ -152,6 +153,6 @@ def _has_chat_template(target: Target) -> bool:
         return True
     config = target.folder / "tokenizer_config.json"
     try:
-        return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
-    except (ValueError, AttributeError):
+        return bool(parse_json(read_limited(config, CONFIG_BYTES)).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
         return False

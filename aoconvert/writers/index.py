@@ -7,11 +7,11 @@ Format: what ``huggingface_hub.save_torch_state_dict`` and transformers write: `
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from aoconvert.errors import WriteError
+from aoconvert.files import write_whole
 
 
 def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> None:
@@ -26,15 +26,9 @@ def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> N
         WriteError: the file cannot be written.
     """
     content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise WriteError(
             f"{path}: writing the index failed: {error.strerror or error}",
             hint="check the folder's permissions and the free space on its disk",
