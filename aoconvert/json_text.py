@@ -13,7 +13,7 @@ INDEX_BYTES = 128 << 20
 """Most bytes of an index of shards; one of 100,000 tensors has 10 MB."""
 
 _MAX_DEPTH = 100
-_MAX_KEY = 4096
+_MAX_KEY = 1 << 17
 _MAX_DIGITS = 100  # a tokenizer's "no limit" has 31
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 

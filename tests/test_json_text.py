@@ -41,7 +41,7 @@ def test_half_a_pair_may_have_its_other_half():
         (b"[" * 101 + b"]" * 101, "nested too deeply"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
-        (b'{"' + b"a" * 4097 + b'": 1}', "a key of more than 4,096 characters"),
+        (b'{"' + b"a" * 131_073 + b'": 1}', "a key of more than 131,072 characters"),
         (rb'{"\ud800": 1}', "half a surrogate pair"),
         (rb'["\uDFFF"]', "half a surrogate pair"),
     ],

@@ -44,9 +44,9 @@ class Output:
         if self.mode == "json":
             _print(_json(data))
         elif self.mode == "quiet":
-            _print(escaped(essential) + "\n")
+            _print(_lines(essential))
         elif isinstance(shown := human(), str):
-            _print("".join(f"{escaped(line)}\n" for line in shown.split("\n")))
+            _print(_lines(shown))
         else:
             import io
 
@@ -115,8 +115,11 @@ class _Escaped:
         from rich.segment import Segment
 
         for text, style, control in console.render(self.shown, options):
-            lines = text.split("\n")
-            yield Segment("\n".join(map(escaped, lines)), style, control)
+            yield Segment(_lines(text)[:-1], style, control)
+
+
+def _lines(text: str) -> str:
+    return "".join(f"{escaped(line)}\n" for line in text.split("\n"))
 
 
 def _json(data: Any) -> str:
