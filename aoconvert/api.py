@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
+from aoconvert.environment import host_by_default
 from aoconvert.options import QuantizeKwargs, QuantizeOptions, parse_size
 from aoconvert.progress import Progress, Silent
 
@@ -69,6 +70,7 @@ def quantize(
     return quantize_options(source, make_options(scheme, options), progress=progress or Silent())
 
 
+@host_by_default()
 def inspect(
     checkpoint: str | Path,
     *,
@@ -96,6 +98,7 @@ def inspect(
     return run(str(checkpoint), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
 
 
+@host_by_default()
 def verify(
     checkpoint: str | Path,
     *,
@@ -174,6 +177,7 @@ def load(
     return open_checkpoint(_checkpoint(checkpoint, revision, token, cache_dir, local_files_only)[0], kwargs)
 
 
+@host_by_default()
 def repack(
     checkpoint: str | Path,
     layout_device: str,
@@ -211,6 +215,7 @@ def repack(
     )
 
 
+@host_by_default()
 def card(
     checkpoint: str | Path,
     *,
@@ -241,6 +246,7 @@ def card(
     return render(Path(checkpoint), options, repo_id=repo_id)
 
 
+@host_by_default()
 def push(
     repo_id: str,
     checkpoint: str | Path = "out",
@@ -312,6 +318,7 @@ def make_options(scheme: str | None, options: Mapping[str, Any]) -> QuantizeOpti
     return QuantizeOptions(scheme=scheme, **values)
 
 
+@host_by_default()
 def plan_options(source: str | Path, options: QuantizeOptions, *, progress: Progress | None = None) -> Plan:
     """``plan`` with its options already made."""
     return _made(_resolved(source, options), options, progress or Silent(), need_weights=False)
@@ -348,6 +355,7 @@ def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
     )
 
 
+@host_by_default()
 def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: Progress) -> QuantizeResult:
     """``quantize`` with its options already made."""
     from aoconvert.planning.make import refuse_early
@@ -408,8 +416,7 @@ def command_line(made: Plan, options: QuantizeOptions) -> str:
     for flag in _VALUES:
         if getattr(options, flag) != getattr(defaults, flag):
             words += ["--" + flag.replace("_", "-"), str(getattr(options, flag))]
-    if made.device != "cpu":
-        words += ["--device", made.device]  # how many there were does not change the bytes
+    words += ["--device", made.device.partition(":")[0]]  # another kind may make other bytes, another number does not
     words += [] if options.default_skips else ["--no-default-skips"]
     words += [f"--{flag.replace('_', '-')}" for flag in _FLAGS if getattr(options, flag)]
     return shlex.join(words)

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,17 @@ from typing import Any
 
 from packaging.version import Version
 
+from aoconvert import accelerators
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.version import __version__
 
 PACKAGES = ("torch", "torchao", "diffusers", "transformers", "accelerate", "huggingface_hub")
-ACCELERATORS = ("cuda", "xpu")
+ACCELERATORS = accelerators.KINDS
 # also told by ``aoconvert env``: what reads and writes files, and what some layouts or models need
 _BESIDE = ("safetensors", "tokenizers", "hf_xet", "peft", "mslk", "triton")
 _VARIABLES = ("AOCONVERT_CACHE_DIR", "AOCONVERT_COMPILE", "AOCONVERT_DEBUG", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE")
+
+_log = logging.getLogger(__name__)
 
 # Logger -> how the message starts or what it holds. Each of them is harmless and printed at every import (torchao
 # 0.18: extension modules for other Pythons and GPUs; torch 2.13: torchao registers an Enum; diffusers 0.42: classes
@@ -45,7 +49,7 @@ class Device:
     Attributes:
         type: ``cpu``, ``cuda`` or ``xpu``.
         name: the model, such as ``NVIDIA H100 80GB HBM3`` or ``Intel(R) Xeon(R) Platinum 8481C``.
-        capability: CUDA's compute capability, such as ``(9, 0)``; ``None`` where there is no such thing.
+        capability: CUDA's compute capability, such as ``(9, 0)``; ``None`` where there is no such thing, as on AMD's.
     """
 
     type: str
@@ -74,6 +78,14 @@ def version_at_least(package: str, minimum: str) -> bool:
     return version is not None and Version(version) >= Version(minimum)
 
 
+def torch_build() -> str:
+    """What the installed torch was built for, by its version: ``cpu``, ``cu130``, ``xpu``, ``rocm6.4``, or nothing.
+
+    Imports no torch.
+    """
+    return (version_of("torch") or "").partition("+")[2]
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     try:
@@ -88,7 +100,7 @@ def platform_name() -> str:
 
 
 def choose_device(requested: str) -> str:
-    """The torch device to quantize on: ``auto`` becomes the best that is here, anything else is checked.
+    """The torch device to quantize on: ``auto`` becomes the best that is here and answers, anything else is checked.
 
     Args:
         requested: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``xpu`` or ``xpu:N``.
@@ -98,9 +110,9 @@ def choose_device(requested: str) -> str:
         PlanError: a device that this machine, or this build of torch, does not have.
     """
     if requested == "auto":
-        return next((kind for kind in ACCELERATORS if _device_count(kind)), "cpu")
+        return next(filter(_answers, _all_devices()), "cpu")
     kind, index = _split(requested)
-    if kind in ACCELERATORS and (count := _device_count(kind)) <= (index or 0):
+    if kind in ACCELERATORS and (count := accelerators.count(kind)) <= (index or 0):
         here = "; ".join((_count_text(kind, count), *_cpu_build(kind)))
         raise PlanError([f"device {requested} is not here: {here}"], hint="--device auto takes what is there")
     return requested
@@ -115,7 +127,7 @@ def choose_devices(requested: str) -> tuple[str, ...]:
     if requested.endswith(":all"):
         kind = requested.removesuffix(":all")
         choose_device(kind)
-        return tuple(f"{kind}:{index}" for index in range(_device_count(kind))) if kind in ACCELERATORS else (kind,)
+        return tuple(f"{kind}:{index}" for index in range(accelerators.count(kind))) if kind != "cpu" else (kind,)
     chosen = tuple(dict.fromkeys(choose_device(name.strip()) for name in requested.split(",")))
     if len(chosen) > 1 and (len({_split(name)[0] for name in chosen}) > 1 or chosen[0] == "cpu"):
         raise UsageError(f"--device {requested}: several devices must be GPUs of one kind", hint="e.g. cuda:0,cuda:1")
@@ -128,14 +140,11 @@ def device_facts(device: str) -> Device:
     Raises:
         UsageError, PlanError: as :func:`choose_device`.
     """
-    kind, index = _split(choose_device(device))
+    chosen = choose_device(device)
+    kind, _ = _split(chosen)
     if kind == "cpu":
         return Device("cpu", _cpu_name(), None)
-    import torch
-
-    if kind == "cuda":
-        return Device("cuda", torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
-    return Device("xpu", torch.xpu.get_device_name(index), None)
+    return Device(kind, accelerators.name(chosen), accelerators.capability(chosen))
 
 
 def survey() -> dict[str, Any]:
@@ -150,7 +159,7 @@ def survey() -> dict[str, Any]:
     from aoconvert import cache
 
     everything = (*PACKAGES, *_BESIDE)
-    devices = [name for kind in ACCELERATORS for name in (f"{kind}:{i}" for i in range(_device_count(kind)))]
+    devices = [name for kind in ACCELERATORS for name in (f"{kind}:{i}" for i in range(accelerators.count(kind)))]
     caches = {"aoconvert": cache.root(), "Hub": Path(constants.HF_HUB_CACHE)}
     return {
         "versions": {
@@ -191,6 +200,23 @@ def _kernels() -> str:
     compiler = os.environ.get("CXX") or "g++"
     found = shutil.which(compiler)
     return f"compiled with {found}" if found is not None else f"not compiled: there is no {compiler}"
+
+
+@contextlib.contextmanager
+def host_by_default() -> Iterator[None]:
+    """Make tensors without a device in host memory, whatever the caller's ``torch.set_default_device`` says.
+
+    Imports no torch: who has not imported it has set nothing.
+    """
+    torch = sys.modules.get("torch")
+    asked = getattr(torch, "get_default_device", None)  # not yet there while another thread imports torch
+    if asked is None or asked().type == "cpu":
+        yield
+        return
+    import torch as imported
+
+    with imported.device("cpu"):
+        yield
 
 
 @contextlib.contextmanager
@@ -251,11 +277,17 @@ def _split(device: str) -> tuple[str, int | None]:
     return kind, int(number) if colon else None
 
 
-def _device_count(kind: str) -> int:
-    import torch
+def _all_devices() -> Iterator[str]:
+    """Every GPU that torch sees, the best kind first; the first of a kind has the kind's name."""
+    for kind in ACCELERATORS:
+        for index in range(accelerators.count(kind)):
+            yield f"{kind}:{index}" if index else kind
 
-    module = torch.cuda if kind == "cuda" else torch.xpu
-    return module.device_count() if module.is_available() else 0
+
+def _answers(device: str) -> bool:
+    if (why := accelerators.failure(device)) is not None:
+        _log.warning("%s is here, but it cannot be used: %s", device, why)
+    return why is None
 
 
 def _count_text(kind: str, count: int) -> str:

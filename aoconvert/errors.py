@@ -76,7 +76,11 @@ class QuantizeError(AoconvertError):
     """torchao could not quantize a tensor that the plan said it could."""
 
 
-class DeviceMemoryError(QuantizeError):
+class DeviceError(QuantizeError):
+    """A GPU cannot be used, or not any more. What is finished stays for the next run."""
+
+
+class DeviceMemoryError(DeviceError):
     """The GPU has no memory left for a weight. What is finished stays for the next run."""
 
 

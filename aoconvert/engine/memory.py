@@ -8,6 +8,8 @@ import resource
 import sys
 from pathlib import Path
 
+from aoconvert import accelerators
+
 _M_MMAP_THRESHOLD = -3  # glibc malloc.h
 _M_TRIM_THRESHOLD = -1
 # The temporaries of a block of rows are smaller: mapped anew for each, NVFP4 takes a tenth longer
@@ -43,10 +45,5 @@ def peak_host_bytes() -> int:
 
 
 def peak_device_bytes(device: str) -> int:
-    """Largest number of bytes allocated on ``device`` so far; 0 for the CPU."""
-    if device == "cpu":
-        return 0
-    import torch
-
-    backend = getattr(torch, torch.device(device).type)
-    return int(backend.max_memory_allocated(device))
+    """Largest number of bytes of tensors on ``device`` so far; 0 for the CPU."""
+    return 0 if device == "cpu" else accelerators.peak_bytes(device)

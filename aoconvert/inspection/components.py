@@ -177,7 +177,9 @@ def _device_here(layout: compat.Layout) -> bool | None:
         return False
     except (ImportError, OSError, RuntimeError):
         return None
-    return layout.min_capability is None or facts.capability is None or facts.capability >= layout.min_capability
+    if layout.min_capability is None:
+        return True
+    return facts.capability is not None and facts.capability >= layout.min_capability
 
 
 def span_text(loading: Loading) -> str:

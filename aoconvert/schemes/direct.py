@@ -1,8 +1,9 @@
-"""Weights whose torchao handler asks for a GPU, although their arithmetic is plain torch.
+"""Weights whose torchao handler asks what the machine has, although their arithmetic is plain torch.
 
 What torchao 0.18's handlers of these configs do after that question, through the same functions of torchao. Source:
-``_float8_dynamic_activation_float8_weight_quantize_tensor`` in ``torchao/quantization/quant_api.py`` and
-``_nvfp4_inference_linear_transform`` in ``torchao/prototype/mx_formats/inference_workflow.py``.
+``_float8_dynamic_activation_float8_weight_quantize_tensor`` and ``_float8_weight_only_quant_tensor`` in
+``torchao/quantization/quant_api.py``, and ``_nvfp4_inference_linear_transform`` in
+``torchao/prototype/mx_formats/inference_workflow.py``.
 """
 
 from __future__ import annotations
@@ -57,6 +58,26 @@ def _float8_dynamic(weight: torch.Tensor, config: Any) -> torch.Tensor:
     return tensor
 
 
+def _float8_weight_only(weight: torch.Tensor, config: Any) -> torch.Tensor:
+    """Float8 weights.
+
+    Where mslk is installed and an NVIDIA GPU from Hopper on is here, ``from_hp`` takes mslk's kernel for rows, even for
+    weights in host memory, and always on the current GPU; it rounds otherwise. This is torch's arithmetic everywhere.
+    """
+    from torchao.quantization import Float8Tensor
+    from torchao.quantization.quantize_.common import KernelPreference
+
+    made: Any = Float8Tensor.from_hp(
+        weight,
+        float8_dtype=config.weight_dtype,
+        granularity=config.granularity,
+        kernel_preference=KernelPreference.TORCH,
+    )
+    made.kernel_preference = KernelPreference.AUTO
+    tensor: torch.Tensor = made
+    return tensor
+
+
 def _nvfp4_dynamic(weight: torch.Tensor, config: Any) -> torch.Tensor:
     """NVFP4 weights that will multiply NVFP4 activations; stacked experts have a scale each.
 
@@ -94,5 +115,6 @@ def _nvfp4_dynamic(weight: torch.Tensor, config: Any) -> torch.Tensor:
 
 _QUANTIZERS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "Float8DynamicActivationFloat8WeightConfig": _float8_dynamic,
+    "Float8WeightOnlyConfig": _float8_weight_only,
     "NVFP4DynamicActivationNVFP4WeightConfig": _nvfp4_dynamic,
 }

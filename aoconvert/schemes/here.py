@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import cache
 
-from aoconvert.environment import version_of
+from aoconvert.environment import torch_build
 from aoconvert.schemes.describe import capability
 
 _SECONDS = 20  # an NVIDIA driver that has to wake its GPUs takes a few
@@ -31,7 +31,7 @@ def cannot_run(device: str, min_capability: tuple[int, int] | None) -> str | Non
         min_capability: the lowest CUDA compute capability that it needs.
     """
     if device == "xpu":
-        return None if _build() == "xpu" else "it needs an XPU, and a torch that was built for one"
+        return None if torch_build() == "xpu" else "it needs an XPU, and a torch that was built for one"
     if device == "cpu" or (device == "any" and min_capability is None):
         return None
     found = gpus()
@@ -49,7 +49,7 @@ def cannot_run(device: str, min_capability: tuple[int, int] | None) -> str | Non
 def gpus() -> tuple[Gpu, ...]:
     """The NVIDIA GPUs that the installed torch can use, by ``nvidia-smi``."""
     program = shutil.which("nvidia-smi")
-    if program is None or _build() in ("cpu", "xpu"):
+    if program is None or torch_build() in ("cpu", "xpu"):
         return ()
     command = [program, "--query-gpu=compute_cap,name", "--format=csv,noheader"]
     try:
@@ -68,8 +68,3 @@ def parse(text: str) -> tuple[Gpu, ...]:
         if major.isdecimal() and minor.isdecimal():
             found.append(Gpu(name, (int(major), int(minor))))
     return tuple(found)
-
-
-def _build() -> str:
-    """What the installed torch was built for, as its version says: ``cpu``, ``xpu``, ``cu130``, or nothing."""
-    return (version_of("torch") or "").partition("+")[2]

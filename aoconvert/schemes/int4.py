@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from aoconvert.environment import import_torchao
+from aoconvert.environment import import_torchao, torch_build
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.schemes import cpu_packing, tile_packing
 from aoconvert.schemes.int4_parts import dequantize as dequantize
@@ -107,6 +107,8 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, *, group_size: int, devi
 
 def unavailable(device: str) -> str | None:
     """Why a layout cannot be made on this machine; ``None`` if it can."""
+    if device == "cuda" and torch_build().startswith("rocm"):
+        return "torch reads the cuda layout of int4 in another way on AMD's GPUs, and would get wrong numbers"
     if device == "plain" and importlib.util.find_spec("mslk") is None:
         return (
             "the plain layout of int4 needs the package mslk >= 1.0.0, which is not on PyPI; cuda and cpu need nothing"

@@ -68,7 +68,9 @@ def _obstacle(layout: Layout, device: str) -> str | None:
     if kind != "cuda" or layout.min_capability is None:
         return None
     here = device_facts(device)
-    if here.capability is not None and here.capability < layout.min_capability:
+    if here.capability is None:
+        return f"its layout is for NVIDIA's GPUs, and {here.name} is none"
+    if here.capability < layout.min_capability:
         needed, has = capability(layout.min_capability), capability(here.capability)
         return f"its layout needs CUDA capability {needed}, {here.name} has {has}"
     return None
