@@ -153,7 +153,8 @@ class TensorEntry(_Model):
     ``sha256`` is over the bytes of the inner tensors in ``data_names`` order (a plain tensor: its own bytes).
     ``sqnr_db`` is 20·log10(‖w‖ / ‖w − dequantized‖), against the source's weight. ``scheme`` is what it was quantized
     to, ``kind`` what it belongs to. ``repaired_rows`` counts rows of zeros for which torchao gives no scale, so that
-    they would become NaN, and which were given one.
+    they would become NaN, and which were given one. ``device``: the type of device that quantized it, or a part of it,
+    where that is not ``environment.device``: a GPU had no memory for it, or torchao does it on a CPU only.
     """
 
     name: str
@@ -170,6 +171,7 @@ class TensorEntry(_Model):
     sqnr_db: float | None = None
     max_abs_error: float | None = None
     repaired_rows: int = Field(default=0, ge=0)
+    device: str | None = None
     file: RelativePath | None = None
     sha256: Sha256 | None = None
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from aoconvert import accelerators
 from aoconvert.schemes.apply import flatten, quantize_weight, unflatten
 from aoconvert.writers.pickle_tree import is_wrapper
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
+
+
+@functools.lru_cache(maxsize=512)
+def quantized_on_meta(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> torch.Tensor:
+    """What torchao makes of a weight of this shape and dtype, without its values; made once for all layers alike."""
+    return quantize_weight(torch.empty(shape, dtype=dtype, device="meta"), scheme)
+
+
+def _ordinary(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,8 @@ class Assembly:
         place = self._places[name]
         if name not in self.parts:
             whole = getattr(self.like, name) if name else self.like
-            self.parts[name] = torch.empty_strided(
-                whole.shape, whole.stride(), dtype=inner.dtype, pin_memory=self.pinned
-            )
+            memory = accelerators.page_locked if self.pinned else _ordinary
+            self.parts[name] = memory(whole.shape, whole.stride(), inner.dtype)
         target = self.parts[name]
         if place.dim is not None:
             skipped, at = (count // place.rows * place.size for count in (ahead, start))
@@ -86,10 +97,7 @@ def _places(like: torch.Tensor, scheme: Scheme | None) -> dict[str, _Place]:
     if like.dim() == 3:
         return {name: _Place() for name in flatten(like)[0]}
     rows = scheme.block(1)
-    one, two = (
-        quantize_weight(torch.empty(count, like.shape[1], dtype=like.dtype, device="meta"), scheme)
-        for count in (rows, 2 * rows)
-    )
+    one, two = (quantized_on_meta((count, like.shape[1]), like.dtype, scheme) for count in (rows, 2 * rows))
     return {name: _place(getattr(one, name).shape, getattr(two, name).shape, rows) for name in flatten(one)[0]}
 
 

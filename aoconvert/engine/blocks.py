@@ -1,11 +1,17 @@
-"""In which blocks of rows a weight is quantized, and what a block needs beside its rows."""
+"""In which blocks of rows a weight is quantized, what a block needs beside its rows, and how one is quantized."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from aoconvert import accelerators
+from aoconvert.errors import AoconvertError, QuantizeError
+from aoconvert.schemes.apply import quantize_weight
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -34,7 +40,7 @@ class Blocks:
         """
         if self.extremes is None:
             return block, 0
-        extremes = self.extremes.to(block)
+        extremes = self.extremes.to(block, non_blocking=True)  # they stay until the device has been waited for
         if len(block) % self.unit == 0:
             return torch.cat([block, extremes]), 0
         # behind it they would be packed with its last rows
@@ -57,3 +63,34 @@ def cut(weight: torch.Tensor, scheme: Scheme, elements: int) -> Blocks:
     extremes = high.expand(scheme.multiples[0], weight.shape[1]).clone()
     extremes[0, 0] = low
     return Blocks(step, scheme.block(1), extremes)
+
+
+@contextlib.contextmanager
+def torchao_at_work(name: str, scheme: Scheme) -> Iterator[None]:
+    """Say which weight torchao failed on; what its device failed of passes as it is.
+
+    Raises:
+        QuantizeError: torchao failed.
+    """
+    try:
+        yield
+    except AoconvertError:
+        raise
+    except Exception as failure:  # torchao raises whatever its handlers raise
+        if accelerators.is_full(failure) or isinstance(failure, torch.AcceleratorError):
+            raise
+        raise QuantizeError(
+            f"{name}: {scheme.name} failed: {failure}".splitlines()[0], hint=f"--skip {name}"
+        ) from failure
+
+
+def quantize_block(name: str, block: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """What torchao makes of a block of rows in the base dtype, on their device.
+
+    Raises:
+        QuantizeError: torchao left it as it is.
+    """
+    quantized = quantize_weight(block, scheme)
+    if not hasattr(quantized, "__tensor_flatten__"):
+        raise QuantizeError(f"torchao left {name} unquantized under {scheme.name}", hint=f"--skip {name}")
+    return quantized

@@ -6,6 +6,7 @@ import threading
 
 import torch
 
+from aoconvert import accelerators
 from aoconvert.engine.channel import Closed
 
 
@@ -42,7 +43,9 @@ class BufferPool:
             if self._free:
                 return self._free.pop()
             self._left -= 1
-        return torch.empty(self._size, dtype=torch.uint8, pin_memory=self._pinned)
+        if self._pinned:
+            return accelerators.page_locked((self._size,), (1,), torch.uint8)
+        return torch.empty(self._size, dtype=torch.uint8)
 
     def give(self, buffer: torch.Tensor | None) -> None:
         """Give a buffer back; nobody may look at it any more."""

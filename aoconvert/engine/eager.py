@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from aoconvert.engine.assembly import Assembly
-from aoconvert.engine.blocks import Blocks, cut
+from aoconvert.engine.assembly import Assembly, quantized_on_meta
+from aoconvert.engine.blocks import Blocks, cut, quantize_block, torchao_at_work
 from aoconvert.engine.figures import Error
-from aoconvert.errors import QuantizeError
 from aoconvert.planning.slices import at_once
-from aoconvert.schemes.apply import flatten, quantize_weight, unflatten
+from aoconvert.schemes.apply import flatten, unflatten
 from aoconvert.schemes.repair import repair
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Eager:
         error = Error()
         for start, (quantized, ahead, figures) in zip(starts, self._all(weight, blocks, starts), strict=True):
             error.merge(figures)
-            assembly = assembly or Assembly(quantize_weight(weight.to("meta", self.dtype), self.scheme), self.scheme)
+            assembly = assembly or Assembly(quantized_on_meta(weight.shape, self.dtype, self.scheme), self.scheme)
             assembly.put_all(quantized, start, min(blocks.step, len(weight) - start), ahead)
         assert assembly is not None
         if self.scheme.shared:  # every block has found the one scale that was missing
@@ -95,27 +94,16 @@ class Eager:
         return _in_order(self.pool, work, starts, at_once(self.scheme, weight.shape[1]))
 
     def _block(self, weight: torch.Tensor, blocks: Blocks, start: int) -> Made:
-        scheme = self.scheme
         original = weight[start : start + blocks.step].to(self.device)
-        try:
+        with torchao_at_work(f"{self.name} {list(weight.shape)}", self.scheme):
             block, ahead = blocks.completed(original.to(self.dtype))
-            quantized = quantize_weight(block, scheme)
-        except Exception as failure:  # torchao raises whatever its handlers raise
-            raise QuantizeError(
-                f"{self.name} {list(weight.shape)}: {scheme.name} failed: {failure}".splitlines()[0],
-                hint=f"--skip {self.name}",
-            ) from failure
-        if not hasattr(quantized, "__tensor_flatten__"):
-            raise QuantizeError(
-                f"torchao left {self.name} {list(weight.shape)} unquantized under {scheme.name}",
-                hint=f"--skip {self.name}",
-            )
-        return quantized, ahead, _measured(original, quantized, ahead)
+            quantized = quantize_block(self.name, block, self.scheme)
+            return quantized, ahead, _measured(original, quantized, ahead)
 
 
 def stacked(pieces: Sequence[torch.Tensor], weight: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> torch.Tensor:
     """Rows of stacked experts, or the experts, as torchao's tensor of the stack: inner tensors of another shape."""
-    like = quantize_weight(weight.to("meta", dtype), scheme)
+    like = quantized_on_meta(weight.shape, dtype, scheme)
     parts = {}
     for name in flatten(like)[0]:
         inner = [getattr(piece, name) for piece in pieces]

@@ -107,7 +107,9 @@ class Journal:
     def finished(self, plan: StreamedPlan) -> dict[str, TensorResult]:
         """The results of a component that need not be made again, by tensor name."""
         return {
-            tensor.written.name: TensorResult(tensor.written, line.sqnr_db, line.max_abs_error, line.repaired)
+            tensor.written.name: TensorResult(
+                tensor.written, line.sqnr_db, line.max_abs_error, line.repaired, line.device
+            )
             for path in _paths(plan)
             if (file := self._files.get(path))
             for line, tensor in zip(file.lines, file.stored, strict=True)
@@ -152,6 +154,7 @@ class Journal:
             sqnr_db=result.sqnr_db,
             max_abs_error=result.max_abs_error,
             repaired=result.repaired,
+            device=result.device,
             source={file: _mark_line(mark) for file, mark in marks.items()},
         )
         self._append(line)

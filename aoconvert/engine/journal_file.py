@@ -64,6 +64,7 @@ class TensorLine(_Line):
     sqnr_db: float | None
     max_abs_error: float | None
     repaired: int = Field(ge=0)
+    device: str | None = Field(default=None, pattern="^(cpu|cuda|xpu)$")
     source: dict[str, MarkLine]
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from aoconvert.engine.assembly import Assembly
+from aoconvert.engine.assembly import Assembly, quantized_on_meta
 from aoconvert.engine.figures import Error
 from aoconvert.engine.lanes import Lanes, Pending
 from aoconvert.errors import QuantizeError
 from aoconvert.planning.slices import is_streamed
 from aoconvert.planning.types import TensorPlan
-from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.schemes.apply import flatten
 from aoconvert.writers.pickle_tree import is_wrapper
 
 Release = Callable[[], None]
@@ -38,11 +38,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Whole:
-    """A finished tensor for its file."""
+    """A finished tensor for its file; ``device``: the type of the one that quantized it."""
 
     plan: TensorPlan
     tensor: torch.Tensor
     error: Error | None
+    device: str | None
     release: Release
 
 
@@ -65,11 +66,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class End:
-    """The other inner tensors, whole."""
+    """The other inner tensors, whole; ``device``: as of ``Whole``."""
 
     plan: TensorPlan
     rest: Mapping[str, torch.Tensor]
     error: Error | None
+    device: str | None
 
 
 Message = Whole | Begin | Rows | End
@@ -102,6 +104,12 @@ class _Work:
     streamed: bool
     error: Error | None
     assembly: Assembly | None = None
+    devices: set[str] = field(default_factory=set)
+
+    @property
+    def device(self) -> str | None:
+        """The type of the device that quantized it: the CPU where that did a part of it."""
+        return min(self.devices, key=lambda kind: kind != "cpu", default=None)
 
 
 class Processor:
@@ -130,7 +138,7 @@ class Processor:
         if plan.scheme is not None:
             pending = self._lanes.start(plan.name, piece.data, getattr(torch, plan.dtype), plan.scheme)
         self._under_way.append((piece, pending))
-        while len(self._under_way) > self._lanes.depth:
+        while self._lanes.crowded([piece.data.nbytes if pending else None for piece, pending in self._under_way]):
             self._finish(*self._under_way.popleft())
 
     def flush(self) -> None:
@@ -146,24 +154,25 @@ class Processor:
             if streamed:
                 self._send(Begin(plan, self._like(plan)), 0)
         work = self._work
-        rows, release = self._rows(piece, pending, work.error)
+        rows, release = self._rows(piece, pending, work)
         if piece.start == 0 and piece.last and not work.streamed:
-            self._send(Whole(plan, rows, work.error, release), plan.bytes_out)
+            self._send(Whole(plan, rows, work.error, work.device, release), plan.bytes_out)
         else:
             self._collect(work, piece, rows, release)
         if piece.last:
             self._work = None
 
-    def _rows(self, piece: Piece, pending: Pending | None, error: Error | None) -> tuple[torch.Tensor, Release]:
+    def _rows(self, piece: Piece, pending: Pending | None, work: _Work) -> tuple[torch.Tensor, Release]:
         """The piece as it will be stored. What is only copied stays where it was read until it is written."""
-        if pending is None or error is None:
+        if pending is None or work.error is None:
             rows = piece.data.to(getattr(torch, piece.plan.dtype))
             if rows is piece.data:
                 return rows, piece.release
             _check_overflow(piece, rows)
         else:
-            rows, figures = pending()
-            error.merge(figures)
+            rows, figures, device = pending()
+            work.error.merge(figures)
+            work.devices.add(device)
         piece.release()
         return rows, nothing
 
@@ -179,10 +188,12 @@ class Processor:
         if not work.streamed:
             release()
         if piece.last and work.streamed:
-            self._send(End(work.plan, assembly.parts, work.error), 0)
+            self._send(End(work.plan, assembly.parts, work.error, work.device), 0)
         elif piece.last:
-            self._send(Whole(work.plan, assembly.result(), work.error, nothing), work.plan.bytes_out)
+            self._send(Whole(work.plan, assembly.result(), work.error, work.device, nothing), work.plan.bytes_out)
 
     def _like(self, plan: TensorPlan) -> torch.Tensor:
-        empty = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype), device="meta")
-        return quantize_weight(empty, plan.scheme) if plan.scheme is not None else empty
+        dtype = getattr(torch, plan.dtype)
+        if plan.scheme is not None:
+            return quantized_on_meta(plan.shape, dtype, plan.scheme)
+        return torch.empty(plan.shape, dtype=dtype, device="meta")

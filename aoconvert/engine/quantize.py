@@ -12,14 +12,11 @@ import torch
 from aoconvert.engine.eager import Eager, stacked
 from aoconvert.engine.figures import Error
 from aoconvert.errors import QuantizeError
-from aoconvert.planning.slices import CPU_BLOCK
+from aoconvert.planning.slices import CPU_BLOCK, DEVICE_BLOCK
 
 if TYPE_CHECKING:
     from aoconvert.engine.kernels import Checked
     from aoconvert.schemes import Scheme
-
-# Elements of a block of rows on a GPU
-DEVICE_BLOCK = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def quantize_rows(
         weight: the source's weight, (rows, in_features) or (experts, rows, in_features), floating, on the CPU.
         dtype: base dtype; the weight is cast to it before it is quantized.
         scheme: what to quantize it to.
-        device: where the arithmetic runs.
+        device: where the arithmetic runs, but for what torchao makes on a CPU only.
         error: these rows are counted in.
         kernel: the compiled way, for this source dtype and ``dtype``; eager without.
         block: elements of a block of rows that eager takes at once; default by device.
@@ -89,6 +86,7 @@ def quantize_rows(
     Raises:
         QuantizeError: NaN or infinity in the weight, or torchao failed on it.
     """
+    device = "cpu" if scheme.cpu_only else device
     elements = block or (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK)
     flat = weight.reshape(-1, weight.shape[-1]) if scheme.rowwise else weight
     done = kernel.quantize(flat) if kernel is not None else None

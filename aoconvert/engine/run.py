@@ -18,9 +18,9 @@ from aoconvert.engine.model_config import model_config, quantization_config
 from aoconvert.engine.output import Stage
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.engine.source_card import read_card
-from aoconvert.engine.stream import ComponentResult, Seconds, run_component
+from aoconvert.engine.stream import ComponentResult, Seconds, TensorResult, run_component
 from aoconvert.environment import device_facts, platform_name, versions
-from aoconvert.errors import DeviceMemoryError, Interrupted, ReadError, SourceError, WriteError
+from aoconvert.errors import DeviceError, Interrupted, ReadError, SourceError, WriteError
 from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry, UnquantizedEntry
 from aoconvert.models import join
 from aoconvert.models.calls import call_parameters
@@ -106,8 +106,9 @@ def run(
         begun: digests of weights files that were hashed in part already.
 
     Raises:
-        AoconvertError: after ``Interrupted``, ``WriteError``, ``ReadError`` and ``SourceError`` the tensors that are
-            finished stay beside the output for the next run, and the hint says so; otherwise nothing is left.
+        AoconvertError: after ``Interrupted``, ``WriteError``, ``ReadError``, ``SourceError`` and ``DeviceError`` the
+            tensors that are finished stay beside the output for the next run, and the hint says so; otherwise nothing
+            is left.
     """
     steady_allocator()
     began = time.perf_counter()
@@ -152,7 +153,7 @@ def run(
         stage.place(manifest.dump(result))
     except KeyboardInterrupt:
         raise _interrupted(stage, journal) from None
-    except (WriteError, ReadError, SourceError, DeviceMemoryError) as error:
+    except (WriteError, ReadError, SourceError, DeviceError) as error:
         if journal.kept:
             stage.leave()
             error.hint = "; ".join(filter(None, [error.hint, f"the same command goes on: {_kept(stage, journal)}"]))
@@ -289,6 +290,7 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
                 sqnr_db=result.sqnr_db if result else None,
                 max_abs_error=result.max_abs_error if result else None,
                 repaired_rows=result.repaired if result else 0,
+                device=_elsewhere(result, whole),
                 file=tensor.file,
                 sha256=result.written.sha256 if result else None,
             )
@@ -321,6 +323,12 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         tensors=tensors,
         totals=manifest.Totals(**vars_of(plan.totals), worst_sqnr_db=min(worst, default=None)),
     )
+
+
+def _elsewhere(result: TensorResult | None, whole: Plan) -> str | None:
+    """The type of device that quantized a tensor, where it is not the plan's."""
+    planned = whole.device.partition(":")[0]
+    return result.device if result is not None and result.device != planned else None
 
 
 def _load_kwargs(plan: ComponentPlan, whole: Plan) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from aoconvert.engine.channel import Channel, Closed
 from aoconvert.engine.eager import threads
 from aoconvert.engine.figures import Error
 from aoconvert.engine.kernels import Kernels
-from aoconvert.engine.lanes import PER_DEVICE, Lanes
+from aoconvert.engine.lanes import Lanes, open_devices
 from aoconvert.engine.process import Begin, End, Message, Piece, Processor, Rows, Whole
 from aoconvert.environment import available_cores
 from aoconvert.planning.needs import READ_AHEAD_BYTES
-from aoconvert.planning.slices import BUFFERS, SLICE_BYTES, slices
+from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
 from aoconvert.planning.types import StreamedPlan, TensorPlan
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import Mark
@@ -43,17 +43,21 @@ class Reading(Protocol):
 
 @dataclass(frozen=True)
 class TensorResult:
-    """What was written for one tensor of the plan; ``repaired``: rows of zeros that were given a scale."""
+    """What was written for one tensor of the plan.
+
+    ``repaired``: rows of zeros that were given a scale; ``device``: the type of the one that quantized it.
+    """
 
     written: WrittenTensor
     sqnr_db: float | None = None
     max_abs_error: float | None = None
     repaired: int = 0
+    device: str | None = None
 
     @classmethod
-    def of(cls, written: WrittenTensor, error: Error | None) -> TensorResult:
+    def of(cls, written: WrittenTensor, error: Error | None, device: str | None) -> TensorResult:
         """With the error of a quantized weight."""
-        return cls(written) if error is None else cls(written, error.sqnr_db, error.largest, error.repaired)
+        return cls(written) if error is None else cls(written, error.sqnr_db, error.largest, error.repaired, device)
 
 
 @dataclass
@@ -119,6 +123,7 @@ class _Stream:
     files: dict[str, SealedFile] = field(default_factory=dict)
 
     def run(self) -> ComponentResult:
+        self.devices = open_devices(self.devices, allow_cpu=self.allow_cpu)
         source: Channel[Piece] = Channel(READ_AHEAD_BYTES)
         sink: Channel[Message] = Channel(READ_AHEAD_BYTES)
         on_gpu = self.devices[0] != "cpu"
@@ -247,7 +252,7 @@ class _Stream:
                         written = sink.finish(message.rest)
                 if isinstance(message, Whole | End):
                     assert written is not None
-                    result = self.tensors[plan.name] = TensorResult.of(written, message.error)
+                    result = self.tensors[plan.name] = TensorResult.of(written, message.error, message.device)
                     self.journal.done(path, result, writer.last(), self.reading.marks(plan.name))
                     left[path] -= 1
                     self.progress.advance(plan.bytes_in, plan.name)

@@ -17,6 +17,9 @@ SLICE_BYTES = 32 << 20
 BUFFERS = 3
 """How many pieces are in memory at most: one being read, one at work, one being written."""
 
+PER_DEVICE = 2
+"""Pieces on a GPU at once: while one is worked on, another is copied."""
+
 WHOLE_BYTES = 128 << 20
 """A result up to this size is put together in memory; a larger one goes to its file piece by piece."""
 
@@ -24,6 +27,8 @@ WHOLE_BYTES = 128 << 20
 # Values of a block of rows. On a CPU a block and its temporaries stay in the caches: 4 to 7 times faster than the whole
 # 7680x1920 weight at once (tests/benchmarks/README.md).
 CPU_BLOCK = 1 << 19
+# The same on a GPU, where larger blocks do more at once
+DEVICE_BLOCK = 1 << 22
 BLOCK_BYTES = 24
 """Temporaries of torchao for each value of a block of rows. Measured."""
 

@@ -117,6 +117,11 @@ class Scheme:
         """Whether every row is quantized on its own: only then torchao's arithmetic is compiled."""
         return self.unit == 1 and not self.shared
 
+    @property
+    def cpu_only(self) -> bool:
+        """Whether torchao quantizes to it on a CPU, whatever other devices there are."""
+        return self.int4 is not None and self.int4.device == "cpu"
+
     def block(self, rows: int) -> int:
         """The largest number of rows, not above ``rows`` where possible, of a block that is cut off."""
         unit = math.lcm(self.unit or 1, self.multiples[0])
@@ -126,3 +131,6 @@ class Scheme:
     def key(self) -> str:
         """The same for schemes that make the same of every weight."""
         return json.dumps([self.config_dict, self.layout.device, self.layout.packing], sort_keys=True)
+
+    def __hash__(self) -> int:
+        return hash(self.key)

@@ -23,14 +23,14 @@ from aoconvert.engine.channel import Channel, Closed
 from aoconvert.engine.eager import threads
 from aoconvert.engine.figures import Error
 from aoconvert.engine.kernels import Kernels
-from aoconvert.engine.lanes import PER_DEVICE, Lanes, Pending
+from aoconvert.engine.lanes import Lanes, open_devices
 from aoconvert.engine.memory import steady_allocator
 from aoconvert.engine.process import Piece
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.environment import available_cores
-from aoconvert.errors import DeviceMemoryError, QuantizeError
+from aoconvert.errors import DeviceError, QuantizeError
 from aoconvert.planning.needs import READ_AHEAD_BYTES
-from aoconvert.planning.slices import BUFFERS, SLICE_BYTES, slices
+from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
 from aoconvert.planning.types import ComponentPlan, Plan, TensorPlan
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import Buffer, FileDigest, Mark
@@ -38,6 +38,7 @@ from aoconvert.readers.digest import Buffer, FileDigest, Mark
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
 
+Figures = Callable[[], Error]
 T = TypeVar("T")
 
 
@@ -119,6 +120,7 @@ class _Pass:
     failure: BaseException | None = None
 
     def run(self) -> Measured:
+        self.devices = open_devices(self.devices, allow_cpu=self.allow_cpu)
         source: Channel[Piece] = Channel(READ_AHEAD_BYTES)
         on_gpu = self.devices[0] != "cpu"
         pool = BufferPool(SLICE_BYTES, BUFFERS + on_gpu * PER_DEVICE * len(self.devices), pinned=on_gpu)
@@ -168,35 +170,35 @@ class _Pass:
                 to_quantize[scheme.key] += tensor.bytes_in
         with torch.no_grad(), Kernels(self.devices[0], to_quantize) as kernels, threads(available_cores()) as pool:
             lanes = Lanes(self.devices, kernels, self.allow_cpu, pool)
-            under_way: deque[tuple[Piece, list[tuple[Scheme, Pending]]]] = deque()
+            under_way: deque[tuple[Piece, list[tuple[Scheme, Figures]]]] = deque()
             while (piece := source.get()) is not None:
                 under_way.append((piece, self._start(lanes, piece)))
                 del piece
-                while len(under_way) > lanes.depth:
+                while lanes.crowded([piece.data.nbytes for piece, _ in under_way]):
                     self._finish(*under_way.popleft())
             while under_way:
                 self._finish(*under_way.popleft())
 
-    def _start(self, lanes: Lanes, piece: Piece) -> list[tuple[Scheme, Pending]]:
+    def _start(self, lanes: Lanes, piece: Piece) -> list[tuple[Scheme, Figures]]:
         plan = piece.plan
         errors = self.result.errors.setdefault(plan.name, {})
         if piece.start == 0:
             errors.update({scheme.key: Error() for scheme in self.wanted[plan.name]})
-        begun: list[tuple[Scheme, Pending]] = []
+        begun: list[tuple[Scheme, Figures]] = []
         for scheme in self.wanted[plan.name]:
             if scheme.key not in errors:  # an earlier piece could not take it
                 continue
-            start = partial(lanes.start, plan.name, piece.data, getattr(torch, plan.dtype), scheme)
+            start = partial(lanes.measure, plan.name, piece.data, getattr(torch, plan.dtype), scheme)
             if (pending := self._tried(piece, scheme, start)) is not None:
                 begun.append((scheme, pending))
         return begun
 
-    def _finish(self, piece: Piece, begun: Sequence[tuple[Scheme, Pending]]) -> None:
+    def _finish(self, piece: Piece, begun: Sequence[tuple[Scheme, Figures]]) -> None:
         plan = piece.plan
         for scheme, pending in begun:
-            outcome = self._tried(piece, scheme, pending)
-            if outcome is not None and (error := self.result.errors[plan.name].get(scheme.key)) is not None:
-                error.merge(outcome[1])
+            figures = self._tried(piece, scheme, pending)
+            if figures is not None and (error := self.result.errors[plan.name].get(scheme.key)) is not None:
+                error.merge(figures)
         rows = plan.shape[0]
         done = plan.bytes_in * piece.stop // rows - plan.bytes_in * piece.start // rows
         piece.release()
@@ -211,7 +213,7 @@ class _Pass:
         plan = piece.plan
         try:
             return work()
-        except DeviceMemoryError:
+        except DeviceError:
             raise
         except QuantizeError as error:
             if not bool(piece.data.to(getattr(torch, plan.dtype)).isfinite().all()):

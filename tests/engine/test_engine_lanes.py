@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchao.quantization import quantize_
 
 import aoconvert
-from aoconvert import schemes
+from aoconvert import accelerators, schemes
 from aoconvert.engine.blocks import Blocks, cut
 from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import QuantizeError, UsageError
+from aoconvert.planning.slices import SLICE_BYTES
 from aoconvert.schemes.apply import flatten
 
 gpu = pytest.mark.gpu
@@ -24,7 +26,7 @@ GPUS = torch.cuda.device_count()
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return type(one) is type(other) and all(
-        torch.equal(getattr(one, name).view(torch.uint8), getattr(other, name).view(torch.uint8))
+        torch.equal(*(getattr(each, name).reshape(-1).view(torch.uint8) for each in (one, other)))
         for name in flatten(one)[0]
     )
 
@@ -55,6 +57,35 @@ def test_a_gpu_gives_the_bits_of_the_cpu(name: str) -> None:
     compare("cuda:0", name, 1000, 128)
 
 
+@gpu
+@pytest.mark.skipif(not GPUS, reason="no CUDA device here")
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["int8wo", "float8wo", "int4dq", "intx4wo", "nvfp4wo", "mxfp8"])
+def test_a_gpu_gives_what_quantize_gives_on_it(name: str, base: torch.dtype) -> None:
+    """Also where the CPU gives other bytes: float32, and NVFP4's scale of a whole weight."""
+    scheme = schemes.get(name)
+    if schemes.blocker((256, 512), base, scheme) is not None:
+        pytest.skip(f"{name} takes no {base}")
+    weight = torch.randn(256, 512, dtype=torch.float32)
+    tensor, _ = Lane("cuda:0").start("w", weight.pin_memory(), base, scheme, cut(weight, scheme, 100 * 512))()
+    linear = torch.nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight.to(base).cuda(), requires_grad=False)
+    quantize_(linear, scheme.config)
+    assert same(tensor, linear.weight.detach().cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divisor", [127.5, 7.5, 15.0, 255.0, 6.0, 2688.0, 448.0, 57344.0])
+def test_how_a_gpu_divides_by_a_number(divisor: float, dtype: torch.dtype) -> None:
+    """CUDA multiplies by the reciprocal (PyTorch's BinaryDivTrueKernel.cu). torchao divides by these numbers: no
+    quotient of bfloat16 values depends on it, some of float16 do. README says what follows."""
+    values = torch.arange(0x8000, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    reciprocal = float(torch.tensor(1.0) / torch.tensor(divisor))
+    different = int((values / divisor != (values.float() * reciprocal).to(dtype)).sum())
+    assert different == 0 if dtype == torch.bfloat16 else different < 100
+
+
 def test_nan_is_named_when_the_result_is_asked_for() -> None:
     weight = torch.zeros(4, 256)
     weight[2, 2] = torch.nan
@@ -71,6 +102,58 @@ def test_pieces_are_dealt_by_bytes() -> None:
     for rows in (100, 10, 10, 10):
         lanes.start("w", torch.randn(rows, 64), torch.bfloat16, scheme)()
     assert [lane.bytes for lane in lanes._lanes] == [100 * 64 * 4, 30 * 64 * 4]
+
+
+def test_pieces_wait_for_lanes_and_buffers() -> None:
+    """A small tensor that is only copied takes no lane; giants do not pile up."""
+    lanes = Lanes(("cpu",), Kernels("cpu", {}))
+    assert lanes.crowded([None])
+    lanes._lanes = [Lane("cpu"), Lane("cpu")]
+    assert not lanes.crowded([1, None, 1, None])
+    assert lanes.crowded([1, None, 1, None, 1])
+    assert lanes.crowded([None] * 5)  # of as many buffers, and the reader wants one
+    assert not lanes.crowded([SLICE_BYTES, SLICE_BYTES])
+    assert lanes.crowded([2 * SLICE_BYTES + 1])
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("XPU out of memory. Tried to allocate 2.00 MiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"), True),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_says_that_a_device_is_full(error: Exception, full: bool) -> None:
+    assert accelerators.is_full(error) is full
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for a machine without a GPU")
+def test_without_a_gpu() -> None:
+    """What torch itself says of a device that is not here, and of page-locked memory that nobody gives."""
+    assert accelerators.failure("cpu") is None
+    assert accelerators.failure("cuda")
+    memory = accelerators.page_locked((2, 3), (1, 2), torch.float32)
+    assert (memory.shape, memory.stride(), memory.dtype) == ((2, 3), (1, 2), torch.float32)
+    assert [accelerators.count(kind) for kind in accelerators.KINDS] == [0, 0]
+
+
+def test_a_default_device_of_the_caller(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """As in a notebook: ``torch.set_default_device`` is about the caller's tensors."""
+    source, digests = checkpoints("opt"), []
+    for name in (None, "meta"):
+        torch.set_default_device(name)
+        try:
+            out = tmp_path / str(name)
+            aoconvert.quantize(source, "float8wo", output=out, device="cpu", min_quantized=0)
+            assert torch.get_default_device().type == name or name is None
+        finally:
+            torch.set_default_device(None)
+        digests.append(hashlib.sha256((out / "pytorch_model.bin").read_bytes()).hexdigest())
+    assert digests[0] == digests[1]
 
 
 def test_device_lists() -> None:
@@ -101,7 +184,7 @@ def test_a_full_gpu(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     """A process that may use next to nothing of the GPU: an error by name, or with ``auto`` the CPU."""
     torch.cuda.set_per_process_memory_fraction(1e-6, 0)
     try:
-        with pytest.raises(QuantizeError, match="no memory left"):
+        with pytest.raises(QuantizeError, match=r"no memory left|cannot be used"):
             aoconvert.quantize(checkpoints("sd3"), "int8wo", output=tmp_path / "a", device="cuda", min_quantized=0)
         aoconvert.quantize(checkpoints("sd3"), "int8wo", output=tmp_path / "b", device="auto", min_quantized=0)
     finally:
