@@ -184,6 +184,8 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
         "date": run.started[:10],
         "versions": [{"name": name, "version": version} for name, version in versions.items()],
         "device_name": manifest.environment.device.name,
+        "on_gpu": manifest.environment.device.type != "cpu",
+        "elsewhere": sum(t.device is not None for entry in manifest.components for t in entry.tensors),
         "tool": f"{manifest.tool.name} {manifest.tool.version}",
     }
 

@@ -28,7 +28,8 @@ text is escaped where it is written, so no filter is needed for safety:
   ``limits``: ``title``, ``text``;
 - ``files`` (``path``, ``size``, ``sha256``), ``copied`` (a number), ``unquantized`` (names),
   ``left_behind`` (``reason``, ``paths``), ``command`` (or null), ``date``, ``versions``
-  (name, version), ``device_name``, ``tool`` (name and version).
+  (name, version), ``device_name``, ``on_gpu`` (it is a GPU), ``elsewhere`` (how many weights another device quantized),
+  ``tool`` (name and version).
 
 Filters: ``code`` (as code), ``block("python")`` (a fenced block), ``link(url)``, ``size``, ``number``, ``percent``,
 ``plural``, and Jinja's own.

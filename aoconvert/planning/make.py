@@ -84,7 +84,7 @@ def make(
         keep_original=options.keep_original_files,
     )
     problems += unread_pickles(source, copied)
-    wanted = needs(plans, unquantized, copied, devices[0])
+    wanted = needs(plans, unquantized, copied, devices)
     # a plan writes nothing: what is in the way of the output is worth knowing, no more
     (problems if need_weights else warnings).extend(output_problems(source, options))
     # of a config alone the plan is a calculation: nothing could be carried out anyway

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from math import prod
+from typing import TYPE_CHECKING
 
-from aoconvert.planning.slices import BLOCK_BYTES, BUFFERS, CPU_BLOCK, SLICE_BYTES, at_once, is_streamed, slices
+from aoconvert.planning.slices import (
+    BLOCK_BYTES,
+    BUFFERS,
+    CPU_BLOCK,
+    DEVICE_BLOCK,
+    PER_DEVICE,
+    SLICE_BYTES,
+    at_once,
+    is_streamed,
+    slices,
+)
 from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, StreamedPlan, TensorPlan, UnquantizedPlan
+from aoconvert.schemes.describe import bits_of
+
+if TYPE_CHECKING:
+    from aoconvert.schemes import Scheme
 
 READ_AHEAD_BYTES = SLICE_BYTES
 """Most bytes that wait between two stages; a single larger tensor may."""
@@ -16,19 +33,41 @@ _IMPORTS_BYTES = 480 * 10**6
 _FEWER_IMPORTS_BYTES = 360 * 10**6
 # Measured: temporaries a weight's element, where HQQ takes a whole weight at once; for int4 in more steps
 _HQQ_BYTES, _HQQ_INT4_BYTES = 16, 38
+# Counted on a pretended GPU (tests/pretended_gpu.py): bytes of tensors for each value of a block of rows on a GPU, with
+# the error figures; torchao takes more steps for values of 4 and 6 bits
+_DEVICE_BYTES = 26
+_DEVICE_BYTES_BY_CLASS = {("MXTensor", 4): 38, ("MXTensor", 6): 38, ("NVFP4Tensor", 4): 42}
+# Not measured, as nobody has run this on a GPU yet: a context on the GPU, and CUDA's libraries in host memory
+_CONTEXT_BYTES = 500 * 10**6
+_DRIVER_BYTES = 1000 * 10**6
 
 
 def needs(
-    plans: Sequence[ComponentPlan], unquantized: Sequence[UnquantizedPlan], copied: Sequence[CopyPlan], device: str
+    plans: Sequence[ComponentPlan],
+    unquantized: Sequence[UnquantizedPlan],
+    copied: Sequence[CopyPlan],
+    devices: Sequence[str],
 ) -> Needs:
-    """Bytes on disk, and the peaks of host and device memory."""
+    """Bytes on disk, and the peaks of host and device memory.
+
+    Args:
+        plans: the components.
+        unquantized: parts of a pipeline whose weights pass through unchanged.
+        copied: what is taken over.
+        devices: the CPU, or the GPUs that share the work.
+    """
     merged = sum(t.bytes_in for plan in plans if plan.copied is not None for t in plan.tensors if t.origin is None)
     streamed: list[StreamedPlan] = [*plans, *unquantized]
     disk = sum(file.size for plan in streamed for file in plan.files) + sum(item.size for item in copied) + merged
     built = any(plan.skeleton.model is not None for plan in plans)
     imports = _IMPORTS_BYTES if built else _FEWER_IMPORTS_BYTES
-    host = imports + max((_tensors_peak(plan, device) for plan in streamed), default=0)
-    on_device = 0 if device == "cpu" else max((_on_device(plan) for plan in plans), default=0)
+    if devices[0] == "cpu":
+        host = imports + max((_tensors_peak(plan) for plan in streamed), default=0)
+        return Needs(disk_bytes=disk, device_peak_bytes=0, host_peak_bytes=host)
+    lanes = PER_DEVICE * len(devices)
+    peaks = [*(_tensors_peak(plan, lanes) for plan in plans), *map(_tensors_peak, unquantized)]
+    host = imports + _DRIVER_BYTES + max(peaks, default=0)
+    on_device = _CONTEXT_BYTES + max((_on_device(plan) for plan in plans), default=0)
     return Needs(disk_bytes=disk, device_peak_bytes=on_device, host_peak_bytes=host)
 
 
@@ -39,28 +78,57 @@ def _pieces(tensor: TensorPlan) -> tuple[int, int]:
     return len(ranges), -(-tensor.bytes_in * ranges[0][1] // rows) if rows else 0
 
 
-def _tensors_peak(plan: StreamedPlan, device: str) -> int:
-    """Most bytes of tensors in memory: the buffers that are read into, and what is at work, waiting and written."""
-    pooled, steps = 0, []
+def _tensors_peak(plan: StreamedPlan, lanes: int = 0) -> int:
+    """Most bytes of tensors in memory: the buffers that are read into, and what is at work, waiting and written.
+
+    With ``lanes`` of GPUs, buffers and the results of quantized pieces are page-locked.
+    """
+    pooled, pieces, steps = 0, 0, []
+    locked: Counter[int] = Counter()
     for tensor, count, largest in _ordered(plan):
         fits = largest <= SLICE_BYTES
         pooled = max(pooled, largest if fits else 0)
-        arithmetic = _temporaries(tensor) if device == "cpu" else 0
+        pieces += count if fits else 0
+        on_gpu = _on_gpu(tensor) and lanes > 0
+        if on_gpu:
+            locked[_page_locked(-(-tensor.bytes_out // count))] += count
         if is_streamed(tensor):
-            result = 2 * -(-tensor.bytes_out // count)
-        elif tensor.bytes_in == tensor.bytes_out and tensor.dtype == tensor.source_dtype and count == 1:
-            result = 0  # it is written from where it was read
+            result = 0 if on_gpu else 2 * -(-tensor.bytes_out // count)
+        elif count == 1 and (on_gpu or _is_copied(tensor)):
+            result = 0  # it is written from where it was read, or where it came back to from the GPU
         else:
             result = tensor.bytes_out
         slow = tensor.scheme is not None and not tensor.scheme.single_rows
-        steps.append(((0 if fits else largest) + tensor.working_bytes, arithmetic, result, slow))
+        own = (0 if fits else largest) + tensor.working_bytes
+        steps.append((own, 0 if on_gpu else _temporaries(tensor), result, slow))
     most = 0
     for at, (own, arithmetic, result, slow) in enumerate(steps):
         ahead = steps[at + 1][0] if at + 1 < len(steps) else 0
         # what takes longer to make than to write has nothing of its kind before it in the queue
         waiting = 0 if slow else _waiting([step[2] for step in steps[max(0, at - 8) : at]])
         most = max(most, own + ahead + arithmetic + result + waiting)
-    return BUFFERS * pooled + most
+    if not lanes:
+        return BUFFERS * pooled + most
+    buffers = min(pieces, BUFFERS + lanes) * _page_locked(SLICE_BYTES)
+    return buffers + most + sum(size * min(count, _at_once_locked(size, lanes)) for size, count in locked.items())
+
+
+def _is_copied(tensor: TensorPlan) -> bool:
+    return tensor.bytes_in == tensor.bytes_out and tensor.dtype == tensor.source_dtype
+
+
+def _on_gpu(tensor: TensorPlan) -> bool:
+    return tensor.scheme is not None and not tensor.scheme.cpu_only
+
+
+def _page_locked(nbytes: int) -> int:
+    """What torch takes for page-locked memory: a power of two. It keeps it for the next that is as large."""
+    return 1 << max(0, nbytes - 1).bit_length()
+
+
+def _at_once_locked(nbytes: int, lanes: int) -> int:
+    """Results of a size in memory: one waits and one is written, beside those under way; giants do not pile up."""
+    return 2 + (lanes if nbytes <= SLICE_BYTES else 1)
 
 
 def _temporaries(tensor: TensorPlan) -> int:
@@ -95,9 +163,23 @@ def _ordered(plan: StreamedPlan) -> Iterator[tuple[TensorPlan, int, int]]:
 
 
 def _on_device(plan: ComponentPlan) -> int:
-    """The largest piece three times (as read, cast, and torchao's temporaries) and its result, twice: two in flight."""
-    most = 0
-    for tensor, count, largest in _ordered(plan):
-        if tensor.action == "quantize":
-            most = max(most, 2 * (3 * largest + -(-tensor.bytes_out // count)))
-    return most
+    """Bytes of tensors on each GPU: a block of rows of the largest weight in each of its lanes."""
+    return PER_DEVICE * max((_block_bytes(tensor) for tensor in plan.tensors if _on_gpu(tensor)), default=0)
+
+
+def _block_bytes(tensor: TensorPlan) -> int:
+    scheme = tensor.scheme
+    assert scheme is not None
+    columns = tensor.shape[-1]
+    if scheme.unit is None:
+        values = tensor.numel
+    elif len(tensor.shape) == 3:  # experts, or one of them
+        values = max(DEVICE_BLOCK, prod(tensor.shape[1:]))
+    else:
+        values = scheme.block(DEVICE_BLOCK // columns) * columns
+    return min(tensor.numel, values) * device_block_bytes(scheme)
+
+
+def device_block_bytes(scheme: Scheme) -> int:
+    """Bytes of tensors on a GPU for each value of a block of rows at work."""
+    return _DEVICE_BYTES_BY_CLASS.get((scheme.tensor_class, bits_of(scheme.weight_dtype)), _DEVICE_BYTES)

@@ -243,7 +243,7 @@ class LeftBehind:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the run will take, in bytes."""
+    """What the run will take, in bytes; of a device's memory what each GPU gives, the driver's part included."""
 
     disk_bytes: int
     device_peak_bytes: int
