@@ -126,6 +126,7 @@ class World:
         broken: device → the error of whatever is done on it.
         reciprocal: a tensor is divided by a number as CUDA does it, PyTorch's ``BinaryDivTrueKernel.cu``.
         lacks: dtypes that the devices cannot compute with.
+        events: what happens before an upload, by how many there were.
         locked_bytes: page-locked memory that was asked for so far.
     """
 
@@ -136,7 +137,9 @@ class World:
     broken: dict[torch.device, Exception] = field(default_factory=dict)
     reciprocal: bool = False
     lacks: set[torch.dtype] = field(default_factory=set)
+    events: dict[int, Callable[[], None]] = field(default_factory=dict)
     locked_bytes: int = 0
+    _uploads: int = 0
     current: dict[torch.device, Stream] = field(default_factory=dict)
     _blocks: dict[int, Block] = field(default_factory=dict)
     _locked: dict[int, int] = field(default_factory=dict)
@@ -223,6 +226,8 @@ class World:
 
     def upload(self, source: torch.Tensor, device: Any, dtype: torch.dtype | None, non_blocking: bool) -> torch.Tensor:
         """What of a tensor in host memory arrives, as a tensor of the CPU."""
+        self.events.get(self._uploads, lambda: None)()
+        self._uploads += 1
         stream = self.stream(self.device(device))
         values = source.to(dtype or source.dtype, copy=True)
         if not self.is_late(source, non_blocking):

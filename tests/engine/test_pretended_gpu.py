@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -234,16 +235,19 @@ def test_blocks_shrink_until_they_fit(zeros: bool, gpu: World, caplog: pytest.Lo
         Lanes(("cuda:0",), Kernels("cuda", {})).start("w", locked(weight), BRAIN, scheme)
 
 
-class At(Silent):
-    """Does something when so many tensors are written."""
+class Written(Silent):
+    """Waits until some tensors are in their file."""
 
-    def __init__(self, count: int, work: Callable[[], None]) -> None:
-        self.left, self.work = count, work
+    def __init__(self) -> None:
+        self._left, self._enough = 3, threading.Event()
 
     def advance(self, nbytes: int, current: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.work()
+        self._left -= 1
+        if not self._left:
+            self._enough.set()
+
+    def wait(self) -> None:
+        assert self._enough.wait(60)
 
 
 def test_a_gpu_that_fills_up_while_it_works(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -251,7 +255,8 @@ def test_a_gpu_that_fills_up_while_it_works(checkpoints: Checkpoints, tmp_path: 
     source = checkpoints("opt")
     expected = convert(source, tmp_path / "cpu", device="cpu")
     with pretended() as world:
-        convert(source, tmp_path / "auto", device="auto", progress=At(12, lambda: world.limit(0)))
+        world.events[6] = lambda: world.limit(0)
+        convert(source, tmp_path / "auto", device="auto")
     assert digests(tmp_path / "auto") == expected
     made = [tensor["device"] for tensor in entries(tmp_path / "auto").values() if tensor["action"] == "quantize"]
     assert set(made) == {None, "cpu"}
@@ -263,20 +268,24 @@ def test_a_gpu_that_is_lost_while_it_works(fault: str, checkpoints: Checkpoints,
     source = checkpoints("opt")
     expected = convert(source, tmp_path / "cpu", device="cpu")
 
+    progress = Written()
+
     def lose() -> None:
+        progress.wait()
         if fault == "full":
             world.limit(0)
         else:
             world.broken[torch.device("cuda:0")] = torch.AcceleratorError("CUDA error: unspecified launch failure")
 
     with pretended() as world, pytest.raises(DeviceError) as caught:
-        convert(source, tmp_path / "out", progress=At(12, lose))
+        world.events[9] = lose
+        convert(source, tmp_path / "out", progress=progress)
     assert isinstance(caught.value, DeviceMemoryError) == (fault == "full")
     assert "the same command goes on" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
     with pretended():
         result = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cuda", min_quantized=0)
-    assert result.resumed >= 5
+    assert result.resumed >= 3
     assert digests(tmp_path / "out") == expected
     assert {tensor["device"] for tensor in entries(tmp_path / "out").values()} == {None}
 
