@@ -11,7 +11,7 @@ from typing import Literal
 
 from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models.fused import FUSED
-from aoconvert.verification.files import file_sha256
+from aoconvert.verification.files import LOADED, file_sha256
 from aoconvert.verification.report import read_report
 from aoconvert.verification.target import Part, Target
 
@@ -46,18 +46,40 @@ def load_code(
         strategy: ``from-pretrained``: plain library code. ``assign``: an empty model from the config, and
             ``load_state_dict(assign=True)``, for what the libraries cannot open themselves.
         device: where the model goes; by default the device that its layout is for, or a GPU where there is one.
-        hub: ``place`` is a repo id; ``assign`` downloads it first.
+        hub: ``place`` is a repo id; it is downloaded first where the library would not fetch all that it needs.
         revision: of the repo, where it is not the default branch.
     """
     program = _Program(["import torch", *(f"import {name}" for name in target.imports)])
     program.body.append(f"device = {_device(target, device)}")
     opened = repr(place) if revision is None else f"{place!r}, revision={revision!r}"
-    if strategy == "from-pretrained":
-        _from_pretrained(program, target, opened)
+    whole = hub and (strategy == "assign" or two_formats(target))
+    if whole:
+        program.imports.append("from huggingface_hub import snapshot_download")
+    if strategy == "assign":
+        _assign(program, target, f"snapshot_download({opened})" if whole else opened)
+    elif whole:
+        program.body.append("# all files: of safetensors and .bin in one pipeline diffusers fetches one kind only")
+        program.body.append(f"folder = snapshot_download({opened})")
+        _from_pretrained(program, target, "folder")
     else:
-        _assign(program, target, f"snapshot_download({opened})" if hub else repr(place), hub=hub)
+        _from_pretrained(program, target, opened)
     program.body.append(f"{'pipe' if target.kind == 'pipeline' else 'model'}.to(device)")
     return program.text()
+
+
+def two_formats(target: Target) -> bool:
+    """Whether a pipeline's weights are in safetensors and in ``.bin`` files.
+
+    diffusers (``pipeline_loading_utils.is_safetensors_compatible``) then fetches only one kind from the Hub.
+    """
+    if target.kind != "pipeline":
+        return False
+    if target.manifest is not None:
+        paths = [file.path for file in target.manifest.files()]
+    else:
+        paths = [path.as_posix() for path in target.folder.rglob("*")]
+    kinds = {path.rpartition(".")[2] for path in paths if LOADED.fullmatch(path.rpartition("/")[2])}
+    return {"safetensors", "bin"} <= kinds
 
 
 def card_strategy(target: Target) -> Strategy:
@@ -114,11 +136,9 @@ def _import(part: Part) -> str:
     return f"from {module} import {part.class_name}"
 
 
-def _assign(program: _Program, target: Target, folder: str, *, hub: bool) -> None:
+def _assign(program: _Program, target: Target, folder: str) -> None:
     program.imports.append("from accelerate import init_empty_weights")
     program.imports += sorted({_import(part) for part in target.parts})
-    if hub:
-        program.imports.append("from huggingface_hub import snapshot_download")
     if any(part.library == "transformers" and part.module is None for part in target.parts):
         program.imports.append("from transformers import AutoConfig")
     if target.kind == "pipeline":
