@@ -108,6 +108,8 @@ def verify(
     cache_dir: Path | None = None,
     local_files_only: bool = False,
     source: str | None = None,
+    source_revision: str | None = None,
+    trust_remote_code: bool = False,
     strategy: Literal["auto", "from-pretrained", "assign"] = "auto",
     device: str = "auto",
     reload: bool = True,
@@ -122,7 +124,9 @@ def verify(
             the code of its card, at that commit and with an empty cache, unless the network is not to be used.
         progress: is told what happens; default: silent.
         revision, token, cache_dir, local_files_only: for a Hub repo.
-        source: the original, a folder or a repo id, to compare every weight with.
+        source: the original, a folder or a repo id: its library opens both, and everything is compared.
+        source_revision: of a repo; default: the commit that was quantized.
+        trust_remote_code: run model code that is inside the checkpoint and the source.
         strategy: way of loading to prove; ``auto`` takes ``assign`` where ``from_pretrained`` fails.
         device: where to open it; ``auto``: the device its layout is for, else the CPU.
         reload: open it with its library, which holds the whole model.
@@ -135,18 +139,32 @@ def verify(
 
     Raises:
         SourceError: there is nothing to verify.
+        UsageError: ``source`` is neither a folder nor a repo.
         HubError: the Hub said no.
     """
+    from aoconvert.verification.original import check_reference, resolve_original
+
+    if source is not None:
+        check_reference(source)
+    folder, published = _checkpoint(checkpoint, revision, token, cache_dir, local_files_only)
+    original = None
+    if source is not None:
+        original = resolve_original(
+            source,
+            folder,
+            revision=source_revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+        )
     from aoconvert.verification.run import VerifyOptions
     from aoconvert.verification.run import verify as run
 
-    folder, published = _checkpoint(checkpoint, revision, token, cache_dir, local_files_only)
-    return run(
-        folder,
-        str(checkpoint),
-        VerifyOptions(strategy, reload, forward, require_device, device, example, source, published),
-        progress or Silent(),
+    options = VerifyOptions(
+        strategy, reload, forward, require_device, device, example, original, published, trust_remote_code
     )
+    return run(folder, str(checkpoint), options, progress or Silent())
 
 
 def load(

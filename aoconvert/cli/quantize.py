@@ -53,7 +53,17 @@ def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool
         out.result(lambda: _summary(result), result.to_dict(), str(result.output))
         return 0
     with out.watch(f"verify {result.output}") as progress:
-        report = api.verify(result.output, progress=progress)
+        report = api.verify(
+            result.output,
+            progress=progress,
+            source=result.manifest.source.repo_id or source,  # a repo at the commit that was quantized
+            trust_remote_code=options.trust_remote_code,
+            token=options.token,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+        )
+    if report.unwritten is not None:
+        out.warning(report.unwritten)
     data = {**result.to_dict(), "verification": report.to_dict()}
     out.result(lambda: _both(result, report), data, str(result.output))
     return report.exit_code

@@ -9,6 +9,7 @@ import click
 
 from aoconvert.cli.options import common
 from aoconvert.cli.output import Output
+from aoconvert.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,12 +23,16 @@ Examples:
   aoconvert verify user/CogVideoX-5b-int8wo --no-reload --json
 """
 
+_DEFAULT = "out"
 _COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 
 @click.command("verify", epilog=EXAMPLES)
-@click.argument("checkpoint", metavar="[PATH|REPO_ID]", default="out")
-@click.option("--source", help="Compare every weight with this original: a folder or a repo id.")
+@click.argument("checkpoint", metavar="[PATH|REPO_ID]", default=_DEFAULT)
+@click.option(
+    "--source", help="Have the library open this original too, a folder or a repo id, and compare everything."
+)
+@click.option("--source-revision", help="Branch, tag or commit of the source. Default: the commit that was quantized.")
 @click.option(
     "--strategy",
     type=click.Choice(["auto", "from-pretrained", "assign"]),
@@ -42,6 +47,7 @@ _COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 @click.option("--no-forward", is_flag=True, help="No forward pass.")
 @click.option("--example", is_flag=True, help="Also run the model card's example, at the smallest sizes.")
 @click.option("--require-device", is_flag=True, help="A layout whose device is not here is a failure.")
+@click.option("--trust-remote-code", is_flag=True, help="Run model code that is inside the checkpoint and the source.")
 @click.option("--revision", help="Branch, tag or commit of a Hub repo.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub token; never stored.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder.")
@@ -62,8 +68,11 @@ def command(
     """Prove that a converted checkpoint loads, in a fresh process. Default: ./out.
 
     Checks the manifest, the files, the pickles (read without executing anything), the versions, torch.load with
-    weights_only, from_pretrained, the numbers, and one forward pass. Writes aoconvert.verify.json.
+    weights_only, from_pretrained, the numbers, and one forward pass; with --source also that the library opens the
+    same model, tokenizers and configs out of both. Writes aoconvert.verify.json.
     """
+    if checkpoint == _DEFAULT and not Path(checkpoint).exists():
+        raise UsageError(f"no ./{_DEFAULT} here", hint="aoconvert verify PATH, or a model on the Hub as user/repo")
     from aoconvert import api
 
     with out.watch(f"verify {checkpoint}") as progress:
@@ -78,6 +87,8 @@ def command(
             forward=not no_forward,
             **choices,
         )
+    if report.unwritten is not None:
+        out.warning(report.unwritten)
     out.result(lambda: table(report), report.to_dict(), "ok" if report.ok else "failed")
     return report.exit_code
 

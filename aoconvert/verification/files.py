@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from aoconvert.files import open_regular
@@ -54,12 +56,16 @@ def unlisted(folder: Path, listed: set[str]) -> list[str]:
     return [path for path in found if path not in listed and not _BESIDE.fullmatch(path)]
 
 
-def shadows(folder: Path, parts: dict[str, tuple[str, ...]]) -> list[str]:
-    """Files that a loader prefers to a component's ``.bin`` files.
+def shadows(folder: Path, parts: Mapping[str, tuple[str, ...]], listed: Collection[str] = ()) -> list[str]:
+    """What has a loader take other weights than a component's ``.bin`` files, or more.
+
+    Files with names that it prefers; a ``config.json`` that names the file (``transformers_weights``); an adapter,
+    which transformers loads on top where peft is installed.
 
     Args:
         folder: the checkpoint.
         parts: folder of each quantized model, and its ``.bin`` files.
+        listed: files that a manifest vouches for: an adapter among them belongs to the model.
     """
     problems = []
     for where, files in parts.items():
@@ -67,7 +73,42 @@ def shadows(folder: Path, parts: dict[str, tuple[str, ...]]) -> list[str]:
         for path in sorted((folder / where).glob("*")):
             if path.name not in names and LOADED.fullmatch(path.name) and not path.name.endswith(".bin.index.json"):
                 problems.append(f"{path.relative_to(folder).as_posix()} would be loaded in place of {', '.join(names)}")
+        path = folder / where / "config.json"
+        named = _json(path).get("transformers_weights")
+        if named is not None and {named} != names:
+            problems.append(f"{path.relative_to(folder).as_posix()} has transformers load {str(named)[:100]!r}")
+        path = folder / where / _ADAPTER
+        if path.is_file() and path.relative_to(folder).as_posix() not in listed:
+            shown = path.relative_to(folder).as_posix()
+            problems.append(
+                f"{shown} is an adapter, which transformers loads on top of the weights where peft is there"
+            )
     return problems
+
+
+def notes(folder: Path) -> list[str]:
+    """What is beside the weights and has a say in what is opened: an adapter, code inside the checkpoint."""
+    found = []
+    for path in list_folder(folder, folder.name):
+        name = Path(path).name
+        if name == _ADAPTER:
+            found.append(f"{path} is an adapter, loaded on top where peft is installed")
+        elif _OWN_CODE.fullmatch(name) and _json(folder / path).get("auto_map"):
+            found.append(f"{path} names code inside the checkpoint (auto_map), run only with trust_remote_code")
+    return found
+
+
+_ADAPTER = "adapter_config.json"
+_OWN_CODE = re.compile(r"(\w+_)?config\.json")
+
+
+def _json(path: Path) -> Mapping[str, object]:
+    """A file's JSON object; an empty one where there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def file_sha256(path: Path) -> str:

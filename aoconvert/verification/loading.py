@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import VerificationError
 from aoconvert.manifest import UnquantizedEntry
+from aoconvert.sources import Source
 from aoconvert.verification.pickles import read_bin
-from aoconvert.verification.process import ask
+from aoconvert.verification.process import Children
 from aoconvert.verification.published import Published
 from aoconvert.verification.report import Status, some
 from aoconvert.verification.target import Part, Target
@@ -20,10 +21,14 @@ from aoconvert.verification.target import Part, Target
 
 @dataclass
 class Loaded:
-    """What the fresh interpreters said: of each part's tensors, by name, of its forward pass, and of the example."""
+    """What the fresh interpreters said: of each part's tensors, by name, of its forward pass, and of the example.
+
+    ``wait``: for the tensors, which another thread may be about to name.
+    """
 
     tensors: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     forward: list[dict[str, Any]] = field(default_factory=list)
+    wait: Callable[[], object] = lambda: None
 
     @property
     def example(self) -> bool:
@@ -37,7 +42,11 @@ class Loaded:
         return bool(passes) and set(passes) == {"passed"}
 
 
-def check_load(target: Target, loaded: Loaded) -> tuple[Status, str]:
+class OtherWeights(VerificationError):
+    """A checkpoint opens, and what was opened is not what its files hold."""
+
+
+def check_load(target: Target, loaded: Loaded, children: Children) -> tuple[Status, str]:
     """``torch.load(weights_only=True, mmap=True)`` of every quantized file, and what came out against the manifest."""
     problems: list[str] = []
     count = 0
@@ -45,7 +54,7 @@ def check_load(target: Target, loaded: Loaded) -> tuple[Status, str]:
         # parts that are not quantized go with the first: an interpreter takes seconds to start
         others = target.manifest.unquantized if target.manifest is not None else []
         for part in target.parts:
-            found = _load(target, part, [file.path for entry in others for file in entry.files])
+            found = _load(target, part, [file.path for entry in others for file in entry.files], children)
             tensors = loaded.tensors[part.name] = _of(found, part.files)
             problems += _differences(part, tensors)
             for entry in others:
@@ -60,14 +69,14 @@ def check_load(target: Target, loaded: Loaded) -> tuple[Status, str]:
     return "passed", f"{count} tensors, weights_only=True, mmap=True{compared}"
 
 
-def _load(target: Target, part: Part, more: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+def _load(target: Target, part: Part, more: Sequence[str], children: Children) -> dict[str, dict[str, dict[str, Any]]]:
     """What a fresh interpreter says of each tensor of a part's ``.bin`` files and of ``more``, by file and name.
 
     Raises:
         VerificationError: torch does not load them.
     """
     root = target.folder.resolve()
-    answers = ask(
+    answers = children.ask(
         "load_child",
         {
             "files": [str(root / file) for file in (*part.files, *more) if file.endswith(".bin")],
@@ -134,50 +143,123 @@ def _against_manifest(wanted: dict[str, dict[str, Any]], found: dict[str, dict[s
 
 
 def check_published(
-    target: Target, published: Published, code: str, loaded: Loaded, *, forward: bool, example: str | None
+    target: Target,
+    published: Published,
+    code: str,
+    loaded: Loaded,
+    children: Children,
+    *,
+    forward: bool,
+    example: str | None,
 ) -> tuple[Status, str]:
     """:func:`check_reload` with code that opens a commit on the Hub, in a process whose cache is empty."""
     request = _request(target, code, forward=forward, example=example)
     with published.empty_cache() as home:
         environment = published.environment(os.environ, home)
-        status, detail = _reloaded(request, lambda: ask("reload_child", request, environment=environment), loaded)
+        status, detail = _reloaded(
+            target, lambda: children.ask("reload_child", request, environment=environment), loaded
+        )
         others = published.other_files(home)
     also = f", and fetched {some(others)}" if others else ""
     return status, f"from the Hub ({published.shown}) with an empty cache: {detail}{also}"
 
 
 def check_reload(
-    target: Target, code: str, loaded: Loaded, *, forward: bool, example: str | None
+    target: Target, code: str, loaded: Loaded, children: Children, *, forward: bool, example: str | None
 ) -> tuple[Status, str]:
-    """Open the checkpoint with ``code`` in a fresh interpreter; every quantized tensor must be what was written.
+    """Open the checkpoint with ``code`` in a fresh interpreter; what was opened must be what the files hold.
 
     ``forward`` and ``example`` (code that uses what was opened) run there too; ``check_forward`` says what they gave.
+
+    Raises:
+        OtherWeights: it opens, and other tensors, from other files, or made anew by the library, are in the model.
     """
     request = _request(target, code, forward=forward, example=example)
-    return _reloaded(request, lambda: ask("reload_child", request), loaded)
+    return _reloaded(target, lambda: children.ask("reload_child", request), loaded)
 
 
 def _request(target: Target, code: str, *, forward: bool, example: str | None) -> dict[str, Any]:
-    parts = {part.name: _expected(target, part) for part in target.parts}
-    return {"code": code, "parts": parts, "forward": forward, "example": example}
+    folder = target.folder.resolve()
+    by_library = "load_state_dict(" not in code  # that is strict, and has no report
+    return {
+        "code": code,
+        "folder": str(folder),
+        "parts": {part.name: _expected(target, part) for part in target.parts},
+        "reports": {
+            part.name: {"folder": str(folder / part.folder), "kwargs": dict(part.kwargs)}
+            for part in target.parts
+            if by_library
+        },
+        "forward": forward,
+        "example": example,
+    }
 
 
-def _reloaded(
-    request: dict[str, Any], open_it: Callable[[], list[dict[str, Any]]], loaded: Loaded
-) -> tuple[Status, str]:
+def _reloaded(target: Target, open_it: Callable[[], list[dict[str, Any]]], loaded: Loaded) -> tuple[Status, str]:
     """Whether what was opened is what was written."""
     try:
-        answers = open_it()
+        first, *answers = open_it()
     except VerificationError as error:
         return "failed", error.message
-    if "error" in answers[0]:
-        return "failed", str(answers[0]["error"])
-    problems = [f"{answer['part']}: {line}".lstrip(": ") for answer in answers for line in answer.get("problems", ())]
+    if "error" in first:
+        return "failed", str(first["error"])
+    loaded.wait()
+    lines = [(answer["part"], line) for answer in answers for line in answer.get("problems", ())]
+    for part in target.parts:
+        own = [answer for answer in answers if answer.get("part") == part.name]
+        lines += [(part.name, line) for line in (*_changed(part, own, loaded), *_made_anew(target, part, own))]
+    problems = [f"{part}: {line}".removeprefix(": ") for part, line in lines] + _foreign(target, first["opened"])
     if problems:
-        return "failed", some(problems)
+        raise OtherWeights(some(problems))
     loaded.forward = [answer for answer in answers if "forward" in answer]
-    count = sum(len(names) for names in request["parts"].values())
-    return "passed", f"{answers[0]['loaded']}, {count} quantized tensors in place"
+    count = sum(len(_expected(target, part)) for part in target.parts)
+    return "passed", f"{first['loaded']}, {count} quantized tensors in place"
+
+
+def _changed(part: Part, answers: list[dict[str, Any]], loaded: Loaded) -> list[str]:
+    """Tensors that are not what the part's files hold under their names; a cast one cannot be compared."""
+    held = loaded.tensors.get(part.name, {})
+    found = {name: tensor for answer in answers for name, tensor in answer.get("tensors", {}).items()}
+    return [
+        f"{name} is not the tensor in {', '.join(part.files)}"
+        for name, (dtype, sha256) in found.items()
+        if name in held and held[name]["dtype"] == dtype and held[name]["sha256"] != sha256
+    ]
+
+
+def _made_anew(target: Target, part: Part, answers: list[dict[str, Any]]) -> list[str]:
+    """What the library itself reports as missing; the manifest may leave a tensor to the library."""
+    allowed = left_to_library(target, part)
+    reports = [answer["report"] for answer in answers if "report" in answer]
+    problems = [
+        f"{name} is in no file: the library makes it anew"
+        for report in reports
+        for name in report["missing_keys"]
+        if name not in allowed
+    ]
+    return problems + [
+        f"the library calls {name} mismatched" for report in reports for name in report["mismatched_keys"]
+    ]
+
+
+def left_to_library(target: Target, part: Part) -> frozenset[str]:
+    """Tensors that the manifest leaves to the library, which makes them anew as it does for the source."""
+    entries = target.manifest.components if target.manifest is not None else []
+    return frozenset(
+        item.name for entry in entries if entry.name == part.name for item in getattr(entry, "missing", ())
+    )
+
+
+def _foreign(target: Target, opened: list[str]) -> list[str]:
+    """Files of weights that the library opened although they are not those of the checkpoint."""
+    own = {path for part in target.parts for path in part.files}
+    folders = {part.folder for part in target.parts}
+    listed = {file.path for file in target.manifest.files()} if target.manifest is not None else set(opened)
+    return [
+        f"the library also opened {path}, which is not among the weights"
+        for path in opened
+        if path not in own and (path not in listed or path.rpartition("/")[0] in folders)
+    ]
 
 
 def _expected(target: Target, part: Part) -> dict[str, list[str | None]]:
@@ -192,21 +274,33 @@ def _expected(target: Target, part: Part) -> dict[str, list[str | None]]:
     return found
 
 
-def check_numbers(target: Target, loaded: Loaded, source: str | None) -> tuple[Status, str]:
-    """NaN, infinity and zero scales; with a source, every weight's error against the manifest's figure."""
+def check_numbers(
+    target: Target, loaded: Loaded, source: Source | None, left: Mapping[str, frozenset[str]] | None
+) -> tuple[Status, str]:
+    """NaN, infinity and zero scales; with a source, weights whose values the library cannot give back here.
+
+    Args:
+        target: the checkpoint.
+        loaded: what came out of its files.
+        source: the original.
+        left: part → quantized tensors that the check ``library`` left; ``None`` where it compared nothing.
+    """
     tensors = [item for part in loaded.tensors.values() for item in part.items()]
     problems = [f"{name}: {line}" for name, tensor in tensors for line in tensor["problems"]]
     if problems:
         return "failed", some(problems)
+    plain = "no NaN, no infinity, no zero scale"
     if source is None:
-        return "passed", "no NaN, no infinity, no zero scale (--source compares with the original)"
+        return "passed", f"{plain} (--source compares with the original)"
+    if left is not None and not any(left.values()):
+        return "passed", plain
     from aoconvert.verification.numbers import compare_with_source
 
-    worst, count, problems = compare_with_source(target, source)
+    worst, count, problems = compare_with_source(target, source, left)
     if problems:
         return "failed", some(problems)
     shown = f", worst SQNR {worst:.1f} dB" if math.isfinite(worst) else ""
-    return "passed", f"{count} tensors compared with the source{shown}"
+    return "passed", f"{plain}; {count} tensors compared with aoconvert's own reading of the source{shown}"
 
 
 def check_forward(loaded: Loaded, *, asked: bool, obstacle: str | None = None) -> tuple[Status, str]:

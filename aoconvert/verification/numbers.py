@@ -20,15 +20,22 @@ from aoconvert.planning import Plan
 from aoconvert.planning.make import make
 from aoconvert.schemes import int4
 from aoconvert.schemes.dequantize import dequantize
-from aoconvert.sources import resolve
+from aoconvert.sources import Source
 from aoconvert.verification.opening import allowed
 from aoconvert.verification.target import Part, Target
 
 _TOLERANCE_DB = 0.05
 
 
-def compare_with_source(target: Target, source: str) -> tuple[float, int, list[str]]:
+def compare_with_source(
+    target: Target, source: Source, only: Mapping[str, frozenset[str]] | None = None
+) -> tuple[float, int, list[str]]:
     """Dequantize every weight and compare it with the source's; the rest must be the source's, cast.
+
+    Args:
+        target: the checkpoint.
+        source: the original.
+        only: part → the tensors to compare; ``None``: all.
 
     Returns:
         The worst SQNR in dB, the number of tensors compared, and what differs.
@@ -42,7 +49,9 @@ def compare_with_source(target: Target, source: str) -> tuple[float, int, list[s
     worst, count, problems = math.inf, 0, []
     for part, entry in zip(target.parts, target.manifest.components, strict=True):
         state = load_state(target, part)
-        for name, original in _originals(source, part, entry, state):
+        if only is not None:
+            state = {name: tensor for name, tensor in state.items() if name in only.get(part.name, ())}
+        for name, original in _originals(source, part, entry, state) if state else ():
             sqnr, problem = _compare(name, original, state[name], part, entry.layout.packing)
             count += 1
             worst = min(worst, sqnr)
@@ -51,7 +60,7 @@ def compare_with_source(target: Target, source: str) -> tuple[float, int, list[s
 
 
 def _originals(
-    source: str, part: Part, entry: ComponentEntry, state: Mapping[str, Any]
+    source: Source, part: Part, entry: ComponentEntry, state: Mapping[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The source's tensors under the names that the checkpoint has for them."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -66,7 +75,7 @@ def _originals(
                     yield tensor.name, reading.read(tensor, None, None)
 
 
-def _reading_plan(source: str, scratch: Path, part: Part, entry: ComponentEntry, *, untie: bool) -> Plan:
+def _reading_plan(source: Source, scratch: Path, part: Part, entry: ComponentEntry, *, untie: bool) -> Plan:
     """A plan that says where each of the model's tensors comes from; what it would quantize is of no interest."""
     options: dict[str, Any] = {
         "output": scratch / "out",
@@ -80,7 +89,7 @@ def _reading_plan(source: str, scratch: Path, part: Part, entry: ComponentEntry,
     }
     if part.name:
         options["components"] = {part.name: None}
-    return make(resolve(source), make_options("int8wo", options), need_weights=True)
+    return make(source, make_options("int8wo", options), need_weights=True)
 
 
 def load_state(target: Target, part: Part) -> dict[str, torch.Tensor]:

@@ -30,7 +30,8 @@ def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
     for entry in target.manifest.components if target.manifest is not None else ():
         if (reason := int4.misfit(entry.layout.packing)) is not None:
             raise VerificationError(f"{folder}: {reason}")
-    stale = shadows(folder, {part.folder: part.files for part in target.parts})
+    listed = {file.path for file in target.manifest.files()} if target.manifest is not None else ()
+    stale = shadows(folder, {part.folder: part.files for part in target.parts}, listed)
     if stale:
         raise VerificationError(stale[0], hint="remove it, or make the checkpoint again")
     failures = []

@@ -7,44 +7,89 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from aoconvert.errors import VerificationError
 
 _CHILDREN = Path(__file__).parent / "children"
 
 
-def ask(child: str, request: dict[str, Any], *, environment: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """Run a program of ``children`` with a request on stdin, and read its answer, one JSON value a line.
+class Children:
+    """The interpreters that run side by side; those that still run at the end of the ``with`` block are ended."""
 
-    The interpreter is isolated (``-I``: no ``PYTHON*`` variables, no current folder), and offline unless it is given
-    another ``environment``.
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._over = False
 
-    Raises:
-        VerificationError: it died without an answer.
-    """
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
-    if environment is None:
-        offline = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
-        environment = {**offline, "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as empty:
-        done = subprocess.run(
-            [sys.executable, "-I", "-W", "ignore", str(_CHILDREN / f"{child}.py")],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            cwd=empty,
-            env={**environment, **quiet},
-            check=False,
-        )
-    answers = []
-    for line in done.stdout.splitlines():
-        if line.startswith("{"):
-            answers.append(json.loads(line))
-    if done.returncode != 0 or not answers:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise VerificationError(f"the fresh interpreter died ({how}): {last}")
-    return answers
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End those that run, and start no more."""
+        with self._lock:
+            self._over = True
+            for process in self._running:
+                process.kill()
+
+    def ask(
+        self, child: str, request: dict[str, Any], *, environment: Mapping[str, str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Run a program of ``children`` with a request on stdin, and read its answer, one JSON value a line.
+
+        The interpreter is isolated (``-I``: no ``PYTHON*`` variables, no current folder), and offline unless it is
+        given another ``environment``. Threads may call this at the same time.
+
+        Raises:
+            VerificationError: it died without an answer.
+        """
+        with tempfile.TemporaryDirectory() as empty:
+            process = self._start(child, empty, environment)
+            try:
+                out, said = process.communicate(json.dumps(request))
+            finally:
+                process.kill()
+                process.wait()
+                with self._lock:
+                    self._running.discard(process)
+        answers = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        if process.returncode != 0 or not answers:
+            last = (said.strip().splitlines() or ["no output"])[-1]
+            how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
+            raise VerificationError(f"the fresh interpreter died ({how}): {last}")
+        return answers
+
+    def _start(self, child: str, folder: str, environment: Mapping[str, str] | None) -> subprocess.Popen[str]:
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+        if environment is None:
+            offline = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+            environment = {**offline, "HF_HUB_OFFLINE": "1"}
+        with self._lock:
+            if self._over:
+                raise VerificationError("the verification is over")
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-W", "ignore", str(_CHILDREN / f"{child}.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=folder,
+                env={**environment, **quiet},
+            )
+            self._running.add(process)
+        return process
+
+
+def ask(child: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """One interpreter by itself; see :meth:`Children.ask`."""
+    with Children() as children:
+        return children.ask(child, request)

@@ -15,7 +15,7 @@ from aoconvert.manifest import CARD_NAME as CARD_NAME
 from aoconvert.manifest import REPORT_NAME as REPORT_NAME
 from aoconvert.verification.published import Published
 
-CheckName = Literal["manifest", "files", "pickle", "versions", "load", "reload", "numbers", "forward"]
+CheckName = Literal["manifest", "files", "pickle", "versions", "load", "reload", "library", "numbers", "forward"]
 Status = Literal["passed", "failed", "skipped"]
 
 SCHEMA_VERSION = 1
@@ -64,6 +64,7 @@ class Report:
         example: the card's example ran, at the smallest sizes.
         ran: each piece of code that ran, and where. ``forward`` is a pass of each quantized model alone.
         published: the commit on the Hub that was opened; ``None`` where it was a folder.
+        unwritten: why the report is not in the folder; ``None`` where it is, or has no place.
     """
 
     path: str
@@ -79,6 +80,7 @@ class Report:
     example: bool = False
     ran: tuple[Ran, ...] = ()
     published: Published | None = None
+    unwritten: str | None = None
 
     @property
     def ok(self) -> bool:

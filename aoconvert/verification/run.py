@@ -6,7 +6,8 @@ import contextlib
 import datetime
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +17,13 @@ from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.files import check_replaceable, read_limited, write_whole, writing
 from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
 from aoconvert.progress import Progress
+from aoconvert.sources import Source
 from aoconvert.verification.code import Strategy, card_strategy, code_sha256, load_code
-from aoconvert.verification.files import check_files, file_sha256, shadows
+from aoconvert.verification.files import check_files, file_sha256, notes, shadows
+from aoconvert.verification.library import LibraryFindings, compare_by_library
 from aoconvert.verification.loading import (
     Loaded,
+    OtherWeights,
     check_forward,
     check_load,
     check_numbers,
@@ -28,6 +32,7 @@ from aoconvert.verification.loading import (
 )
 from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.place import Place, choose_place
+from aoconvert.verification.process import Children
 from aoconvert.verification.published import Published
 from aoconvert.verification.report import (
     CARD_NAME,
@@ -58,9 +63,10 @@ class VerifyOptions:
         device: where to open it and take the forward pass; ``auto``: the layout's device where it is here, else the
             CPU.
         require_device: weights that cannot run here are a failure, not a skipped check.
-        source: the original, to compare the numbers with.
+        source: the original, to compare everything with.
         published: open it from the Hub, by the code of its card and with an empty cache, in place of the folder, which
             holds the same files; nothing is written into the folder then.
+        trust_remote_code: run model code that is inside the checkpoint and the source.
     """
 
     strategy: Choice = "auto"
@@ -69,12 +75,32 @@ class VerifyOptions:
     require_device: bool = False
     device: str = "auto"
     example: bool = False
-    source: str | None = None
+    source: Source | None = None
     published: Published | None = None
+    trust_remote_code: bool = False
 
 
 class Stop(Exception):
     """A check failed on which all that follow depend."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a check found, and how long its work took."""
+
+    status: Status
+    detail: str
+    seconds: float
+
+
+def _outcome(work: Callable[[], tuple[Status, str]]) -> _Outcome:
+    """Do a check's work; an error of ours fails it."""
+    began = time.perf_counter()
+    try:
+        status, detail = work()
+    except AoconvertError as error:
+        status, detail = "failed", error.message
+    return _Outcome(status, detail, time.perf_counter() - began)
 
 
 @dataclass
@@ -92,19 +118,16 @@ class _Run:
     manifest: Manifest | None = None
     place: Place | None = None
 
-    def check(self, name: CheckName, work: Callable[[], tuple[Status, str]]) -> Status:
-        """Run one check; an error of ours fails it."""
-        began = time.perf_counter()
+    def check(self, name: CheckName, work: Callable[[], tuple[Status, str]] | Future[_Outcome]) -> Status:
+        """Run one check, or wait for one that runs already."""
         self.progress.start(name, 0)
-        try:
-            status, detail = work()
-        except AoconvertError as error:
-            status, detail = "failed", error.message
+        outcome = work.result() if isinstance(work, Future) else _outcome(work)
         self.progress.finish()
-        self.checks.append(Check(name, status, " ".join(detail.split()), time.perf_counter() - began))
-        return status
+        self.checks.append(Check(name, outcome.status, " ".join(outcome.detail.split()), outcome.seconds))
+        return outcome.status
 
-    def require(self, name: CheckName, work: Callable[[], tuple[Status, str]]) -> None:
+    def require(self, name: CheckName, work: Callable[[], tuple[Status, str]] | Future[_Outcome]) -> None:
+        """As :meth:`check`, but nothing follows a failure."""
         if self.check(name, work) == "failed":
             raise Stop
 
@@ -120,7 +143,7 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
 
     Raises:
         SourceError: the folder holds no torchao checkpoint at all.
-        WriteError: the report cannot be written.
+        WriteError: something that is not a file is where the report belongs.
     """
     writes = options.published is None and (folder / MANIFEST_NAME).exists()
     if writes:
@@ -145,10 +168,18 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         ran=tuple(run.ran),
         published=options.published,
     )
-    if report.manifest_sha256 is not None and writes:
-        with writing(folder / REPORT_NAME):
-            write_whole(folder / REPORT_NAME, report.dump().encode())
-    return report
+    if report.manifest_sha256 is None or not writes:
+        return report
+    return replace(report, unwritten=_write(folder, report))
+
+
+def _write(folder: Path, report: Report) -> str | None:
+    """Put the report beside the manifest; why that cannot be."""
+    try:
+        write_whole(folder / REPORT_NAME, report.dump().encode())
+    except OSError as error:
+        return f"{REPORT_NAME} is not written: {error.strerror}"
+    return None
 
 
 def _checks(run: _Run) -> None:
@@ -158,13 +189,27 @@ def _checks(run: _Run) -> None:
     target = run.target
     assert target is not None
     run.check("versions", lambda: _versions(run, target))
+    with Children() as children, ThreadPoolExecutor(3) as pool:
+        try:
+            _checks_side_by_side(run, target, children, pool)
+        except BaseException:
+            children.stop()  # before the pool waits for them
+            raise
+
+
+def _checks_side_by_side(run: _Run, target: Target, children: Children, pool: ThreadPoolExecutor) -> None:
+    """The checks that take interpreters of their own, which start together."""
     loaded = Loaded()
-    run.require("load", lambda: check_load(target, loaded))
-    if run.options.reload:
-        run.check("reload", lambda: _reload(run, target, loaded))
-    else:
-        run.check("reload", lambda: ("skipped", "not asked for"))
-    run.check("numbers", lambda: check_numbers(target, loaded, run.options.source))
+    findings: list[LibraryFindings] = []
+    load = pool.submit(_outcome, lambda: check_load(target, loaded, children))
+    loaded.wait = lambda: wait([load])
+    reloading = pool.submit(_outcome, lambda: _reload(run, target, loaded, children))
+    comparing = pool.submit(_outcome, lambda: _library(run, target, findings, children))
+    run.require("load", load)
+    run.check("reload", reloading)
+    run.check("library", comparing)
+    left = findings[0].left if findings else None
+    run.check("numbers", lambda: check_numbers(target, loaded, run.options.source, left))
     asked = run.options.reload and (run.options.forward or run.options.example)
     obstacle = run.place.obstacle if run.place is not None else None
     run.check("forward", lambda: check_forward(loaded, asked=asked, obstacle=obstacle))
@@ -198,12 +243,16 @@ def _files(run: _Run) -> tuple[Status, str]:
     if run.manifest is None:
         assert run.target is not None
         problems = shadows(run.folder, {part.folder: part.files for part in run.target.parts})
-        return ("failed", some(problems)) if problems else ("skipped", "no manifest lists them")
+        said = some(["no manifest lists them", *notes(run.folder)])
+        return ("failed", some(problems)) if problems else ("skipped", said)
     problems, hashed = check_files(run.folder, run.manifest)
     if problems:
         return "failed", some(problems)
-    run.target = from_manifest(run.folder, run.manifest)
-    return "passed", f"{sum(1 for _ in run.manifest.files())} files, {hashed / 1e9:.2f} GB hashed"
+    run.target = target = from_manifest(run.folder, run.manifest)
+    listed = {file.path for file in run.manifest.files()}
+    if problems := shadows(run.folder, {part.folder: part.files for part in target.parts}, listed):
+        return "failed", some(problems)
+    return "passed", some([f"{len(listed)} files, {hashed / 1e9:.2f} GB hashed", *notes(run.folder)])
 
 
 def _pickle(run: _Run) -> tuple[Status, str]:
@@ -241,15 +290,20 @@ def _versions(run: _Run, target: Target) -> tuple[Status, str]:
     return "passed", f"needs {', '.join(wanted)}"
 
 
-def _reload(run: _Run, target: Target, loaded: Loaded) -> tuple[Status, str]:
-    """Try the ways of loading in turn; the first that works is the one to put on a card.
+def _reload(run: _Run, target: Target, loaded: Loaded, children: Children) -> tuple[Status, str]:
+    """Try the ways of loading in turn; the first that opens it is the one to put on a card.
 
     Where the weights cannot run they are opened all the same, and nothing is computed with them.
     """
+    if not run.options.reload:
+        return "skipped", "not asked for"
     where = run.place or choose_place(target, run.options.device)
     failures: list[str] = []
     for strategy in _strategies(target, run.options):
-        status, detail = _open(run, target, loaded, strategy, where)
+        try:
+            status, detail = _open(run, target, loaded, children, strategy, where)
+        except OtherWeights as error:  # another way of loading does not help who takes this one
+            return "failed", error.message
         if status == "passed":
             run.strategy, run.device = strategy, where.device
             before = f" (from_pretrained could not: {failures[0]})" if failures else ""
@@ -259,7 +313,9 @@ def _reload(run: _Run, target: Target, loaded: Loaded) -> tuple[Status, str]:
     return "failed", "; ".join(failures)
 
 
-def _open(run: _Run, target: Target, loaded: Loaded, strategy: Strategy, where: Place) -> tuple[Status, str]:
+def _open(
+    run: _Run, target: Target, loaded: Loaded, children: Children, strategy: Strategy, where: Place
+) -> tuple[Status, str]:
     """Open the checkpoint by one way, from its folder or from the Hub, and use what was opened where that can run."""
     published = run.options.published
     place = published.repo_id if published is not None else str(target.folder.resolve())
@@ -269,14 +325,25 @@ def _open(run: _Run, target: Target, loaded: Loaded, strategy: Strategy, where: 
     wanted = run.options.example and where.obstacle is None
     example = usage_code(target, place, small=True, revision=commit) if wanted else None
     if published is None:
-        status, detail = check_reload(target, code, loaded, forward=forward, example=example)
+        status, detail = check_reload(target, code, loaded, children, forward=forward, example=example)
     else:
-        status, detail = check_published(target, published, code, loaded, forward=forward, example=example)
+        status, detail = check_published(target, published, code, loaded, children, forward=forward, example=example)
         detail += _card_shows(target, published, strategy)
     if status == "passed" and wanted and example is None:
         missing = {"status": "skipped", "detail": "the card has no example for it"}
         loaded.forward.append({"example": True, "forward": missing})
     return status, detail
+
+
+def _library(run: _Run, target: Target, findings: list[LibraryFindings], children: Children) -> tuple[Status, str]:
+    """The library's own comparison with the source, where there is one."""
+    if run.options.source is None:
+        return "skipped", "no source given"
+    if not run.options.reload:
+        return "skipped", "not asked for"
+    found = compare_by_library(target, run.options.source, children, trust=run.options.trust_remote_code)
+    findings.append(found)
+    return found.status, found.detail
 
 
 def _card_shows(target: Target, published: Published, strategy: Strategy) -> str:

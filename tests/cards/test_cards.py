@@ -72,7 +72,7 @@ def test_the_code_on_the_card_is_what_verify_ran(
     family: str, verified: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Byte for byte, with the place replaced; what verify sent to its child process is recorded on the way."""
-    from aoconvert.verification import loading
+    from aoconvert.verification import loading, process
 
     folder = verified(family)
     page = read(render(folder, CardOptions(), repo_id=REPO).text)
@@ -82,16 +82,17 @@ def test_the_code_on_the_card_is_what_verify_ran(
     load, usage = page.fences("python")
     sent: list[dict[str, Any]] = []
 
-    def record(child: str, request: dict[str, Any]) -> Any:
+    def record(self: process.Children, child: str, request: dict[str, Any]) -> Any:
         sent.append(request)
         raise aoconvert.VerificationError("seen")
 
-    monkeypatch.setattr(loading, "ask", record)
+    monkeypatch.setattr(process.Children, "ask", record)
     copy = Path(shutil.copytree(folder, tmp_path / "out"))
     target = from_manifest(copy, manifests.load(copy))
     from aoconvert.verification.run import VerifyOptions, _reload, _Run  # what verify does, without the process
 
-    _reload(_Run(copy, "", VerifyOptions(example=True), aoconvert.progress.Silent()), target, loading.Loaded())
+    run = _Run(copy, "", VerifyOptions(example=True), aoconvert.progress.Silent())
+    _reload(run, target, loading.Loaded(), process.Children())
     ran = sent[0]
     automatic = '"cuda" if torch.cuda.is_available() else "cpu"'
     assert load.replace(REPO, str(copy.resolve())).replace(automatic, "'cpu'") == ran["code"]

@@ -179,7 +179,7 @@ def test_json(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     assert done.return_value == 0
     assert {"ok", "path", "checks", "strategy", "safe_globals", "imports", "torchao", "torch", "python"} <= set(values)
     assert [check["name"] for check in values["checks"]] == [
-        "manifest", "files", "pickle", "versions", "load", "reload", "numbers", "forward",
+        "manifest", "files", "pickle", "versions", "load", "reload", "library", "numbers", "forward",
     ]  # fmt: skip
     (tmp_path / "out/config.json").write_text("{}")
     done = CliRunner().invoke(cli, ["verify", str(tmp_path / "out"), "--no-reload", "-q"], standalone_mode=False)

@@ -69,7 +69,7 @@ def test_a_clean_one_passes(copy: Path) -> None:
     statuses = {item.name: item.status for item in report.checks}
     assert statuses == {
         "manifest": "passed", "files": "passed", "pickle": "passed", "versions": "passed", "load": "passed",
-        "reload": "skipped", "numbers": "passed", "forward": "skipped",
+        "reload": "skipped", "library": "skipped", "numbers": "passed", "forward": "skipped",
     }  # fmt: skip
     written = json.loads((copy / "aoconvert.verify.json").read_text())
     assert written["ok"] is True
@@ -286,7 +286,7 @@ def test_a_layout_whose_device_is_not_here(copy: Path) -> None:
     report = aoconvert.verify(copy)
     assert report.ok
     skipped = {item.name: item.detail for item in report.checks if item.status == "skipped"}
-    assert set(skipped) == {"versions", "forward"}
+    assert set(skipped) == {"versions", "library", "forward"}
     assert skipped["forward"] == skipped["versions"] == "its layout is for cuda, and there is no such device here"
     reload = report.check("reload")
     assert reload is not None and reload.detail.endswith(", on cpu")

@@ -1,9 +1,11 @@
 """Runs in a fresh interpreter, without aoconvert: opens the checkpoint with the code a user is given, and looks at it.
 
-Reads one JSON request from stdin: ``code`` (which leaves ``pipe`` or ``model``), ``parts`` (name → ``{tensor: [class,
-sha256]}`` of what must be quantized, hashes null without a manifest), ``forward``, ``example`` (code that uses what was
-opened, or null). Writes JSON lines: ``{"loaded": ...}``, ``{"part": ..., "problems": [...]}``, ``{"forward": ...}``,
-``{"error": ...}``.
+Reads one JSON request from stdin: ``code`` (which leaves ``pipe`` or ``model``), ``folder`` (the checkpoint), ``parts``
+(name → ``{tensor: [class, sha256]}`` of what must be quantized, hashes null without a manifest), ``reports`` (name →
+``{"folder", "kwargs"}`` of the models of which the library's loading report is wanted), ``forward``, ``example`` (code
+that uses what was opened, or null). Writes JSON lines: ``{"loaded": ..., "opened": [...]}`` (files of weights in the
+folder), ``{"part": ..., "problems": [...], "tensors": {name: [dtype, sha256]}}`` (of what is not quantized),
+``{"part": ..., "report": ...}``, ``{"forward": ...}``, ``{"error": ...}``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ def main() -> None:
     """Answer the request on stdin."""
     request = json.load(sys.stdin)
     names: dict[str, Any] = {}
+    opened = watch(request["folder"])
     try:
         exec(compile(request["code"], "<load code>", "exec"), names)
         whole: Any = names.get("pipe", names.get("model"))
@@ -30,14 +33,50 @@ def main() -> None:
     except Exception as error:
         say({"error": root_cause(error)})
         return
-    say({"loaded": type(whole).__name__})
+    say({"loaded": type(whole).__name__, "opened": sorted(opened | mapped(request["folder"]))})
     for part, expected in request["parts"].items():
-        say({"part": part, "problems": compare(models[part], expected)})
+        say({"part": part, "problems": compare(models[part], expected), "tensors": plain(models[part], expected)})
+    for part, how in request["reports"].items():
+        say({"part": part, "report": report(models[part], **how)})
     if request["forward"]:
         for part, model in models.items():
             say({"part": part, "forward": attempt_forward(model)})
     if request["example"] is not None:
         say({"example": True, "forward": attempt_example(request["example"], names)})
+
+
+_WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".pkl", ".npz")
+
+
+def watch(folder: str) -> set[str]:
+    """A set that from now on takes in each file of weights in the folder that Python opens, by its relative path."""
+    found: set[str] = set()
+    root = Path(folder).resolve()
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str) and arguments[0].endswith(_WEIGHTS):
+            path = Path(arguments[0])  # a link in the folder counts as the file that it is there
+            path = path.parent.resolve() / path.name
+            if path.is_relative_to(root):
+                found.add(path.relative_to(root).as_posix())
+
+    sys.addaudithook(look)
+    return found
+
+
+def mapped(folder: str) -> set[str]:
+    """The files of weights in the folder that are mapped: safetensors opens its files without Python."""
+    root, maps = f"{Path(folder).resolve()}/", Path("/proc/self/maps")
+    lines = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.is_file() else []
+    paths = {line.split(maxsplit=5)[5] for line in lines if line.endswith(_WEIGHTS)}
+    return {path.removeprefix(root) for path in paths if path.startswith(root)}
+
+
+def report(model: Any, folder: str, kwargs: dict[str, Any]) -> dict[str, list[str]]:
+    """The library's own report of loading the model: what it found no tensor for, and what it had to leave out."""
+    options = {key: getattr(torch, value) if key == "torch_dtype" else value for key, value in kwargs.items()}
+    _, found = type(model).from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
+    return {key: sorted(str(name) for name in found.get(key) or ()) for key in ("missing_keys", "mismatched_keys")}
 
 
 def root_cause(error: BaseException) -> str:
@@ -83,6 +122,16 @@ def place(tensor: Any) -> tuple[Any, ...]:
     if flatten is None:
         return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
     return tuple(place(getattr(tensor, name)) for name in flatten()[0])
+
+
+def plain(model: Any, expected: dict[str, Any]) -> dict[str, list[str]]:
+    """Dtype and content hash of every tensor of the state dict that is not quantized."""
+    digests: dict[Any, str] = {}
+    return {
+        name: [str(tensor.dtype).removeprefix("torch."), digest_of(tensor, digests)]
+        for name, tensor in model.state_dict().items()
+        if name not in expected and isinstance(tensor, torch.Tensor) and not tensor.is_meta
+    }
 
 
 def content(tensor: Any, digest: Any = None) -> Any:

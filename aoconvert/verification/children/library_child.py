@@ -1,0 +1,360 @@
+"""Runs in a fresh interpreter, without aoconvert: the library opens the source and the result, and both are compared.
+
+Reads one JSON request from stdin:
+
+- ``source``: ``{"folder", "variant"}``; ``result``: ``{"folder", "code"}`` (``code``: the card's way of opening what
+  ``from_pretrained`` cannot, or null);
+- ``kind``: what ``from_pretrained`` of both gives (``pipeline``, ``diffusers``, ``transformers``);
+- ``imports``: modules to import before a file of the result is opened; ``trust``: run code inside the checkpoints;
+- ``available``: bytes of memory that may be used; ``scratch``: an empty folder on disk;
+- ``parts``: name → what the manifest says of a quantized model: ``library``, ``class_name``, ``source_folder``,
+  ``result_folder``, ``dtype``, ``kwargs``, ``fused``, ``untied``, ``missing`` and ``dropped`` (names), ``tensors``
+  (name → ``class_name``, ``sqnr_db`` of each quantized one).
+
+Writes JSON lines: ``{"problem", "part", "other"}`` (``other``: it speaks for another model), ``{"left"}`` (a quantized
+tensor whose values nothing here gives back), ``{"skipped"}``, ``{"error"}``; at last ``{"compared", "worst"}``, how
+much of what, and the lowest SQNR in dB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+def sibling(name: str) -> Any:
+    """A module beside this one; an isolated interpreter does not look here."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+opening, tensors, configs = sibling("library_opening"), sibling("library_tensors"), sibling("library_configs")
+
+
+class Comparison:
+    """What was found; ``counted``: how many of what were equal, ``worst``: the lowest SQNR in dB."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.request = request
+        self.source = Path(request["source"]["folder"])
+        self.result = Path(request["result"]["folder"])
+        self.variant = request["source"]["variant"]
+        self.counted: Counter[str] = Counter()
+        self.worst: float | None = None
+        self.part = ""
+
+    def problem(self, text: str | None, *, other: bool = False) -> None:
+        """Say what differs; ``other``: as it does between two models."""
+        if text is not None:
+            say({"problem": text, "part": self.part, "other": other})
+
+    def problems(self, texts: Any) -> None:
+        """Say all that differs."""
+        for text in texts:
+            self.problem(text)
+
+
+def main() -> None:
+    """Answer the request on stdin."""
+    request = json.load(sys.stdin)
+    comparison = Comparison(request)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            for name in request["imports"]:
+                importlib.import_module(name)
+            compare_pipelines(comparison) if request["kind"] == "pipeline" else compare_single(comparison)
+    except opening.TooLarge as error:
+        say({"skipped": str(error)})
+    except Exception as error:
+        say({"error": f"{comparison.part}: {root_cause(error)}".lstrip(": ")})
+    say({"compared": dict(comparison.counted), "worst": comparison.worst})
+
+
+def root_cause(error: BaseException) -> str:
+    """The first error of the chain, in one line."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def compare_single(comparison: Comparison) -> None:
+    """A checkpoint that is one model."""
+    [(_, part)] = comparison.request["parts"].items()
+    part["trust"] = comparison.request["trust"]
+    source, source_report = open_source(comparison, part)
+    code = comparison.request["result"]["code"]
+    if code is None:
+        result, report = open_result(comparison, part)
+    else:
+        result, report = opening.run_code(code), None
+    compare_models(comparison, part, source, result)
+    compare_reports(comparison, part, source_report, report)
+    compare_unused(comparison, part, source, source_report, report)
+    if comparison.request["kind"] == "transformers":
+        places = comparison.source / part["source_folder"], comparison.result / part["result_folder"]
+        comparison.problems(configs.compare_adapters(*places))
+        comparison.problems(configs.compare_beside(*places, trust=part["trust"]))
+
+
+def open_source(comparison: Comparison, part: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:
+    """The source's model, in the dtype that it is stored in."""
+    folder, variant = part["source_folder"], comparison.variant
+    opening.require_memory(part, comparison.source, folder, variant, comparison.request["available"])
+    part["stored"] = opening.stored_dtype(comparison.source / folder, variant)
+    options = opening.dtype_option(part["library"], part["stored"])
+    found: tuple[Any, dict[str, list[str]]] = opening.open_model(
+        part, comparison.source, folder, **options, **variant_option(variant)
+    )
+    return found
+
+
+def open_result(comparison: Comparison, part: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:
+    """The result's model, with what the card gives ``from_pretrained``."""
+    kwargs = {key: getattr(torch, value) if key == "torch_dtype" else value for key, value in part["kwargs"].items()}
+    found: tuple[Any, dict[str, list[str]]] = opening.open_model(
+        part, comparison.result, part["result_folder"], **kwargs
+    )
+    return found
+
+
+def variant_option(variant: str | None) -> dict[str, str]:
+    """How ``from_pretrained`` is told a variant."""
+    return {"variant": variant} if variant else {}
+
+
+def compare_pipelines(comparison: Comparison) -> None:
+    """A pipeline: its parts and their classes, then each part, one model at a time."""
+    request, variant = comparison.request, comparison.variant
+    for part in request["parts"].values():
+        part["trust"] = request["trust"]
+        opening.require_memory(part, comparison.source, part["source_folder"], variant, request["available"])
+    trust = {"trust_remote_code": True} if request["trust"] else {}
+    dtypes = opening.part_dtypes(comparison.source, variant)
+    source = opening.open_pipeline(comparison.source, dtypes, **trust, **variant_option(variant))
+    code = request["result"]["code"]
+    own = {name: getattr(torch, part["dtype"]) for name, part in request["parts"].items()}
+    if code is not None:
+        result = opening.run_code(code)
+    else:
+        bins = any("use_safetensors" in part["kwargs"] for part in request["parts"].values())
+        kind = {"use_safetensors": False} if bins else {}
+        result = opening.open_pipeline(comparison.result, {**dtypes, **own}, **trust, **kind)
+    comparison.problems(configs.compare_pipelines(source, result))
+    for name in sorted(source.components.keys() & result.components.keys()):
+        comparison.part = name
+        compare_part(comparison, name, source.components[name], result.components[name], by_code=code is not None)
+        gc.collect()
+
+
+def compare_part(comparison: Comparison, name: str, source: Any, result: Any, *, by_code: bool) -> None:
+    """One part of a pipeline in both; ``by_code``: the card's code made the result's, in the pipeline's dtype."""
+    if not isinstance(source, torch.nn.Module) or not isinstance(result, torch.nn.Module):
+        comparison.problems(configs.compare_objects(name, source, result))
+        comparison.counted["others"] += source is not None
+        return
+    part = comparison.request["parts"].get(name)
+    if part is None:
+        library = "transformers" if hasattr(source, "get_input_embeddings") else "diffusers"
+        part = {"library": library, "tensors": {}, "untied": False, "fused": False, "missing": [], "dropped": []}
+        part |= {"source_folder": name, "result_folder": name, "dtype": None, "kwargs": {}, "loose": by_code}
+    part["trust"] = comparison.request["trust"]
+    part["stored"] = opening.stored_dtype(comparison.source / name, comparison.variant)
+    compare_models(comparison, part, source, result)
+    # the library gives a report only of a model that is opened by itself
+    dtype = opening.dtype_option(part["library"], part["stored"])
+    here = report_of(type(source), comparison.source / name, **dtype, **variant_option(comparison.variant))
+    kwargs = {key: getattr(torch, value) if key == "torch_dtype" else value for key, value in part["kwargs"].items()}
+    there = None if part["fused"] else report_of(type(result), comparison.result / name, **(kwargs or dtype))
+    compare_reports(comparison, part, here, there)
+    compare_unused(comparison, part, source, here, there)
+
+
+def report_of(cls: Any, folder: Path, **options: Any) -> dict[str, list[str]] | None:
+    """The library's loading report of one part; ``None`` where its class gives none."""
+    if not hasattr(cls, "from_pretrained"):
+        return None
+    _, report = cls.from_pretrained(str(folder), output_loading_info=True, local_files_only=True, **options)
+    return {key: sorted(str(name) for name in report.get(key) or ()) for key in REPORT}
+
+
+REPORT = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+def compare_models(comparison: Comparison, part: dict[str, Any], source: Any, result: Any) -> None:
+    """Every parameter and buffer, ties, classes, and what the configs of the opened models say."""
+    if configs.class_of(source) != configs.class_of(result):
+        comparison.problem(f"it is a {configs.class_of(result)}, {configs.class_of(source)} in the source", other=True)
+        return
+    if part["fused"]:
+        source.fuse_qkv_projections()
+    comparison.problems(configs.compare_model_configs(source, result, untied=part["untied"]))
+    comparison.problems(tensors.compare_ties(source, result, untied=part["untied"]))
+    made = Made(comparison, part, source)
+    here, there = tensors.tensors_of(source), tensors.tensors_of(result)
+    for name in sorted(here.keys() - there.keys()):
+        if not (part["fused"] and in_fused(source, name)):
+            comparison.problem(f"{name} is in the source's model, and not here", other=True)
+    for name in sorted(there.keys() - here.keys()):
+        comparison.problem(f"{name} is not in the source's model", other=True)
+    held = result.state_dict().keys() if hasattr(result, "state_dict") else there.keys()
+    for name in sorted(here.keys() & there.keys()):
+        if name in held:
+            compare_tensor(comparison, part, name, here[name], there[name], made.types.get(name, here[name]))
+        else:
+            compare_buffer(comparison, name, here[name], there[name], made)
+
+
+def in_fused(model: Any, name: str) -> bool:
+    """Whether a tensor belongs to a projection that the library fused into another one."""
+    owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    return bool(getattr(owner, "fused_projections", False))
+
+
+class Made:
+    """The source's model as the library makes it in the result's dtype; empty where the source is stored in that dtype.
+
+    On ``meta`` it has the right dtypes and no values, on disk the values of the buffers that no file holds; neither
+    takes memory.
+    """
+
+    def __init__(self, comparison: Comparison, part: dict[str, Any], source: Any) -> None:
+        self.source = source
+        dtype = getattr(torch, part["dtype"]) if part["dtype"] else None
+        self.needed = dtype is not None and dtype != part["stored"]
+        self.folder = str(comparison.source / part["source_folder"])
+        self.scratch = str(Path(comparison.request["scratch"]) / (comparison.part or "model"))
+        self.options = {**opening.dtype_option(part["library"], dtype), **variant_option(comparison.variant)}
+        self.types: dict[str, torch.Tensor] = {}
+        self.values: dict[str, torch.Tensor] | None = None
+        if self.needed:
+            model = self._open("meta")
+            if part["fused"]:
+                model.fuse_qkv_projections()
+            self.types = tensors.tensors_of(model)
+
+    def _open(self, place: str) -> Any:
+        options = {**self.options, "device_map": {"": place}, "offload_folder": self.scratch}
+        return type(self.source).from_pretrained(self.folder, local_files_only=True, **options)
+
+    def buffer(self, name: str) -> torch.Tensor | None:
+        """A buffer that no file holds."""
+        if self.needed and self.values is None:
+            self.values = tensors.tensors_of(self._open("disk"))
+        return (self.values or {}).get(name)
+
+
+def compare_tensor(
+    comparison: Comparison,
+    part: dict[str, Any],
+    name: str,
+    original: torch.Tensor,
+    found: torch.Tensor,
+    expected: torch.Tensor,
+) -> None:
+    """One tensor of the state dict; ``expected`` has the dtype that the library gives the source's."""
+    entry = part["tensors"].get(name)
+    if tensors.is_quantized(found):
+        if entry is None:
+            comparison.problem(f"{name} is quantized, and the manifest does not say so")
+            return
+        compare_quantized(comparison, name, original, found, entry)
+        return
+    if entry is not None:
+        comparison.problem(f"{name} is not quantized, the manifest says that it is")
+        return
+    wrong = None if part.get("loose") else tensors.compare_dtype(name, expected, found)
+    if wrong is None:
+        wrong = tensors.compare_values(name, original, found)
+    comparison.problem(wrong, other=True)
+    comparison.counted["equal"] += wrong is None
+
+
+def compare_buffer(comparison: Comparison, name: str, original: torch.Tensor, found: torch.Tensor, made: Made) -> None:
+    """A buffer that no file holds; where it is not the source's, as the library makes it in the result's dtype."""
+    wrong = tensors.compare_buffers(name, original, found)
+    if wrong is not None and (other := made.buffer(name)) is not None:
+        wrong = tensors.compare_buffers(name, other, found)
+    comparison.problem(wrong, other=True)
+    comparison.counted["buffers"] += wrong is None
+
+
+def compare_quantized(
+    comparison: Comparison, name: str, original: torch.Tensor, found: torch.Tensor, entry: dict[str, Any]
+) -> None:
+    """A quantized tensor against the source's values and the manifest's figure."""
+    try:
+        sqnr, wrong = tensors.compare_quantized(name, original, found, entry)
+    except NotImplementedError:
+        say({"left": name, "part": comparison.part})
+        return
+    comparison.problem(wrong, other=True)
+    comparison.counted["quantized"] += wrong is None
+    if sqnr is not None and sqnr != float("inf"):
+        comparison.worst = sqnr if comparison.worst is None else min(sqnr, comparison.worst)
+
+
+def compare_reports(comparison: Comparison, part: dict[str, Any], source: Any, result: Any) -> None:
+    """The library's loading reports: what is missing, unexpected and mismatched must agree."""
+    if source is None or result is None:
+        return
+    excused = {"missing_keys": set(part["missing"]), "unexpected_keys": set(part["dropped"])}
+    for key in REPORT:
+        word = key.removesuffix("_keys")
+        for name in sorted(set(result[key]) - set(source[key]) - excused.get(key, set())):
+            comparison.problem(f"the library calls {name} {word} here, and not in the source", other=True)
+        for name in sorted(set(source[key]) - set(result[key]) - excused.get(key, set())):
+            comparison.problem(f"the library calls {name} {word} in the source, and not here")
+
+
+def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, source: Any, result: Any) -> None:
+    """Tensors in the files that the class does not use: the same in both, bit by bit."""
+    here = opening.stored_names(comparison.source / part["source_folder"], comparison.variant)
+    there = opening.stored_names(comparison.result / part["result_folder"], None)
+    known = tensors.tensors_of(model).keys()
+    reported = set(source["unexpected_keys"]) if source is not None else set()
+    unused = (reported & here.keys()) | ignored_by(model, here.keys() - known)
+    for name, file in sorted(here.items()):
+        if name not in unused or name in part["dropped"]:
+            continue
+        if name not in there:
+            comparison.problem(f"{name}, which the class does not use, is in the source's files, and not here")
+        else:
+            wrong = tensors.compare_values(name, opening.read(name, file), opening.read(name, there[name]))
+            comparison.problem(wrong)
+            comparison.counted["unused"] += wrong is None
+
+
+def ignored_by(model: Any, names: set[str]) -> set[str]:
+    """Those of the names that the library leaves out of its report, as the class wants it."""
+    if hasattr(model, "_adjust_missing_and_unexpected_keys"):  # transformers; old tables of positions are in its code
+        report = SimpleNamespace(missing_keys=set(), unexpected_keys=set(names))
+        model._adjust_missing_and_unexpected_keys(report)
+        return {name for name in names if name not in report.unexpected_keys}
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def say(value: dict[str, Any]) -> None:
+    """One line of the answer, also while what the libraries print is kept off it."""
+    sys.__stdout__.write(json.dumps(value) + "\n")  # type: ignore[union-attr]
+    sys.__stdout__.flush()  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What a checkpoint holds beside its tensors, as the library's own objects: configs, tokenizers, processors."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# where it was opened from, by which version, in which dtype, and that it is quantized: these differ on purpose
+_OWN = {
+    "quantization_config",
+    "_pre_quantization_dtype",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "name_or_path",
+    "_commit_hash",
+    "transformers_version",
+    "_diffusers_version",
+}
+# of a tokenizer's settings, those that say where its files are; the others are looked at one by one above
+_PLACES = _OWN | {"tokenizer_file", "vocab_file", "merges_file", "spm_file", "chat_template", "vocab", "merges"}
+_PLACES |= {"added_tokens_decoder", "local_files_only", "backend", "is_local", "trust_remote_code", "_from_auto"}
+_TEXTS = ("The quick brown fox, 12 jumps!", " naïve  café\n\tΩ 漢字 🦊", "<s>[INST] <|im_start|>x</s>")
+_AUTO = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor")
+
+
+def compare_model_configs(source: Any, result: Any, *, untied: bool) -> Iterator[str]:
+    """``config`` and ``generation_config`` of two opened models."""
+    ignored = _OWN | ({"tie_word_embeddings"} if untied else set())
+    yield from _differences("config", plain(source.config), plain(result.config), ignored)
+    generation = [getattr(model, "generation_config", None) for model in (source, result)]
+    if generation[0] is not None or generation[1] is not None:
+        yield from _differences("generation_config", plain(generation[0]), plain(generation[1]), _OWN)
+
+
+def compare_adapters(source: Path, result: Path) -> Iterator[str]:
+    """Whether the library finds an adapter beside the weights."""
+    utils = importlib.import_module("transformers.utils.peft_utils")
+    here, there = (utils.find_adapter_config_file(str(folder), local_files_only=True) for folder in (source, result))
+    if bool(here) != bool(there):
+        yield f"the library finds an adapter in the {'source' if here else 'result'} alone"
+
+
+def compare_beside(source: Path, result: Path, *, trust: bool) -> Iterator[str]:
+    """Tokenizers and processors of a model of transformers: what each auto class opens in the source."""
+    transformers = importlib.import_module("transformers")
+    for name in _AUTO:
+        auto = getattr(transformers, name, None)
+        first = _attempt(auto, source, trust)
+        if isinstance(first, Exception) or auto is None:
+            continue
+        second = _attempt(auto, result, trust)
+        if isinstance(second, Exception):
+            said = (str(second).strip().splitlines() or [""])[0]
+            yield f"{name} opens the source, and not the result: {type(second).__name__}: {said}"
+        else:
+            yield from compare_objects(name, first, second)
+
+
+def _attempt(auto: Any, folder: Path, trust: bool) -> Any:
+    """What an auto class makes of a folder, or why it makes nothing of it."""
+    try:
+        return auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
+    except Exception as error:  # each class fails in its own way where a folder holds nothing for it
+        return error
+
+
+def compare_objects(name: str, source: Any, result: Any) -> Iterator[str]:
+    """Two tokenizers, processors, feature extractors, schedulers: their classes and all they say of themselves."""
+    if class_of(source) != class_of(result):
+        yield f"{name} is a {class_of(result)}, {class_of(source)} in the source"
+        return
+    if source is None:
+        return
+    if hasattr(source, "get_vocab"):
+        yield from _tokenizers(name, source, result)
+        return
+    yield from _differences(name, plain(source), plain(result), _OWN)
+    for attribute in getattr(source, "attributes", None) or ():  # of a processor
+        yield from compare_objects(f"{name}.{attribute}", getattr(source, attribute), getattr(result, attribute, None))
+
+
+def _tokenizers(name: str, source: Any, result: Any) -> Iterator[str]:
+    for what, look in _LOOKS.items():
+        first, second = look(source), look(result)
+        if first != second:
+            yield f"{name}: {what} {'are' if what.endswith('s') else 'is'} not the source's{_shown(first, second)}"
+
+
+def _encodings(tokenizer: Any) -> list[Any]:
+    found: list[Any] = []
+    for text in _TEXTS:
+        try:
+            found.append(tokenizer(text, add_special_tokens=True)["input_ids"])
+        except Exception as error:  # a tokenizer of a source may not take every text
+            found.append(type(error).__name__)
+    return found
+
+
+def _backend(tokenizer: Any) -> str | None:
+    """All that a fast tokenizer consists of: normalizer, merges, post-processor."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return hashlib.sha256(backend.to_str().encode()).hexdigest() if backend is not None else None
+
+
+_LOOKS: Mapping[str, Callable[[Any], Any]] = {
+    "vocabulary": lambda t: _digest(sorted(t.get_vocab().items(), key=str)),
+    "special tokens": lambda t: _json(t.special_tokens_map),
+    "added tokens": lambda t: _json({str(key): repr(value) for key, value in t.added_tokens_decoder.items()}),
+    "chat template": lambda t: _json(getattr(t, "chat_template", None)),
+    "encodings": _encodings,
+    "longest input": lambda t: t.model_max_length,
+    "padding and truncation sides": lambda t: [t.padding_side, t.truncation_side],
+    "other settings": lambda t: _digest({k: repr(v) for k, v in t.init_kwargs.items() if k not in _PLACES}),
+    "rules of text": _backend,
+}
+
+
+def class_of(value: Any) -> str | None:
+    """Dotted name of an object's class, ``None`` for no object; remote code is in a module of each folder's own."""
+    if value is None:
+        return None
+    kind = type(value)
+    module = "remote" if kind.__module__.startswith("transformers_modules.") else kind.__module__
+    return f"{module}.{kind.__qualname__}"
+
+
+def plain(value: Any) -> Any:
+    """What an object says of itself, as plain values."""
+    if hasattr(value, "to_diff_dict") and hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(getattr(value, "config", None), Mapping):  # a scheduler of diffusers
+        return dict(value.config)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def compare_pipelines(source: Any, result: Any) -> Iterator[str]:
+    """The class, the parts with their classes, and what else the pipeline was registered with."""
+    if class_of(source) != class_of(result):
+        yield f"the pipeline is a {class_of(result)}, {class_of(source)} in the source"
+    here = {name: class_of(part) for name, part in source.components.items()}
+    there = {name: class_of(part) for name, part in result.components.items()}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            yield f"the part {name} is {there.get(name) or 'not there'}, {here.get(name) or 'not there'} in the source"
+    rest = [
+        {key: value for key, value in pipeline.config.items() if key not in pipeline.components}
+        for pipeline in (source, result)
+    ]
+    yield from _differences("model_index.json", rest[0], rest[1], _OWN)
+
+
+def _differences(where: str, first: Any, second: Any, ignored: set[str]) -> Iterator[str]:
+    """Keys whose values differ, at any depth."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for key in sorted((first.keys() | second.keys()) - ignored, key=str):
+            yield from _differences(f"{where}.{key}", first.get(key), second.get(key), ignored)
+    elif _json(first) != _json(second):
+        yield f"{where} is not the source's{_shown(first, second)}"
+
+
+def _shown(first: Any, second: Any) -> str:
+    one, other = (value if isinstance(value, str) else _json(value) for value in (first, second))
+    return f" ({other} for {one})" if len(one) + len(other) < 120 else ""
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=repr, ensure_ascii=False)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(_json(value).encode()).hexdigest()[:12]

@@ -1,0 +1,181 @@
+"""How the library opens a source and a result: as its users do, and mapped wherever the library can.
+
+A model that is opened in the dtype of its files stays mapped: nothing of it is copied into memory. So a source is
+opened in the dtype that it is stored in, and what the library would have made of it in another dtype (dtypes, buffers
+that no file holds) is asked of a second one, which takes no memory either.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_WEIGHTS = re.compile(r".*\.(safetensors|bin)")
+
+
+class TooLarge(Exception):
+    """The library can open a model only whole, and there is no memory for that."""
+
+
+def weights_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files that hold the weights: those of the variant where there are any, safetensors before ``.bin``."""
+    found = sorted(path for path in folder.glob("*") if _WEIGHTS.fullmatch(path.name) and path.is_file())
+    for suffix in (".safetensors", ".bin"):
+        kind = [path for path in found if path.suffix == suffix and not path.name.startswith(("adapter_", "training_"))]
+        chosen = [path for path in kind if variant is not None and f".{variant}" in path.name]
+        plain = [path for path in kind if len(path.name.split(".")) == 2]
+        if chosen or plain or kind:
+            return chosen or plain or kind
+    return []
+
+
+def stored(file: Path) -> Iterator[tuple[str, torch.dtype, int]]:
+    """Name, dtype and size in bytes of each tensor of a weights file, from its header or its pickle."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (no mapping)
+                lazy = opened.get_slice(name)
+                size = 1
+                for length in lazy.get_shape():
+                    size *= length
+                dtype = _dtype(lazy.get_dtype())
+                yield name, dtype, size * dtype.itemsize
+        return
+    mapped = zipfile.is_zipfile(file)
+    for name, tensor in torch.load(file, weights_only=True, mmap=mapped or None, map_location="meta").items():
+        if isinstance(tensor, torch.Tensor):
+            yield name, tensor.dtype, tensor.numel() * tensor.dtype.itemsize
+
+
+def _dtype(name: str) -> torch.dtype:
+    """``BF16`` → ``torch.bfloat16``, as safetensors itself has it."""
+    from safetensors.torch import _TYPES
+
+    found: torch.dtype = _TYPES[name]
+    return found
+
+
+def stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
+    """The floating dtype that most of a model's bytes are stored in; ``None`` where there is none."""
+    counts: Counter[torch.dtype] = Counter()
+    for file in weights_files(folder, variant):
+        for _, dtype, size in stored(file):
+            if dtype in (torch.float32, torch.float16, torch.bfloat16):
+                counts[dtype] += size
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def stored_names(folder: Path, variant: str | None) -> dict[str, Path]:
+    """Name of each tensor in a model's files → the file."""
+    return {name: file for file in weights_files(folder, variant) for name, _, _ in stored(file)}
+
+
+def read(name: str, file: Path) -> torch.Tensor:
+    """One tensor of a file, mapped."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(str(file), framework="pt") as opened:
+            return torch.as_tensor(opened.get_tensor(name))
+    return torch.as_tensor(torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file) or None)[name])
+
+
+def model_class(library: str, class_name: str, folder: Path, *, trust: bool) -> tuple[Any, dict[str, Any]]:
+    """The class that opens a model, and what ``from_pretrained`` has to be told; the auto class for remote code.
+
+    Raises:
+        LookupError: the library has no such class, and remote code is not allowed.
+    """
+    module = importlib.import_module(library)
+    found = getattr(module, class_name, None)
+    if found is not None:
+        return found, {}
+    path = folder / "config.json"
+    references = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}) if path.is_file() else {}
+    for auto, reference in references.items():
+        named = isinstance(reference, str) and reference.rpartition(".")[2] == class_name
+        if named and trust and hasattr(module, auto):
+            return getattr(module, auto), {"trust_remote_code": True}
+    raise LookupError(f"{class_name} is not a class of {library}")
+
+
+def open_model(request: dict[str, Any], root: Path, folder: str, **options: Any) -> tuple[Any, dict[str, list[str]]]:
+    """``from_pretrained`` of one model, and the library's loading report."""
+    where = root / folder
+    cls, more = model_class(request["library"], request["class_name"], where, trust=request["trust"])
+    model, report = cls.from_pretrained(str(where), output_loading_info=True, local_files_only=True, **more, **options)
+    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return model, {key: sorted(str(name) for name in report.get(key) or ()) for key in keys}
+
+
+def dtype_option(library: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """How ``from_pretrained`` is told a dtype."""
+    if dtype is None:
+        return {}
+    return {"dtype": dtype} if library == "transformers" else {"torch_dtype": dtype}
+
+
+def require_memory(request: dict[str, Any], root: Path, folder: str, variant: str | None, available: int) -> None:
+    """Whether there is memory for what the library cannot leave in the files.
+
+    Files that are not zips are read whole; tensors that transformers makes out of several (a mixture's experts) are
+    made in memory.
+
+    Raises:
+        TooLarge: there is not.
+    """
+    files = weights_files(root / folder, variant)
+    sizes = {name: size for file in files for name, _, size in stored(file)}
+    if sum(sizes.values()) <= available:
+        return
+    whole = sum(file.stat().st_size for file in files if file.suffix == ".bin" and not zipfile.is_zipfile(file))
+    if request["library"] == "transformers":
+        whole += sum(size for name, size in _state(request, root / folder).items() if name not in sizes)
+    if whole > available:
+        raise TooLarge(
+            f"the library opens {request['class_name']} whole, which takes {whole / 1e9:.1f} GB of memory;"
+            f" {available / 1e9:.1f} GB are there"
+        )
+
+
+def _state(request: dict[str, Any], folder: Path) -> dict[str, int]:
+    """Name → bytes of the tensors that a model of transformers consists of; those of a base model under both names."""
+    cls, more = model_class("transformers", request["class_name"], folder, trust=request["trust"])
+    transformers = importlib.import_module("transformers")
+    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, **more)
+    with torch.device("meta"):
+        model = (
+            cls._from_config(config, dtype=torch.bfloat16) if hasattr(cls, "_from_config") else cls.from_config(config)
+        )
+    return {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in model.state_dict().items()}
+
+
+def open_pipeline(root: Path, dtypes: dict[str, torch.dtype], **options: Any) -> Any:
+    """``DiffusionPipeline.from_pretrained`` with each part in the dtype that is named for it."""
+    diffusers = importlib.import_module("diffusers")
+    return diffusers.DiffusionPipeline.from_pretrained(
+        str(root), torch_dtype={**dtypes, "default": torch.float32}, local_files_only=True, **options
+    )
+
+
+def part_dtypes(root: Path, variant: str | None) -> dict[str, torch.dtype]:
+    """The dtype that each folder of a pipeline is stored in."""
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    return {path.name: dtype for path in folders if (dtype := stored_dtype(path, variant)) is not None}
+
+
+def run_code(code: str) -> Any:
+    """The pipeline or model that the card's code leaves."""
+    names: dict[str, Any] = {}
+    exec(compile(code, "<load code>", "exec"), names)
+    return names.get("pipe", names.get("model"))

@@ -1,0 +1,200 @@
+"""The check ``library``: the library opens the source and the result, and both must be the same model.
+
+What the two may differ in is what the manifest states: the dtype, quantized tensors within their SQNR, projections that
+were fused, ties that were taken apart, tensors that were left out or left to the library. Nothing of the planning and
+reading that made the result has a say in it; see ``children/library_child.py``.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aoconvert.errors import SourceError
+from aoconvert.manifest import ComponentEntry, Manifest
+from aoconvert.models import identify
+from aoconvert.sources import Source
+from aoconvert.verification.code import load_code
+from aoconvert.verification.memory import available_bytes
+from aoconvert.verification.process import Children
+from aoconvert.verification.report import Status, some
+from aoconvert.verification.target import Part, Target
+
+_VARIANT = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.([^.]+))?"
+    r"\.(?:safetensors|bin)"
+)
+# what no library opens beside the files that it prefers
+_OTHER_FORMATS = re.compile(
+    r".*\.(h5|msgpack|onnx|onnx_data|gguf|ot|tflite|mlmodel|ckpt|pth?|npz|pkl|pickle|llamafile|safetensors)|.*\.onnx_data.*",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class LibraryFindings:
+    """What the check found.
+
+    Attributes:
+        status, detail: of the check.
+        left: part → quantized tensors whose values the library cannot give back on this machine; ``None`` where it
+            compared nothing.
+    """
+
+    status: Status
+    detail: str
+    left: Mapping[str, frozenset[str]] | None = None
+
+
+def fetch_for_library(source: Source, variant: str | None, folder: str | None) -> None:
+    """Have every file of a Hub repo here that the library may open: of each folder's weights one format, one variant.
+
+    Args:
+        source: the repo.
+        variant: of the weights.
+        folder: where the one model is; ``None``: all of a pipeline.
+    """
+    if source.kind != "hub":
+        return
+    weights: dict[str, dict[tuple[bool, bool], list[str]]] = {}
+    wanted = []
+    for path in source.files():
+        where, name = posixpath.split(path)
+        if folder is not None and where != folder and not where.startswith(f"{folder}/" if folder else ""):
+            continue
+        if match := _VARIANT.fullmatch(name):
+            named = match[1] or match[2]
+            if named in (None, variant):
+                kinds = weights.setdefault(where, {})
+                kinds.setdefault((name.endswith(".bin"), named != variant), []).append(path)
+        elif not _OTHER_FORMATS.fullmatch(path) and not path.startswith("."):
+            wanted.append(path)
+    for kinds in weights.values():
+        wanted += kinds[min(kinds)]
+    source.fetch(wanted)
+
+
+def compare_by_library(target: Target, source: Source, children: Children, *, trust: bool) -> LibraryFindings:
+    """Have the library open both, and compare everything by its own names.
+
+    Raises:
+        VerificationError: the interpreter died.
+    """
+    manifest = target.manifest
+    if manifest is None:
+        return LibraryFindings("skipped", "no manifest says what may differ from the source")
+    if (other := _other_model(target, source, manifest)) is not None:
+        return LibraryFindings("failed", other, {})
+    folder = None if target.kind == "pipeline" else _source_folder(source, manifest)
+    fetch_for_library(source, _variant(manifest), folder)
+    with tempfile.TemporaryDirectory(prefix="aoconvert-") as scratch:
+        answers = children.ask("library_child", _request(target, source, manifest, scratch, trust=trust))
+    return judge(source.label, answers)
+
+
+def _other_model(target: Target, source: Source, manifest: Manifest) -> str | None:
+    """Why the source cannot be the one that the result was made of, by its configs."""
+    try:
+        layout = identify(source, manifest.source.subfolder)
+    except SourceError as error:
+        return error.message
+    if target.kind == "pipeline" or layout.kind != "pipeline":
+        same = layout.kind == target.kind and layout.class_name == target.class_name
+    else:  # one component of a pipeline
+        same = any(component.class_name == target.class_name for component in layout.components)
+    return None if same else f"{source.label} is another model: {layout.class_name}, not {target.class_name}"
+
+
+def _request(target: Target, source: Source, manifest: Manifest, scratch: str, *, trust: bool) -> dict[str, Any]:
+    root = source.root / (manifest.source.subfolder or "") if target.kind == "pipeline" else source.root
+    folder = str(target.folder.resolve())
+    return {
+        "source": {"folder": str(root), "variant": _variant(manifest)},
+        "result": {
+            "folder": folder,
+            "code": load_code(target, folder, "assign", device="cpu") if target.fused else None,
+        },
+        "kind": target.kind,
+        "imports": list(target.imports),
+        "trust": trust,
+        "available": available_bytes(),
+        "scratch": scratch,
+        "parts": {
+            part.name: _part(part, entry, source, target, manifest)
+            for part, entry in zip(target.parts, manifest.components, strict=True)
+        },
+    }
+
+
+def _part(part: Part, entry: ComponentEntry, source: Source, target: Target, manifest: Manifest) -> dict[str, Any]:
+    quantized = [tensor for tensor in entry.tensors if tensor.action == "quantize"]
+    return {
+        "library": part.library,
+        "class_name": part.class_name,
+        "source_folder": part.folder if target.kind == "pipeline" else _source_folder(source, manifest),
+        "result_folder": part.folder,
+        "dtype": part.dtype,
+        "kwargs": dict(part.kwargs),
+        "fused": part.fused,
+        "untied": "--untie" in shlex.split(manifest.run.command),
+        "missing": [item.name for item in getattr(entry, "missing", ())],
+        "dropped": [item.name for item in getattr(entry, "dropped", ())],
+        "tensors": {t.name: {"class_name": t.class_name, "sqnr_db": t.sqnr_db} for t in quantized},
+    }
+
+
+def _source_folder(source: Source, manifest: Manifest) -> str:
+    """Where in the source a result that is one model comes from: where its weights were."""
+    folders = {posixpath.dirname(file.path) for file in manifest.source.files}
+    folder = folders.pop() if len(folders) == 1 else manifest.source.subfolder or ""
+    return folder if source.has(posixpath.join(folder, "config.json")) else ""
+
+
+def _variant(manifest: Manifest) -> str | None:
+    """The variant in the names of the weights files that were read."""
+    for file in manifest.source.files:
+        match = _VARIANT.fullmatch(posixpath.basename(file.path))
+        if match and (match[1] or match[2]):
+            return match[1] or match[2]
+    return None
+
+
+def judge(label: str, answers: list[dict[str, Any]]) -> LibraryFindings:
+    """What the child's answers mean; ``label`` names the source."""
+    left: dict[str, set[str]] = {}
+    for answer in answers:
+        if "left" in answer:
+            left.setdefault(answer["part"], set()).add(answer["left"])
+    kept = {part: frozenset(names) for part, names in left.items()}
+    for answer in answers:
+        if "error" in answer:
+            return LibraryFindings("failed", f"the library could not open both: {answer['error']}")
+        if "skipped" in answer:
+            return LibraryFindings("skipped", answer["skipped"])
+    found = [answer for answer in answers if "problem" in answer]
+    counted = answers[-1]["compared"]
+    if found:
+        lines = [f"{answer['part']}: {answer['problem']}".removeprefix(": ") for answer in found]
+        other = sum(answer["other"] for answer in found)
+        whole = other > 1 and other >= counted.get("equal", 0) + counted.get("quantized", 0)
+        return LibraryFindings("failed", f"{label} is another model: {some(lines, 2)}" if whole else some(lines), kept)
+    return LibraryFindings("passed", _summary(counted, answers[-1]["worst"], kept), kept)
+
+
+def _summary(counted: dict[str, int], worst: float | None, left: dict[str, frozenset[str]]) -> str:
+    parts = [f"{counted.get('equal', 0)} tensors have the source's bits, {counted.get('quantized', 0)} are within"]
+    parts[0] += " their SQNR" + (f" (worst {worst:.1f} dB)" if worst is not None else "")
+    if counted.get("buffers"):
+        parts.append(f"{counted['buffers']} buffers that no file holds")
+    if counted.get("unused"):
+        parts.append(f"{counted['unused']} that the class does not use")
+    if counted.get("others"):
+        parts.append(f"{counted['others']} other parts")
+    if left:
+        parts.append(f"{sum(map(len, left.values()))} have no values on this machine")
+    return ", ".join(parts)

@@ -1,0 +1,298 @@
+"""Old faults brought back one by one, in a result whose manifest fits: the check ``library`` names each."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from forging import edit, forge, rewrite
+from safetensors.torch import load_file, save_file
+
+import aoconvert
+from aoconvert import manifest as manifests
+from aoconvert.sources import resolve
+from aoconvert.verification import children
+from aoconvert.verification.children import library_child
+from aoconvert.verification.library import _request, judge
+from aoconvert.verification.target import from_manifest
+
+CHILDREN = Path(children.__file__).parent
+
+
+def chat_model(folder: Path) -> None:
+    """A Llama with a head of its own, a tokenizer, several chat templates, and settings for generation."""
+    tiny.llama(folder, tied=False)
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "a", "panda", "plays", "chess"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(folder)
+    transformers.GenerationConfig(max_new_tokens=7, eos_token_id=2).save_pretrained(folder)
+
+
+def tied_model(folder: Path) -> None:
+    tiny.llama(folder)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A source, and a result that was made of it."""
+
+    source: Path
+    result: Path
+
+
+BUILDERS: dict[str, Callable[[Path], None]] = {
+    "chat": chat_model,
+    "tied": tied_model,
+    "sd3": tiny.sd3_pipeline,
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+    made: dict[str, Built] = {}
+
+    def get(name: str) -> Built:
+        if name not in made:
+            root = tmp_path_factory.mktemp("library")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                BUILDERS[name](root / "source")
+            aoconvert.quantize(root / "source", "int8wo", output=root / "out", device="cpu", min_quantized=0)
+            made[name] = Built(root / "source", root / "out")
+        return made[name]
+
+    return get
+
+
+def ask_here(source: Path, result: Path, monkeypatch: pytest.MonkeyPatch, scratch: Path, **request: Any) -> Any:
+    """What the check finds, by the child's own program in this process: a fresh one imports for seconds."""
+    target = from_manifest(result, manifests.load(result))
+    assert target.manifest is not None
+    asked = _request(target, resolve(str(source)), target.manifest, str(scratch), trust=False) | request
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
+    monkeypatch.setattr(sys, "__stdout__", said)
+    library_child.main()
+    return judge("source", [json.loads(line) for line in said.getvalue().splitlines()])
+
+
+def weights(folder: Path) -> Path:
+    return next(folder.rglob("*pytorch_model.bin"))
+
+
+def exchange(state: dict[str, Any], first: str, second: str) -> None:
+    state[first], state[second] = state[second], state[first]
+
+
+def permute(state: dict[str, Any], name: str) -> None:
+    state[name] = state[name].flip(0).contiguous()
+
+
+def in_weights(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda out: rewrite(weights(out), change)
+
+
+def tie(out: Path) -> None:
+    """The head of the file is left out, and counts as tied."""
+    rewrite(weights(out), lambda state: state.pop("lm_head.weight"))
+    edit(out / "config.json", lambda values: values.update(tie_word_embeddings=True))
+
+
+def call_tied(values: dict[str, Any]) -> None:
+    [head] = [t for t in values["components"][0]["tensors"] if t["name"] == "lm_head.weight"]
+    head |= {"action": "tied", "file": None, "sha256": None, "reason": "tied to model.embed_tokens.weight"}
+
+
+def untie(out: Path) -> None:
+    def change(state: dict[str, Any]) -> None:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+
+    rewrite(weights(out), change)
+    edit(out / "config.json", lambda values: values.update(tie_word_embeddings=False))
+
+
+def swap_words(out: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        exchange(values["model"]["vocab"], "panda", "chess")
+
+    edit(out / "tokenizer.json", change)
+
+
+def drop_part(out: Path) -> None:
+    edit(out / "model_index.json", lambda values: values.update(text_encoder_3=[None, None], tokenizer_3=[None, None]))
+    shutil.rmtree(out / "text_encoder_3")
+    shutil.rmtree(out / "tokenizer_3")
+
+
+def more_tensors(source: Path) -> None:
+    """A tensor that the class does not know, in the source alone."""
+    state = load_file(source / "model.safetensors")
+    state["model.layers.2.eh_proj.weight"] = torch.ones(4, 4, dtype=torch.bfloat16)
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+
+
+def ignored_tensor(source: Path) -> None:
+    """One that the library drops without a word, as it does old tables of frequencies."""
+    state = load_file(source / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+
+
+def adapter(source: Path) -> None:
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+    save_file({"lora": torch.ones(2)}, source / "adapter_model.safetensors")
+
+
+def one_scale(state: dict[str, Any]) -> None:
+    state["model.layers.0.mlp.up_proj.weight"].scale[0] *= 1.5
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to a result (or to a copy of its source), and words of what the check says then."""
+
+    family: str
+    says: str
+    result: Callable[[Path], Any] = lambda out: None
+    source: Callable[[Path], Any] = lambda source: None
+    manifest: Callable[[dict[str, Any]], Any] = field(default=lambda values: None)
+
+
+def json_file(name: str, **changes: Any) -> Callable[[Path], None]:
+    return lambda out: edit(out / name, lambda values: values.update(changes))
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    return lambda out: [shutil.rmtree(out / n) if (out / n).is_dir() else (out / n).unlink() for n in names] and None
+
+
+FAULTS = {
+    "a head that counts as tied": Fault("chat", "lm_head.weight", tie, manifest=call_tied),
+    "a tie that is broken": Fault("tied", "lm_head.weight and model.embed_tokens.weight are one tensor", untie),
+    "two tensors exchanged": Fault(
+        "chat",
+        "model.layers.0.mlp.up_proj.weight has an SQNR of",
+        in_weights(lambda s: exchange(s, *(f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate")))),
+    ),
+    "a weight permuted": Fault(
+        "chat", "model.embed_tokens.weight has other", in_weights(lambda s: permute(s, "model.embed_tokens.weight"))
+    ),
+    "one scale": Fault("chat", "up_proj.weight has an SQNR of", in_weights(one_scale)),
+    "a model in another dtype": Fault(
+        "chat", "is float32, the library makes", json_file("config.json", dtype="float32")
+    ),
+    "a tensor made anew": Fault(
+        "chat", "calls model.norm.weight missing", in_weights(lambda s: s.pop("model.norm.weight"))
+    ),
+    "a tensor that was not quantized": Fault(
+        "chat",
+        "is not quantized, the manifest says",
+        in_weights(lambda s: s.update({k: v.dequantize() for k, v in s.items() if k.endswith("0.mlp.up_proj.weight")})),
+    ),
+    "a config": Fault("chat", "config.rms_norm_eps is not", json_file("config.json", rms_norm_eps=1e-3)),
+    "other frequencies": Fault(
+        "chat",
+        "model.rotary_emb.inv_freq, which no file holds",
+        json_file("config.json", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    ),
+    "generation config": Fault("chat", "generation_config", remove("generation_config.json")),
+    "a vocabulary": Fault("chat", "vocabulary is not the source's", swap_words),
+    "a special token": Fault("chat", "special tokens are not", json_file("tokenizer_config.json", eos_token="<s>")),
+    "a chat template": Fault(
+        "chat", "chat template is not", lambda out: (out / "chat_template.jinja").write_text("{{ 1 }}")
+    ),
+    "a tokenizer": Fault(
+        "chat", "AutoTokenizer opens the source, and not", remove("tokenizer.json", "tokenizer_config.json")
+    ),
+    "a tensor that the class does not know": Fault("chat", "eh_proj.weight", source=more_tensors),
+    "a tensor that the library ignores": Fault("chat", "rotary_emb.inv_freq", source=ignored_tensor),
+    "an adapter": Fault("chat", "adapter in the source alone", source=adapter),
+    "a part": Fault("sd3", "text_encoder_3", drop_part),
+    "a scheduler": Fault("sd3", "scheduler.shift is not", json_file("scheduler/scheduler_config.json", shift=9.0)),
+    "a buffer": Fault(
+        "sd3",
+        "transformer: pos_embed.pos_embed has other values",
+        lambda out: rewrite(
+            out / "transformer/diffusion_pytorch_model.bin", lambda s: s["pos_embed.pos_embed"].mul_(2)
+        ),
+    ),
+    "a part that is not quantized": Fault(
+        "sd3",
+        "vae: decoder.conv_in.weight has other values",
+        lambda out: _in_safetensors(out / "vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),
+    ),
+    "a pipeline's class": Fault(
+        "sd3", "the pipeline is a", json_file("model_index.json", _class_name="StableDiffusion3Img2ImgPipeline")
+    ),
+}
+USUAL = {"a scheduler", "a part that is not quantized"}  # of the pipeline; a model alone takes less time
+
+
+def _in_safetensors(path: Path, name: str) -> None:
+    state = load_file(path)
+    permute(state, name)
+    save_file(state, path, {"format": "pt"})
+
+
+def brought_back(fault: Fault, made: Built, folder: Path) -> tuple[Path, Path]:
+    """A copy of the source and of the result, with the fault in it."""
+    source, out = folder / "source", folder / "out"
+    shutil.copytree(made.source, source)
+    shutil.copytree(made.result, out)
+    fault.source(source)
+    fault.result(out)
+    forge(out, fault.manifest)
+    return source, out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if fault.family != "sd3" or name in USUAL else [pytest.mark.exhaustive])
+        for name, fault in FAULTS.items()
+    ],
+)
+def test_an_old_fault(
+    name: str, built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = FAULTS[name]
+    source, out = brought_back(fault, built(fault.family), tmp_path)
+    found = ask_here(source, out, monkeypatch, tmp_path)
+    assert found.status == "failed", found
+    assert fault.says in found.detail, found.detail
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_nothing_wrong(
+    family: str, built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = built(family)
+    found = ask_here(made.source, made.result, monkeypatch, tmp_path)
+    assert (found.status, found.left) == ("passed", {}), found.detail
+
+
+def test_children_import_nothing_of_ours() -> None:
+    """They see what a user's machine would see: the libraries, and Python's own modules."""
+    for path in CHILDREN.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.partition(".")[0] == "aoconvert"], path.name
