@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from checkpoints import LLAMA, build_llama, build_sparse_llama
+from documents import check_document
 
 import aoconvert
 
@@ -215,6 +216,7 @@ def test_demo(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(done.stdout)
+    check_document("demo", result)
     checks = {check["name"]: check for check in result["verification"]["checks"]}
     assert {check["status"] for check in checks.values()} == {"passed"}
     assert "CogVideoXPipeline" in checks["reload"]["detail"]

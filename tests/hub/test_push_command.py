@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from documents import check_document
 from hub.fixtures import HubClient
 from hub.pushing import TOKEN, WITH_TOKEN, XET, entries
 from hub.server import Fault
@@ -36,6 +37,7 @@ def test_the_three_outputs(client: HubClient, fresh: Fresh) -> None:
     first = client.command("push", "me/x", folder, "--json", env=WITH_TOKEN)
     assert first.returncode == 0, first.stderr
     done = json.loads(first.stdout)
+    check_document("push", done)
     assert {"repo_id", "url", "commit", "pr_url", "files", "bytes_uploaded"} <= set(done)
     assert {"nothing_to_do", "deleted", "warnings"} <= set(done)
     assert set(done["files"][0]) == {"path", "size", "sha256", "uploaded"}
@@ -51,6 +53,7 @@ def test_a_dry_run_touches_nothing(client: HubClient, fresh: Fresh) -> None:
     before = listing(folder)
     done = client.command("push", "me/x", str(folder), "--dry-run", "--json", env=WITH_TOKEN)
     found = json.loads(done.stdout)
+    check_document("push", found)
     assert found["dry_run"] is True
     assert found["commit"] is None
     assert not any(file["uploaded"] for file in found["files"]) and found["bytes_uploaded"] == 0

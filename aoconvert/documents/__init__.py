@@ -1,0 +1,46 @@
+"""What the commands print with ``--json``: the JSON Schemas in ``manifests/``, one for each document.
+
+``python -m aoconvert.documents`` writes them. Tests hold what the commands really print against them, in both
+directions: every key that is printed is described here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from aoconvert.documents.base import Document, ErrorDocument
+from aoconvert.documents.conversion import DemoDocument, PlanDocument, QuantizeDocument, RepackDocument
+from aoconvert.documents.looking import CacheDocument, EnvDocument, InspectDocument, SchemeDocument
+from aoconvert.documents.publishing import CardDocument, PushDocument, VerifyDocument
+
+FOLDER = Path("manifests")
+
+DOCUMENTS: dict[str, type[Document]] = {
+    "error": ErrorDocument,
+    "plan": PlanDocument,
+    "quantize": QuantizeDocument,
+    "verify": VerifyDocument,
+    "card": CardDocument,
+    "push": PushDocument,
+    "inspect": InspectDocument,
+    "repack": RepackDocument,
+    "scheme": SchemeDocument,
+    "env": EnvDocument,
+    "cache": CacheDocument,
+    "demo": DemoDocument,
+}
+"""Name → document; ``schemes --json`` is a list of ``scheme``."""
+
+
+def schema_path(name: str) -> Path:
+    """Where a document's schema lies."""
+    return FOLDER / f"{name}.v1.schema.json"
+
+
+def json_schema(name: str) -> str:
+    """The JSON Schema text of a document."""
+    schema = DOCUMENTS[name].model_json_schema(by_alias=True)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = f"aoconvert {name} --json, version 1"
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

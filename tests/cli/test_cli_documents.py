@@ -1,0 +1,67 @@
+"""Every document that a command prints is described by a schema in ``manifests/``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from documents import SCHEMAS, check_document
+
+from aoconvert.documents import DOCUMENTS, json_schema
+
+Call = Callable[..., Any]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_schemas_are_those_of_the_code(name: str) -> None:
+    written = (SCHEMAS / f"{name}.v1.schema.json").read_text(encoding="utf-8")
+    assert written == json_schema(name), "python -m aoconvert.documents"
+
+
+def document(call: Call, *arguments: object, code: int = 0) -> Any:
+    done = call(*arguments, "--json")
+    assert done.code == code, done
+    return json.loads(done.stdout)
+
+
+def test_small_documents(call: Call) -> None:
+    check_document("env", document(call, "env"))
+    check_document("cache", document(call, "cache"))
+    for row in document(call, "schemes"):
+        check_document("scheme", row)
+    check_document("error", document(call, "schemes", "nosuch", code=2))
+    check_document("error", document(call, "plan", code=2))
+
+
+def test_documents_of_a_conversion(call: Call, llama: Path, tmp_path: Path) -> None:
+    convert = (llama, "--scheme", "int8wo", "--device", "cpu", "-o", tmp_path / "out")
+    check_document("plan", document(call, "plan", *convert))
+    check_document("error", document(call, "plan", *convert, "--skip", "nothing", code=3))
+    check_document("quantize", document(call, "quantize", *convert))
+    check_document("card", document(call, "card", tmp_path / "out"))
+    check_document("card", document(call, "card", tmp_path / "out", "--write"))
+    check_document("inspect", document(call, "inspect", tmp_path / "out"))
+    check_document("inspect", document(call, "inspect", llama))
+    check_document("verify", document(call, "verify", tmp_path / "out", "--no-reload"))
+
+
+def test_documents_of_a_pipeline(call: Call, pipeline: Path, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--min-quantized", 0)
+    check_document("plan", document(call, "plan", pipeline, "--scheme", "int8wo", *options, "-o", tmp_path / "out"))
+    int4 = ("--scheme", "int4wo", "--layout-device", "cpu", "--group-size", 32, "-o", tmp_path / "four")
+    document(call, "quantize", pipeline, *int4, *options)
+    check_document("repack", document(call, "repack", tmp_path / "four", "--layout-device", "cuda"))
+    check_document("inspect", document(call, "inspect", tmp_path / "four"))
+
+
+def test_a_key_that_is_not_described_is_seen() -> None:
+    value = {"path": None, "bytes": 0, "kinds": [], "cleared": False}
+    check_document("cache", value)
+    with pytest.raises(jsonschema.ValidationError, match="'new' was unexpected"):
+        check_document("cache", {**value, "new": 1})
+    with pytest.raises(jsonschema.ValidationError, match="is a required property"):
+        check_document("cache", {"path": None})
