@@ -41,18 +41,27 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
 
+_SUB_BYTE = "of {name}, which torch has no dtype for"
+OTHER_DTYPES: Mapping[str, str] = {name: _SUB_BYTE.format(name=name) for name in ("F4", "F6_E2M3", "F6_E3M2")}
+"""Dtypes that the format knows and torch does not, with what to say of such a tensor."""
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """All tensors of the file, in the order of their data, after every check the format allows.
+
+def read_header(path: Path, others: dict[str, str] | None = None) -> dict[str, TensorInfo]:
+    """All tensors of the file that torch can hold, in the order of their data, after every check the format allows.
+
+    Args:
+        path: the file.
+        others: is given what else the file holds: name → what it is.
 
     Raises:
         SourceError: the file is missing, truncated, damaged, or no safetensors file.
     """
     descriptor = open_file(path)
     try:
-        return _read_header(descriptor, path, None)
+        return _read_header(descriptor, path, None, others if others is not None else {})
     finally:
         os.close(descriptor)
 
@@ -61,7 +70,7 @@ def _bad(path: Path, what: str, hint: str = DAMAGED_HINT) -> NoReturn:
     raise SourceError(f"{path}: {what}", hint=hint)
 
 
-def _read_header(descriptor: int, path: Path, observe: Observe | None) -> dict[str, TensorInfo]:
+def _read_header(descriptor: int, path: Path, observe: Observe | None, others: dict[str, str]) -> dict[str, TensorInfo]:
     file_size = os.fstat(descriptor).st_size
     if file_size < 8:
         _bad(path, f"is truncated: a safetensors file has at least 8 bytes, this one has {file_size}")
@@ -72,13 +81,17 @@ def _read_header(descriptor: int, path: Path, observe: Observe | None) -> dict[s
     if start > file_size:
         _bad(path, f"is truncated: the header ends at byte {start}, the file has {file_size}")
     header = _parse(read_bytes(descriptor, 8, length, str(path), observe=observe).numpy().tobytes(), path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)  # null is none, as in the reference implementation
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _bad(path, "its __metadata__ is not a table of strings")
     infos = [_info(name, entry, start, path) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     _check_layout(infos, start, file_size, path)
-    return {info.name: info for info in infos}
+    for name, entry in header.items():
+        if isinstance(entry, dict) and entry["dtype"] in OTHER_DTYPES:
+            others[name] = OTHER_DTYPES[entry["dtype"]]
+    return {info.name: info for info in infos if info.name not in others}
 
 
 def _parse(text: bytes, path: Path) -> dict[str, object]:
@@ -113,7 +126,7 @@ def _info(name: str, entry: object, start: int, path: Path) -> TensorInfo:
     if missing := {"dtype", "shape", "data_offsets"} - entry.keys():
         _bad(path, f"{where}: its header entry has no {min(missing)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in (*DTYPES, *OTHER_DTYPES):
         _bad(path, f"{where}: unknown dtype {dtype!r}", hint=f"aoconvert reads {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(map(_is_size, shape)):
         _bad(path, f"{where}: its shape is not a list of at most {_MAX_DIMS} sizes")
@@ -123,6 +136,8 @@ def _info(name: str, entry: object, start: int, path: Path) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         _bad(path, f"{where}: its data_offsets are not two byte offsets")
     begin, end = offsets
+    if dtype in OTHER_DTYPES:
+        return TensorInfo(name, torch.uint8, tuple(shape), max(0, end - begin), str(path), start + begin)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != nbytes:
         _bad(path, f"{where}: {dtype} of shape {shape} takes {nbytes} bytes, its data_offsets span {end - begin}")
@@ -160,7 +175,7 @@ class SafetensorsReader:
         self._observe = observe
         self._descriptor = open_file(path)
         try:
-            self._infos = _read_header(self._descriptor, path, observe)
+            self._infos = _read_header(self._descriptor, path, observe, {})
         except BaseException:
             os.close(self._descriptor)
             raise

@@ -85,10 +85,15 @@ class TorchBinReader:
         path: the file.
         observe: is told of the bytes that are read of it.
 
+    Attributes:
+        others: what the file holds beside tensors that can be read: name → what it is.
+
     Raises:
         SourceError: missing, damaged, not a dict of tensors, already quantized, or its pickle holds what does not
             belong in a checkpoint.
     """
+
+    others: Mapping[str, str]
 
     def __init__(self, path: Path, observe: Observe | None = None) -> None:
         self._path = path
@@ -98,10 +103,11 @@ class TorchBinReader:
         self._descriptor = open_file(path)
         try:
             if os.pread(self._descriptor, 4, 0) == _ZIP_MAGIC:
-                self._places = _places(_Bytes(self._descriptor, path, observe), path)
+                self._places, self.others = _places(_Bytes(self._descriptor, path, observe), path)
                 self._infos = {name: _info(name, place, path) for name, place in self._places.items()}
             else:
-                self._loaded = _state_dict(_load_legacy(self._descriptor, path, observe), path)
+                content = _load_legacy(self._descriptor, path, observe)
+                self._loaded, self.others = _state_dict(content, path)
                 self._infos = _legacy_infos(self._loaded, path)
         except BaseException:
             os.close(self._descriptor)
@@ -167,8 +173,8 @@ class _Bytes:
         return read_bytes(self.descriptor, offset, count, str(self.path), observe=self.observe).numpy().tobytes()
 
 
-def _places(source: _Bytes, path: Path) -> dict[str, _Place]:
-    """The tensors by name; one enclosing ``{"state_dict": ...}`` is opened."""
+def _places(source: _Bytes, path: Path) -> tuple[dict[str, _Place], dict[str, str]]:
+    """The tensors by name, and what else there is; one enclosing ``{"state_dict": ...}`` is opened."""
     try:
         contents = read_source(source, str(path), expanded=True)
     except UnsafeFileError as error:
@@ -182,14 +188,30 @@ def _places(source: _Bytes, path: Path) -> dict[str, _Place]:
     top: dict[str | int, Value] = dict(contents.others)
     top.update(contents.tensors)
     found = inner if isinstance(inner, Mapping) else top
-    return {str(name): _place(name, value, path) for name, value in found.items()}
+    tensors: dict[str, _Place] = {}
+    others: dict[str, str] = {}
+    for name, value in found.items():
+        if not isinstance(name, str):
+            _bad(path, f"the key {name!r} is not a tensor name", _DICT_HINT)
+        if isinstance(value, TensorEntry):
+            tensors[name] = _place(name, value)
+        else:
+            others[name] = _other(_kind(value))
+    _require_tensors(tensors, others, path)
+    return tensors, others
 
 
-def _place(name: str | int, value: Value, path: Path) -> _Place:
-    if not isinstance(name, str):
-        _bad(path, f"the key {name!r} is not a tensor name", _DICT_HINT)
-    if not isinstance(value, TensorEntry):
-        _bad(path, f"{name!r} is a {_kind(value)}, not a tensor", _DICT_HINT)
+def _other(kind: str) -> str:
+    """What to say of a value that is not a tensor."""
+    return "None" if kind == "NoneType" else f"a {kind}, not a tensor"
+
+
+def _require_tensors(tensors: Mapping[str, object], others: Mapping[str, str], path: Path) -> None:
+    if others and not tensors:
+        _bad(path, f"holds no tensor, but {', '.join(sorted(others)[:3])}", _DICT_HINT)
+
+
+def _place(name: str, value: TensorEntry) -> _Place:
     if value.class_name not in _PLAIN or value.data is None or value.data.offset is None:
         raise AssertionError(f"{name!r} is a {value.class_name}, but nothing of torchao is in the file")
     return _Place(getattr(torch, value.dtype), value.shape, value.data.stride, value.data.offset)
@@ -284,23 +306,28 @@ def _unsafe(path: Path, name: str) -> SourceError:
     )
 
 
-def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors by name; one enclosing ``{"state_dict": ...}`` is opened."""
+def _state_dict(content: object, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors by name, and what else there is; one enclosing ``{"state_dict": ...}`` is opened."""
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         _bad(path, f"holds a {type(content).__name__}, not a dict of tensors", _DICT_HINT)
+    tensors: dict[str, torch.Tensor] = {}
+    others: dict[str, str] = {}
     for name, value in content.items():
         if not isinstance(name, str):
             _bad(path, f"the key {name!r} is not a tensor name", _DICT_HINT)
         if not isinstance(value, torch.Tensor):
-            _bad(path, f"{name!r} is a {type(value).__name__}, not a tensor", _DICT_HINT)
-        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_quantized:
+            others[name] = _other(type(value).__name__)
+        elif type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_quantized:
             kind = "quantized torch.Tensor" if value.is_quantized else type(value).__qualname__
             _bad(path, f"is already quantized: {name!r} is a {kind}", hint=_QUANTIZED_HINT)
-        if value.layout is not torch.strided or value.is_conj() or value.is_neg():
-            _bad(path, f"tensor {name!r} is not dense", hint="save it again as an ordinary tensor")
-    return dict(content)
+        elif value.layout is not torch.strided or value.is_conj() or value.is_neg():
+            others[name] = "not a dense tensor"
+        else:
+            tensors[name] = value
+    _require_tensors(tensors, others, path)
+    return tensors, others
 
 
 def _legacy_infos(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, TensorInfo]:

@@ -135,8 +135,8 @@ def test_what_is_no_dict_of_tensors(tmp_path, zipped):
 
     save([torch.ones(2)])
     refused(path, "no dict at its top" if zipped else "holds a list, not a dict of tensors")
-    save({"x": torch.ones(2), "epoch": 3})
-    refused(path, "'epoch' is a int, not a tensor")
+    save({"step": None, "epoch": 3})
+    refused(path, "holds no tensor, but epoch, step")
     save({3: torch.ones(2)})
     refused(path, "the key 3 is not a tensor name")
     save({"x": torch.ones(2).to_sparse()})
