@@ -327,7 +327,7 @@ def make_options(scheme: str | None, options: Mapping[str, Any]) -> QuantizeOpti
     for name in ("max_shard_size", "target_size"):
         if isinstance(values.get(name), str):
             values[name] = parse_size(values[name])
-    for name in ("skip", "candidates"):
+    for name in ("skip", "candidates", "allow_missing"):
         if name in values:
             values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
     if isinstance(values.get("components"), Sequence):
@@ -413,7 +413,15 @@ _VALUES = (
     *("min_sqnr", "target_bits", "target_size"),
     *("subfolder", "variant", "dtype", "layout_device", "max_shard_size", "min_quantized"),
 )
-_FLAGS = ("component_only", "keep_original_files", "include_embeddings", "untie", "fuse_qkv", "trust_remote_code")
+_FLAGS = (
+    "component_only",
+    "keep_original_files",
+    "include_embeddings",
+    "untie",
+    "drop_unknown",
+    "fuse_qkv",
+    "trust_remote_code",
+)
 
 
 def command_line(made: Plan, options: QuantizeOptions) -> str:
@@ -428,6 +436,7 @@ def command_line(made: Plan, options: QuantizeOptions) -> str:
         words += ["--group-size", str(options.group_size)]
     words += [word for key, value in options.settings.items() for word in ("--set", f"{key}={value}")]
     words += [word for pattern in options.skip for word in ("--skip", pattern)]
+    words += [word for pattern in options.allow_missing for word in ("--allow-missing", pattern)]
     for name, scheme in options.components.items():
         words += ["--component", f"{name}={scheme}" if scheme else name]
     defaults = QuantizeOptions(scheme="int8wo")

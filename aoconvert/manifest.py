@@ -53,7 +53,7 @@ def _folder(path: str) -> str:
 RelativePath = Annotated[str, AfterValidator(_inside), Field(description="relative, '/'-separated, inside the folder")]
 RelativeFolder = Annotated[str, AfterValidator(_folder), Field(description="its folder, '' for the root")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Action = Literal["quantize", "cast", "keep", "tied"]
+Action = Literal["quantize", "cast", "keep", "tied", "carry"]
 
 
 class _Model(BaseModel):
@@ -150,6 +150,7 @@ class LoadEntry(_Model):
 class TensorEntry(_Model):
     """One state-dict entry, as it was written.
 
+    ``action`` is ``carry`` for a tensor that the model class does not know: its name and its bytes are the source's.
     ``sha256`` is over the bytes of the inner tensors in ``data_names`` order (a plain tensor: its own bytes).
     ``sqnr_db`` is 20·log10(‖w‖ / ‖w − dequantized‖), against the source's weight. ``scheme`` is what it was quantized
     to, ``kind`` what it belongs to. ``repaired_rows`` counts rows of zeros for which torchao gives no scale, so that
@@ -174,6 +175,13 @@ class TensorEntry(_Model):
     device: str | None = None
     file: RelativePath | None = None
     sha256: Sha256 | None = None
+
+
+class LeftOutEntry(_Model):
+    """A tensor that was not written, and why."""
+
+    name: str
+    reason: str
 
 
 class Totals(_Model):
@@ -212,6 +220,12 @@ class ComponentEntry(_Model):
     fused_qkv: bool = Field(default=False, description="query, key and value projections were fused first")
     rules: dict[str, str | None] | None = Field(
         default=None, description="with several schemes: pattern of the FqnToConfig → scheme, null where it is skipped"
+    )
+    missing: list[LeftOutEntry] = Field(
+        default_factory=list, description="tensors of the model that its source does not hold: the library makes them"
+    )
+    dropped: list[LeftOutEntry] = Field(
+        default_factory=list, description="what the source's weights files hold and the result does not"
     )
     tensors: list[TensorEntry]
     totals: Totals

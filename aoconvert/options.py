@@ -37,6 +37,8 @@ class QuantizeKwargs(TypedDict, total=False):
     keep_original_files: bool
     include_embeddings: bool
     untie: bool
+    allow_missing: str | Sequence[str]
+    drop_unknown: bool
     default_skips: bool
     fuse_qkv: bool
     dtype: str
@@ -75,6 +77,9 @@ class QuantizeOptions:
         keep_original_files: take the files of a pipeline's other parts over unchanged, not as ``.bin``.
         include_embeddings: quantize embedding tables too, with a scheme that they can take.
         untie: write tensors that share their memory as tensors of their own, so that they can be quantized apart.
+        allow_missing: names or ``re:`` patterns as in ``skip``, of tensors that the checkpoint does not hold: they are
+            left to the library, which makes them anew.
+        drop_unknown: leave out the tensors that the model class does not know.
         default_skips: leave alone what a careful converter leaves alone (output head, routers …).
         fuse_qkv: fuse the query, key and value projections of a diffusers model before they are quantized.
         dtype: of what is not quantized and the base of what is; ``auto`` keeps the source's.
@@ -108,6 +113,8 @@ class QuantizeOptions:
     keep_original_files: bool = False
     include_embeddings: bool = False
     untie: bool = False
+    allow_missing: tuple[str, ...] = ()
+    drop_unknown: bool = False
     default_skips: bool = True
     fuse_qkv: bool = False
     dtype: str = "bfloat16"
@@ -134,12 +141,13 @@ class QuantizeOptions:
             raise UsageError(f"min_quantized {self.min_quantized} is not a fraction between 0 and 1")
         if self.max_shard_size is not None and self.max_shard_size <= 0:
             raise UsageError("max_shard_size must be positive")
-        for pattern in self.skip:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise UsageError(f"--skip {pattern!r} is not a regular expression: {error}") from None
+        for option, patterns in (("--skip", self.skip), ("--allow-missing", self.allow_missing)):
+            for pattern in patterns:
+                if pattern.startswith("re:"):
+                    try:
+                        re.compile(pattern[3:])
+                    except re.error as error:
+                        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
 
     @property
     def searches(self) -> bool:

@@ -114,6 +114,11 @@ def skipping(patterns: Iterable[str]) -> tuple[Rule, ...]:
     return tuple(Rule(pattern, None, "--skip") for pattern in patterns)
 
 
+def allowing(patterns: Iterable[str]) -> tuple[Rule, ...]:
+    """The rules of ``--allow-missing``."""
+    return tuple(Rule(pattern, None, "--allow-missing") for pattern in patterns)
+
+
 def unmatched(rules: Iterable[Rule], names: Iterable[str]) -> list[str]:
     """One line for every rule that matches none of these tensors and modules, for a few with the nearest names."""
     known = sorted({name for name in names if name})

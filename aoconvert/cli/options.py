@@ -87,6 +87,15 @@ def conversion(function: F) -> F:
             "--untie", is_flag=True, help="Write tied tensors (output head, embedding) as tensors of their own."
         ),
         click.option(
+            "--allow-missing",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave these to the library where the checkpoint lacks them: as --skip. Repeatable.",
+        ),
+        click.option(
+            "--drop-unknown", is_flag=True, help="Leave out tensors that the model class does not know (MTP layers)."
+        ),
+        click.option(
             "--no-default-skips",
             "default_skips",
             flag_value=False,

@@ -320,6 +320,8 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         loads_with={"torchao": f">={plan.min_torchao}", "torch": ">=2.6"},
         fused_qkv=bool(plan.skeleton.fused),
         rules=dict(rule_schemes(config_dict(plan.config), plan.layout.device)) if len(plan.schemes) > 1 else None,
+        missing=[manifest.LeftOutEntry(**item.to_dict()) for item in plan.missing],
+        dropped=[manifest.LeftOutEntry(**item.to_dict()) for item in plan.dropped],
         tensors=tensors,
         totals=manifest.Totals(**vars_of(plan.totals), worst_sqnr_db=min(worst, default=None)),
     )

@@ -76,6 +76,8 @@ class TensorSpec:
             for a mixture's stack of matrices in one 3-D parameter; whether a scheme can run there is for
             ``experts.settle`` to say.
         tied_to: name of the tensor that this one shares its memory with, or ``None``.
+        compared_with: a tensor of its own, which config or class declare to be this one: the library compares them with
+            each other while it opens the model; ``None`` where there is none.
         keep_fp32: the class asks for float32 whatever the model's dtype.
         output_head: of a layer that gives the model's output (``lm_head``, ``score``).
         single_row: its layer sees one row per sample (modulation, timestep, pooled projection), or may see no more: an
@@ -94,6 +96,7 @@ class TensorSpec:
     kind: Kind
     parameter: bool = True
     tied_to: str | None = None
+    compared_with: str | None = None
     keep_fp32: bool = False
     output_head: bool = False
     single_row: bool = False

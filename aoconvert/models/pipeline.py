@@ -155,7 +155,7 @@ def _component(source: Source, part: PipelinePart) -> Component | None:
     config = join(part.folder, "config.json")
     if not source.has(config):
         return None
-    values = _mapping(source, config)
+    values = _config(source, config)
     if "_class_name" not in values and _config_name(part.class_name) != "config.json":
         return None
     if part.library in ("diffusers", "transformers"):
@@ -180,7 +180,7 @@ def identify(source: Source, subfolder: str | None = None) -> ModelLayout:
     config = join(folder, "config.json")
     if not source.has(config):
         raise explain_unknown(source, folder)
-    values = _mapping(source, config)
+    values = _config(source, config)
     check_class_keys(source, config, values)
     component = _single(source, folder, values)
     if component is None:
@@ -189,6 +189,18 @@ def identify(source: Source, subfolder: str | None = None) -> ModelLayout:
             hint="give the folder of a model, not of one of its parts",
         )
     return ModelLayout(component.library, folder, component.class_name, (component,))
+
+
+def _config(source: Source, path: str) -> Mapping[str, Any]:
+    """A model's config; one of transformers may name other files, each for a version of the library and later ones."""
+    values = _mapping(source, path)
+    names = values.get("configuration_files")
+    if not isinstance(names, list) or "_class_name" in values:
+        return values
+    from transformers.configuration_utils import get_configuration_file
+
+    name = get_configuration_file([name for name in names if isinstance(name, str)])
+    return _mapping(source, join(path.rpartition("/")[0], name))
 
 
 def _mapping(source: Source, path: str) -> Mapping[str, Any]:

@@ -1,14 +1,15 @@
-"""Tensors that share their memory, made tensors of their own."""
+"""Tensors that share their memory: which ones do, by what the checkpoint holds, and how they are made their own."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.models.base import Skeleton
+from aoconvert.models.opening import Opening
 from aoconvert.models.pipeline import build_skeleton
 
 if TYPE_CHECKING:
@@ -33,6 +34,48 @@ class Untied:
     config: Mapping[str, Any]
     free: Mapping[str, str]
     stuck: Mapping[str, str]
+
+
+def settled(
+    skeleton: Skeleton, opening: Opening, are_equal: Callable[[Collection[str], Collection[str]], bool]
+) -> tuple[Skeleton, tuple[tuple[str, str], ...]]:
+    """The ties as the library leaves them when it has opened the checkpoint, whatever config and class declare.
+
+    Of each group the tensor that the class takes the others from is written, even if the checkpoint has it under
+    another name of the group.
+
+    Args:
+        skeleton: with the ties that are declared.
+        opening: what the library said.
+        are_equal: whether the checkpoint's tensors for two groups of keys hold the same values.
+
+    Returns:
+        The skeleton, and the pairs that are declared one but differ.
+    """
+    group: dict[str, set[str]] = {}
+    for names in opening.shared:
+        whole = set(names)
+        group |= dict.fromkeys(names, whole)
+    apart = []
+    for name, origin in opening.contested:
+        mine, other = group.setdefault(name, {name}), group.setdefault(origin, {origin})
+        if mine is other:
+            continue
+        if are_equal(mine, other):
+            joined = mine | other
+            group |= dict.fromkeys(joined, joined)
+        else:
+            apart.append((name, origin))
+    rivals: dict[str, str] = {}
+    for name, origin in apart:
+        rivals |= {name: origin, origin: name}
+    declared = {spec.name: spec.tied_to for spec in skeleton}
+    order = {name: (target is not None, at) for at, (name, target) in enumerate(declared.items())}
+    specs = []
+    for spec in skeleton:
+        first = min(group.get(spec.name, {spec.name}) & order.keys(), key=order.__getitem__)
+        specs.append(replace(spec, tied_to=first if first != spec.name else None, compared_with=rivals.get(spec.name)))
+    return replace(skeleton, tensors=tuple(specs)), tuple(apart)
 
 
 def untied(skeleton: Skeleton, dtype: torch.dtype, *, code_root: Path | None = None) -> Untied:

@@ -203,12 +203,14 @@ class Names:
         merged: state-dict keys that transformers builds from several tensors, or by an operation on one.
         conversions: how it builds them.
         clash: a key that the checkpoint gives in both ways, if there is one.
+        passed: the checkpoint's names that transformers passes over: they lead to a key that another one has given.
     """
 
     direct: Mapping[str, str]
     merged: frozenset[str]
     conversions: tuple[Conversion, ...]
     clash: str | None
+    passed: Mapping[str, str]
 
 
 def source_names(skeleton: Skeleton, checkpoint: Iterable[str]) -> Names:
@@ -228,6 +230,7 @@ def source_names(skeleton: Skeleton, checkpoint: Iterable[str]) -> Names:
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     direct: dict[str, str] = {}
+    passed: dict[str, str] = {}
     collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     merged: set[str] = set()
     for name in sorted(checkpoint, key=dot_natural_key):
@@ -237,7 +240,8 @@ def source_names(skeleton: Skeleton, checkpoint: Iterable[str]) -> Names:
         if target not in wanted:
             continue
         if pattern is None:
-            direct.setdefault(target, name)
+            if direct.setdefault(target, name) != name:
+                passed[name] = direct[target]
             continue
         _, sources = collected.setdefault(target, (by_pattern[pattern], {}))
         sources.setdefault(pattern, []).append(name)
@@ -250,11 +254,11 @@ def source_names(skeleton: Skeleton, checkpoint: Iterable[str]) -> Names:
     )
     clash = next((name for name in direct if name in merged), None)
     kept = {name: origin for name, origin in direct.items() if name not in merged}
-    return Names(kept, frozenset(merged & set(wanted)), conversions, clash)
+    return Names(kept, frozenset(merged & set(wanted)), conversions, clash, passed)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No loading bars and reports on stderr; the plan has said what matters."""
     from transformers.utils import logging as hf_logging
 
@@ -296,7 +300,7 @@ def merged_reader_index(
 
     cls = model_class(component, code_root=code_root)
     try:
-        with _quiet():
+        with quiet():
             model = cls.from_pretrained(
                 folder,
                 device_map={"": "disk"},

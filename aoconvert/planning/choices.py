@@ -131,6 +131,9 @@ def _taste(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | N
 
 def _unfit(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | None:
     """Why what the scheme makes of the tensor could not be loaded, or not be used."""
+    rival = next((item.compared_with for item in (spec, *twins) if item.compared_with is not None), None)
+    if rival is not None:
+        return f"is compared with {rival} when the model is opened, which torchao's tensors cannot be; --untie"
     if scheme.needs_rows and spec.single_row:
         rows = "an expert may see a single row" if spec.kind == "experts" else "sees one row per sample"
         return f"{rows}, which {scheme.name} cannot run"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aoconvert import schemes
 from aoconvert.models import Component, ModelLayout, Skeleton, build_skeleton, join
@@ -13,15 +13,14 @@ from aoconvert.models.ties import untied
 from aoconvert.models.unknown import other_weights
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
+from aoconvert.planning.checkpoint import read_checkpoint
 from aoconvert.planning.choices import Wishes
 from aoconvert.planning.decide import Decisions, decide, nbytes
-from aoconvert.planning.inventory import take
-from aoconvert.planning.types import ComponentPlan, FilePlan, TensorPlan
-from aoconvert.planning.weights import is_only
+from aoconvert.planning.types import ComponentPlan, FilePlan, LeftOut, TensorPlan
+from aoconvert.planning.weights import chosen_weights, is_only
 from aoconvert.recipes import fqn_to_config
 from aoconvert.rules import Rules
 from aoconvert.schemes.apply import quantize_weight
-from aoconvert.sources.weights import find_weights
 from aoconvert.words import size
 
 if TYPE_CHECKING:
@@ -78,15 +77,19 @@ def plan_component(
         if not free:
             why = next(iter(apart.stuck.values()), "none of its tensors share their memory")
             problems.append(f"{component.title}: --untie: {why}")
-    weights = find_weights(source, component.folder, component.library, variant=options.variant)
+    weights = chosen_weights(source, component, options.variant)
     if weights is None and need_weights:
-        found = other_weights(source, component.folder)
+        others = other_weights(source, component.folder)
         problems.append(
-            f"{component.title}: no weights in {join(source.label, component.folder)}" + (f", {found}" if found else "")
+            f"{component.title}: no weights in {join(source.label, component.folder)}"
+            + (f", {others}" if others else "")
         )
-    inventory = take(source, skeleton, weights)
+    found = None
+    if weights is not None:
+        skeleton, found = read_checkpoint(source, skeleton, weights, options, dtype or torch.bfloat16, code_root=code)
     wishes = Wishes(options.include_embeddings, options.default_skips)
-    decisions = decide(skeleton, rules, wishes, dtype, inventory, free)
+    decisions = decide(skeleton, rules, wishes, dtype, found, free)
+    inventory = found.inventory if found is not None else None
     problems += decisions.problems
     folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
     tensors, order, files = lay_out(
@@ -98,7 +101,7 @@ def plan_component(
         options.max_shard_size,
     )
     plan = ComponentPlan(
-        component=_with_config(skeleton.component, decisions),
+        component=_with_config(skeleton.component, decisions, drop_unknown=options.drop_unknown),
         rules=rules,
         config=_config(rules, decisions, skeleton),
         folder=folder,
@@ -106,7 +109,9 @@ def plan_component(
         order=order,
         files=files,
         skip_modules=_skip_modules(component, tensors),
-        unused=inventory.unused if inventory else (),
+        missing=decisions.missing,
+        dropped=decisions.dropped,
+        apart=found.apart if found else (),
         copied=inventory.obstacle if inventory else None,
         weights=weights,
         skeleton=skeleton,
@@ -125,11 +130,27 @@ def plan_component(
     return plan, problems
 
 
-def _with_config(component: Component, decisions: Decisions) -> Component:
+# Keys that count the layers for multi-token prediction, which are in the checkpoint and not in the model class
+_PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+
+
+def _with_config(component: Component, decisions: Decisions, *, drop_unknown: bool) -> Component:
     """The model with what its ``config.json`` has to say so that it can be loaded and used."""
-    if decisions.implementation is None:
-        return component
-    return replace(component, config={**component.config, "experts_implementation": decisions.implementation})
+    changes: dict[str, Any] = {}
+    if decisions.implementation is not None:
+        changes["experts_implementation"] = decisions.implementation
+    if drop_unknown and decisions.dropped:
+        changes |= _without_prediction(component.config)
+    return replace(component, config={**component.config, **changes}) if changes else component
+
+
+def _without_prediction(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that announce layers for multi-token prediction, set to none; at the top and in nested configs."""
+    changes: dict[str, Any] = {key: 0 for key in _PREDICTION_LAYERS if config.get(key)}
+    for name, value in config.items():
+        if isinstance(value, dict) and (inner := _without_prediction(value)):
+            changes[name] = {**value, **inner}
+    return changes
 
 
 def _asked(rules: Rules) -> str:
@@ -220,9 +241,11 @@ def component_warnings(plan: ComponentPlan) -> list[str]:
         lines.append(f"{title}: from_pretrained cannot open fused projections; the load code assigns the weights")
     if plan.component.library == "diffusers" and len(plan.files) > 1:
         lines.append(f"{title}: diffusers opens a sharded .bin only with use_safetensors=False")
-    if plan.unused:
-        shown = ", ".join(plan.unused[:3]) + (", …" if len(plan.unused) > 3 else "")
-        lines.append(f"{title}: {len(plan.unused)} tensors of the checkpoint have no place in the model: {shown}")
+    for name, origin in plan.apart:
+        lines.append(f"{title}: {name} and {origin} should be one by its config, but differ: both are kept")
+    lines += _counted(title, "tensors that its class does not know are carried over unchanged", plan.carried)
+    lines += dropped_warning(title, plan.dropped)
+    lines += _counted(title, "tensors that the checkpoint does not hold are left to the library", plan.missing)
     if (larger := _larger_than_int8(plan)) is not None:
         lines.append(f"{title}: {larger}")
     if plan.copied is not None:
@@ -254,3 +277,15 @@ def _int8_bytes(shape: tuple[int, ...], dtype: str) -> int:
 
 
 _INT8_BYTES = 0.9  # bytes per parameter; a scheme above it promises nothing smaller than int8wo
+
+
+def dropped_warning(title: str, dropped: Sequence[LeftOut]) -> list[str]:
+    """What the checkpoint holds and the result does not; no line where that is nothing."""
+    return _counted(title, "entries of the checkpoint are left out", dropped)
+
+
+def _counted(title: str, what: str, items: Sequence[LeftOut | TensorPlan]) -> list[str]:
+    if not items:
+        return []
+    shown = ", ".join(item.name for item in items[:3]) + (", …" if len(items) > 3 else "")
+    return [f"{title}: {len(items)} {what}: {shown}"]

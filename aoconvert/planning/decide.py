@@ -10,9 +10,9 @@ from aoconvert.errors import QuantizeError
 from aoconvert.models import Skeleton, TensorSpec
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import Recipe
+from aoconvert.planning.checkpoint import Found
 from aoconvert.planning.choices import Choices, Wishes, choose
-from aoconvert.planning.inventory import Inventory
-from aoconvert.planning.types import Action, TensorPlan
+from aoconvert.planning.types import Action, LeftOut, TensorPlan
 from aoconvert.rules import Rules
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.apply import quantize_weight
@@ -20,8 +20,10 @@ from aoconvert.schemes.apply import quantize_weight
 if TYPE_CHECKING:
     import torch
 
+UNKNOWN = "the model class does not know it"
 
-def meta_output(spec: TensorSpec, dtype: torch.dtype, scheme: Scheme | None) -> torch.Tensor:
+
+def meta_output(name: str, shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme | None) -> torch.Tensor:
     """The tensor that will be written, on ``meta``: real class and real inner shapes, no data.
 
     Raises:
@@ -29,14 +31,14 @@ def meta_output(spec: TensorSpec, dtype: torch.dtype, scheme: Scheme | None) -> 
     """
     import torch
 
-    plain = torch.empty(spec.shape, dtype=dtype, device="meta")
+    plain = torch.empty(shape, dtype=dtype, device="meta")
     if scheme is None:
         return plain
     result = quantize_weight(plain, scheme)
     if type(result) is torch.Tensor:
         raise QuantizeError(
-            f"torchao left {spec.name} {list(spec.shape)} unquantized under {scheme.name}",
-            hint=f"--skip {spec.name}",
+            f"torchao left {name} {list(shape)} unquantized under {scheme.name}",
+            hint=f"--skip {name}",
         )
     return result
 
@@ -61,6 +63,8 @@ class Decisions:
     outputs: Mapping[str, torch.Tensor]
     implementation: str | None
     problems: tuple[str, ...]
+    missing: tuple[LeftOut, ...] = ()
+    dropped: tuple[LeftOut, ...] = ()
 
 
 def decide(
@@ -68,7 +72,7 @@ def decide(
     rules: Rules,
     wishes: Wishes,
     dtype: torch.dtype | None,
-    inventory: Inventory | None,
+    found: Found | None,
     free: Mapping[str, str] | None = None,
 ) -> Decisions:
     """Decide for every tensor of a model.
@@ -78,18 +82,21 @@ def decide(
         rules: which scheme is for which tensor.
         wishes: what else the user said about that.
         dtype: of everything floating; ``None`` keeps the source's.
-        inventory: the checkpoint's tensors; ``None`` where only the config is known.
+        found: the checkpoint; ``None`` where only the config is known.
         free: state-dict key → the key that it was tied to, under which the checkpoint may hold it.
     """
-    decider = _Decider(skeleton, dtype, inventory, free or {})
+    decider = _Decider(skeleton, dtype, found, free or {})
     decider.choose(rules, wishes)
     tensors = [made for spec in skeleton if (made := decider.plan(spec)) is not None]
-    problems = decider.problems
-    if decider.missing:
-        shown = ", ".join(decider.missing[:3])
-        more = f" and {len(decider.missing) - 3} more" if len(decider.missing) > 3 else ""
-        problems.append(f"{skeleton.component.title}: the checkpoint does not hold {shown}{more}")
-    return Decisions(tuple(tensors), decider.outputs, decider.choices.implementation, tuple(problems))
+    tensors += decider.carry()
+    return Decisions(
+        tuple(tensors),
+        decider.outputs,
+        decider.choices.implementation,
+        tuple(decider.problems + decider.refusals()),
+        tuple(decider.left),
+        tuple(decider.dropped()),
+    )
 
 
 @dataclass
@@ -98,14 +105,16 @@ class _Decider:
 
     skeleton: Skeleton
     dtype: torch.dtype | None
-    inventory: Inventory | None
+    found: Found | None
     free: Mapping[str, str]
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    left: list[LeftOut] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     choices: Choices = field(default_factory=Choices)
 
     def __post_init__(self) -> None:
+        self.inventory = self.found.inventory if self.found is not None else None
         self._twins: dict[str, list[str]] = {}
         for spec in self.skeleton:
             if spec.tied_to:
@@ -171,9 +180,12 @@ class _Decider:
         title = self.skeleton.component.title
         if self.inventory is None or spec.tied_to is not None:
             return True
+        if what := self.inventory.unreadable.get(spec.name):
+            self.problems.append(f"{title}: the checkpoint's {spec.name} is {what}")
+            return False
         if origin is None and recipe is None:
             if spec.name not in self.inventory.merged:
-                self.missing.append(spec.name)
+                self._leave(spec)
             return spec.name in self.inventory.merged
         if origin is not None and origin.shape != spec.shape:
             self.problems.append(
@@ -186,10 +198,78 @@ class _Decider:
             return False
         return True
 
+    def _leave(self, spec: TensorSpec) -> None:
+        """A tensor that the checkpoint does not hold: for the library to make, or missing."""
+        assert self.found is not None
+        opening = self.found.opening
+        rule = self.found.allowed.match(spec.name, spec.module)
+        if rule is not None:
+            self.left.append(LeftOut(spec.name, f"not in the checkpoint ({rule.label})"))
+        elif spec.name in opening.missing or opening.refusal is not None or spec.module in self.skeleton.fused:
+            self.missing.append(spec.name)
+        else:
+            self.left.append(LeftOut(spec.name, "not in the checkpoint, as its class expects; the library makes it"))
+
+    def refusals(self) -> list[str]:
+        """Why the checkpoint cannot be converted, as the library says."""
+        title, lines = self.skeleton.component.title, []
+        if self.missing:
+            shown = ", ".join(self.missing[:3])
+            more = f" and {len(self.missing) - 3} more" if len(self.missing) > 3 else ""
+            lines.append(
+                f"{title}: the checkpoint does not hold {shown}{more} "
+                "(--allow-missing PATTERN leaves a tensor to the library, which makes it anew)"
+            )
+        if self.found is None or self.problems or lines:
+            return lines  # the library's refusal would only say the same
+        opening = self.found.opening
+        if opening.refusal is not None and self.found.inventory.obstacle is None:
+            lines.append(f"{title}: {self.skeleton.component.library} does not open it: {opening.refusal}")
+        for name, (here, there) in (opening.mismatched or {}).items():
+            lines.append(f"{title}: {name} comes out as {list(here)}, but its class wants {list(there)}")
+        return lines
+
+    def carry(self) -> list[TensorPlan]:
+        """Tensors that the class does not know: under their names, unchanged. Other loaders may use them."""
+        import torch
+
+        if self.found is None or self.found.drop_unknown:
+            return []
+        made = []
+        for tensor in self.found.inventory.unknown:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self.outputs[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            made.append(
+                TensorPlan(
+                    name=tensor.name,
+                    shape=tensor.shape,
+                    dtype=dtype,
+                    source_dtype=dtype,
+                    action="carry",
+                    reason=UNKNOWN,
+                    candidate=False,
+                    parameter=tensor.dtype.is_floating_point,
+                    embedding=False,
+                    bytes_in=tensor.nbytes,
+                    bytes_out=tensor.nbytes,
+                    origin=(tensor.file, tensor.name),
+                )
+            )
+        return made
+
+    def dropped(self) -> list[LeftOut]:
+        """What the checkpoint holds and the result does not."""
+        if self.found is None:
+            return []
+        inventory = self.found.inventory
+        unknown = inventory.unknown if self.found.drop_unknown else ()
+        passed = [LeftOut(name, why) for name, why in inventory.passed.items()]
+        return [*(LeftOut(tensor.name, f"{UNKNOWN} (--drop-unknown)") for tensor in unknown), *passed]
+
     def _output(self, spec: TensorSpec, dtype: torch.dtype, scheme: Scheme | None) -> torch.Tensor:
         key = (spec.shape, dtype, scheme.key if scheme is not None else None)
         if key not in self._cache:
-            self._cache[key] = meta_output(spec, dtype, scheme)
+            self._cache[key] = meta_output(spec.name, spec.shape, dtype, scheme)
         return self._cache[key]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What the weights files hold.
+
+    Attributes:
+        tensors: the checkpoint's name → tensor, in the order of files and data.
+        others: the checkpoint's name → what it is that is not a tensor that could be read (``None``, a number, a dict).
+    """
+
+    tensors: Mapping[str, SourceTensor]
+    others: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Inventory:
     """The checkpoint's tensors for one model.
 
@@ -27,106 +40,117 @@ class Inventory:
         recipes: how each of them is made from tensors of the checkpoint.
         obstacle: why that cannot be said, and transformers' loader must make a copy of all of them; then there are no
             recipes.
-        unused: names that the model has no place for.
-        order: state-dict keys as they lie in the files.
+        unknown: tensors that the model has no place for.
+        passed: the checkpoint's names that are not read, and why.
+        unreadable: state-dict key → what the checkpoint has there in place of a tensor.
+        needs_data: the checkpoint's names that transformers converts on the CPU wherever the model is: without their
+            data it cannot be asked about them.
+        order: state-dict keys, and names of ``unknown``, as they lie in the files.
     """
 
     direct: Mapping[str, SourceTensor]
     merged: frozenset[str]
     recipes: Mapping[str, Recipe]
     obstacle: str | None
-    unused: tuple[str, ...]
-    order: tuple[str, ...]
+    unknown: tuple[SourceTensor, ...] = ()
+    passed: Mapping[str, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    needs_data: frozenset[str] = frozenset()
+    order: tuple[str, ...] = ()
 
 
-def headers(source: Source, weights: WeightFiles) -> dict[str, SourceTensor] | None:
-    """Checkpoint name → tensor, over all files; ``None`` where the headers cannot be had without the weights.
+def read_contents(source: Source, weights: WeightFiles) -> Contents | None:
+    """Read every header; ``None`` where the headers cannot be had without the weights.
 
     Raises:
         SourceError: a file is damaged, or two files contradict each other.
     """
     found: dict[str, SourceTensor] = {}
+    others: dict[str, str] = {}
     for path in weights.files:
         if weights.format == "safetensors":
-            entries = _safetensors(source, path)
+            entries, rest = _safetensors(source, path)
         elif source.is_local(path):
-            entries = _torch_bin(source, path)
+            entries, rest = _torch_bin(source, path)
         else:
             return None
+        others |= rest
         for entry in entries:
-            if weights.index is not None and weights.index.get(entry.name, path) != path:
-                continue
             if entry.name in found:
-                raise SourceError(
-                    f"{source.label}: tensor {entry.name!r} is in {found[entry.name].file} and in {path}",
-                    hint="remove the file that does not belong to this checkpoint",
-                )
+                _check_twice(source, weights, entry.name, found[entry.name].file, path)
             found[entry.name] = entry
-    if weights.index is not None:
-        for name, path in weights.index.items():
-            if name not in found:
-                raise SourceError(
-                    f"{source.label}: the index says {name!r} is in {path}, but it is not",
-                    hint="download the checkpoint again",
-                )
-    return found
+    return Contents(found, others)
 
 
-def _safetensors(source: Source, path: str) -> list[SourceTensor]:
-    from aoconvert.readers.safetensors import DTYPES, read_header
+def _check_twice(source: Source, weights: WeightFiles, name: str, first: str, last: str) -> None:
+    """Of two files with the same tensor the libraries take the last, whatever the index says.
+
+    Raises:
+        SourceError: the index says another, or there is none.
+    """
+    if weights.index is None or weights.index.get(name) != last:
+        raise SourceError(
+            f"{source.label}: tensor {name!r} is in {first} and in {last}",
+            hint="remove the file that does not belong to this checkpoint",
+        )
+
+
+def _safetensors(source: Source, path: str) -> tuple[list[SourceTensor], dict[str, str]]:
+    from aoconvert.readers.safetensors import DTYPES, OTHER_DTYPES, read_header
 
     if source.is_local(path):
-        return [
-            SourceTensor(path, info.name, info.dtype, info.shape, info.nbytes)
-            for info in read_header(source.local(path)).values()
-        ]
+        others: dict[str, str] = {}
+        infos = read_header(source.local(path), others).values()
+        return [SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes) for i in infos], others
     header: Mapping[str, Any] = source.safetensors_header(path)
-    found = []
+    found, rest = [], {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] in OTHER_DTYPES:
+            rest[name] = OTHER_DTYPES[entry["dtype"]]
+        elif entry["dtype"] not in DTYPES:
             raise SourceError(f"{source.label}: {path}: tensor {name!r} has the unknown dtype {entry['dtype']}")
-        found.append(SourceTensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin))
-    return found
+        else:
+            found.append(SourceTensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin))
+    return found, rest
 
 
-def _torch_bin(source: Source, path: str) -> list[SourceTensor]:
+def _torch_bin(source: Source, path: str) -> tuple[list[SourceTensor], dict[str, str]]:
     from aoconvert.readers.torch_bin import TorchBinReader
 
     reader = TorchBinReader(source.local(path))
     try:
-        return [
-            SourceTensor(path, info.name, info.dtype, info.shape, info.nbytes, info.place)
-            for info in reader.infos().values()
-        ]
+        infos = reader.infos().values()
+        tensors = [SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes, i.place) for i in infos]
+        return tensors, dict(reader.others)
     finally:
         reader.close()
 
 
-def take(source: Source, skeleton: Skeleton, weights: WeightFiles | None) -> Inventory | None:
+def match(skeleton: Skeleton, contents: Contents, *, sharded: bool) -> Inventory:
     """Match the checkpoint's tensors with the model's.
 
-    Returns:
-        ``None`` where there are no weights to look at (a config alone, or a ``.bin`` on the Hub).
-
-    Raises:
-        SourceError: a file is damaged, or two files contradict each other.
+    Args:
+        skeleton: the empty model.
+        contents: of its checkpoint.
+        sharded: it has an index.
     """
-    found = headers(source, weights) if weights is not None else None
-    if found is None or weights is None:
-        return None
     if skeleton.component.library == "diffusers":
-        from aoconvert.models import diffusers
-
-        names = diffusers.source_names(skeleton, found, sharded=weights.index is not None)
-        if skeleton.fused:
-            here = {name: found[origin] for name, origin in names.items()}
-            recipes = {name: made for made in follow(skeleton, conversions(skeleton), here) for name in made.targets}
-            return _inventory(skeleton, found, names, merged=frozenset(recipes), recipes=recipes)
-        return _inventory(skeleton, found, names)
+        return _match_diffusers(skeleton, contents, sharded=sharded)
     from aoconvert.models import transformers
 
-    resolved = transformers.source_names(skeleton, found)
+    found = contents.tensors
+    resolved = transformers.source_names(skeleton, [*found, *contents.others])
+    names = {name: origin for name, origin in resolved.direct.items() if origin in found}
+    unreadable = {name: contents.others[origin] for name, origin in resolved.direct.items() if origin not in found}
+    needs_data = {
+        name
+        for item in resolved.conversions
+        if getattr(item.converter, "force_cpu", False)
+        for names in item.sources.values()
+        for name in names
+    }
+    finish = _Finish(skeleton, contents, names, resolved.passed, unreadable, frozenset(needs_data))
     try:
         if resolved.clash is not None:
             raise CannotFollow(f"the checkpoint holds {resolved.clash} and what it is made from")
@@ -135,32 +159,64 @@ def take(source: Source, skeleton: Skeleton, weights: WeightFiles | None) -> Inv
         if twice := recipes.keys() & resolved.direct.keys():
             raise CannotFollow(f"the checkpoint holds {min(twice)} and what it is made from")
     except CannotFollow as reason:
-        return _inventory(skeleton, found, resolved.direct, merged=resolved.merged, obstacle=str(reason))
-    return _inventory(skeleton, found, resolved.direct, merged=frozenset(recipes), recipes=recipes)
+        into_copy = {name for item in resolved.conversions for names in item.sources.values() for name in names}
+        return finish.inventory(merged=resolved.merged, obstacle=str(reason), used=into_copy)
+    return finish.inventory(merged=frozenset(recipes), recipes=recipes)
 
 
-def _inventory(
-    skeleton: Skeleton,
-    found: Mapping[str, SourceTensor],
-    names: Mapping[str, str],
-    *,
-    merged: frozenset[str] = frozenset(),
-    recipes: Mapping[str, Recipe] | None = None,
-    obstacle: str | None = None,
-) -> Inventory:
-    """Put together what is known; ``names`` leads from a state-dict key to the checkpoint's name."""
-    recipes = recipes or {}
+def _match_diffusers(skeleton: Skeleton, contents: Contents, *, sharded: bool) -> Inventory:
+    from aoconvert.models import diffusers
+
+    found = contents.tensors
+    names = diffusers.source_names(skeleton, [*found, *contents.others], sharded=sharded)
+    there = {name: origin for name, origin in names.items() if origin in found}
     wanted = {spec.name for spec in skeleton}
-    direct = {name: found[origin] for name, origin in names.items() if name in wanted}
-    position = {name: rank for rank, name in enumerate(found)}
-    # a tensor that is made comes where its first source comes
-    places = {name: position[tensor.name] for name, tensor in direct.items()}
-    places |= {name: min(position[source.name] for source in recipe) for name, recipe in recipes.items()}
-    order = sorted(places, key=places.__getitem__)
-    if obstacle is not None:  # the copy is read after the rest; what goes into it is transformers' business
-        return Inventory(direct, merged, {}, obstacle, (), (*order, *sorted(merged)))
-    used = {tensor.name for tensor in direct.values()} | {
-        source.name for recipe in recipes.values() for source in recipe
-    }
-    unused = tuple(name for name in found if name not in used)
-    return Inventory(direct, merged, recipes, None, unused, tuple(order))
+    unreadable = {name: contents.others[names[name]] for name in names.keys() - there.keys() if name in wanted}
+    finish = _Finish(skeleton, contents, there, {}, unreadable)
+    if not skeleton.fused:
+        return finish.inventory()
+    here = {name: found[origin] for name, origin in there.items()}
+    whole = [item for item in conversions(skeleton) if all(n in here for part in item.sources.values() for n in part)]
+    recipes = {name: made for made in follow(skeleton, whole, here) for name in made.targets}
+    return finish.inventory(merged=frozenset(recipes), recipes=recipes)
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """Puts together what is known; ``names`` leads from a state-dict key to the checkpoint's name."""
+
+    skeleton: Skeleton
+    contents: Contents
+    names: Mapping[str, str]
+    passed: Mapping[str, str]
+    unreadable: Mapping[str, str]
+    needs_data: frozenset[str] = frozenset()
+
+    def inventory(
+        self,
+        *,
+        merged: frozenset[str] = frozenset(),
+        recipes: Mapping[str, Recipe] | None = None,
+        obstacle: str | None = None,
+        used: set[str] | None = None,
+    ) -> Inventory:
+        """``used``: names of the checkpoint that go into ``merged`` without a recipe."""
+        recipes = recipes or {}
+        found = self.contents.tensors
+        wanted = {spec.name for spec in self.skeleton}
+        direct = {name: found[origin] for name, origin in self.names.items() if name in wanted}
+        position = {name: rank for rank, name in enumerate(found)}
+        # a tensor that is made comes where its first source comes
+        places = {name: position[tensor.name] for name, tensor in direct.items()}
+        places |= {name: min(position[source.name] for source in recipe) for name, recipe in recipes.items()}
+        taken = {tensor.name for tensor in direct.values()} | (used or set()) | self.passed.keys()
+        taken |= {source.name for recipe in recipes.values() for source in recipe}
+        unknown = tuple(tensor for name, tensor in found.items() if name not in taken)
+        places |= {tensor.name: position[tensor.name] for tensor in unknown}
+        order = sorted(places, key=places.__getitem__)
+        order += sorted(merged) if obstacle is not None else []  # the copy is read after the rest
+        passed = {name: f"{other} is taken for the same tensor" for name, other in self.passed.items()}
+        passed |= {name: what for name, what in self.contents.others.items() if name not in passed}
+        return Inventory(
+            direct, merged, recipes, obstacle, unknown, passed, self.unreadable, self.needs_data, tuple(order)
+        )

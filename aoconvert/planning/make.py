@@ -19,13 +19,13 @@ from aoconvert.models import Component, identify
 from aoconvert.models.fused import CannotFuse
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
-from aoconvert.planning.component import component_warnings, plan_component
+from aoconvert.planning.component import component_warnings, dropped_warning, plan_component
 from aoconvert.planning.copying import sort_files, unread_pickles
 from aoconvert.planning.needs import needs
 from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
 from aoconvert.planning.unquantized import plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
-from aoconvert.rules import Rules, skipping, unmatched
+from aoconvert.rules import Rules, allowing, skipping, unmatched
 from aoconvert.words import size
 
 if TYPE_CHECKING:
@@ -65,12 +65,13 @@ def make(
         problems += error.problems
     asked = rules or {item.name: resolve_rules(options, item, devices[0], recipe) for item in chosen}
     plans, found, warnings = _plans(source, layout, chosen, asked, options, need_weights=need_weights)
-    problems += [*found, *_unmatched(plans)]
+    problems += [*found, *_unmatched(plans), *_unmatched_missing(plans, options)]
 
     only = is_only(layout, options)
     unquantized: tuple[UnquantizedPlan, ...] = ()
     if chosen and layout.kind == "pipeline" and not (only or options.keep_original_files):
         unquantized = plan_unquantized(source, layout, chosen, options)
+        warnings += [line for item in unquantized for line in dropped_warning(item.component.title, item.dropped)]
     weights = [item.weights for item in plans if item.weights] + [item.weights for item in unquantized]
     fetch = [path for files in weights for path in files.paths]
     copied, left_behind = sort_files(
@@ -208,6 +209,14 @@ def resolve_rules(options: QuantizeOptions, component: Component, device: str, r
 def _unmatched(plans: Sequence[ComponentPlan]) -> list[str]:
     rules = list(dict.fromkeys(rule for plan in plans for rule in plan.rules))
     return unmatched(rules, [name for plan in plans for spec in plan.skeleton for name in (spec.name, spec.module)])
+
+
+def _unmatched_missing(plans: Sequence[ComponentPlan], options: QuantizeOptions) -> list[str]:
+    """One line for every ``--allow-missing`` that no missing tensor answers to; nothing where no weights were seen."""
+    if not any(plan.weights for plan in plans):
+        return []
+    names = [item.name for plan in plans for item in plan.missing]
+    return unmatched(allowing(options.allow_missing), [*names, *(name.rpartition(".")[0] for name in names)])
 
 
 def output_problems(source: Source, options: QuantizeOptions) -> list[str]:

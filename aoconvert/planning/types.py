@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles
 
-Action = Literal["quantize", "cast", "keep", "tied"]
+Action = Literal["quantize", "cast", "keep", "tied", "carry"]
 
 SCHEMA_VERSION = 1
 
@@ -36,7 +36,8 @@ class TensorPlan:
         shape: its shape.
         dtype: dtype it will have; for a quantized one the dtype it dequantizes to.
         source_dtype: dtype in the checkpoint.
-        action: ``quantize``, ``cast`` (to ``dtype``), ``keep`` (same bytes) or ``tied`` (not written).
+        action: ``quantize``, ``cast`` (to ``dtype``), ``keep`` (same bytes), ``tied`` (not written) or ``carry``
+            (unknown to the model class: under the checkpoint's name, same bytes).
         scheme: what it is quantized to; ``None`` where it is not.
         reason: why it is not quantized; ``None`` where it is.
         candidate: a matrix that somebody could expect to be quantized (embeddings not counted).
@@ -84,6 +85,18 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A tensor that is not written, and why."""
+
+    name: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        """As the plan's JSON and the manifest have it."""
+        return {"name": self.name, "reason": self.reason}
+
+
+@dataclass(frozen=True)
 class FilePlan:
     """A weights file of the output and its size in bytes, exact for the versions installed here."""
 
@@ -128,7 +141,9 @@ class ComponentPlan:
         tensors: in state-dict order.
         order: their names in the order they are read and written, file by file.
         skip_modules: linear modules that stay as they are, for ``modules_to_not_convert``.
-        unused: tensors of the checkpoint that the model class does not have.
+        missing: tensors of the model that the checkpoint does not hold, and that the library makes.
+        dropped: what the checkpoint holds and the result does not.
+        apart: pairs of tensors that are one by config or class, but differ in the checkpoint: both are kept.
         recipes: state-dict key → how it is made from several tensors of the checkpoint, or by an operation on one.
         copied: why such tensors cannot be made one by one: transformers' loader makes a copy of all of them on the
             output's disk (they have neither ``origin`` nor ``sources``). ``None`` where it need not.
@@ -142,7 +157,9 @@ class ComponentPlan:
     order: tuple[str, ...]
     files: tuple[FilePlan, ...]
     skip_modules: tuple[str, ...]
-    unused: tuple[str, ...]
+    missing: tuple[LeftOut, ...]
+    dropped: tuple[LeftOut, ...]
+    apart: tuple[tuple[str, str], ...]
     copied: str | None
     weights: WeightFiles | None
     skeleton: Skeleton = field(repr=False, compare=False)
@@ -184,7 +201,7 @@ class ComponentPlan:
         """Sums over the tensors."""
         written = [tensor for tensor in self.tensors if tensor.action != "tied"]
         parameters = sum(t.numel for t in written if t.parameter)
-        outside = sum(t.numel for t in written if t.parameter and not t.embedding)
+        outside = sum(t.numel for t in written if t.parameter and not t.embedding and t.action != "carry")
         quantized = sum(t.numel for t in written if t.action == "quantize")
         quantized_outside = sum(t.numel for t in written if t.action == "quantize" and not t.embedding)
         bytes_out = sum(t.bytes_out for t in written)
@@ -197,6 +214,11 @@ class ComponentPlan:
             bytes_out=bytes_out,
             bits_per_weight=8 * bytes_out / parameters if parameters else 0.0,
         )
+
+    @property
+    def carried(self) -> tuple[TensorPlan, ...]:
+        """Tensors of the checkpoint that the model class does not know."""
+        return tuple(t for t in self.tensors if t.action == "carry")
 
     @property
     def skipped(self) -> tuple[TensorPlan, ...]:
@@ -214,6 +236,7 @@ class UnquantizedPlan:
         tensors: in the order of the source's files; none where these are not here yet.
         order: names of those that are written, in the order they are read and written, file by file.
         files: with the source's sizes where these are not here yet.
+        dropped: what its files hold that is not a tensor.
     """
 
     component: Component
@@ -222,6 +245,7 @@ class UnquantizedPlan:
     order: tuple[str, ...]
     files: tuple[FilePlan, ...]
     weights: WeightFiles
+    dropped: tuple[LeftOut, ...] = ()
 
     @property
     def bytes_in(self) -> int:
@@ -338,6 +362,8 @@ def _component_dict(plan: ComponentPlan) -> dict[str, Any]:
             }
             for t in plan.tensors
         ],
+        "missing": [item.to_dict() for item in plan.missing],
+        "dropped": [item.to_dict() for item in plan.dropped],
         "files": [{"path": item.path, "size": item.size} for item in plan.files],
         "totals": vars_of(plan.totals),
     }

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from aoconvert.errors import SourceError
 from aoconvert.models import Component, ModelLayout, join
 from aoconvert.models.base import SourceTensor
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
 from aoconvert.planning.component import lay_out
-from aoconvert.planning.inventory import headers
-from aoconvert.planning.types import FilePlan, TensorPlan, UnquantizedPlan
+from aoconvert.planning.inventory import read_contents
+from aoconvert.planning.types import FilePlan, LeftOut, TensorPlan, UnquantizedPlan
 from aoconvert.planning.weights import weights_of
+from aoconvert.sources.weights import NAMED_BY
 
 if TYPE_CHECKING:
     from aoconvert.sources import Source
@@ -48,18 +50,25 @@ def _plan(
 ) -> UnquantizedPlan:
     import torch
 
+    if component.library == "transformers" and component.config.get(NAMED_BY) is not None:
+        raise SourceError(  # its config arrives as it is, and would lead to a file that is not there
+            f"{component.title}: its config.json names its weights ({NAMED_BY}); only a quantized part can have that",
+            hint=f"--component {component.title}, or take {NAMED_BY} out of the config and use the usual file names",
+        )
     folder = component.folder.removeprefix(f"{layout.folder}/" if layout.folder else "")
-    found = headers(source, weights)
-    if found is None:  # a .bin on the Hub: what it holds is known when it is here
+    contents = read_contents(source, weights)
+    if contents is None:  # a .bin on the Hub: what it holds is known when it is here
         size = sum(source.files()[path].size for path in weights.files)
         files = (FilePlan(join(folder, plan_files.weights_name(component, 1, 1)), size),)
         return UnquantizedPlan(component, folder, (), (), files, weights)
+    found = contents.tensors
     planned = _tensors(found)
     outputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in found.items()}
     if component.library == "diffusers":  # it cannot open a sharded .bin without being told
         limit = 1 + sum(tensor.nbytes for tensor in found.values())
+    dropped = tuple(LeftOut(name, why) for name, why in contents.others.items())
     return UnquantizedPlan(
-        component, folder, *lay_out(component, folder, planned, outputs, list(found), limit), weights
+        component, folder, *lay_out(component, folder, planned, outputs, list(found), limit), weights, dropped
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from aoconvert import recipes
 from aoconvert.errors import AoconvertError, SourceError
 from aoconvert.models import Component, ModelLayout, identify
 from aoconvert.options import QuantizeOptions
-from aoconvert.sources.weights import find_weights
+from aoconvert.sources.weights import WeightFiles, find_weights
 
 if TYPE_CHECKING:
     from aoconvert.recipes import Recipe
@@ -25,7 +26,7 @@ def local_weights(source: Source, options: QuantizeOptions) -> list[Path]:
         layout = identify(source, options.subfolder)
         found = []
         for component in choose(layout, options, load_recipe(options))[0]:
-            weights = find_weights(source, component.folder, component.library, variant=options.variant)
+            weights = chosen_weights(source, component, options.variant)
             found += [source.local(path) for path in weights.files] if weights is not None else []
     except AoconvertError:
         return []
@@ -57,12 +58,22 @@ def weights_of(source: Source, component: Component, variant: str | None) -> Wei
     Raises:
         SourceError: as ``find_weights``.
     """
+    find = partial(find_weights, source, component.folder, component.library, config=component.config)
     if variant is None:
-        return find_weights(source, component.folder, component.library)
+        return find()
     try:
-        return find_weights(source, component.folder, component.library, variant=variant)
+        return find(variant=variant)
     except SourceError:
-        return find_weights(source, component.folder, component.library)
+        return find()
+
+
+def chosen_weights(source: Source, component: Component, variant: str | None) -> WeightFiles | None:
+    """The weights of a component that is quantized.
+
+    Raises:
+        SourceError, HubError: as ``find_weights``; also for a variant that is not there.
+    """
+    return find_weights(source, component.folder, component.library, variant=variant, config=component.config)
 
 
 def load_recipe(options: QuantizeOptions) -> Recipe | None:

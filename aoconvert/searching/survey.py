@@ -86,10 +86,10 @@ class Survey:
 
     def output(self, name: str, scheme: Scheme | None) -> torch.Tensor:
         """The tensor as it would be written, on ``meta``."""
-        spec = self._specs[name]
-        key = (spec.shape, self._dtypes[name], scheme.key if scheme is not None else None)
+        shape = self._tensors[name].shape
+        key = (shape, self._dtypes[name], scheme.key if scheme is not None else None)
         if key not in self._outputs:
-            self._outputs[key] = meta_output(spec, self._dtypes[name], scheme)
+            self._outputs[key] = meta_output(name, shape, self._dtypes[name], scheme)
         return self._outputs[key]
 
     def data_bytes(self, name: str, scheme: Scheme | None) -> int:
@@ -122,9 +122,10 @@ class Survey:
         return sum(self.parameters(tensor.name) for tensor in self.plan.tensors if tensor.action != "tied")
 
     def parameters(self, name: str) -> int:
-        """Parameters of a tensor outside embeddings; of an embedding or a buffer 0."""
+        """Parameters of a tensor outside embeddings; 0 of an embedding, a buffer, and what is not the model's."""
         tensor = self._tensors[name]
-        return tensor.numel if tensor.parameter and not tensor.embedding else 0
+        counts = tensor.parameter and not tensor.embedding and tensor.action != "carry"
+        return tensor.numel if counts else 0
 
     def quantized_fraction(self, chosen: Mapping[str, Scheme | None]) -> float:
         """As ``Totals.quantized_fraction`` counts it."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from aoconvert.errors import SourceError
 from aoconvert.files import read_limited
 from aoconvert.json_text import CONFIG_BYTES, parse_json
-from aoconvert.sources.headers import read_local_header
+from aoconvert.sources.headers import REPLACE_HINT, read_local_header
 
 FetchProgress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); from several threads, but never from two at once."""
@@ -132,6 +132,23 @@ class Source(ABC):
             SourceError: the file is missing, truncated, or not a safetensors file.
         """
         return read_local_header(self.local(path), f"{self.label}: {path}")
+
+    def read_range(self, path: str, offset: int, count: int) -> bytes:
+        """Bytes of a file.
+
+        Raises:
+            SourceError: the file is missing or shorter than that.
+        """
+        where = f"{self.label}: {path}"
+        try:
+            with self.local(path).open("rb") as stream:
+                stream.seek(offset)
+                data = stream.read(count)
+        except OSError as error:
+            raise SourceError(f"{where} cannot be read: {error.strerror}") from error
+        if len(data) != count:
+            raise SourceError(f"{where} is truncated", hint=REPLACE_HINT)
+        return data
 
 
 def _because(error: OSError) -> str:

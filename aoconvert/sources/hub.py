@@ -15,6 +15,7 @@ from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_pa
 from aoconvert.sources.folder import list_folder
 from aoconvert.sources.headers import check_entries
 from aoconvert.sources.hub_errors import SPACE_HINT, check_token, not_cached, translated
+from aoconvert.sources.remote import RemoteFile
 
 # Fetched when the source is opened: configs, indexes, tokenizers and what the model card needs, never weights.
 SMALL_SUFFIXES = frozenset({".json", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".yaml", ".yml"})
@@ -116,6 +117,19 @@ class HubSource(Source):
         }
         check_entries(header, entry.size - 8, name)
         return header
+
+    def read_range(self, path: str, offset: int, count: int) -> bytes:
+        """As :meth:`Source.read_range`; from the Hub, by a ranged request.
+
+        Raises:
+            HubError: the Hub refused, broke off, or does not answer ranged requests; it is not in the cache.
+        """
+        entry = self.require(path)
+        if (self.root / path).is_file():
+            return super().read_range(path, offset, count)
+        if self._offline:
+            raise not_cached(_list_files(self.repo_id, [entry]))
+        return RemoteFile(self.repo_id, self.revision, path, entry.size, self._token).read(offset, count)
 
 
 def open_hub(

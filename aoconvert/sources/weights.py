@@ -10,7 +10,7 @@ import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from aoconvert.errors import SourceError
 from aoconvert.json_text import INDEX_BYTES
@@ -23,6 +23,12 @@ STEMS: dict[Library, dict[Format, str]] = {
     "diffusers": {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},
     "transformers": {"safetensors": "model", "bin": "pytorch_model"},
 }
+
+
+NAMED_BY = "transformers_weights"
+_INDEX = ".safetensors.index.json"
+_ADAPTER = "adapter_model.bin"
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,15 @@ class WeightFiles:
         return (*self.files, self.index_file) if self.index_file else self.files
 
 
-def find_weights(source: Source, folder: str, library: Library, *, variant: str | None = None) -> WeightFiles | None:
-    """Find a component's weights; nothing but an index is read.
+def find_weights(
+    source: Source,
+    folder: str,
+    library: Library,
+    *,
+    variant: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> WeightFiles | None:
+    """Find the weights that the library would load for a component; nothing but an index is read.
 
     Args:
         source: where to look.
@@ -56,18 +69,24 @@ def find_weights(source: Source, folder: str, library: Library, *, variant: str 
         library: whose file names to look for. safetensors come before ``.bin``; within a format diffusers prefers an
             index to a single file, transformers a single file to an index.
         variant: ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors`` and its like.
+        config: the component's; one of transformers may name its weights file, which goes before all others.
 
     Returns:
         ``None`` where the folder has no weights at all.
 
     Raises:
         SourceError: the variant is not there; only variants are there and none was asked for; shards without an index;
-            an index that is damaged, names an absent file, or a file outside the folder.
+            an index that is damaged, names an absent file, or a file outside the folder; a config that names a file
+            that is not there, or that transformers refuses; a distributed checkpoint, which goes before all others.
         HubError: the index could not be fetched.
     """
     folder, variant = folder.strip("/"), variant or None
     if folder and not is_safe_path(folder):
         raise SourceError(f"{source.label}: {show(folder)} is not a folder inside the source")
+    if library == "transformers":
+        _refuse_distributed(source, folder)
+        if (named := (config or {}).get(NAMED_BY)) is not None:
+            return _named_weights(source, folder, named)
     for format_ in ("safetensors", "bin"):
         stem = STEMS[library][format_]
         single = posixpath.join(folder, f"{_with_variant(stem, variant)}.{format_}")
@@ -78,6 +97,43 @@ def find_weights(source: Source, folder: str, library: Library, *, variant: str 
                 return WeightFiles(format_, (path,), None) if path == single else _read_index(source, path, format_)
     _explain_absence(source, folder, library, variant)
     return None
+
+
+def _named_weights(source: Source, folder: str, name: Any) -> WeightFiles:
+    """The file that ``transformers_weights`` of a config names: a safetensors file, an index of them, or one ``.bin``.
+
+    Source: ``transformers.modeling_utils._get_resolved_checkpoint_files``.
+    """
+    where = f"{source.label}: {posixpath.join(folder, 'config.json')}: {NAMED_BY}"
+    if not isinstance(name, str) or not (name.endswith((".safetensors", _INDEX)) or name == _ADAPTER):
+        raise SourceError(
+            f"{where} is {show(str(name))}, which transformers does not load",
+            hint=f"take {NAMED_BY} out of the config to use the usual file names",
+        )
+    if not is_safe_path(name):
+        raise SourceError(f"{where} is {show(name)}, which is outside the folder", hint="do not use this checkpoint")
+    path = posixpath.join(folder, name)
+    if not source.has(path):
+        raise SourceError(f"{where} is {show(name)}, which is not there", hint="the download or copy is incomplete")
+    source.require(path)
+    if name.endswith(_INDEX):
+        return _read_index(source, path, "safetensors")
+    return WeightFiles("bin" if name == _ADAPTER else "safetensors", (path,), None)
+
+
+def _refuse_distributed(source: Source, folder: str) -> None:
+    """Shards that each process of a training run wrote: where a folder has them, transformers reads nothing else.
+
+    Source: ``transformers.distributed.checkpoint.is_sharded_checkpoint``; it looks into folders, not into repos.
+    """
+    if source.kind != "folder":
+        return
+    for path in source.files():
+        if posixpath.dirname(path) == folder and _DISTRIBUTED.fullmatch(posixpath.basename(path)):
+            raise SourceError(
+                f"{source.label}: {path} is of a distributed checkpoint, which transformers loads in place of others",
+                hint="open it with from_pretrained, and save it with save_pretrained",
+            )
 
 
 def _with_variant(stem: str, variant: str | None) -> str:

@@ -174,14 +174,19 @@ def _assign_part(part: Part) -> list[str]:
     lines += ["state = {}"]
     # no f-string in the program: a brace in a file's name would be code there
     lines += [f"state.update(torch.load(folder + {'/' + path!r}, weights_only=True, mmap=True))" for path in part.files]
+    if any(entry.action == "carry" for entry in (part.tensors or {}).values()):
+        # of the source, and not of the model class: other loaders use them
+        lines += [f"state = {{name: state[name] for name in {variable}.state_dict() if name in state}}"]
     if part.library == "transformers":
+        # tensors that are tied are in the file once; if both are there they differ, and stay apart
         lines += [
+            f"absent = {variable}.state_dict().keys() - state.keys()",
             f"for name, origin in {variable}.all_tied_weights_keys.items():",
-            "    state[name] = state[origin]",
+            "    state.setdefault(name, state[origin])",
         ]
     lines += [f"{variable}.load_state_dict(state, strict=True, assign=True)"]
     if part.library == "transformers":
-        lines += [f"{variable}.tie_weights()"]
+        lines += [f"{variable}.tie_weights(missing_keys=absent, recompute_mapping=False)"]
     lines += [f"{variable}.eval()"]
     return lines
 

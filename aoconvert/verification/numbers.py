@@ -86,6 +86,8 @@ def _reading_plan(source: Source, scratch: Path, part: Part, entry: ComponentEnt
         "default_skips": False,
         "fuse_qkv": part.fused,
         "untie": untie,
+        # exact names: a pattern out of a manifest could be anything
+        "allow_missing": [item.name for item in entry.missing if not item.name.startswith("re:")],
     }
     if part.name:
         options["components"] = {part.name: None}

@@ -166,7 +166,7 @@ def from_folder(folder: Path) -> Target:
         quantization = component.config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != "torchao":
             continue
-        weights = find_weights(source, component.folder, component.library)
+        weights = find_weights(source, component.folder, component.library, config=component.config)
         dtype = component.config.get("dtype") or component.config.get("torch_dtype")
         if component.library == "diffusers":
             dtype = "bfloat16"  # diffusers' configs do not say, and torchao models are made in it

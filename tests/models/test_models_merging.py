@@ -186,7 +186,7 @@ def test_the_plan_counts_no_copy(built: Callable[[str], Path], tmp_path: Path) -
     # a stack is made expert by expert, from the expert's matrices
     experts = {tensor.working_bytes - tensor.bytes_in // tensor.shape[0] for tensor in made}
     assert experts == {4 * BLOCK_BYTES}
-    assert component.unused == ()
+    assert component.carried == ()
     plan = plan_of(built("nomic-bert"), tmp_path / "out")
     [component] = plan.components
     made = [tensor for tensor in component.tensors if tensor.sources]

@@ -1,0 +1,93 @@
+"""A checkpoint as a model finds it: names, the library's own report, and the values that decide about ties."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aoconvert.models import Skeleton
+from aoconvert.models.base import SourceTensor
+from aoconvert.models.opening import Opening, ask
+from aoconvert.models.ties import settled
+from aoconvert.options import QuantizeOptions
+from aoconvert.planning.inventory import Inventory, match, read_contents
+from aoconvert.planning.values import Values
+from aoconvert.rules import Rules, allowing
+
+if TYPE_CHECKING:
+    import torch
+
+    from aoconvert.sources import Source
+    from aoconvert.sources.weights import WeightFiles
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model finds in its checkpoint.
+
+    Attributes:
+        inventory: its tensors.
+        opening: what the library says when it opens it.
+        allowed: which tensors may be missing.
+        drop_unknown: tensors that the model class does not know are left out.
+        apart: pairs of tensors that are one by config or class, but differ.
+    """
+
+    inventory: Inventory
+    opening: Opening
+    allowed: Rules
+    drop_unknown: bool = False
+    apart: tuple[tuple[str, str], ...] = ()
+
+
+def read_checkpoint(
+    source: Source,
+    skeleton: Skeleton,
+    weights: WeightFiles,
+    options: QuantizeOptions,
+    dtype: torch.dtype,
+    *,
+    code_root: Path | None,
+) -> tuple[Skeleton, Found | None]:
+    """Read the headers, ask the library, and compare what is declared one and is there twice.
+
+    Args:
+        source: holds the files.
+        skeleton: with the ties that config and class declare.
+        weights: the files.
+        options: what the user said.
+        dtype: that the library casts to when it opens the model.
+        code_root: folder with the checkpoint's own code; only given with ``--trust-remote-code``.
+
+    Returns:
+        The skeleton with its ties as they are; ``None`` where the headers cannot be had without the weights.
+
+    Raises:
+        SourceError: a file is damaged, or two files contradict each other.
+    """
+    contents = read_contents(source, weights)
+    if contents is None:
+        return skeleton, None
+    sharded = weights.index is not None
+    inventory = match(skeleton, contents, sharded=sharded)
+    tensors = {name: tensor for name, tensor in contents.tensors.items() if name not in inventory.needs_data}
+    opening = ask(skeleton.component, dtype, tensors, sharded=sharded, code_root=code_root)
+    opening = replace(opening, missing=opening.missing - inventory.merged if inventory.needs_data else opening.missing)
+    found = Found(inventory, opening, Rules((), None, allowing(options.allow_missing)), options.drop_unknown)
+    if not opening.shared and not opening.contested:
+        return skeleton, found
+    with Values(source) as values:
+
+        def are_equal(one: Collection[str], other: Collection[str]) -> bool:
+            first, second = (_any_of(inventory, names) for names in (one, other))
+            # what is merged is not compared: written apart, the library does it when it opens the result
+            return first is not None and second is not None and values.are_equal(first, second, dtype)
+
+        skeleton, apart = settled(skeleton, opening, are_equal)
+    return skeleton, replace(found, apart=apart)
+
+
+def _any_of(inventory: Inventory, names: Collection[str]) -> SourceTensor | None:
+    return next((inventory.direct[name] for name in sorted(names) if name in inventory.direct), None)
