@@ -70,11 +70,9 @@ def replace_at(value: Any, path: Path, new: Any) -> Any:
 def make(value: Any, dtype: torch.dtype, device: str) -> Any:
     """The argument itself: the same tensors each time, on ``device``; on ``meta`` without values."""
     if isinstance(value, Blank):
-        return (
-            torch.empty(_values(value, dtype).shape, dtype=_dtype(value, dtype), device=device)
-            if device == "meta"
-            else _values(value, dtype)
-        )
+        if device == "meta":
+            return torch.empty(value.shape, dtype=_dtype(value, dtype), device=device)
+        return _values(value, dtype)
     if isinstance(value, Mapping):
         return {key: make(item, dtype, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -102,7 +100,9 @@ def _values(blank: Blank, dtype: torch.dtype) -> torch.Tensor:
     if blank.kind == "ids":
         return _ids(blank, count)
     if blank.kind == "positions":
-        return torch.arange(blank.shape[-1] if blank.shape else 1).expand(blank.shape).contiguous()
+        return (torch.arange(count) % blank.shape[-1] if blank.shape else torch.zeros(1, dtype=torch.long)).reshape(
+            blank.shape
+        )
     if blank.kind == "long":
         return torch.zeros(blank.shape, dtype=torch.long)
     return torch.ones(blank.shape, dtype=_dtype(blank, dtype))

@@ -87,7 +87,7 @@ class _Search:
     deadline: float
     seen: set[str] = field(default_factory=set)
     done: int = 0
-    best: Attempt | None = None
+    best: tuple[State, Attempt] | None = None
 
     def spent(self) -> bool:
         return self.done >= self.tries or time.monotonic() > self.deadline
@@ -99,6 +99,8 @@ class _Search:
             outcome = self.take(model, state)
             if isinstance(outcome, _Taken):
                 return outcome
+            if isinstance(outcome.error, (NameError, ImportError)):  # a package is missing: no input helps
+                return None
             heapq.heappush(queue, self.node(state, outcome, None))
         while queue and not self.spent():
             parent = heapq.heappop(queue)
@@ -112,9 +114,9 @@ class _Search:
             heapq.heappush(queue, self.node(found, outcome, parent))
         return None
 
-    def failure(self) -> NoInputs:
+    def failure(self, tries: int) -> NoInputs:
         """What to raise where nothing is taken."""
-        return NoInputs(self.best.error if self.best is not None else None, self.done)
+        return NoInputs(self.best[1].error if self.best is not None else None, tries)
 
     def take(self, model: nn.Module, state: State) -> _Taken | Attempt:
         """Try one: taken also where ``meta`` can say no more."""
@@ -126,8 +128,8 @@ class _Search:
             return _Taken(state, outcome.output, whole=True)
         if device == "meta" and needs_values(outcome.error):
             return _Taken(state, None, whole=False)
-        if self.best is None or outcome.progress > self.best.progress:
-            self.best = outcome
+        if self.best is None or outcome.progress > self.best[1].progress:
+            self.best = state, outcome
         return outcome
 
     def node(self, state: State, outcome: Attempt, parent: _Node | None) -> _Node:
@@ -154,19 +156,25 @@ def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECOND
     Raises:
         NoInputs: none was taken.
     """
-    search = _Search(read_facts(model), base_dtype(model), tries, time.monotonic() + seconds)
-    starts = list(_starts(search.facts))
+    facts, dtype = read_facts(model), base_dtype(model)
+    starts = list(_starts(facts))
     empty = model if on_meta(model) else empty_copy(model)
-    taken = search.run(empty, starts) if empty is not None else None
     trial = None if on_meta(model) else roomy_copy(model) if quantized(model) else model
-    if trial is not None:
-        search.seen.clear()
-        taken = search.run(trial, [taken.state] if taken is not None else starts)
+    done, taken, search = 0, None, None
+    for tried in (empty, trial):
+        if tried is None:
+            continue
+        search = _Search(facts, dtype, tries, time.monotonic() + seconds)
+        if taken := search.run(tried, starts):
+            starts = [taken.state]
+        elif search.best is not None:  # meta lacks an operation now and then
+            starts = [search.best[0], *starts]
+        done += search.done
     if taken is None:
-        raise search.failure()
+        raise NoInputs(None, 0) if search is None else search.failure(done)
     if trial is None:
-        return Found(taken.state, search.dtype, search.done, "shapes" if taken.whole else "nothing")
-    return Found(taken.state, search.dtype, search.done, "values", _finite(taken.output))
+        return Found(taken.state, dtype, done, "shapes" if taken.whole else "nothing")
+    return Found(taken.state, dtype, done, "values", _finite(taken.output))
 
 
 def _finite(output: Any) -> bool:

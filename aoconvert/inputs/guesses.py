@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from .blanks import Blank, Kind
@@ -58,14 +59,28 @@ Guess = Callable[[Facts, str], Iterator[Any]]
 
 def guesses(facts: Facts, name: str) -> list[Any]:
     """What an argument may be."""
+    guess = next(guess for pattern, guess in _GUESSES if pattern.fullmatch(name))
     found: list[Any] = []
-    for pattern, guess in _GUESSES:
-        if pattern.fullmatch(name):
-            for value in guess(facts, name):
-                if value not in found:
-                    found.append(value)
-            break
+    for value in _annotated(facts, name, guess(facts, name)):
+        if value not in found:
+            found.append(value)
     return found
+
+
+def _annotated(facts: Facts, name: str, values: Iterator[Any]) -> Iterator[Any]:
+    """The guesses as the annotation wants them: in a list, or numbers instead."""
+    parameter = facts.parameters.get(name)
+    kind = str(parameter.annotation).lower() if parameter is not None else ""
+    if re.match(r"(typing\.)?(optional\[)?(list|tuple)\[int", kind):
+        yield from ([1], [5], [4], [2])
+    elif re.match(r"(<class '|optional\[)?(int)\b", kind) and "tensor" not in kind:
+        yield from (1, TOKENS, _PATCHES)
+    elif re.match(r"(typing\.)?(optional\[)?(list|sequence)\[torch", kind):
+        for value in values:
+            if isinstance(value, Blank):
+                yield [replace(value, shape=value.shape[1:])]
+                yield [value]
+    yield from values
 
 
 def _side(facts: Facts, near: str = "") -> Iterator[int]:
