@@ -5,7 +5,6 @@ The interface of the package; what does the work is imported when it is called.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +16,7 @@ from aoconvert.files import read_limited, write_whole
 from aoconvert.manifest import CARD_BYTES
 from aoconvert.manifest import CARD_NAME as CARD_NAME
 from aoconvert.manifest import PICTURE_NAME as PICTURE_NAME
-
-_SEAL = re.compile(rb"<!-- written by aoconvert; sha256 of all above: ([0-9a-f]{64}) -->\s*\Z")
+from aoconvert.seals import is_sealed, seal
 
 
 @dataclass(frozen=True)
@@ -70,22 +68,15 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     return Card(seal(made), picture, warnings)
 
 
-def seal(text: str) -> str:
-    """``text`` with a comment at its end that holds its SHA-256: by it ``edited`` sees what was changed by hand."""
-    text = text.rstrip() + "\n\n"
-    return f"{text}<!-- written by aoconvert; sha256 of all above: {hashlib.sha256(text.encode()).hexdigest()} -->\n"
-
-
 def edited(folder: Path) -> bool:
     """Whether the folder has a ``README.md`` that aoconvert did not write, or that was changed since."""
     try:
-        content = read_limited(folder / CARD_NAME, CARD_BYTES).replace(b"\r\n", b"\n")
+        content = read_limited(folder / CARD_NAME, CARD_BYTES)
     except FileNotFoundError:
         return False
     except OSError as error:
         raise WriteError(f"{folder / CARD_NAME}: {error.strerror or error}") from error
-    found = _SEAL.search(content)
-    return found is None or hashlib.sha256(content[: found.start()]).hexdigest() != found[1].decode()
+    return not is_sealed(content)
 
 
 def has_text(folder: Path) -> bool:

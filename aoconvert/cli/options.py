@@ -144,7 +144,11 @@ def conversion(function: F) -> F:
             show_default=True,
             help="Folder for the result.",
         ),
-        click.option("--overwrite", is_flag=True, help="Replace an earlier result of aoconvert there."),
+        click.option(
+            "--overwrite",
+            is_flag=True,
+            help="Replace an earlier result of aoconvert there, and nothing of anybody else.",
+        ),
         click.option(
             "--no-resume", "resume", flag_value=False, default=True, help="Start afresh, whatever a stopped run left."
         ),

@@ -35,7 +35,9 @@ Examples:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for the result. Default: PATH-DEVICE, beside it."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an earlier result of aoconvert there.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an earlier result of aoconvert there, and nothing of anybody else."
+)
 @common
 def command(*, checkpoint: Path, device: str, output: Path | None, overwrite: bool, out: Output) -> int:
     """Pack the int4 weights of a converted checkpoint for another device.

@@ -22,6 +22,7 @@ from aoconvert.files import open_regular, read_limited, write_whole, writing
 from aoconvert.json_text import INDEX_BYTES
 from aoconvert.manifest import MANIFEST_NAME, FileEntry
 from aoconvert.planning.files import partial_folder
+from aoconvert.planning.overwriting import overwrite_problem
 from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import FileDigest, damaged_in_cache
@@ -75,6 +76,9 @@ class Stage:
         while True:
             self.root.mkdir(exist_ok=True)
             lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            if not self._is_ours():
+                os.close(lock)
+                raise PlanError([f"{self.root} holds something that aoconvert did not write"], hint="move it away")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -90,6 +94,11 @@ class Stage:
                 if os.path.samestat(os.fstat(lock), self.root.stat(follow_symlinks=False)):
                     return lock
             os.close(lock)  # its owner has just placed it, or removed it
+
+    def _is_ours(self) -> bool:
+        """Whether an earlier run made the folder, or it is empty: all that is in it will be removed or replaced."""
+        names = [path.name for path in self.root.iterdir()]
+        return not names or any(name.startswith("aoconvert.") for name in names)
 
     def _owner(self) -> str:
         with contextlib.suppress(OSError, ValueError):
@@ -144,6 +153,7 @@ class Stage:
             _sync_tree(self.root)
             write_whole(draft, manifest.encode())
             _sync(draft)
+            self._check_output()
             with _undisturbed():
                 if journal.exists():
                     journal.rename(self._journal_aside)
@@ -157,6 +167,15 @@ class Stage:
                         self._journal_aside.rename(journal)
                     raise
             _sync(self.output.parent)
+
+    def _check_output(self) -> None:
+        """Somebody may have put something there since the plan was made.
+
+        Raises:
+            WriteError: what is there must not be deleted.
+        """
+        if self.output.is_dir() and any(self.output.iterdir()) and (problem := overwrite_problem(self.output)):
+            raise WriteError(problem, hint="move it away, or choose another --output")
 
     def _swap(self) -> None:
         if self.output.is_dir():

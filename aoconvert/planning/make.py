@@ -22,6 +22,7 @@ from aoconvert.planning import files as plan_files
 from aoconvert.planning.component import component_warnings, dropped_warning, plan_component
 from aoconvert.planning.copying import sort_files, unread_pickles
 from aoconvert.planning.needs import needs
+from aoconvert.planning.overwriting import overwrite_problem
 from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
 from aoconvert.planning.unquantized import plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
@@ -237,6 +238,8 @@ def output_problems(source: Source, options: QuantizeOptions) -> list[str]:
             problems.append(f"output {output} exists and is not empty (--overwrite replaces an earlier result)")
         elif not (output / MANIFEST_NAME).is_file():
             problems.append(f"output {output} holds something that aoconvert did not write; it is not overwritten")
+        elif problem := overwrite_problem(output):
+            problems.append(f"{problem} (move it away, or choose another --output)")
     place = output.resolve()
     if source.kind == "folder":
         root = source.root.resolve()

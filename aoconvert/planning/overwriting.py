@@ -1,0 +1,73 @@
+"""What an earlier result's folder holds that must not be deleted with it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from aoconvert import manifest as manifests
+from aoconvert.errors import SourceError
+from aoconvert.manifest import CARD_NAME, MANIFEST_NAME, PICTURE_NAME, REPORT_NAME, FileEntry
+from aoconvert.seals import is_sealed
+
+_OWN = frozenset({MANIFEST_NAME, REPORT_NAME, PICTURE_NAME})
+# what a process that was killed leaves of a card or a report
+_DRAFT = re.compile(r"\.(aoconvert\.verify\.json|README\.md|sqnr\.svg)(\.draft|\.[0-9a-f]{16})")
+_MOST_READ = 1 << 20  # a larger file is no text that somebody edits
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Files that aoconvert did not write there, or that were changed since, by their paths in the folder.
+
+    A folder of nothing else is one entry, with a slash at its end. Links are foreign, wherever they lead.
+
+    Raises:
+        SourceError: there is no manifest, or it cannot be read, so that nobody can tell.
+        OSError: the folder cannot be read.
+    """
+    listed = {entry.path: entry for entry in manifests.load(folder).files()}
+    own = {path.partition("/")[0] for path in listed}
+    found = [path for path in _files(folder) if not _is_ours(folder, path, listed)]
+    tops = (path.partition("/") for path in found)
+    return list(
+        dict.fromkeys(f"{top}/" if slash and top not in own else f"{top}{slash}{rest}" for top, slash, rest in tops)
+    )
+
+
+def overwrite_problem(folder: Path) -> str | None:
+    """Why an earlier result must not be replaced, or ``None``."""
+    try:
+        found = foreign_files(folder)
+    except SourceError as error:
+        return f"output {folder} cannot be replaced: {error.message}"
+    except OSError as error:
+        return f"output {folder} cannot be replaced: {error.filename}: {error.strerror}"
+    if not found:
+        return None
+    return f"output {folder} holds what aoconvert did not write, or what was changed since: {', '.join(found)}"
+
+
+def _files(folder: Path) -> Iterator[str]:
+    def failed(error: OSError) -> None:
+        raise error
+
+    for at, folders, names in os.walk(folder, onerror=failed):
+        links = [name for name in folders if Path(at, name).is_symlink()]
+        for name in sorted([*names, *links]):
+            yield Path(at, name).relative_to(folder).as_posix()
+
+
+def _is_ours(folder: Path, path: str, listed: Mapping[str, FileEntry]) -> bool:
+    place = folder / path
+    if place.is_symlink() or not place.is_file():
+        return False
+    if path in listed:
+        entry = listed[path]
+        size = place.stat().st_size
+        return max(size, entry.size) > _MOST_READ or hashlib.sha256(place.read_bytes()).hexdigest() == entry.sha256
+    if path == CARD_NAME:
+        return is_sealed(place.read_bytes())
+    return path in _OWN or _DRAFT.fullmatch(path) is not None
