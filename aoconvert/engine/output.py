@@ -76,9 +76,6 @@ class Stage:
         while True:
             self.root.mkdir(exist_ok=True)
             lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            if not self._is_ours():
-                os.close(lock)
-                raise PlanError([f"{self.root} holds something that aoconvert did not write"], hint="move it away")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -94,11 +91,6 @@ class Stage:
                 if os.path.samestat(os.fstat(lock), self.root.stat(follow_symlinks=False)):
                     return lock
             os.close(lock)  # its owner has just placed it, or removed it
-
-    def _is_ours(self) -> bool:
-        """Whether an earlier run made the folder, or it is empty: all that is in it will be removed or replaced."""
-        names = [path.name for path in self.root.iterdir()]
-        return not names or any(name.startswith("aoconvert.") for name in names)
 
     def _owner(self) -> str:
         with contextlib.suppress(OSError, ValueError):
@@ -129,6 +121,15 @@ class Stage:
                     elif not any(path.iterdir()):
                         path.rmdir()
 
+    def check_output(self) -> None:
+        """Look again whether what is at the output's name may be replaced: somebody may have come since the plan.
+
+        Raises:
+            WriteError: it holds what aoconvert did not write.
+        """
+        if self.output.is_dir() and any(self.output.iterdir()) and (problem := overwrite_problem(self.output)):
+            raise WriteError(problem, hint="move it away, or choose another --output")
+
     def place(self, manifest: str) -> None:
         """Flush everything, write the manifest, and move the folder to the output's name, replacing what is there.
 
@@ -153,7 +154,6 @@ class Stage:
             _sync_tree(self.root)
             write_whole(draft, manifest.encode())
             _sync(draft)
-            self._check_output()
             with _undisturbed():
                 if journal.exists():
                     journal.rename(self._journal_aside)
@@ -167,15 +167,6 @@ class Stage:
                         self._journal_aside.rename(journal)
                     raise
             _sync(self.output.parent)
-
-    def _check_output(self) -> None:
-        """Somebody may have put something there since the plan was made.
-
-        Raises:
-            WriteError: what is there must not be deleted.
-        """
-        if self.output.is_dir() and any(self.output.iterdir()) and (problem := overwrite_problem(self.output)):
-            raise WriteError(problem, hint="move it away, or choose another --output")
 
     def _swap(self) -> None:
         if self.output.is_dir():

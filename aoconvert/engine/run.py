@@ -25,6 +25,7 @@ from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry,
 from aoconvert.models import join
 from aoconvert.models.calls import call_parameters
 from aoconvert.planning import ComponentPlan, Plan
+from aoconvert.planning.copying import unread_pickles
 from aoconvert.planning.files import index_name
 from aoconvert.planning.types import StreamedPlan, UnquantizedPlan, config_dict, layout_dict, vars_of
 from aoconvert.progress import Progress
@@ -124,6 +125,8 @@ def run(
         entries, digests, seconds = _components(plan, stage, journal, progress)
         progress.start("copy", sum(item.bytes_in for item in plan.unquantized) + sum(c.size for c in plan.copied))
         unquantized, more, spent = _unquantized(plan, stage, journal, progress)
+        for problem in unread_pickles(plan.source, plan.copied):  # those of the Hub were not here for the plan
+            raise SourceError(problem)
         copied = stage.take_over(plan.source, plan.copied, progress)
         progress.finish()
         digests |= more
@@ -150,6 +153,7 @@ def run(
                 writer_seconds=round(seconds.writer, 3),
             ),
         )
+        stage.check_output()
         stage.place(manifest.dump(result))
     except KeyboardInterrupt:
         raise _interrupted(stage, journal) from None

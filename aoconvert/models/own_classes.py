@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pkgutil
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +42,11 @@ def _module(component: Component) -> str | None:
 
     if hasattr(diffusers if component.library == "diffusers" else transformers, component.class_name):
         return None
-    names = (info.name for info in pkgutil.iter_modules(pipelines.__path__) if info.ispkg)
-    return next((name for name in names if hasattr(getattr(pipelines, name, None), component.class_name)), None)
+    for info in pkgutil.iter_modules(pipelines.__path__):
+        with contextlib.suppress(Exception):  # a lazy module of a package that is not installed
+            if info.ispkg and hasattr(getattr(pipelines, info.name), component.class_name):
+                return info.name
+    return None
 
 
 def own_class(component: Component, *, code_root: Path | None = None) -> Any:
@@ -80,3 +84,16 @@ def own_class(component: Component, *, code_root: Path | None = None) -> Any:
             hint="upgrade diffusers" if known else code,
         ) from error
     return found
+
+
+def is_model(library: str, class_name: str) -> bool | None:
+    """Whether an entry of model_index.json names a class with weights; ``None`` where diffusers does not find it."""
+    import_diffusers()
+    from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+    from torch import nn
+
+    try:
+        found = simple_get_class_obj(library, class_name)
+    except Exception:  # whatever an import raises
+        return None
+    return isinstance(found, type) and issubclass(found, nn.Module)

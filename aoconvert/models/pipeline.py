@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from aoconvert.sources import Source
 
 # the parts of a pipeline that denoise: they hold nearly all of the compute, and are what people quantize
-DENOISERS = ("transformer", "transformer_2", "unet")
+DENOISERS = ("transformer", "transformer_2", "unconditional_transformer", "unet")
+# and where none has such a name (prior, decoder, image_unet), those of such a class
+_DENOISER_CLASSES = re.compile(r".*(Transformer|UNet|Prior).*")
 
 # class name → the file that its from_pretrained begins with; models have config.json
 _CONFIG_NAMES = {
@@ -46,6 +48,11 @@ class PipelinePart:
     folder: str
     library: str
     class_name: str
+
+    @property
+    def config_name(self) -> str:
+        """The file that its ``from_pretrained`` begins with, by its class name."""
+        return next((name for kind, name in _CONFIG_NAMES.items() if kind.fullmatch(self.class_name)), "config.json")
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,9 @@ class ModelLayout:
         """What is quantized when nobody says otherwise: the denoiser of a pipeline, or the model."""
         if self.kind != "pipeline":
             return self.components
-        return tuple(item for item in self.components if item.name in DENOISERS)
+        named = tuple(item for item in self.components if item.name in DENOISERS)
+        models = (item for item in self.components if item.library == "diffusers")
+        return named or tuple(item for item in models if _DENOISER_CLASSES.fullmatch(item.class_name))
 
 
 def join(folder: str, path: str) -> str:
@@ -100,19 +109,16 @@ def _single(source: Source, folder: str, config: Mapping[str, Any], name: str = 
 
 
 def _pipeline(source: Source, folder: str, index: Mapping[str, Any]) -> ModelLayout:
-    parts = {
-        name: PipelinePart(name, _part_folder(source, folder, name, entry[1]), *entry)
-        for name, entry in index.items()
-        if not name.startswith("_") and _is_part(entry)
-    }
-    found = (_component(source, part) for part in parts.values())
+    entries = {name: entry for name, entry in index.items() if not name.startswith("_") and _is_part(entry)}
+    parts = [_find_part(source, folder, PipelinePart(name, folder, *entry)) for name, entry in entries.items()]
+    found = (_component(source, part) for part in parts)
     components = tuple(component for component in found if component is not None)
     class_name = index.get("_class_name")
     if isinstance(class_name, list):  # [the file of its own code, class]
         class_name = class_name[-1] if class_name else None
     if not isinstance(class_name, str):
         raise SourceError(f"{source.label}: model_index.json has no _class_name", hint="is this a diffusers pipeline?")
-    return ModelLayout("pipeline", folder, class_name, components, tuple(parts.values()))
+    return ModelLayout("pipeline", folder, class_name, components, tuple(parts))
 
 
 def _is_part(entry: Any) -> bool:
@@ -123,27 +129,22 @@ def _is_part(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(item, str) for item in entry)
 
 
-def _part_folder(source: Source, folder: str, name: str, class_name: str) -> str:
-    """Where a part is: its own folder, or the pipeline's, where diffusers looks for what has none.
+def _find_part(source: Source, folder: str, part: PipelinePart) -> PipelinePart:
+    """The part with its own folder, or in the pipeline's, where diffusers looks for what has none.
 
     Raises:
         SourceError: it is in neither.
     """
-    own = join(folder, name)
-    if is_safe_path(name) and "/" not in name:
+    own = join(folder, part.name)
+    if is_safe_path(part.name) and "/" not in part.name:
         if any(path.startswith(f"{own}/") for path in source.files()):
-            return own
-        if source.has(join(folder, _config_name(class_name))):
-            return folder
+            return replace(part, folder=own)
+        if source.has(join(folder, part.config_name)):
+            return part
     raise SourceError(
-        f"{source.label}: {join(folder, 'model_index.json')} names the part {name!r}, which is not there",
+        f"{source.label}: {join(folder, 'model_index.json')} names the part {part.name!r}, which is not there",
         hint="download the whole pipeline again",
     )
-
-
-def _config_name(class_name: str) -> str:
-    """The file without which a part of that class cannot be opened."""
-    return next((name for kind, name in _CONFIG_NAMES.items() if kind.fullmatch(class_name)), "config.json")
 
 
 def _component(source: Source, part: PipelinePart) -> Component | None:
@@ -156,7 +157,7 @@ def _component(source: Source, part: PipelinePart) -> Component | None:
     if not source.has(config):
         return None
     values = _config(source, config)
-    if "_class_name" not in values and _config_name(part.class_name) != "config.json":
+    if "_class_name" not in values and part.config_name != "config.json":
         return None
     if part.library in ("diffusers", "transformers"):
         library, module = part.library, None

@@ -15,6 +15,7 @@ from aoconvert.errors import SourceError
 from aoconvert.manifest import MANIFEST_NAME, PICTURE_NAME, REPORT_NAME
 from aoconvert.models import Component, ModelLayout, join
 from aoconvert.planning.types import CopyPlan, LeftBehind
+from aoconvert.planning.unquantized import ONNX
 from aoconvert.planning.weights import weights_of
 from aoconvert.sources.weights import variant_of
 
@@ -155,7 +156,7 @@ def sort_files(
             sorting.read |= _take_weights(sorting, layout, chosen, variant)
         sorting.sort(layout.folder, "", apart=list(names.values()))
         for part in parts:
-            whole = [""] if part.class_name == _ONNX else []
+            whole = [""] if part.class_name == ONNX else []
             sorting.sort(part.folder, names[part.folder], kept=whole)
     else:
         folder = chosen[0].folder if chosen else layout.folder
@@ -164,9 +165,6 @@ def sort_files(
     sorting.left += [LeftBehind(path, "hidden") for path in source.hidden_folders()]
     copied = tuple(sorting.copied[path] for path in sorted(sorting.copied))
     return copied, tuple(sorted(sorting.left, key=lambda item: item.path))
-
-
-_ONNX = "OnnxRuntimeModel"  # its weights are model.onnx
 
 
 def _take_weights(

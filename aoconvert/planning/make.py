@@ -22,9 +22,9 @@ from aoconvert.planning import files as plan_files
 from aoconvert.planning.component import component_warnings, dropped_warning, plan_component
 from aoconvert.planning.copying import sort_files, unread_pickles
 from aoconvert.planning.needs import needs
-from aoconvert.planning.overwriting import overwrite_problem
+from aoconvert.planning.overwriting import is_foreign, overwrite_problem
 from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
-from aoconvert.planning.unquantized import plan_unquantized
+from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
 from aoconvert.rules import Rules, allowing, skipping, unmatched
 from aoconvert.words import size
@@ -70,9 +70,11 @@ def make(
 
     only = is_only(layout, options)
     unquantized: tuple[UnquantizedPlan, ...] = ()
-    if chosen and layout.kind == "pipeline" and not (only or options.keep_original_files):
-        unquantized = plan_unquantized(source, layout, chosen, options)
-        warnings += [line for item in unquantized for line in dropped_warning(item.component.title, item.dropped)]
+    if chosen and layout.kind == "pipeline" and not only:
+        (problems if need_weights else warnings).extend(part_problems(source, layout, chosen, options.variant))
+        if not options.keep_original_files:
+            unquantized = plan_unquantized(source, layout, chosen, options)
+            warnings += [line for item in unquantized for line in dropped_warning(item.component.title, item.dropped)]
     weights = [item.weights for item in plans if item.weights] + [item.weights for item in unquantized]
     fetch = [path for files in weights for path in files.paths]
     copied, left_behind = sort_files(
@@ -92,7 +94,6 @@ def make(
     # of a config alone the plan is a calculation: nothing could be carried out anyway
     possible = need_weights or any(item.weights for item in plans)
     (problems if possible else warnings).extend(space_problems(options, wanted))
-    fetch = [path for item in plans if item.weights for path in item.weights.paths]
     problems += _unreadable(source, [item.source for item in copied])
     if problems:
         raise PlanError(problems)
@@ -240,6 +241,9 @@ def output_problems(source: Source, options: QuantizeOptions) -> list[str]:
             problems.append(f"output {output} holds something that aoconvert did not write; it is not overwritten")
         elif problem := overwrite_problem(output):
             problems.append(f"{problem} (move it away, or choose another --output)")
+    partial = plan_files.partial_folder(output)
+    if is_foreign(partial):
+        problems.append(f"{partial} holds something that aoconvert did not write (move it away)")
     place = output.resolve()
     if source.kind == "folder":
         root = source.root.resolve()

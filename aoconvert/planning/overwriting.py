@@ -50,6 +50,15 @@ def overwrite_problem(folder: Path) -> str | None:
     return f"output {folder} holds what aoconvert did not write, or what was changed since: {', '.join(found)}"
 
 
+def is_foreign(partial: Path) -> bool:
+    """Whether the folder in which a run builds its files is somebody else's: a run leaves files of its own there."""
+    try:
+        names = [path.name for path in partial.iterdir()]
+    except OSError:  # it is not there, or whoever locks it says what is wrong with it
+        return False
+    return bool(names) and not any(name.startswith("aoconvert.") for name in names)
+
+
 def _files(folder: Path) -> Iterator[str]:
     def failed(error: OSError) -> None:
         raise error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from aoconvert.errors import SourceError
 from aoconvert.models import Component, ModelLayout, join
 from aoconvert.models.base import SourceTensor
+from aoconvert.models.own_classes import is_model
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import files as plan_files
 from aoconvert.planning.component import lay_out
@@ -23,6 +24,9 @@ from aoconvert.sources.weights import NAMED_BY
 if TYPE_CHECKING:
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles
+
+ONNX = "OnnxRuntimeModel"
+"""A class whose weights are ``model.onnx``."""
 
 _REASON = "not chosen"
 
@@ -43,6 +47,30 @@ def plan_unquantized(
         for component, weights in found
         if weights is not None
     )
+
+
+def part_problems(source: Source, layout: ModelLayout, chosen: Iterable[Component], variant: str | None) -> list[str]:
+    """Parts of a pipeline that were not chosen and lack what their class cannot be opened without, one line each."""
+    models = {component.name: component for component in layout.components}
+    names = {component.name for component in chosen}
+    problems = []
+    for part in layout.parts:
+        if part.name in names:
+            continue
+        component = models.get(part.name)
+        if component is not None and weights_of(source, component, variant) is not None:
+            continue
+        if component is None and part.config_name != "config.json":
+            continue
+        if is_model(part.library, part.class_name) is False or part.class_name == ONNX:
+            continue
+        missing = "weights" if component is not None else "config.json"
+        where = join(source.label, part.folder)
+        problems.append(
+            f"{part.name}: no {missing} in {where}, and {part.class_name} cannot be opened without "
+            "(download the whole pipeline again, or set it to [null, null] in model_index.json where it is optional)"
+        )
+    return problems
 
 
 def _plan(

@@ -119,6 +119,7 @@ def repack(folder: Path, device: str, output: Path, *, overwrite: bool, progress
                 "run": _run_entry(old, command, started, time.perf_counter() - began),
             }
         )
+        stage.check_output()
         stage.place(manifests.dump(new))
     except KeyboardInterrupt:
         if stage.placed:

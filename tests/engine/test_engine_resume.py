@@ -35,7 +35,7 @@ class StopAfter(Silent):
         self.stage = stage
 
     def advance(self, nbytes: int, current: str = "") -> None:
-        if self.stage == "quantize" and threading.current_thread().name == "aoconvert-writer":
+        if self.stage in ("quantize", "copy") and threading.current_thread().name == "aoconvert-writer":
             self.count -= 1
             if self.count == 0:
                 self.then()

@@ -142,3 +142,135 @@ def test_code_that_is_not_trusted_is_named(custom: Path, tmp_path: Path) -> None
     assert [part.component.name for part in made.unquantized] == ["safety_checker", "unet", "vae"]
     [left] = made.left_behind
     assert (left.path, left.reason) == ("unet/my_unet.py", "code; --trust-remote-code takes it over")
+
+
+def index(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**values, **changes}))
+
+
+@pytest.fixture
+def broken(pipelines: Callable[[str], Path], tmp_path: Path) -> Path:
+    shutil.copytree(pipelines("stable-diffusion"), tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (
+            "safety_checker/model.safetensors",
+            "safety_checker: no weights in source/safety_checker, and StableDiffusion",
+        ),
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            "vae: no weights in source/vae, and AutoencoderKL cannot be opened",
+        ),
+        ("vae/config.json", "vae: no config.json in source/vae, and AutoencoderKL cannot be opened without"),
+    ],
+)
+def test_a_part_that_lacks_something(gone: str, said: str, broken: Path, tmp_path: Path) -> None:
+    """diffusers refuses it, too."""
+    (broken / gone).unlink()
+    with pytest.raises(OSError):
+        opened(broken)
+    with pytest.raises(aoconvert.PlanError) as caught:
+        aoconvert.quantize(broken, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
+    [problem] = caught.value.problems
+    assert problem.startswith(said)
+    assert "[null, null]" in problem
+    made = aoconvert.plan(broken, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
+    assert problem in made.warnings
+
+
+def test_a_part_whose_folder_is_gone(broken: Path, tmp_path: Path) -> None:
+    shutil.rmtree(broken / "safety_checker")
+    with pytest.raises(aoconvert.SourceError, match="names the part 'safety_checker', which is not there"):
+        aoconvert.quantize(broken, "int8wo", output=tmp_path / "out", device="cpu")
+
+
+def test_values_that_are_not_parts(broken: Path, tmp_path: Path) -> None:
+    """A part that is null, settings that are plain or lists, a folder that nobody names."""
+    index(
+        broken, safety_checker=[None, None], requires_safety_checker=False, layers=[9, 18], spec=["diffusers", "X", {}]
+    )
+    made = aoconvert.plan(broken, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
+    assert [part.component.name for part in made.unquantized] == ["text_encoder", "vae"]
+    assert {(item.path, item.reason) for item in made.left_behind} == {
+        (f"safety_checker/{name}", "safety_checker/ holds weights that are not of this model")
+        for name in ("config.json", "model.safetensors")
+    }
+
+
+def test_a_part_beside_model_index(broken: Path, tmp_path: Path) -> None:
+    """What has no folder of its own diffusers looks for in the pipeline's."""
+    for path in (broken / "scheduler").iterdir():
+        path.rename(broken / path.name)
+    (broken / "scheduler").rmdir()
+    aoconvert.quantize(broken, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
+    assert (tmp_path / "out/scheduler_config.json").read_bytes() == (broken / "scheduler_config.json").read_bytes()
+    opened(tmp_path / "out", torch_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "expected"),
+    [
+        (("transformer", "vae"), ("WanTransformer3DModel", "AutoencoderKLWan"), ("transformer",)),
+        (("prior", "text_encoder"), ("PriorTransformer", "CLIPTextModel"), ("prior",)),
+        (("decoder", "vqgan"), ("StableCascadeUNet", "PaellaVQModel"), ("decoder",)),
+        (("transformer", "unconditional_transformer"), ("A", "A"), ("transformer", "unconditional_transformer")),
+        (("vae",), ("AutoencoderKL",), ()),
+    ],
+)
+def test_the_denoiser(names: tuple[str, ...], classes: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    from aoconvert.models import Component, ModelLayout
+
+    components = tuple(Component(name, name, "diffusers", cls, {}) for name, cls in zip(names, classes, strict=True))
+    layout = ModelLayout("pipeline", "", "SomePipeline", components)
+    assert tuple(component.name for component in layout.default_components) == expected
+
+
+def test_every_class_with_weights_is_found() -> None:
+    """All classes of all modules of diffusers' pipelines, by the name that save_pretrained gives their module."""
+    import contextlib
+    import inspect
+    import pkgutil
+
+    from diffusers import pipelines
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    from aoconvert.models import Component
+    from aoconvert.models.own_classes import is_model, located, own_class
+
+    bases = (tiny.diffusers.ModelMixin, tiny.transformers.PreTrainedModel)
+    found = set()
+    bases = (tiny.diffusers.ModelMixin, tiny.transformers.PreTrainedModel)
+    for info in pkgutil.iter_modules(pipelines.__path__):
+        module = getattr(pipelines, info.name, None) if info.ispkg else None
+        for name in dir(module):
+            cls = None
+            with contextlib.suppress(Exception):  # a lazy module that is not there
+                cls = getattr(module, name)
+            if (
+                not inspect.isclass(cls)
+                or not issubclass(cls, bases)
+                or cls.__module__.split(".")[1:2] != ["pipelines"]
+            ):
+                continue
+            library = "diffusers" if issubclass(cls, bases[0]) else "transformers"
+            assert own_class(Component("part", "part", library, name, {}, info.name)) is cls
+            assert is_model(info.name, name)
+            alone = located(Component("", "", library, name, {}))
+            assert alone.module is None or own_class(alone) is cls
+            found.add(info.name)
+    assert found >= {
+        "stable_diffusion",
+        "deepfloyd_if",
+        "audioldm2",
+        "stable_audio",
+        "ltx",
+        "ltx2",
+        "kandinsky",
+        "flux",
+    }
+    assert not found & LOADABLE_CLASSES.keys()

@@ -121,6 +121,6 @@ def test_the_folder_beside_it(tmp_path: Path, made: Path) -> None:
     with pytest.raises(PlanError, match="holds something that aoconvert did not write"):
         aoconvert.quantize(made.parent / "model", "int8wo", output=tmp_path / "out", device="cpu")
     assert (tmp_path / ".out.aoconvert-partial/notes.txt").read_text() == "mine"
-    stage = Stage(tmp_path / "other")
-    stage.discard()
+    Stage(tmp_path / "other").leave()
+    aoconvert.quantize(made.parent / "model", "int8wo", output=tmp_path / "other", device="cpu")
     assert not (tmp_path / ".other.aoconvert-partial").exists()
