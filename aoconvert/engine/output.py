@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aoconvert.errors import PlanError
+from aoconvert.errors import PlanError, WriteError
 from aoconvert.files import open_regular, read_limited, write_whole, writing
 from aoconvert.json_text import INDEX_BYTES
 from aoconvert.manifest import MANIFEST_NAME, FileEntry

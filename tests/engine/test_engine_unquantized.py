@@ -19,6 +19,7 @@ import aoconvert
 from aoconvert import manifest as manifests
 from aoconvert.manifest import Manifest
 from aoconvert.verification.loading import Loaded, check_load
+from aoconvert.verification.process import Children
 from aoconvert.verification.target import from_manifest
 
 PARTS = ("text_encoder", "vae")
@@ -129,7 +130,8 @@ def test_verify_looks_into_them(result: Path, tmp_path: Path) -> None:
     name = next(iter(state))
     state[name] = state[name] + 1
     torch.save(state, path)
-    status, detail = check_load(from_manifest(folder, manifests.load(folder)), Loaded())
+    with Children() as children:
+        status, detail = check_load(from_manifest(folder, manifests.load(folder)), Loaded(), children)
     assert (status, f"vae: {name}: its sha256 is" in detail) == ("failed", True)
 
 
