@@ -59,6 +59,9 @@ _OFFLOAD_DIFFUSERS = (
     "diffusers refuses a `device_map` that puts part of the quantized model on the CPU or on disk, and group offload "
     "to disk."
 )
+_CODE = (
+    "its class is code inside this repo, and `trust_remote_code=True` runs that code on your machine: read it first."
+)
 _BOT = "a bot of the Hub may offer a safetensors variant of these weights. It loses the quantization: do not merge it."
 
 
@@ -76,6 +79,8 @@ def _limits(target: Target, strategy: Strategy) -> Iterable[tuple[str, str]]:
         yield "dtype", _DTYPE
     if strategy == "assign":
         yield "loading", _ASSIGN
+    if target.runs_code:
+        yield "code", _CODE
     if "Int8Tensor" in classes:
         yield "casting", _CAST_INT8
     if "Float8Tensor" in classes:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from aoconvert import __version__, manifest
 from aoconvert.engine.journal import Journal
@@ -24,6 +24,8 @@ from aoconvert.errors import DeviceError, Interrupted, ReadError, SourceError, W
 from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry, UnquantizedEntry
 from aoconvert.models import join
 from aoconvert.models.calls import call_parameters
+from aoconvert.models.own_classes import is_pipeline_module
+from aoconvert.models.transformers import auto_class
 from aoconvert.planning import ComponentPlan, Plan
 from aoconvert.planning.copying import unread_pickles
 from aoconvert.planning.files import index_name
@@ -316,11 +318,7 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         files=sealed + extra,
         safe_globals=[name for name in names if name.partition(".")[0] not in ("torch", "collections", "builtins")],
         imports=imports(names),
-        load=manifest.LoadEntry(
-            strategy="assign" if plan.skeleton.fused else "from_pretrained",
-            class_name=plan.component.class_name,
-            kwargs=_load_kwargs(plan, whole),
-        ),
+        load=_load(plan, whole),
         loads_with={"torchao": f">={plan.min_torchao}", "torch": ">=2.6"},
         fused_qkv=bool(plan.skeleton.fused),
         rules=dict(rule_schemes(config_dict(plan.config), plan.layout.device)) if len(plan.schemes) > 1 else None,
@@ -335,6 +333,19 @@ def _elsewhere(result: TensorResult | None, whole: Plan) -> str | None:
     """The type of device that quantized a tensor, where it is not the plan's."""
     planned = whole.device.partition(":")[0]
     return result.device if result is not None and result.device != planned else None
+
+
+def _load(plan: ComponentPlan, whole: Plan) -> manifest.LoadEntry:
+    """How it is opened: by its class, or where its code is inside the checkpoint by the auto class that finds it."""
+    component = plan.component
+    kwargs, opener = _load_kwargs(plan, whole), component.class_name
+    if whole.trust_remote_code:
+        if component.library == "transformers" and (found := auto_class(component)) is not None:
+            kwargs, opener = {**kwargs, "trust_remote_code": True}, found
+        elif component.module is not None and not is_pipeline_module(component.module):
+            kwargs = {**kwargs, "trust_remote_code": True}
+    strategy: Literal["assign", "from_pretrained"] = "assign" if plan.skeleton.fused else "from_pretrained"
+    return manifest.LoadEntry(strategy=strategy, class_name=opener, kwargs=kwargs)
 
 
 def _load_kwargs(plan: ComponentPlan, whole: Plan) -> dict[str, Any]:

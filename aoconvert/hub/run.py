@@ -166,7 +166,7 @@ def _publish(
     arrived = _send(Sending(job, progress), standing, contents.hashed)
     report = _open_again(folder, job, arrived.commit, progress) if options.verify_hub else None
     notes += [failed] if failed else []
-    notes += _does_not_open(job, arrived.commit, report) if report is not None and not report.ok else []
+    notes += _found(job, arrived.commit, report) if report is not None else []
     return replace(
         result,
         commit=arrived.commit,
@@ -186,8 +186,12 @@ def _open_again(folder: Path, job: Job, commit: str, progress: Progress) -> Repo
     return verify(folder, job.repo_id, VerifyOptions(published=published), progress)
 
 
-def _does_not_open(job: Job, commit: str, report: Report) -> list[str]:
-    """What is wrong with a commit that is there already, and what to do."""
+def _found(job: Job, commit: str, report: Report) -> list[str]:
+    """What is wrong with a commit that is there already, or was not looked at, and what to do."""
+    if report.ok:
+        reload = report.check("reload")
+        skipped = reload is not None and reload.status == "skipped"
+        return [f"the commit was not opened from the Hub: {reload.detail}"] if reload is not None and skipped else []
     failed = some([f"{check.name}: {check.detail}" for check in report.checks if check.status == "failed"])
     again = shlex.join(["aoconvert", "verify", job.repo_id, "--revision", commit])
     return [

@@ -61,6 +61,14 @@ def model_class(component: Component, *, code_root: Path | None = None) -> Any:
     )
 
 
+def auto_class(component: Component) -> str | None:
+    """The auto class that opens a component by the code inside its checkpoint; ``None`` where it has none."""
+    reference = _own_code(component) if component.module is None else None
+    if reference is None:
+        return None
+    return next(str(name) for name, found in component.config["auto_map"].items() if found == reference)
+
+
 def _own_code(component: Component) -> str | None:
     """Where ``auto_map`` says that the model class is: ``file.Class``, or ``org/repo--file.Class``.
 
@@ -71,7 +79,7 @@ def _own_code(component: Component) -> str | None:
     models = {
         reference.rpartition(".")[2]: reference
         for name, reference in entries
-        if name.startswith("AutoModel") and isinstance(reference, str)
+        if str(name).startswith("AutoModel") and isinstance(reference, str)
     }
     if component.class_name in models or len(models) != 1:
         return models.get(component.class_name)

@@ -122,18 +122,18 @@ def _device(target: Target, device: str | None) -> str:
 def _from_pretrained(program: _Program, target: Target, opened: str) -> None:
     if target.kind == "pipeline":
         program.imports.append("from diffusers import DiffusionPipeline")
-        arguments = "".join(f", {item}" for item in (*_dtype(target), *_file_format(target)))
+        arguments = "".join(f", {item}" for item in (*_dtype(target), *_file_format(target), *_trust(target)))
         program.body.append(f"pipe = DiffusionPipeline.from_pretrained({opened}{arguments})")
         return
     [part] = target.parts
     arguments = "".join(f", {item}" for item in _kwargs(part))
     program.imports.append(_import(part))
-    program.body.append(f"model = {part.class_name}.from_pretrained({opened}{arguments})")
+    program.body.append(f"model = {part.auto_class or part.class_name}.from_pretrained({opened}{arguments})")
 
 
 def _import(part: Part) -> str:
     module = part.library if part.module is None else f"diffusers.pipelines.{part.module}"
-    return f"from {module} import {part.class_name}"
+    return f"from {module} import {part.auto_class or part.class_name}"
 
 
 def _assign(program: _Program, target: Target, folder: str) -> None:
@@ -148,7 +148,7 @@ def _assign(program: _Program, target: Target, folder: str) -> None:
         program.body += ["", *_assign_part(part)]
     if target.kind == "pipeline":
         given = "".join(f", {part.name}={part.name}" for part in target.parts)
-        arguments = "".join(f", {item}" for item in _dtype(target))
+        arguments = "".join(f", {item}" for item in (*_dtype(target), *_trust(target)))
         # not DiffusionPipeline: diffusers 0.42 then loads what is optional in a pipeline's class again (Wan's model)
         program.body += ["", f"pipe = {target.class_name}.from_pretrained(folder{given}{arguments})"]
 
@@ -163,11 +163,15 @@ def _assign_part(part: Part) -> list[str]:
             f"    {variable} = {part.class_name}.from_config(config)",
         ]
     else:
+        trust = ", trust_remote_code=True" if part.runs_code else ""
+        made = f"{part.class_name}(config)"
+        if part.auto_class is not None:
+            made = f"{part.auto_class}.from_config(config{trust})"
         reader = "AutoConfig" if part.module is None else f"{part.class_name}.config_class"
         lines = [
-            f"config = {reader}.from_pretrained({folder})",
+            f"config = {reader}.from_pretrained({folder}{trust})",
             "with init_empty_weights():",
-            f"    {variable} = {part.class_name}(config)",
+            f"    {variable} = {made}",
         ]
     if part.fused:
         lines += _fuse(variable)
@@ -207,6 +211,11 @@ def _dtype(target: Target) -> list[str]:
     dtypes = {str(part.kwargs["torch_dtype"]) for part in target.parts if "torch_dtype" in part.kwargs}
     dtypes |= {part.dtype for part in target.parts if part.dtype is not None}
     return [f"torch_dtype=torch.{dtypes.pop()}"] if len(dtypes) == 1 else []
+
+
+def _trust(target: Target) -> list[str]:
+    """Code inside the checkpoint runs only where somebody says so."""
+    return ["trust_remote_code=True"] if target.runs_code else []
 
 
 def _file_format(target: Target) -> list[str]:

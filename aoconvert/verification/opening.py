@@ -17,7 +17,7 @@ from aoconvert.verification.code import Strategy, load_code
 from aoconvert.verification.files import file_sha256, shadows
 from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.report import read_report
-from aoconvert.verification.target import Target, from_folder, from_manifest, with_imports
+from aoconvert.verification.target import CODE_INSIDE, Target, from_folder, from_manifest, with_imports
 
 
 def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
@@ -34,6 +34,8 @@ def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
     stale = shadows(folder, {part.folder: part.files for part in target.parts}, listed)
     if stale:
         raise VerificationError(stale[0], hint="remove it, or make the checkpoint again")
+    if target.runs_code and kwargs.get("trust_remote_code") is not True:
+        raise VerificationError(f"{folder}: {CODE_INSIDE}", hint="read that code; trust_remote_code=True runs it")
     failures = []
     for strategy in _strategies(target):
         try:
@@ -93,7 +95,8 @@ def _from_pretrained(target: Target, kwargs: dict[str, Any]) -> Any:
     if "torch_dtype" in defaults:
         defaults["torch_dtype"] = getattr(torch, defaults["torch_dtype"])
     module = importlib.import_module("transformers" if target.kind == "transformers" else "diffusers")
-    class_name = "DiffusionPipeline" if target.kind == "pipeline" else target.parts[0].class_name
+    first = target.parts[0]
+    class_name = "DiffusionPipeline" if target.kind == "pipeline" else first.auto_class or first.class_name
     return getattr(module, class_name).from_pretrained(str(target.folder), **{**defaults, **kwargs})
 
 

@@ -44,7 +44,7 @@ from aoconvert.verification.report import (
     Status,
     some,
 )
-from aoconvert.verification.target import Target, from_folder, from_manifest, validate, with_imports
+from aoconvert.verification.target import CODE_INSIDE, Target, from_folder, from_manifest, validate, with_imports
 from aoconvert.verification.usage import usage_code, usage_sha256
 from aoconvert.verification.versions import version_problems
 
@@ -297,6 +297,8 @@ def _reload(run: _Run, target: Target, loaded: Loaded, children: Children) -> tu
     """
     if not run.options.reload:
         return "skipped", "not asked for"
+    if target.runs_code and not run.options.trust_remote_code:
+        return "skipped", f"{CODE_INSIDE}: read it, then --trust-remote-code"
     where = run.place or choose_place(target, run.options.device)
     failures: list[str] = []
     for strategy in _strategies(target, run.options):

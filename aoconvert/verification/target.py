@@ -25,7 +25,10 @@ from aoconvert.verification.safe_names import known_names
 DTYPES = ("bfloat16", "float16", "float32")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _MODULE = re.compile(r"torchao(\.[A-Za-z_][A-Za-z0-9_]*){0,6}")
-_KWARGS: Mapping[str, tuple[Any, ...]] = {"torch_dtype": DTYPES, "use_safetensors": (False,)}
+CODE_INSIDE = "its class is code inside the checkpoint, which opening it would run"
+_TRUST = "trust_remote_code"
+_KWARGS: Mapping[str, tuple[Any, ...]] = {"torch_dtype": DTYPES, "use_safetensors": (False,), _TRUST: (True,)}
+_AUTO_CLASS = re.compile(r"AutoModel[A-Za-z0-9]{0,60}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Part:
         files: its ``.bin`` files, relative to the checkpoint.
         dtype: of what is not quantized; ``None`` where the checkpoint does not say.
         kwargs: for ``from_pretrained``.
+        auto_class: what opens it, where its class is code inside the checkpoint.
         safe_globals: names its pickles need beyond torch's own; ``None`` without a manifest.
         tensors: what the manifest says of each tensor, by name; ``None`` without a manifest.
         fused: its query, key and value projections were fused before they were quantized.
@@ -57,6 +61,12 @@ class Part:
     tensors: Mapping[str, TensorEntry] | None = field(repr=False)
     fused: bool = False
     module: str | None = None
+    auto_class: str | None = None
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether opening it runs code that is inside the checkpoint."""
+        return _TRUST in self.kwargs
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,11 @@ class Target:
         """Whether a part has fused projections, which ``from_pretrained`` does not build."""
         return any(part.fused for part in self.parts)
 
+    @property
+    def runs_code(self) -> bool:
+        """Whether opening it runs code that is inside the checkpoint."""
+        return any(part.runs_code for part in self.parts)
+
 
 def validate(manifest: Manifest) -> None:
     """Check every value of a manifest that later becomes part of a program.
@@ -111,6 +126,10 @@ def validate(manifest: Manifest) -> None:
         for key, value in entry.load.kwargs.items():
             if value not in _KWARGS.get(key, ()):
                 raise SourceError(f"the manifest wants to load {entry.class_name} with {key}={value!r}")
+        if entry.load.class_name != entry.class_name and not (
+            _TRUST in entry.load.kwargs and _AUTO_CLASS.fullmatch(entry.load.class_name)
+        ):
+            raise SourceError(f"the manifest wants to load {entry.class_name} with {entry.load.class_name[:100]!r}")
         for name in entry.safe_globals:
             if name not in known:
                 raise SourceError(f"the manifest asks for {name!r}, which is not on the list of safe names")
@@ -149,6 +168,7 @@ def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
         safe_globals=tuple(entry.safe_globals),
         tensors={tensor.name: tensor for tensor in entry.tensors},
         fused=entry.fused_qkv,
+        auto_class=entry.load.class_name if entry.load.class_name != entry.class_name else None,
         module=_identifier(entry.module) if entry.module is not None else None,
     )
 

@@ -106,7 +106,8 @@ def _transformers(target: Target, part: Part, opened: str, *, small: bool) -> li
     if not any((target.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     limit = 2 if small else 100
-    head = ["from transformers import AutoTokenizer", "", f"tokenizer = AutoTokenizer.from_pretrained({opened})"]
+    trust = ", trust_remote_code=True" if part.runs_code else ""
+    head = ["from transformers import AutoTokenizer", "", f"tokenizer = AutoTokenizer.from_pretrained({opened}{trust})"]
     name = part.class_name
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return head + _causal(_has_chat_template(target), limit)

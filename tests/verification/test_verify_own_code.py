@@ -1,0 +1,108 @@
+"""A model whose class is code inside its checkpoint: opened by the auto class, where somebody trusts that code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hub.fixtures import HubClient
+
+import aoconvert
+from aoconvert import manifest as manifests
+from aoconvert.errors import SourceError, VerificationError
+from aoconvert.verification.code import load_code
+from aoconvert.verification.target import from_manifest
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A result whose class is in ``modeling_own.py``; importing that leaves ``canary``."""
+    source = tmp_path / "source"
+    tiny.llama(source)
+    (source / "modeling_own.py").write_text(
+        f"open({str(tmp_path / 'canary')!r}, 'w').close()\n"
+        "from transformers import LlamaForCausalLM\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+    )
+    config = json.loads((source / "config.json").read_text())
+    config |= {
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", trust_remote_code=True)
+    (tmp_path / "canary").unlink()
+    return tmp_path / "out"
+
+
+def status(report: Any) -> dict[str, str]:
+    return {check.name: check.status for check in report.checks}
+
+
+def test_where_it_is_trusted(own: Path) -> None:
+    report = aoconvert.verify(own, trust_remote_code=True)
+    assert report.ok and status(report)["reload"] == "passed", report.to_dict()
+    assert (own.parent / "canary").exists()
+    text = aoconvert.card(own, repo_id="me/x").text
+    assert "from transformers import AutoModelForCausalLM\n" in text
+    assert "AutoModelForCausalLM.from_pretrained('me/x', trust_remote_code=True)" in text
+    assert "OwnForCausalLM.from_pretrained" not in text and "**Verified**" in text
+    assert "runs that code on your machine" in text
+
+
+def test_where_it_is_not_trusted(own: Path) -> None:
+    with pytest.raises(VerificationError, match="code inside the checkpoint") as found:
+        aoconvert.load(own)
+    assert "trust_remote_code=True" in (found.value.hint or "")
+    assert not (own.parent / "canary").exists()
+
+
+@pytest.mark.exhaustive
+def test_verify_where_it_is_not_trusted(own: Path) -> None:
+    report = aoconvert.verify(own)
+    assert report.ok
+    assert (status(report)["reload"], status(report)["load"]) == ("skipped", "passed")
+    assert not (own.parent / "canary").exists()
+    assert "passed without opening the model (its class is code inside" in aoconvert.card(own).text
+    model = aoconvert.load(own, trust_remote_code=True)
+    assert tiny.tokens_step(model).isfinite().all()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", ["from-pretrained", "assign"])
+def test_from_the_hub(own: Path, hub_client: HubClient, strategy: str) -> None:
+    aoconvert.verify(own, strategy=strategy, trust_remote_code=True)  # type: ignore[arg-type]
+    hub_client.hub.state.create_repo("me/x")
+    files = {path.relative_to(own).as_posix(): path for path in own.rglob("*") if path.is_file()}
+    hub_client.hub.state.commit("me/x", files)
+    done = hub_client.command("verify", "me/x", "--trust-remote-code", "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["strategy"] == strategy, report
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"class_name": "pipeline"}, "wants to load"),
+        ({"class_name": "AutoModel; import os"}, "wants to load"),
+        ({"kwargs": {"trust_remote_code": "yes"}}, "wants to load"),
+        ({"class_name": "AutoModelForCausalLM", "kwargs": {}}, "wants to load"),
+    ],
+)
+def test_a_manifest_that_asks_for_more(own: Path, change: dict[str, Any], says: str) -> None:
+    values = json.loads((own / "aoconvert.json").read_text())
+    values["components"][0]["load"].update(change)
+    with pytest.raises(SourceError, match=says):
+        from_manifest(own, manifests.Manifest.model_validate(values))
+
+
+def test_a_plain_model_runs_no_code(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """Trust that nothing needs leaves no trace."""
+    out = tmp_path / "out"
+    aoconvert.quantize(checkpoints("llama-tied"), "int8wo", output=out, device="cpu", trust_remote_code=True)
+    target = from_manifest(out, manifests.load(out))
+    assert not target.runs_code and "trust_remote_code" not in load_code(target, "x", "from-pretrained")
