@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,7 @@ def decide(
         tuple(tensors),
         decider.outputs,
         decider.choices.implementation,
-        tuple(decider.problems + decider.refusals()),
+        (*decider.problems, *decider.unusable(), *decider.refusals()),
         tuple(decider.left),
         tuple(decider.dropped()),
     )
@@ -111,6 +111,7 @@ class _Decider:
     missing: list[str] = field(default_factory=list)
     left: list[LeftOut] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    faults: dict[str, list[str]] = field(default_factory=dict)
     choices: Choices = field(default_factory=Choices)
 
     def __post_init__(self) -> None:
@@ -177,24 +178,24 @@ class _Decider:
         return next((self.inventory.direct[name] for name in names if name in self.inventory.direct), None)
 
     def _is_usable(self, spec: TensorSpec, origin: SourceTensor | None, recipe: Recipe | None) -> bool:
-        title = self.skeleton.component.title
         if self.inventory is None or spec.tied_to is not None:
             return True
         if what := self.inventory.unreadable.get(spec.name):
-            self.problems.append(f"{title}: the checkpoint's {spec.name} is {what}")
+            self.faults.setdefault("unreadable", []).append(f"the checkpoint's {spec.name} is {what}")
             return False
         if origin is None and recipe is None:
             if spec.name not in self.inventory.merged:
                 self._leave(spec)
             return spec.name in self.inventory.merged
         if origin is not None and origin.shape != spec.shape:
-            self.problems.append(
-                f"{title}: {spec.name} is {list(origin.shape)} in {origin.file}, but its class wants {list(spec.shape)}"
+            self.faults.setdefault("shape", []).append(
+                f"{spec.name} is {list(origin.shape)} in {origin.file}, but its class wants {list(spec.shape)}"
             )
             return False
         small = [tensor.dtype for tensor in (recipe or [origin]) if tensor is not None and tensor.dtype.itemsize == 1]
         if spec.floating and small:
-            self.problems.append(f"{title}: {spec.name} is already {str(small[0]).removeprefix('torch.')}")
+            what = str(small[0]).removeprefix("torch.")
+            self.faults.setdefault(what, []).append(f"{spec.name} is already {what}")
             return False
         return True
 
@@ -210,6 +211,11 @@ class _Decider:
         else:
             self.left.append(LeftOut(spec.name, "not in the checkpoint, as its class expects; the library makes it"))
 
+    def unusable(self) -> list[str]:
+        """What is wrong with tensors of the checkpoint: one line for each kind of thing, however many there are."""
+        title = self.skeleton.component.title
+        return [f"{title}: {_first(lines)}" for lines in self.faults.values()]
+
     def refusals(self) -> list[str]:
         """Why the checkpoint cannot be converted, as the library says."""
         title, lines = self.skeleton.component.title, []
@@ -220,14 +226,16 @@ class _Decider:
                 f"{title}: the checkpoint does not hold {shown}{more} "
                 "(--allow-missing PATTERN leaves a tensor to the library, which makes it anew)"
             )
-        if self.found is None or self.problems or lines:
+        if self.found is None or self.problems or self.faults or lines:
             return lines  # the library's refusal would only say the same
         opening = self.found.opening
         if opening.refusal is not None and self.found.inventory.obstacle is None:
             lines.append(f"{title}: {self.skeleton.component.library} does not open it: {opening.refusal}")
-        for name, (here, there) in (opening.mismatched or {}).items():
-            lines.append(f"{title}: {name} comes out as {list(here)}, but its class wants {list(there)}")
-        return lines
+        mismatched = [
+            f"{name} comes out as {list(here)}, but its class wants {list(there)}"
+            for name, (here, there) in (opening.mismatched or {}).items()
+        ]
+        return [*lines, *([f"{title}: {_first(mismatched)}"] if mismatched else [])]
 
     def carry(self) -> list[TensorPlan]:
         """Tensors that the class does not know: under their names, unchanged. Other loaders may use them."""
@@ -271,6 +279,12 @@ class _Decider:
         if key not in self._cache:
             self._cache[key] = meta_output(spec.name, spec.shape, dtype, scheme)
         return self._cache[key]
+
+
+def _first(lines: Sequence[str]) -> str:
+    """The first of some lines that say the same of different tensors, and how many more there are."""
+    more = len(lines) - 1
+    return lines[0] if not more else f"{lines[0]} (and {more} more tensor{'s' if more > 1 else ''} likewise)"
 
 
 def _target_dtype(spec: TensorSpec, found: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

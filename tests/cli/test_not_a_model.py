@@ -109,3 +109,20 @@ def test_a_class_that_is_no_text(call: Call, tmp_path: Path, key: str, value: ob
     error, _ = said(call, source, tmp_path)
     assert error.startswith(f"model: config.json: {key} is not a ")
     assert str(value)[:20] in error
+
+
+def test_weights_in_8_bits_are_one_line(call: Call, tmp_path: Path) -> None:
+    tensors = {
+        name: value.to(torch.float8_e4m3fn) if value.dim() == 2 else value for name, value in llama_tensors().items()
+    }
+    count = sum(value.dim() == 2 for value in tensors.values())
+    error, _ = said(call, build_llama(tmp_path / "model", tensors=tensors), tmp_path)
+    first = "LlamaForCausalLM: model.embed_tokens.weight is already float8_e4m3fn"
+    assert error == f"{first} (and {count - 1} more tensors likewise)"
+
+
+def test_shapes_of_another_model_are_one_line(call: Call, tmp_path: Path) -> None:
+    source = build_llama(tmp_path / "model")
+    write_config(source, {**LLAMA, "hidden_size": 128})
+    error, _ = said(call, source, tmp_path)
+    assert "but its class wants [128, 128] (and " in error
