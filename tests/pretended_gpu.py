@@ -6,7 +6,8 @@ What is late on a GPU is late here too, as late as its rules allow:
 - a copy from page-locked memory has read it only when its stream has been waited for; a source that holds something
   else by then is a ``Mistake``;
 - a copy into page-locked memory fills it with poison, and the values come when its stream is waited for;
-- an Intel GPU does both with ordinary memory, too;
+- an Intel GPU does both with ordinary memory, too, and with the temporaries by way of which torch copies what is not
+  contiguous or of another dtype;
 - a tensor that is used on another stream than its own, which has not been waited for, is a ``Mistake``; tensors of
   several devices in one operation are torch's own error;
 - a device has so many bytes, and torch's own error for more; a device can be taken, or fail.
@@ -229,6 +230,8 @@ class World:
         self.events.get(self._uploads, lambda: None)()
         self._uploads += 1
         stream = self.stream(self.device(device))
+        if self.kind == "xpu" and non_blocking and not (source.is_contiguous() and dtype in (None, source.dtype)):
+            raise Mistake("a copy goes on from a temporary that nobody holds")
         values = source.to(dtype or source.dtype, copy=True)
         if not self.is_late(source, non_blocking):
             stream.synchronize()
@@ -251,6 +254,8 @@ class World:
             values = source.host.clone()
             _bytes(target).fill_(POISON)
             stream.add(lambda: target.copy_(values))
+        elif self.kind == "xpu" and non_blocking:  # torch has read its temporary before that was filled
+            target.copy_(torch.full_like(source.host.view(torch.uint8), POISON).view(source.dtype))
         else:
             stream.synchronize()
             target.copy_(source.host)

@@ -78,7 +78,8 @@ class Assembly:
             own, end = divmod(rows, place.rows)
             inner = inner.narrow(place.dim, skipped, inner.shape[place.dim] - skipped if end else own * place.size)
             target = target.narrow(place.dim, at, inner.shape[place.dim])
-        target.copy_(inner, non_blocking=self.pinned)
+        # what lies apart is filled by way of a temporary, which an Intel GPU would not have filled yet
+        target.copy_(inner, non_blocking=self.pinned and target.is_contiguous())
 
     def put_all(self, block: torch.Tensor, start: int, rows: int, ahead: int = 0) -> None:
         """As ``put``, with every inner tensor of a block."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +32,12 @@ class Blocks:
     unit: int = 1
     extremes: torch.Tensor | None = None
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Blocks:
+        """The same for blocks of this dtype on a device, which copies while the caller goes on."""
+        if self.extremes is None:
+            return self
+        return replace(self, extremes=self.extremes.to(dtype).to(device, non_blocking=True))
+
     def completed(self, block: torch.Tensor) -> tuple[torch.Tensor, int]:
         """A block, or the end of the weight, with what it needs.
 
@@ -40,7 +46,7 @@ class Blocks:
         """
         if self.extremes is None:
             return block, 0
-        extremes = self.extremes.to(block, non_blocking=True)  # they stay until the device has been waited for
+        extremes = self.extremes.to(block)
         if len(block) % self.unit == 0:
             return torch.cat([block, extremes]), 0
         # behind it they would be packed with its last rows

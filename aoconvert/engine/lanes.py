@@ -227,7 +227,10 @@ class Lane:
         blocks: Blocks,
         assembly: Assembly | None,
     ) -> Callable[[], Error]:
+        # what is copied from stays until it has been waited for, as it is: no temporary that nobody holds
+        data, near = data.contiguous(), blocks.to("cpu", dtype)
         with self._failing(), self._current():
+            blocks = near.to(self.device, dtype)
             figures = torch.zeros(3, dtype=torch.float64, device=self.device)
             for start in range(0, len(data), blocks.step):
                 original = data[start : start + blocks.step].to(self.device, non_blocking=True)
@@ -240,8 +243,7 @@ class Lane:
             host = self._host_figures(figures)
             done = self._stream.record_event() if self._stream is not None else None
 
-        # what is copied from stays until it has been waited for
-        def wait(_: object = (data, blocks)) -> Error:
+        def wait(_: object = (data, near)) -> Error:
             if done is not None:
                 with self._failing():
                     done.synchronize()

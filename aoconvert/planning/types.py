@@ -326,7 +326,7 @@ class Plan:
                 "label": self.source.label,
                 "subfolder": self.subfolder,
             },
-            "components": [_component_dict(item) for item in self.components],
+            "components": [_component_dict(item, self.device) for item in self.components],
             "unquantized": [_unquantized_dict(item) for item in self.unquantized],
             "copied": [{"path": item.path, "size": item.size} for item in self.copied],
             "left_behind": [{"path": item.path, "reason": item.reason} for item in self.left_behind],
@@ -340,7 +340,7 @@ class Plan:
         }
 
 
-def _component_dict(plan: ComponentPlan) -> dict[str, Any]:
+def _component_dict(plan: ComponentPlan, device: str) -> dict[str, Any]:
     return {
         "name": plan.component.name,
         "library": plan.component.library,
@@ -358,6 +358,7 @@ def _component_dict(plan: ComponentPlan) -> dict[str, Any]:
                 "reason": t.reason,
                 "bytes_in": t.bytes_in,
                 "bytes_out": t.bytes_out,
+                "device": "cpu" if device != "cpu" and t.scheme is not None and t.scheme.cpu_only else None,
                 "file": t.file,
             }
             for t in plan.tensors

@@ -121,27 +121,34 @@ def convert(source: Path, output: Path, scheme: str = "int8wo", device: str = "c
     return digests(output)
 
 
+def compare(kind: str, weight: torch.Tensor, base: torch.dtype, scheme: Scheme) -> None:
+    """With the CPU: from page-locked memory, and from ordinary memory, some of it transposed."""
+    expected = quantize_tensor("w", weight, base, scheme, "cpu")
+    blocks = cut(weight, scheme, 64 * weight.shape[-1])
+    with pretended(kind):
+        pieces = (locked(weight), weight.mT.contiguous().mT)
+        for finish in [Lane(f"{kind}:0").start("w", piece, base, scheme, blocks) for piece in pieces]:
+            made, error = finish()
+            assert same(made, expected.tensor), (weight.shape, weight.dtype)
+            assert (error.sqnr_db, error.largest) == (expected.sqnr_db, expected.max_abs_error)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "layout"), [*USUAL, *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in REST)]
 )
-def test_a_lane_gives_what_the_cpu_gives(name: str, settings: dict[str, str], layout: str | None, gpu: World) -> None:
-    """Two pieces under way, cut into blocks, rows of zeros in them, from page-locked memory."""
+def test_a_lane_gives_what_the_cpu_gives(name: str, settings: dict[str, str], layout: str | None) -> None:
+    """Two pieces under way, cut into blocks, rows of zeros in them."""
     scheme = schemes.get(name, settings=settings, layout_device=layout)
-    cells = 0
-    for shape, (source, base) in zip(
-        (*SHAPES, *SHAPES), ((BRAIN, BRAIN), (SINGLE, BRAIN), (HALF, HALF)) * 2, strict=True
-    ):
-        if schemes.blocker(shape, base, scheme) is not None:
-            continue
-        cells += 1
-        held = locked(weight_of(*shape).to(source))
-        expected = quantize_tensor("w", held, base, scheme, "cpu")
-        blocks = cut(held, scheme, 64 * shape[-1])
-        for finish in [Lane("cuda:0").start("w", held, base, scheme, blocks) for _ in range(2)]:
-            made, error = finish()
-            assert same(made, expected.tensor), (shape, source)
-            assert (error.sqnr_db, error.largest) == (expected.sqnr_db, expected.max_abs_error)
-    assert cells
+    dtypes = ((BRAIN, BRAIN), (SINGLE, BRAIN), (HALF, HALF))
+    cells = [
+        (kind, shape, source, base)
+        for kind, order in (("cuda", dtypes), ("xpu", (dtypes[1], dtypes[0], dtypes[1])))
+        for shape, (source, base) in zip(SHAPES, order, strict=True)
+        if schemes.blocker(shape, base, scheme) is None
+    ]
+    assert {kind for kind, *_ in cells} == {"cuda", "xpu"}
+    for kind, shape, source, base in cells:
+        compare(kind, weight_of(*shape).to(source), base, scheme)
 
 
 @pytest.mark.parametrize(
@@ -201,14 +208,16 @@ def test_another_gpu_than_the_first_is_the_only_one_that_is_used(checkpoints: Ch
 
 
 def test_int4_for_the_cpu_where_a_gpu_is(checkpoints: Checkpoints, gpu: World, tmp_path: Path) -> None:
-    """torchao makes it on a CPU only; the manifest says so."""
-    options = {"layout_device": "cpu", "group_size": 32}
+    """torchao makes it on a CPU only; plan and manifest say so."""
+    options: dict[str, Any] = {"layout_device": "cpu", "group_size": 32}
     expected = convert(checkpoints("opt"), tmp_path / "cpu", "int4wo", "cpu", **options)
     assert convert(checkpoints("opt"), tmp_path / "gpu", "int4wo", "auto", **options) == expected
     assert json.loads((tmp_path / "gpu/aoconvert.json").read_text())["environment"]["device"]["type"] == "cuda"
     found = {(tensor["action"], tensor["device"]) for tensor in entries(tmp_path / "gpu").values()}
     assert ("quantize", "cpu") in found
     assert ("quantize", None) not in found
+    plan = aoconvert.plan(checkpoints("opt"), "int4wo", device="auto", min_quantized=0, **options).to_dict()
+    assert found == {(tensor["action"], tensor["device"]) for tensor in plan["components"][0]["tensors"]}
     # on its own as well
     scheme = schemes.get("int4wo", layout_device="cpu")
     weight = weight_of(64, 256)
