@@ -43,6 +43,11 @@ def open_regular(path: Path, *, follow: bool = True) -> int:
     return descriptor
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, a broken link too."""
+    return path.is_symlink() or path.exists()
+
+
 def read_limited(path: Path, most: int, *, follow: bool = True) -> bytes:
     """The content of a regular file of at most ``most`` bytes.
 

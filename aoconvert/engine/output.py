@@ -144,6 +144,8 @@ class Stage:
         finally:
             if self.placed:
                 os.close(self._lock)
+                if self._aside.is_symlink():
+                    self._aside.unlink()
                 shutil.rmtree(self._aside, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     self._journal_aside.unlink(missing_ok=True)

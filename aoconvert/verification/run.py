@@ -14,7 +14,7 @@ from typing import Literal
 from aoconvert import manifest as manifests
 from aoconvert.environment import versions
 from aoconvert.errors import AoconvertError, PlanError
-from aoconvert.files import check_replaceable, read_limited, write_whole, writing
+from aoconvert.files import check_replaceable, is_there, read_limited, write_whole, writing
 from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
 from aoconvert.progress import Progress
 from aoconvert.sources import Source
@@ -145,7 +145,7 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         SourceError: the folder holds no torchao checkpoint at all.
         WriteError: something that is not a file is where the report belongs.
     """
-    writes = options.published is None and (folder / MANIFEST_NAME).exists()
+    writes = options.published is None and is_there(folder / MANIFEST_NAME)
     if writes:
         with writing(folder / REPORT_NAME):
             check_replaceable(folder / REPORT_NAME)
@@ -229,7 +229,7 @@ def _ran(run: _Run, target: Target, loaded: Loaded) -> Iterator[Ran]:
 
 
 def _manifest(run: _Run) -> tuple[Status, str]:
-    if not (run.folder / MANIFEST_NAME).exists():
+    if not is_there(run.folder / MANIFEST_NAME):
         run.target = from_folder(run.folder)
         return "skipped", f"no {MANIFEST_NAME}: by somebody else; nothing to compare with"
     run.manifest = found = manifests.load(run.folder)
