@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from aoconvert.environment import host_by_default
 from aoconvert.options import QuantizeKwargs, QuantizeOptions, parse_size
 from aoconvert.progress import Progress, Silent
+from aoconvert.staging import tidy
 
 if TYPE_CHECKING:
     from aoconvert.cards import Card
@@ -378,6 +379,7 @@ def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: 
     """``quantize`` with its options already made."""
     from aoconvert.planning.make import refuse_early
 
+    tidy(options.output)
     resolved = _resolved(source, options)
     refuse_early(resolved, options)
     from aoconvert.engine.ahead import HashingAhead

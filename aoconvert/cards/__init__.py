@@ -17,6 +17,7 @@ from aoconvert.manifest import CARD_BYTES
 from aoconvert.manifest import CARD_NAME as CARD_NAME
 from aoconvert.manifest import PICTURE_NAME as PICTURE_NAME
 from aoconvert.seals import is_sealed, seal
+from aoconvert.staging import tidy
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     """
     from aoconvert.cards.make import make
 
+    tidy(folder)
     made, picture, warnings = make(folder, options, repo_id, revision)
     return Card(seal(made), picture, warnings)
 

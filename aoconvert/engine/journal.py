@@ -20,12 +20,12 @@ from aoconvert.engine.journal_file import (
     read_journal,
     signature_of,
 )
-from aoconvert.engine.output import JOURNAL_NAME
 from aoconvert.engine.stream import TensorResult
 from aoconvert.errors import ReadError
 from aoconvert.files import writing
 from aoconvert.hashing import Prefix, matching
 from aoconvert.readers.digest import FileDigest, Mark
+from aoconvert.staging import JOURNAL_NAME
 from aoconvert.verification.safe_names import lookup
 from aoconvert.writers.pickle_json import decode, encode
 from aoconvert.writers.pickle_tree import globals_of, storages_of

@@ -21,14 +21,13 @@ from aoconvert.errors import PlanError, WriteError
 from aoconvert.files import open_regular, read_limited, write_whole, writing
 from aoconvert.json_text import INDEX_BYTES
 from aoconvert.manifest import MANIFEST_NAME, FileEntry
-from aoconvert.planning.files import partial_folder
 from aoconvert.planning.overwriting import overwrite_problem
 from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import FileDigest, damaged_in_cache
 from aoconvert.sources import Source
+from aoconvert.staging import JOURNAL_NAME, journal_aside, partial_folder, replaced_folder
 
-JOURNAL_NAME = "aoconvert.journal"
 _LOCK_NAME = "aoconvert.lock"
 _FICLONE = 0x40049409
 _CHUNK = 1 << 22
@@ -48,8 +47,8 @@ class Stage:
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
         self.root = partial_folder(output)
-        self._aside = self.output.parent / f".{self.output.name}.aoconvert-replaced"
-        self._journal_aside = self.output.parent / f".{self.output.name}.{JOURNAL_NAME}"
+        self._aside = replaced_folder(output)
+        self._journal_aside = journal_aside(output)
         self._made = [folder for folder in self.output.parents if not folder.exists()]
         self.placed = False
         with writing(self.root):
@@ -65,7 +64,9 @@ class Stage:
 
     def _mend(self) -> None:
         """Put back what a run that was killed in the middle of ``place`` had moved."""
-        if self._aside.is_dir() and not self._aside.is_symlink():
+        if self._aside.is_symlink():
+            self._aside.unlink()
+        if self._aside.is_dir():
             shutil.rmtree(self._aside) if self.output.exists() else self._aside.rename(self.output)
         if self._journal_aside.exists():
             there = any(self.root.iterdir()) and not (self.root / JOURNAL_NAME).exists()
@@ -144,8 +145,6 @@ class Stage:
         finally:
             if self.placed:
                 os.close(self._lock)
-                if self._aside.is_symlink():
-                    self._aside.unlink()
                 shutil.rmtree(self._aside, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     self._journal_aside.unlink(missing_ok=True)

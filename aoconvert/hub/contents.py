@@ -16,6 +16,7 @@ from aoconvert.hub.types import PushOptions, Sent
 from aoconvert.manifest import MANIFEST_NAME, FileEntry, Manifest
 from aoconvert.progress import Progress
 from aoconvert.sources.folder import list_folder, stays_inside
+from aoconvert.staging import tidy
 from aoconvert.verification.files import file_sha256, shadows
 from aoconvert.verification.report import REPORT_NAME, read_report, some
 
@@ -55,6 +56,7 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
     """
     if not folder.is_dir():
         raise SourceError(f"no such folder: {folder}", hint="give the output folder of aoconvert quantize")
+    tidy(folder)
     manifest = manifests.load(folder)
     manifest_sha256 = file_sha256(folder / MANIFEST_NAME)
     entries = {entry.path: entry for entry in manifest.files()}

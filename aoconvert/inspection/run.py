@@ -20,6 +20,7 @@ from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.hub_errors import not_cached
 from aoconvert.sources.remote import RemoteFile
 from aoconvert.sources.weights import Library
+from aoconvert.staging import tidy
 from aoconvert.verification.byte_source import ByteSource, LocalFile
 
 _PIPELINE = "model_index.json"
@@ -67,6 +68,8 @@ def inspect(
         local_files_only=local_files_only,
         small_files=False,
     )
+    if source.kind == "folder":
+        tidy(source.root)
     reader = _Reader(source, token, offline=local_files_only or _offline(source))
     library, class_name, parts = reader.everything()
     return Inspection(reference, source.revision, library, class_name, tuple(parts), reader.fetched)

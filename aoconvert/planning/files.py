@@ -1,9 +1,8 @@
-"""Which file holds which tensor, and where a run builds its files."""
+"""Which file holds which tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from aoconvert.models import Component
 from aoconvert.planning.types import TensorPlan
@@ -44,9 +43,3 @@ def assign(tensors: Sequence[TensorPlan], order: Sequence[str], limit: int) -> l
         files[-1].append(name)
         used += sizes[name]
     return files
-
-
-def partial_folder(output: Path) -> Path:
-    """Where a run builds what will be ``output``, and leaves what it has when it is stopped."""
-    place = output.absolute()
-    return place.parent / f".{place.name}.aoconvert-partial"

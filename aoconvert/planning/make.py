@@ -18,7 +18,6 @@ from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models import Component, identify
 from aoconvert.models.fused import CannotFuse
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning import files as plan_files
 from aoconvert.planning.component import component_warnings, dropped_warning, plan_component
 from aoconvert.planning.copying import sort_files, unread_pickles
 from aoconvert.planning.needs import needs
@@ -27,6 +26,7 @@ from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
 from aoconvert.rules import Rules, allowing, skipping, unmatched
+from aoconvert.staging import partial_folder
 from aoconvert.words import size
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def output_problems(source: Source, options: QuantizeOptions) -> list[str]:
             problems.append(f"output {output} holds something that aoconvert did not write; it is not overwritten")
         elif problem := overwrite_problem(output):
             problems.append(f"{problem} (move it away, or choose another --output)")
-    partial = plan_files.partial_folder(output)
+    partial = partial_folder(output)
     if is_foreign(partial):
         problems.append(f"{partial} holds something that aoconvert did not write (move it away)")
     place = output.resolve()
@@ -272,7 +272,7 @@ def space_problems(options: QuantizeOptions, wanted: Needs) -> list[str]:
 
 def _held(output: Path) -> int:
     """Bytes that an unfinished run holds there; the next one uses or frees them."""
-    facts = [path.lstat() for path in plan_files.partial_folder(output).rglob("*")]
+    facts = [path.lstat() for path in partial_folder(output).rglob("*")]
     return sum(found.st_blocks * 512 for found in facts if stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
 
 

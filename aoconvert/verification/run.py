@@ -18,6 +18,7 @@ from aoconvert.files import check_replaceable, is_there, read_limited, write_who
 from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
 from aoconvert.progress import Progress
 from aoconvert.sources import Source
+from aoconvert.staging import tidy
 from aoconvert.verification.code import Strategy, card_strategy, code_sha256, load_code
 from aoconvert.verification.files import check_files, file_sha256, notes, shadows
 from aoconvert.verification.library import LibraryFindings, compare_by_library
@@ -145,6 +146,7 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         SourceError: the folder holds no torchao checkpoint at all.
         WriteError: something that is not a file is where the report belongs.
     """
+    tidy(folder)
     writes = options.published is None and is_there(folder / MANIFEST_NAME)
     if writes:
         with writing(folder / REPORT_NAME):

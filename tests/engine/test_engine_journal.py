@@ -15,13 +15,14 @@ from test_engine_resume import StopAfter, convert
 
 from aoconvert.engine.journal import Journal
 from aoconvert.engine.journal_file import FileLine, JournalFile, TensorLine, differences, read_journal, signature_of
-from aoconvert.engine.output import JOURNAL_NAME, Stage
+from aoconvert.engine.output import Stage
 from aoconvert.errors import Interrupted, WriteError
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan
 from aoconvert.planning.make import make
 from aoconvert.progress import Silent
 from aoconvert.sources import resolve
+from aoconvert.staging import JOURNAL_NAME
 
 LINES = [FileLine(file=f"{number}.bin", size=number, sha256="0" * 64) for number in range(5)]
 

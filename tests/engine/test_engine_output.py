@@ -15,8 +15,19 @@ import pytest
 import torch
 
 import aoconvert
-from aoconvert.engine.output import JOURNAL_NAME, Stage
+from aoconvert.engine.output import Stage
 from aoconvert.errors import PlanError, WriteError
+from aoconvert.hub import PushOptions
+from aoconvert.hub.contents import read_contents
+from aoconvert.progress import Silent
+from aoconvert.staging import JOURNAL_NAME, tidy
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "out"
+    aoconvert.quantize(checkpoints("llama-tied"), "int8wo", output=out, device="cpu", min_quantized=0.0)
+    return out
 
 
 def test_nothing_under_the_name_before_it_is_placed(tmp_path: Path) -> None:
@@ -132,6 +143,40 @@ def test_a_kill_after_it_was_placed_leaves_no_journal(tmp_path: Path) -> None:
     assert not (stage.root / JOURNAL_NAME).exists()
     stage.discard()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "verify", "card", "push", "inspect"])
+def test_the_next_command_tidies_up(command: str, converted: Path, tmp_path: Path) -> None:
+    """The run was killed when its output was in place, and nothing else was removed yet."""
+    out = tmp_path / "out"
+    shutil.copytree(converted, out)
+    (tmp_path / f".out.{JOURNAL_NAME}").write_text("journal")
+    (tmp_path / ".out.aoconvert-replaced").mkdir()
+    (tmp_path / ".out.aoconvert-replaced" / "old").write_text("old")
+    if command == "quantize":
+        with pytest.raises(PlanError, match="exists and is not empty"):
+            aoconvert.quantize(tmp_path / "out", "int8wo", output=out, device="cpu")
+    elif command == "verify":
+        (out / "config.json").write_text("{}")  # so that it ends early
+        assert not aoconvert.verify(out).ok
+    elif command == "card":
+        aoconvert.card(out)
+    elif command == "push":
+        read_contents(out, "me/model", PushOptions(), Silent())
+    else:
+        aoconvert.inspect(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_living_run_needs_stays(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "out")
+    (tmp_path / f".out.{JOURNAL_NAME}").write_text("journal")
+    (tmp_path / ".out.aoconvert-replaced").mkdir()
+    tidy(tmp_path / "out")
+    assert len(list(tmp_path.iterdir())) == 3
+    stage.discard()
+    tidy(tmp_path / "out")  # it is what an earlier result was moved to
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_journal_comes_back_where_the_name_is_taken(tmp_path: Path) -> None:

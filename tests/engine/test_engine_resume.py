@@ -15,10 +15,10 @@ import pytest
 
 import aoconvert
 from aoconvert.engine.journal_file import JournalFile, TensorLine, read_journal
-from aoconvert.engine.output import JOURNAL_NAME
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.errors import Interrupted, ReadError
 from aoconvert.progress import Silent
+from aoconvert.staging import JOURNAL_NAME
 
 HERE = Path(__file__).parent
 SHARDS: dict[str, Any] = {"max_shard_size": "12KB"}
