@@ -17,7 +17,7 @@ import torch
 import aoconvert
 from aoconvert.engine.output import Stage
 from aoconvert.errors import PlanError, WriteError
-from aoconvert.hub import PushOptions
+from aoconvert.hub.types import PushOptions
 from aoconvert.hub.contents import read_contents
 from aoconvert.progress import Silent
 from aoconvert.staging import JOURNAL_NAME, tidy
