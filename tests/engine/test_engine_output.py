@@ -17,8 +17,8 @@ import torch
 import aoconvert
 from aoconvert.engine.output import Stage
 from aoconvert.errors import PlanError, WriteError
-from aoconvert.hub.types import PushOptions
 from aoconvert.hub.contents import read_contents
+from aoconvert.hub.types import PushOptions
 from aoconvert.progress import Silent
 from aoconvert.staging import JOURNAL_NAME, tidy
 
