@@ -15,6 +15,7 @@ from aoconvert.errors import UsageError
 AUTO = "auto"
 LAYOUT_DEVICES = ("cpu", "cuda", "xpu")
 DTYPES = ("bfloat16", "float16", "float32", "auto")
+DEFAULT_DTYPE = "bfloat16"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -41,7 +42,7 @@ class QuantizeKwargs(TypedDict, total=False):
     drop_unknown: bool
     default_skips: bool
     fuse_qkv: bool
-    dtype: str
+    dtype: str | None
     device: str
     layout_device: str | None
     max_shard_size: int | str | None
@@ -82,7 +83,8 @@ class QuantizeOptions:
         drop_unknown: leave out the tensors that the model class does not know.
         default_skips: leave alone what a careful converter leaves alone (output head, routers …).
         fuse_qkv: fuse the query, key and value projections of a diffusers model before they are quantized.
-        dtype: of what is not quantized and the base of what is; ``auto`` keeps the source's.
+        dtype: of what is not quantized and the base of what is; ``auto`` keeps the source's. ``None`` is bfloat16, or
+            the source's for a model whose class cannot run in bfloat16.
         device: where to quantize: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``xpu``.
         layout_device: device type that packed weights are for; default: where they are quantized.
         max_shard_size: bytes of tensors a file, or ``None`` for the library's default.
@@ -117,7 +119,7 @@ class QuantizeOptions:
     drop_unknown: bool = False
     default_skips: bool = True
     fuse_qkv: bool = False
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     device: str = "auto"
     layout_device: str | None = None
     max_shard_size: int | None = None
@@ -134,7 +136,7 @@ class QuantizeOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
+        if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         self._check_scheme()
         if not 0 <= self.min_quantized <= 1:

@@ -108,9 +108,8 @@ def conversion(function: F) -> F:
         click.option(
             "--dtype",
             type=click.Choice(DTYPES),
-            default="bfloat16",
-            show_default=True,
-            help="Of what is not quantized, and the base of what is; auto keeps the source's.",
+            help="Of what is not quantized, and the base of what is; auto keeps the source's. Default: bfloat16, or "
+            "the source's for a class that cannot run in it.",
         ),
         click.option(
             "--device",

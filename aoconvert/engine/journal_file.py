@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from aoconvert.environment import device_facts, versions
 from aoconvert.files import read_limited, writing
 from aoconvert.manifest import Sha256
+from aoconvert.planning.types import ComponentPlan
 
 if TYPE_CHECKING:
     from aoconvert.planning import Plan
@@ -195,7 +196,7 @@ def _plan_values(plan: Plan) -> list[Any]:
             model.component.name,
             model.component.class_name,
             model.folder,
-            plan.dtype,
+            model.dtype if isinstance(model, ComponentPlan) else None,
             [
                 [
                     t.name,

@@ -210,13 +210,13 @@ def _components(
                     component.component.library,
                     component.component.config,
                     quantization_config(component.component.library, component.config, component.skip_modules),
-                    plan.dtype,
+                    component.dtype,
                 ),
             )
         ]
         if len(component.files) > 1:
             extra.append(_write_index(component, stage))
-        entries.append(_component_entry(component, done, extra, plan))
+        entries.append(_component_entry(component, done, extra))
     progress.finish()
     return entries, digests, seconds
 
@@ -275,7 +275,7 @@ def _write_index(component: StreamedPlan, stage: Stage) -> FileEntry:
     return stage.write_text(path, content)
 
 
-def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[FileEntry], whole: Plan) -> ComponentEntry:
+def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[FileEntry]) -> ComponentEntry:
     kinds = {spec.name: spec.kind for spec in plan.skeleton}
     tensors = []
     for tensor in plan.tensors:
@@ -312,7 +312,7 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         module=plan.component.module,
         scheme=plan.scheme_name,
         config=config_dict(plan.config),
-        dtype=_base_dtype(plan, whole),
+        dtype=_base_dtype(plan),
         layout=manifest.LayoutEntry(**layout_dict(plan.layout, plan.unconfirmed)),
         format="bin",
         files=sealed + extra,
@@ -338,7 +338,7 @@ def _elsewhere(result: TensorResult | None, whole: Plan) -> str | None:
 def _load(plan: ComponentPlan, whole: Plan) -> manifest.LoadEntry:
     """How it is opened: by its class, or where its code is inside the checkpoint by the auto class that finds it."""
     component = plan.component
-    kwargs, opener = _load_kwargs(plan, whole), component.class_name
+    kwargs, opener = _load_kwargs(plan), component.class_name
     if whole.trust_remote_code:
         if component.library == "transformers" and (found := auto_class(component)) is not None:
             kwargs, opener = {**kwargs, "trust_remote_code": True}, found
@@ -348,20 +348,20 @@ def _load(plan: ComponentPlan, whole: Plan) -> manifest.LoadEntry:
     return manifest.LoadEntry(strategy=strategy, class_name=opener, kwargs=kwargs)
 
 
-def _load_kwargs(plan: ComponentPlan, whole: Plan) -> dict[str, Any]:
+def _load_kwargs(plan: ComponentPlan) -> dict[str, Any]:
     """diffusers' default dtype is float32 beside a quantized model, and it finds a sharded .bin only when told."""
     if plan.component.library == "transformers":
         return {}
-    kwargs: dict[str, Any] = {"torch_dtype": _base_dtype(plan, whole)}
+    kwargs: dict[str, Any] = {"torch_dtype": _base_dtype(plan)}
     if len(plan.files) > 1:
         kwargs["use_safetensors"] = False
     return kwargs
 
 
-def _base_dtype(plan: ComponentPlan, whole: Plan) -> str:
-    """The dtype that was asked for; of ``auto``, what most parameters have."""
-    if whole.dtype != "auto":
-        return whole.dtype
+def _base_dtype(plan: ComponentPlan) -> str:
+    """The dtype that was decided on; of ``auto``, what most parameters have."""
+    if plan.dtype != "auto":
+        return plan.dtype
     counts: Counter[str] = Counter()
     for tensor in plan.tensors:
         if tensor.parameter:

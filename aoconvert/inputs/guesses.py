@@ -147,8 +147,13 @@ def _text_states(facts: Facts, name: str) -> Iterator[Any]:
     hint = "image_dim" if "image" in name else ""
     for key in (hint, *_TEXT, *_WIDTHS):
         if key and (width := facts.number(key)):
-            yield Blank((1, TOKENS, width))
+            yield Blank((1, _tokens(facts, name), width))
     yield Blank((1, TOKENS, 32))
+
+
+def _tokens(facts: Facts, name: str) -> int:
+    """How many tokens a text has; some configs fix that, for one of two texts each."""
+    return facts.number(f"text_len_{name.rpartition('_')[2]}", "text_len", default=TOKENS)
 
 
 def _pooled(facts: Facts, name: str) -> Iterator[Any]:
@@ -172,8 +177,8 @@ def _ids(facts: Facts, name: str) -> Iterator[Any]:
 
 
 def _mask(facts: Facts, name: str) -> Iterator[Any]:
-    yield Blank((1, TOKENS), "mask")
-    yield Blank((1, TOKENS), "bool")
+    yield Blank((1, _tokens(facts, name)), "mask")
+    yield Blank((1, _tokens(facts, name)), "bool")
     yield Blank((1, _PATCHES), "mask")
     yield Blank((1, _SIDE, _SIDE), "mask")
     yield Blank((1, 1, _SIDE, _SIDE))
@@ -264,9 +269,13 @@ def _conditions(facts: Facts, name: str) -> Iterator[Any]:
 
 
 def _label(facts: Facts, name: str) -> Iterator[Any]:
-    yield Blank((1,), "mask")
+    yield Blank((1,), "long")
     yield Blank((1,))
     yield from _pooled(facts, name)
+
+
+def _meta(facts: Facts, name: str) -> Iterator[Any]:
+    yield Blank((1, 6), "time")  # two sizes and a corner
 
 
 def _control(facts: Facts, name: str) -> Iterator[Any]:
@@ -300,7 +309,7 @@ def _any(facts: Facts, name: str) -> Iterator[Any]:
 _GUESSES: tuple[tuple[re.Pattern[str], Guess], ...] = tuple(
     (re.compile(pattern), guess)
     for pattern, guess in (
-        (r".*attention_mask.*|.*(_|^)masks?(_.*)?|encoder_hidden_states_mask", _mask),
+        (r".*attention_mask.*|text_embedding_mask.*|.*(_|^)masks?(_.*)?|encoder_hidden_states_mask", _mask),
         (r"past_.*|future_.*", _series),
         (r"(.*_)?input_ids|input|langs|\w*token_ids|decoder_input_tokens", _ids),
         (r".*pixel_values.*|image|images|xs", _image),
@@ -316,7 +325,8 @@ _GUESSES: tuple[tuple[re.Pattern[str], Guess], ...] = tuple(
             _time,
         ),
         (r"added_cond_kwargs|conditioning", _conditions),
-        (r"class_labels|labels|control_type_idx", _label),
+        (r"image_meta_size", _meta),
+        (r"class_labels|labels|style|control_type_idx", _label),
         (r"controlnet_cond|control_latents|control_context", _control),
         (r"pooled_\w+|\w*_pooled|.*text_embeds|proj_embedding|image_embeds|class_labels_emb", _pooled),
         (r"hidden_states|sample|x|latents?|.*_latents|latents_.*|z|z_latent|input|inputs", _latents),

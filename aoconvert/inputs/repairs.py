@@ -303,6 +303,12 @@ def _resized(state: State, failed: Attempt, got: int, want: int) -> Iterator[Sta
         if blank.shape.count(got) > 1:
             for axis in (axis for axis, size in enumerate(blank.shape) if size == got):
                 yield _put(state, path, replace(blank, shape=(*blank.shape[:axis], want, *blank.shape[axis + 1 :])))
+    yield from _all_resized(state, failed, got, want)
+
+
+def _all_resized(state: State, failed: Attempt, got: int, want: int) -> Iterator[State]:
+    """All tensors that have a size get another one together."""
+    having = [(path, blank) for path, blank in _by_mention(state, failed) if got in blank.shape]
     if len(having) > 1:
         changed = state
         for path, blank in having:
@@ -311,7 +317,10 @@ def _resized(state: State, failed: Attempt, got: int, want: int) -> Iterator[Sta
 
 
 def _scaled(state: State, failed: Attempt, got: int, want: int) -> Iterator[State]:
-    """Sizes that were multiplied or joined on the way."""
+    """Sizes that were multiplied or joined on the way: of all that have one, and of one tensor."""
+    for size in dict.fromkeys(size for _, blank in _by_mention(state, failed) for size in blank.shape if size > 1):
+        if 0 < size + want - got < 1 << 14:
+            yield from _all_resized(state, failed, size, size + want - got)
     for path, blank in _by_mention(state, failed):
         for axis, size in enumerate(blank.shape):
             if axis == 0 and size == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aoconvert.errors import SourceError
@@ -117,13 +118,15 @@ class Skeleton:
     """A component's empty model and what it is made of.
 
     ``model`` is on ``meta`` as a whole; ``None`` where what it is made of was known without building it. ``fused``
-    names the layers that ``models.fused`` put in the place of others.
+    names the layers that ``models.fused`` put in the place of others. ``code_root`` is the folder with the checkpoint's
+    own code, where that may be run.
     """
 
     component: Component
     model: nn.Module | None = field(repr=False)
     tensors: tuple[TensorSpec, ...] = field(repr=False)
     fused: frozenset[str] = field(default=frozenset(), repr=False)
+    code_root: Path | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[TensorSpec]:
         return iter(self.tensors)
@@ -152,11 +155,16 @@ def from_json(values: Any) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def build_empty(component: Component, build: Callable[[], nn.Module]) -> nn.Module:
+def build_empty(component: Component, build: Callable[[], nn.Module], *, buffers: bool = False) -> nn.Module:
     """Run ``build`` so that the model has everything on ``meta``.
 
     Buffers too: the position tables of a video model are larger than its largest weight. A class whose ``__init__``
     looks at values cannot be built so; it is built with real buffers, which are dropped then.
+
+    Args:
+        component: the model.
+        build: makes it.
+        buffers: with real buffers.
 
     Raises:
         SourceError: the class does not take its config.
@@ -165,8 +173,8 @@ def build_empty(component: Component, build: Callable[[], nn.Module]) -> nn.Modu
 
     try:
         try:
-            with init_empty_weights(include_buffers=True):
-                return build()
+            with init_empty_weights(include_buffers=not buffers):
+                model = build()
         except (RuntimeError, NotImplementedError):
             with init_empty_weights(include_buffers=False):
                 model = build()
@@ -177,7 +185,7 @@ def build_empty(component: Component, build: Callable[[], nn.Module]) -> nn.Modu
             f"{component.title}: {component.class_name} does not take its config.json: {error}".splitlines()[0],
             hint=f"check the config against the class, or upgrade {component.library}",
         ) from error
-    for module in model.modules():
+    for module in () if buffers else model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to("meta")

@@ -45,14 +45,33 @@ def model_class(component: Component, *, code_root: Path | None = None) -> Any:
     return cls
 
 
-def empty_model(component: Component, *, code_root: Path | None = None) -> nn.Module:
-    """Build the model on ``meta``; arguments as for :func:`model_class`.
+def empty_model(
+    component: Component,
+    dtype: torch.dtype | None = None,
+    *,
+    code_root: Path | None = None,
+    buffers: bool = False,
+) -> nn.Module:
+    """Build the model on ``meta``.
+
+    Args:
+        component: the model.
+        dtype: what a class that names none gets, as ``from_pretrained`` builds it; float32 if nobody says.
+        code_root: as for :func:`model_class`.
+        buffers: with real buffers.
 
     Raises:
         SourceError: the class does not exist, or does not take this config.
     """
+    import torch
+
     cls = model_class(component, code_root=code_root)
-    return build_empty(component, lambda: cls.from_config(dict(component.config)))
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or usual)
+    try:
+        return build_empty(component, lambda: cls.from_config(dict(component.config)), buffers=buffers)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def kept_in_float32(model: nn.Module) -> frozenset[str]:
@@ -74,7 +93,8 @@ def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None
         nonlocal built
         model = empty_model(component, code_root=code_root)
         keep = kept_in_float32(model)
-        built = Skeleton(component, model, describe_tensors(model, tied={}, keep_fp32=keep, precise=keep))
+        described = describe_tensors(model, tied={}, keep_fp32=keep, precise=keep)
+        built = Skeleton(component, model, described, code_root=code_root)
         renames = any(getattr(module, "_from_deprecated_attn_block", False) for module in model.modules())
         foreign = component.module is not None and not is_pipeline_module(component.module)
         return None if renames or foreign or _unreleased() else to_json(built.tensors)
@@ -88,7 +108,7 @@ def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None
     if built is not None:
         return built
     try:
-        return Skeleton(component, None, from_json(known))
+        return Skeleton(component, None, from_json(known), code_root=code_root)
     except (TypeError, KeyError, AttributeError, ValueError):  # damaged
         make()
         assert built is not None

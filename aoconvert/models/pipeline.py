@@ -16,6 +16,7 @@ from aoconvert.sources.base import is_safe_path
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from aoconvert.sources import Source
 
@@ -246,3 +247,18 @@ def build_skeleton(
 
     with quiet_imports():  # a model class imports transformers' quantizers, and those more of torchao
         return transformers.skeleton(component, dtype, code_root=code_root)
+
+
+def rebuild(skeleton: Skeleton, dtype: torch.dtype, *, buffers: bool = False) -> nn.Module:
+    """A skeleton's empty model once more, as ``from_pretrained`` builds it for ``dtype``; with real ``buffers``."""
+    component = skeleton.component
+    if component.library == "diffusers":
+        from aoconvert.models import diffusers, fused
+
+        model = diffusers.empty_model(component, dtype, code_root=skeleton.code_root, buffers=buffers)
+        if skeleton.fused:
+            fused.fuse(model)
+        return model
+    from aoconvert.models import transformers
+
+    return transformers.empty_model(component, dtype, code_root=skeleton.code_root, buffers=buffers)

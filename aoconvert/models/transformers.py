@@ -122,8 +122,12 @@ def config_class(component: Component, cls: Any, *, code_root: Path | None = Non
     return AutoConfig
 
 
-def empty_model(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> nn.Module:
+def empty_model(
+    component: Component, dtype: torch.dtype, *, code_root: Path | None = None, buffers: bool = False
+) -> nn.Module:
     """Build the model on ``meta``, as ``from_pretrained`` does: ``dtype`` is what a class that names none gets.
+
+    With ``buffers`` these are real.
 
     Raises:
         SourceError: the class does not exist, or does not take this config.
@@ -133,7 +137,9 @@ def empty_model(component: Component, dtype: torch.dtype, *, code_root: Path | N
     cls = model_class(component, code_root=code_root)
     reader = config_class(component, cls, code_root=code_root)
     with no_init_weights():
-        return build_empty(component, lambda: cls._from_config(configs.read(component.config, reader), dtype=dtype))
+        return build_empty(
+            component, lambda: cls._from_config(configs.read(component.config, reader), dtype=dtype), buffers=buffers
+        )
 
 
 def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
@@ -167,7 +173,7 @@ def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None
         output_heads=_output_heads(model),
         vocabulary=_vocabulary(model),
     )
-    return Skeleton(component, model, described)
+    return Skeleton(component, model, described, code_root=code_root)
 
 
 def _output_heads(model: Any) -> frozenset[str]:

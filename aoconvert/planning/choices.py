@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from aoconvert.models import Skeleton, TensorSpec
-from aoconvert.models.experts import settle
+from aoconvert.models.experts import Settled, settle
+from aoconvert.models.trial import Trial, trial_of
 from aoconvert.rules import Rule, Rules
 from aoconvert.schemes import Scheme, blocker
 from aoconvert.schemes.apply import quantize_weight
@@ -45,11 +46,14 @@ class Choices:
     Attributes:
         implementation: how its quantized experts have to be multiplied, ``None`` where that makes no difference.
         problems: what was asked for and cannot be had.
+        cannot_run: the error that the model, not quantized, raises in these dtypes; ``None`` where it runs, or nobody
+            knows.
     """
 
     tensors: Mapping[str, Choice] = field(default_factory=dict)
     implementation: str | None = None
     problems: tuple[str, ...] = ()
+    cannot_run: str | None = None
 
     def of(self, spec: TensorSpec) -> Choice:
         """The choice for a tensor; one that shares its memory has none of its own."""
@@ -67,6 +71,8 @@ def choose(skeleton: Skeleton, dtypes: Mapping[str, torch.dtype], rules: Rules, 
         rules: which scheme is for which tensor.
         wishes: what else the user said about that.
     """
+    trial = trial_of(skeleton, dtypes)
+    skeleton = _with_rows(skeleton, trial.seen.rows)
     twins: dict[str, list[TensorSpec]] = {}
     for spec in skeleton:
         if spec.tied_to:
@@ -76,17 +82,30 @@ def choose(skeleton: Skeleton, dtypes: Mapping[str, torch.dtype], rules: Rules, 
         for spec in skeleton
         if not spec.tied_to
     }
-    experts = {
-        spec.name: choice.scheme
+    found, implementation = _tried(skeleton, found, trial)
+    return Choices(found, implementation, tuple(_refused(skeleton, found)), trial.seen.error)
+
+
+def _with_rows(skeleton: Skeleton, rows: Mapping[str, int]) -> Skeleton:
+    """The skeleton with the layers that a forward has shown to see one row; the others are known by their names."""
+    tensors = tuple(
+        replace(spec, single_row=rows[spec.name] == 1) if spec.kind == "linear" and spec.name in rows else spec
         for spec in skeleton
-        if spec.kind == "experts" and (choice := found[spec.name]).scheme is not None
-    }
-    implementation = None
-    if experts:
-        settled = settle(skeleton, experts, quantize_weight)
-        implementation = settled.implementation
-        found |= {name: Choice(None, why, found[name].rule) for name, why in settled.refused.items()}
-    return Choices(found, implementation, tuple(_refused(skeleton, found)))
+    )
+    return replace(skeleton, tensors=tensors)
+
+
+def _tried(skeleton: Skeleton, found: Mapping[str, Choice], trial: Trial) -> tuple[dict[str, Choice], str | None]:
+    """Leave out what the model cannot use quantized so; how its experts have to be multiplied."""
+    experts: dict[str, Scheme] = {}
+    layers: dict[str, Scheme] = {}
+    for spec in skeleton:
+        if not spec.tied_to and (scheme := found[spec.name].scheme) is not None:
+            (experts if spec.kind == "experts" else layers)[spec.name] = scheme
+    settled = settle(skeleton, experts, quantize_weight) if experts else Settled(None, {})
+    refused = {**settled.refused, **trial.faults(layers, quantize_weight, lambda scheme: scheme.key)}
+    left = {name: Choice(None, why, found[name].rule) for name, why in refused.items()}
+    return {**found, **left}, settled.implementation
 
 
 def _choose(spec: TensorSpec, dtype: torch.dtype, rules: Rules, wishes: Wishes, twins: list[TensorSpec]) -> Choice:

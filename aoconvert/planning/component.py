@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aoconvert import schemes
 from aoconvert.models import Component, ModelLayout, Skeleton, build_skeleton, join
 from aoconvert.models.ties import untied
 from aoconvert.models.unknown import other_weights
-from aoconvert.options import QuantizeOptions
+from aoconvert.options import DEFAULT_DTYPE, QuantizeOptions
 from aoconvert.planning import files as plan_files
 from aoconvert.planning.checkpoint import read_checkpoint
 from aoconvert.planning.choices import Wishes
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     import torch
     from torchao.core.config import AOBaseConfig
 
+    from aoconvert.planning.checkpoint import Found
     from aoconvert.sources import Source
+    from aoconvert.sources.weights import WeightFiles
 
 
 def _dtype(name: str) -> torch.dtype | None:
@@ -64,33 +67,24 @@ def plan_component(
         CannotFuse: its projections cannot be fused.
         SourceError: the source cannot be read at all.
     """
-    import torch
-
-    dtype = _dtype(options.dtype)
-    code = source.root / component.folder if options.trust_remote_code else None
-    skeleton = build_skeleton(component, dtype or torch.bfloat16, code_root=code, fuse_qkv=fuse_qkv)
-    free: Mapping[str, str] = {}
-    problems = []
-    if options.untie:
-        apart = untied(skeleton, dtype or torch.bfloat16, code_root=code)
-        skeleton, free = apart.skeleton, apart.free
-        if not free:
-            why = next(iter(apart.stuck.values()), "none of its tensors share their memory")
-            problems.append(f"{component.title}: --untie: {why}")
     weights = chosen_weights(source, component, options.variant)
+    draft = partial(_draft, source, component, rules, options, weights, fuse_qkv=fuse_qkv)
+    dtype, cannot_run = options.dtype or DEFAULT_DTYPE, None
+    made = draft(dtype)
+    if made.decisions.cannot_run is not None:
+        cannot_run = (dtype, made.decisions.cannot_run)
+        source_dtype = _most_common_dtype(made.found)
+        if options.dtype is None and source_dtype != dtype:
+            dtype, made = source_dtype, draft(source_dtype)
+    skeleton, found, decisions = made.skeleton, made.found, made.decisions
+    inventory = found.inventory if found is not None else None
+    problems = [*made.problems, *decisions.problems]
     if weights is None and need_weights:
         others = other_weights(source, component.folder)
         problems.append(
             f"{component.title}: no weights in {join(source.label, component.folder)}"
             + (f", {others}" if others else "")
         )
-    found = None
-    if weights is not None:
-        skeleton, found = read_checkpoint(source, skeleton, weights, options, dtype or torch.bfloat16, code_root=code)
-    wishes = Wishes(options.include_embeddings, options.default_skips)
-    decisions = decide(skeleton, rules, wishes, dtype, found, free)
-    inventory = found.inventory if found is not None else None
-    problems += decisions.problems
     folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
     tensors, order, files = lay_out(
         component,
@@ -105,6 +99,7 @@ def plan_component(
         rules=rules,
         config=_config(rules, decisions, skeleton),
         folder=folder,
+        dtype=dtype,
         tensors=tensors,
         order=order,
         files=files,
@@ -116,6 +111,7 @@ def plan_component(
         weights=weights,
         skeleton=skeleton,
         recipes=inventory.recipes if inventory else {},
+        cannot_run=cannot_run,
     )
     totals = plan.totals
     if not decisions.problems and totals.quantized_fraction < options.min_quantized:
@@ -128,6 +124,55 @@ def plan_component(
     elif not decisions.problems and not totals.quantized_parameters:
         problems.append(f"{component.title}: nothing is left to quantize ({_reasons(plan.skipped)})")
     return plan, problems
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What was decided about a model's tensors, for one dtype."""
+
+    skeleton: Skeleton
+    found: Found | None
+    decisions: Decisions
+    problems: tuple[str, ...]
+
+
+def _draft(
+    source: Source,
+    component: Component,
+    rules: Rules,
+    options: QuantizeOptions,
+    weights: WeightFiles | None,
+    dtype_name: str,
+    *,
+    fuse_qkv: bool,
+) -> _Draft:
+    import torch
+
+    dtype = _dtype(dtype_name)
+    code = source.root / component.folder if options.trust_remote_code else None
+    skeleton = build_skeleton(component, dtype or torch.bfloat16, code_root=code, fuse_qkv=fuse_qkv)
+    free: Mapping[str, str] = {}
+    problems = []
+    if options.untie:
+        apart = untied(skeleton, dtype or torch.bfloat16, code_root=code)
+        skeleton, free = apart.skeleton, apart.free
+        if not free:
+            why = next(iter(apart.stuck.values()), "none of its tensors share their memory")
+            problems.append(f"{component.title}: --untie: {why}")
+    found = None
+    if weights is not None:
+        skeleton, found = read_checkpoint(source, skeleton, weights, options, dtype or torch.bfloat16, code_root=code)
+    wishes = Wishes(options.include_embeddings, options.default_skips)
+    return _Draft(skeleton, found, decide(skeleton, rules, wishes, dtype, found, free), tuple(problems))
+
+
+def _most_common_dtype(found: Found | None) -> str:
+    """What most of the checkpoint's floating values are in; float32 where nobody knows."""
+    counts: Counter[str] = Counter()
+    for tensor in found.inventory.direct.values() if found is not None else ():
+        if tensor.dtype.is_floating_point:
+            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return counts.most_common(1)[0][0] if counts else "float32"
 
 
 # Keys that count the layers for multi-token prediction, which are in the checkpoint and not in the model class
@@ -235,6 +280,10 @@ def component_warnings(plan: ComponentPlan) -> list[str]:
     """What is not wrong, but the user should know."""
     title = plan.component.title
     lines = list(dict.fromkeys(f"{title}: {note}" for scheme in plan.schemes for note in scheme.notes))
+    if plan.cannot_run is not None:
+        dtype, error = plan.cannot_run
+        what = f"it stays in {plan.dtype}" if plan.dtype != dtype else "--dtype float32 gives one that runs"
+        lines.append(f"{title}: {plan.component.class_name} cannot run in {dtype} ({error}); {what}")
     if plan.component.config.get("experts_implementation") == "eager":
         lines.append(f"{title}: its experts run one after the other; nothing else multiplies them when quantized so")
     if plan.skeleton.fused:

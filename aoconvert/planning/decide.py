@@ -57,6 +57,7 @@ class Decisions:
     """The tensors of one component, in state-dict order, with what they will be on ``meta``.
 
     ``implementation``: how its quantized experts have to be multiplied, see :mod:`aoconvert.models.experts`.
+    ``cannot_run``: the error that the class raises in this dtype, see :mod:`aoconvert.models.trial`.
     """
 
     tensors: tuple[TensorPlan, ...]
@@ -65,6 +66,7 @@ class Decisions:
     problems: tuple[str, ...]
     missing: tuple[LeftOut, ...] = ()
     dropped: tuple[LeftOut, ...] = ()
+    cannot_run: str | None = None
 
 
 def decide(
@@ -96,6 +98,7 @@ def decide(
         (*decider.problems, *decider.unusable(), *decider.refusals()),
         tuple(decider.left),
         tuple(decider.dropped()),
+        decider.choices.cannot_run,
     )
 
 

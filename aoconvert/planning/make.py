@@ -102,7 +102,6 @@ def make(
         layout=layout,
         output=options.output,
         devices=devices,
-        dtype=options.dtype,
         components=tuple(plans),
         unquantized=unquantized,
         copied=copied,

@@ -138,6 +138,8 @@ class ComponentPlan:
         rules: which scheme is for which tensor.
         config: torchao's config that says the same: a plain one, or an ``FqnToConfig``.
         folder: its folder in the output, ``""`` for the root.
+        dtype: of what is not quantized and the base of what is; ``auto``: the source's.
+        cannot_run: dtype that the class cannot run in, though it was wanted, and the error that it raises.
         tensors: in state-dict order.
         order: their names in the order they are read and written, file by file.
         skip_modules: linear modules that stay as they are, for ``modules_to_not_convert``.
@@ -153,6 +155,7 @@ class ComponentPlan:
     rules: Rules
     config: AOBaseConfig
     folder: str
+    dtype: str
     tensors: tuple[TensorPlan, ...]
     order: tuple[str, ...]
     files: tuple[FilePlan, ...]
@@ -164,6 +167,7 @@ class ComponentPlan:
     weights: WeightFiles | None
     skeleton: Skeleton = field(repr=False, compare=False)
     recipes: Mapping[str, Recipe] = field(default_factory=dict, repr=False, compare=False)
+    cannot_run: tuple[str, str] | None = None
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -292,7 +296,6 @@ class Plan:
     layout: ModelLayout
     output: Path
     devices: tuple[str, ...]
-    dtype: str
     components: tuple[ComponentPlan, ...]
     unquantized: tuple[UnquantizedPlan, ...]
     copied: tuple[CopyPlan, ...]

@@ -1,0 +1,171 @@
+"""A model's own forward, watched: how many rows each weight is multiplied with, and what its tensor class cannot do.
+
+Every function of torch that a forward calls passes by a ``TorchFunctionMode`` before a tensor subclass sees it. There a
+weight is known by its identity, and so is what is made of it (``weight.T``) as long as that is of a subclass, too.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, resolve_name
+
+_DEVICE: Any = torch.Tensor.device.__get__
+
+
+class TookTooLong(Exception):
+    """A forward that was stopped: nobody waits so long for a plan."""
+
+
+class Watch(TorchFunctionMode):
+    """What happens to the weights while this is active.
+
+    A call that a quantized weight cannot take is noted, and made with a plain tensor in its place, so that one forward
+    finds all of them.
+
+    Args:
+        weights: state-dict key → the weight in the model.
+        values: the model's large tensors are on ``meta``, all else is on the CPU, and what comes of both is zeros
+            there. For a forward that looks at values, which ``meta`` tensors do not have.
+        seconds: how much CPU time it may take.
+
+    Attributes:
+        rows: key of a weight → most rows that a call of ``linear`` multiplied it with.
+        faults: key of a weight → where it is used in a way that its class does not know, in words.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], *, values: bool, seconds: float) -> None:
+        super().__init__()
+        self.rows: dict[str, int] = {}
+        self.faults: dict[str, str] = {}
+        self._values = values
+        self._deadline = time.process_time() + seconds
+        # the tensor is kept, so that no other can have its id
+        self._known = {id(weight): (weight, frozenset({name})) for name, weight in weights.items()}
+        self._usual: dict[tuple[Any, ...], bool] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """One call."""
+        kwargs = kwargs or {}
+        if time.process_time() > self._deadline:
+            raise TookTooLong
+        if self._values and func is _DEVICE:
+            return torch.device("cpu")
+        used = [entry for tensor in _tensors(args, kwargs) if (entry := self._known.get(id(tensor))) is not None]
+        if not used:
+            return self._call(func, args, kwargs)
+        names = frozenset[str]().union(*(names for _, names in used))
+        if func is F.linear:
+            self._count(names, args, kwargs)
+        classes = sorted({type(tensor).__name__ for tensor, _ in used if _is_quantized(tensor)})
+        if not classes:
+            return self._call(func, args, kwargs)
+        try:
+            made = self._call(func, args, kwargs)
+        except TookTooLong:
+            raise
+        except Exception:  # an operation that a tensor class lacks may end in anything
+            if func is not F.linear or self._is_usual(args, kwargs):
+                self._note(names, func, classes)
+            return self._call(func, _plain(args), _plain(kwargs))
+        for tensor in _tensors((made,), {}):
+            if _is_quantized(tensor):
+                self._known[id(tensor)] = (tensor, names)
+        return made
+
+    def _count(self, names: frozenset[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = args[0] if args else kwargs["input"]
+        rows = given.numel() // max(given.shape[-1], 1)
+        for name in names:
+            self.rows[name] = max(self.rows.get(name, 0), rows)
+
+    def _note(self, names: frozenset[str], func: Callable[..., Any], classes: list[str]) -> None:
+        name = resolve_name(func) or getattr(func, "__name__", str(func))
+        name = name.removesuffix(".__get__").removeprefix("torch.").removeprefix("nn.functional.")
+        text = f"{_caller()} uses it in {name}, which an {' or '.join(classes)} cannot do"
+        self.faults |= {key: text for key in names if key not in self.faults}
+
+    def _is_usual(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the class can be multiplied here at all, on ``meta``: some have kernels for a GPU alone."""
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        key = (type(weight), weight.shape, weight.dtype)
+        if key not in self._usual:
+            try:
+                F.linear(torch.empty(32, weight.shape[-1], dtype=weight.dtype, device="meta"), weight)
+            except Exception:
+                self._usual[key] = False
+            else:
+                self._usual[key] = True
+        return self._usual[key]
+
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if not self._values:
+            return func(*args, **kwargs)
+        places = {tensor.is_meta for tensor in _tensors(args, kwargs)}
+        if places != {True, False}:
+            return func(*args, **kwargs)
+        made = func(*_moved(args, "meta"), **_moved(kwargs, "meta"))
+        return _moved(made, "cpu")
+
+
+def _is_quantized(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments, and in the lists there."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_map(item, change) for item in value)
+    if isinstance(value, tuple):  # a named one, as torch.max gives
+        return type(value)(*(_map(item, change) for item in value)) if hasattr(value, "_fields") else value
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """With a plain tensor on ``meta`` for each quantized one."""
+    return _map(
+        value,
+        lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta") if _is_quantized(t) else t,
+    )
+
+
+def _moved(value: Any, device: str) -> Any:
+    """With every tensor on that device; what has no values yet gets zeros."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta and device == "cpu":
+            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        return tensor if tensor.is_meta else tensor.to(device)
+
+    return _map(value, move)
+
+
+def _caller() -> str:
+    """The class of the module of the model whose code runs."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Module) and not type(owner).__module__.startswith("torch."):
+            return type(owner).__name__
+        frame = frame.f_back  # type: ignore[assignment]
+    return "its model"
