@@ -216,7 +216,7 @@ def _components(
         ]
         if len(component.files) > 1:
             extra.append(_write_index(component, stage))
-        entries.append(_component_entry(component, done, extra))
+        entries.append(_component_entry(component, done, extra, plan))
     progress.finish()
     return entries, digests, seconds
 
@@ -275,7 +275,7 @@ def _write_index(component: StreamedPlan, stage: Stage) -> FileEntry:
     return stage.write_text(path, content)
 
 
-def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[FileEntry]) -> ComponentEntry:
+def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[FileEntry], whole: Plan) -> ComponentEntry:
     kinds = {spec.name: spec.kind for spec in plan.skeleton}
     tensors = []
     for tensor in plan.tensors:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -65,21 +65,45 @@ class Watch(TorchFunctionMode):
         names = frozenset[str]().union(*(names for _, names in used))
         if func is F.linear:
             self._count(names, args, kwargs)
-        classes = sorted({type(tensor).__name__ for tensor, _ in used if _is_quantized(tensor)})
-        if not classes:
-            return self._call(func, args, kwargs)
-        try:
-            made = self._call(func, args, kwargs)
-        except TookTooLong:
-            raise
-        except Exception:  # an operation that a tensor class lacks may end in anything
-            if func is not F.linear or self._is_usual(args, kwargs):
-                self._note(names, func, classes)
-            return self._call(func, _plain(args), _plain(kwargs))
+        made = self._with_less(func, args, kwargs, [tensor for tensor, _ in used if _is_quantized(tensor)])
         for tensor in _tensors((made,), {}):
             if _is_quantized(tensor):
                 self._known[id(tensor)] = (tensor, names)
         return made
+
+    def _with_less(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        quantized: Sequence[torch.Tensor],
+    ) -> Any:
+        """The call with plain tensors in the place of those that it cannot take, and a note of these."""
+        try:
+            return self._call(func, args, kwargs)
+        except Exception:  # an operation that a tensor class lacks may end in anything
+            if not quantized:
+                raise
+            alone = [
+                tensor for tensor in quantized if len(quantized) == 1 or not self._takes(func, args, kwargs, tensor)
+            ]
+            faulty = alone or quantized
+            if func is not F.linear or self._is_usual(args, kwargs):
+                self._note(faulty, func)
+            ids = {id(tensor) for tensor in faulty}
+            rest = [tensor for tensor in quantized if id(tensor) not in ids]
+            return self._with_less(func, _plain(args, ids), _plain(kwargs, ids), rest)
+
+    def _takes(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: torch.Tensor
+    ) -> bool:
+        """Whether the call runs with this one quantized and all others plain."""
+        others = {id(other) for other in _tensors(args, kwargs) if _is_quantized(other) and other is not tensor}
+        try:
+            self._call(func, _plain(args, others), _plain(kwargs, others))
+        except Exception:
+            return False
+        return True
 
     def _count(self, names: frozenset[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         given = args[0] if args else kwargs["input"]
@@ -87,11 +111,15 @@ class Watch(TorchFunctionMode):
         for name in names:
             self.rows[name] = max(self.rows.get(name, 0), rows)
 
-    def _note(self, names: frozenset[str], func: Callable[..., Any], classes: list[str]) -> None:
+    def _note(self, faulty: Sequence[torch.Tensor], func: Callable[..., Any]) -> None:
+        classes = sorted({type(tensor).__name__ for tensor in faulty})
         name = resolve_name(func) or getattr(func, "__name__", str(func))
-        name = name.removesuffix(".__get__").removeprefix("torch.").removeprefix("nn.functional.")
+        name = name.removesuffix(".__get__").removeprefix("torch.").removeprefix("nn.").removeprefix("functional.")
+        if func is F.linear:  # torchao's tensors know its arguments by their places
+            name = "linear with named arguments"
         text = f"{_caller()} uses it in {name}, which an {' or '.join(classes)} cannot do"
-        self.faults |= {key: text for key in names if key not in self.faults}
+        for tensor in faulty:
+            self.faults |= {key: text for key in self._known[id(tensor)][1] if key not in self.faults}
 
     def _is_usual(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the class can be multiplied here at all, on ``meta``: some have kernels for a GPU alone."""
@@ -141,12 +169,9 @@ def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
-    """With a plain tensor on ``meta`` for each quantized one."""
-    return _map(
-        value,
-        lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta") if _is_quantized(t) else t,
-    )
+def _plain(value: Any, ids: Set[int]) -> Any:
+    """With a plain tensor on ``meta`` for each with one of these ids."""
+    return _map(value, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta") if id(t) in ids else t)
 
 
 def _moved(value: Any, device: str) -> Any:
@@ -162,7 +187,7 @@ def _moved(value: Any, device: str) -> Any:
 
 def _caller() -> str:
     """The class of the module of the model whose code runs."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, Module) and not type(owner).__module__.startswith("torch."):
