@@ -13,7 +13,7 @@ from aoconvert.cards.layers import role
 from aoconvert.cards.markdown import Md, code, text
 from aoconvert.inspection.compat import short
 from aoconvert.inspection.release_names import RELEASES
-from aoconvert.manifest import TensorEntry
+from aoconvert.manifest import ComponentEntry, TensorEntry
 from aoconvert.schemes import int4
 from aoconvert.verification.code import Strategy
 from aoconvert.verification.target import Target
@@ -49,6 +49,12 @@ _EAGER = (
 )
 _EMBEDDINGS = "the embedding tables are quantized too{shared}."
 _UNTIED = "the output head was tied to the embedding table in the source, and is a tensor of its own here."
+_CARRIED = (
+    "the model class does not know {names}: {are} in the weights file as in the source, for loaders that use {them}. "
+    "`from_pretrained` ignores {them}."
+)
+_DROPPED = "the source's weights files also hold {names}, left out here."
+_MISSING = "the source does not hold {names}: the library makes {them} when it opens the model, as with the source."
 _FUSED = (
     "query, key and value projections are one layer each. `from_pretrained` alone builds them apart; adapters for the "
     "model with separate projections do not fit."
@@ -94,6 +100,7 @@ def _limits(target: Target, strategy: Strategy) -> Iterable[tuple[str, str]]:
         yield "size", _BYTES
     yield from _of_layout(target)
     yield from _of_layers(target, tensors)
+    yield from _of_source(components)
     yield "LoRA", _LORA
     if target.kind == "transformers":
         yield "offload", _OFFLOAD_TRANSFORMERS
@@ -134,6 +141,25 @@ def _of_layers(target: Target, tensors: Sequence[TensorEntry]) -> Iterable[tuple
         yield "ties", _UNTIED
     if target.fused:
         yield "fused", _FUSED
+
+
+def _of_source(components: Sequence[ComponentEntry]) -> Iterable[tuple[str, str]]:
+    """What the source's weights files hold beside the model's tensors, and what they lack."""
+    carried = [tensor.name for entry in components for tensor in entry.tensors if tensor.action == "carry"]
+    if carried:
+        one = len(carried) == 1
+        words = {"are": "it is" if one else "they are", "them": "it" if one else "them"}
+        yield "unknown tensors", _CARRIED.format(names=_names(carried), **words)
+    if dropped := [item.name for entry in components for item in entry.dropped]:
+        yield "left out", _DROPPED.format(names=_names(dropped))
+    if missing := [item.name for entry in components for item in entry.missing]:
+        yield "missing tensors", _MISSING.format(names=_names(missing), them="it" if len(missing) == 1 else "them")
+
+
+def _names(names: Sequence[str]) -> str:
+    """Three of them, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(code(name) for name in names[:3]) + more
 
 
 def hardware(target: Target) -> Md:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoconvert.models import Skeleton
+from aoconvert.errors import SourceError
+from aoconvert.models import Skeleton, join
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.opening import Opening, ask
 from aoconvert.models.ties import settled
@@ -67,6 +68,7 @@ def read_checkpoint(
     Raises:
         SourceError: a file is damaged, or two files contradict each other.
     """
+    _refuse_more_files(source, skeleton)
     contents = read_contents(source, weights)
     if contents is None:
         return skeleton, None
@@ -87,6 +89,23 @@ def read_checkpoint(
 
         skeleton, apart = settled(skeleton, opening, are_equal)
     return skeleton, replace(found, apart=apart)
+
+
+def _refuse_more_files(source: Source, skeleton: Skeleton) -> None:
+    """Some classes of transformers read a head from a file of its own, whatever lies beside it.
+
+    Source: ``extra_files`` of a config class, read by ``PreTrainedModel.from_pretrained``.
+
+    Raises:
+        SourceError: such a file is there.
+    """
+    names = getattr(type(getattr(skeleton.model, "config", None)), "extra_files", ())
+    there = [name for name in names if source.has(join(skeleton.component.folder, name))]
+    if there:
+        raise SourceError(
+            f"{skeleton.component.title}: its class also reads {', '.join(there)}, which aoconvert does not",
+            hint="open it with from_pretrained, and save it with save_pretrained: then all is in one file",
+        )
 
 
 def _any_of(inventory: Inventory, names: Collection[str]) -> SourceTensor | None:

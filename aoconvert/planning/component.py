@@ -22,6 +22,7 @@ from aoconvert.planning.weights import chosen_weights, is_only
 from aoconvert.recipes import fqn_to_config
 from aoconvert.rules import Rules
 from aoconvert.schemes.apply import quantize_weight
+from aoconvert.sources.adapters import ADAPTER_CONFIG, adapter_files
 from aoconvert.words import size
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def plan_component(
         tensors=tensors,
         order=order,
         files=files,
-        skip_modules=_skip_modules(component, tensors),
+        skip_modules=(*_skip_modules(component, tensors), *_missing_modules(skeleton, decisions)),
         missing=decisions.missing,
         dropped=decisions.dropped,
         apart=found.apart if found else (),
@@ -276,7 +277,24 @@ def _skip_modules(component: Component, tensors: Sequence[TensorPlan]) -> tuple[
     return tuple(entries)
 
 
-def component_warnings(plan: ComponentPlan) -> list[str]:
+def _missing_modules(skeleton: Skeleton, decisions: Decisions) -> list[str]:
+    """Linear modules whose weight the library makes: it must not quantize that."""
+    left = {item.name for item in decisions.missing}
+    return [spec.module for spec in skeleton if spec.name in left and spec.kind == "linear"]
+
+
+def _adapter_warnings(source: Source, component: Component) -> list[str]:
+    if component.library != "transformers":
+        return []
+    if found := adapter_files(source, component.folder):
+        name = found[-1].rpartition("/")[2]
+        return [f"{component.title}: {name} beside its weights is loaded with the weights where peft is installed"]
+    if source.has(join(component.folder, ADAPTER_CONFIG)):
+        return [f"{component.title}: {ADAPTER_CONFIG} is of an adapter whose weights are not there; it is left out"]
+    return []
+
+
+def component_warnings(source: Source, plan: ComponentPlan) -> list[str]:
     """What is not wrong, but the user should know."""
     title = plan.component.title
     lines = list(dict.fromkeys(f"{title}: {note}" for scheme in plan.schemes for note in scheme.notes))
@@ -292,6 +310,7 @@ def component_warnings(plan: ComponentPlan) -> list[str]:
         lines.append(f"{title}: diffusers opens a sharded .bin only with use_safetensors=False")
     for name, origin in plan.apart:
         lines.append(f"{title}: {name} and {origin} should be one by its config, but differ: both are kept")
+    lines += _adapter_warnings(source, plan.component)
     lines += _counted(title, "tensors that its class does not know are carried over unchanged", plan.carried)
     lines += dropped_warning(title, plan.dropped)
     lines += _counted(title, "tensors that the checkpoint does not hold are left to the library", plan.missing)

@@ -17,6 +17,7 @@ from aoconvert.models import Component, ModelLayout, join
 from aoconvert.planning.types import CopyPlan, LeftBehind
 from aoconvert.planning.unquantized import ONNX
 from aoconvert.planning.weights import weights_of
+from aoconvert.sources.adapters import adapter_files
 from aoconvert.sources.weights import variant_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 CARD = "the result has a model card of its own"
 CODE = "code; --trust-remote-code takes it over"
-ADAPTER = "an adapter: from_pretrained would load it over the quantized weights"
+ADAPTER = "of an adapter, but config and weights are not both there; nothing loads it"
 
 _EXTENSIONS = (
     r"safetensors|bin|pt|pth|ckpt|h5|hdf5|keras|msgpack|onnx|onnx[._]data[^/]*|pb|gguf|ggml|ot|tflite|mlmodel|pkl|pickle"
@@ -63,11 +64,13 @@ class _Sorting:
     Attributes:
         read: files that are read tensor by tensor, or written anew.
         code: take Python files over.
+        adapters: files of adapters, which the library loads with the weights beside them.
     """
 
     source: Source
     read: frozenset[str]
     code: bool
+    adapters: frozenset[str] = frozenset()
     copied: dict[str, CopyPlan] = field(default_factory=dict)
     left: list[LeftBehind] = field(default_factory=list)
 
@@ -88,7 +91,7 @@ class _Sorting:
             path = prefix + rest
             if path in self.read:
                 continue
-            reason = self._reason(rest, others, kept=_within(rest, kept))
+            reason = None if path in self.adapters else self._reason(rest, others, kept=_within(rest, kept))
             if reason is None:
                 self.take(path, join(into, rest))
             else:
@@ -148,7 +151,9 @@ def sort_files(
         SourceError: weights that are to be taken over are damaged.
     """
     anew = {join(component.folder, "config.json") for component in chosen}
-    sorting = _Sorting(source, frozenset(read) | anew, code)
+    models = [component for component in layout.components if component.library == "transformers"]
+    adapters = {path for component in models for path in adapter_files(source, component.folder)}
+    sorting = _Sorting(source, frozenset(read) | anew, code, frozenset(adapters))
     if layout.kind == "pipeline" and not only:
         parts = [part for part in layout.parts if part.folder != layout.folder]
         names = {part.folder: part.folder.rpartition("/")[2] for part in parts}

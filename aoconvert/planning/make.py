@@ -161,7 +161,7 @@ def _plans(
             made, found = plan(fuse_qkv=False)
         plans.append(made)
         problems += found
-        warnings += component_warnings(made)
+        warnings += component_warnings(source, made)
     if refusals and len(refusals) == len(plans):
         raise refusals[0]
     return plans, problems, [*warnings, *(f"{refusal}: its projections stay apart" for refusal in refusals)]

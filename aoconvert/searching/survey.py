@@ -63,13 +63,16 @@ class Survey:
 
         self._specs: dict[str, TensorSpec] = {spec.name: spec for spec in self.plan.skeleton}
         self._tensors = {tensor.name: tensor for tensor in self.plan.tensors}
-        self._dtypes: dict[str, torch.dtype] = {t.name: getattr(torch, t.dtype) for t in self.plan.tensors}
+        self._dtypes: dict[str, torch.dtype] = {spec.name: spec.dtype for spec in self.plan.skeleton}
+        self._dtypes |= {t.name: getattr(torch, t.dtype) for t in self.plan.tensors}
         self._skip = skipping(self.options.skip)
         self._outputs: dict[tuple[tuple[int, ...], torch.dtype, str | None], torch.Tensor] = {}
         self._shares: dict[tuple[tuple[int, ...], torch.dtype, str | None], int] = {}
         self._reasons: dict[str, str] = {}
         for scheme in self.candidates:
             for name, choice in self._choices(Rules((), scheme, self._skip)).items():
+                if name not in self._tensors:
+                    continue  # the checkpoint does not hold it
                 if choice.scheme is not None:
                     self.allowed.setdefault(name, []).append(scheme)
                 else:
@@ -98,8 +101,7 @@ class Survey:
 
     def file_bytes(self, name: str, scheme: Scheme | None) -> int:
         """By how much the tensor makes a file longer that has such a tensor already."""
-        spec = self._specs[name]
-        key = (spec.shape, self._dtypes[name], scheme.key if scheme is not None else None)
+        key = (self._tensors[name].shape, self._dtypes[name], scheme.key if scheme is not None else None)
         if key not in self._shares:
             tensor = self.output(name, scheme)
             self._shares[key] = predict_size({"0": tensor, "1": tensor}) - predict_size({"0": tensor})
@@ -151,7 +153,9 @@ class Survey:
         return Rules(tuple(rules), None, self._skip)
 
     def _is_matrix(self, name: str) -> bool:
-        spec = self._specs[name]
+        spec = self._specs.get(name)
+        if spec is None:  # carried over, whatever the rules
+            return False
         skipped = any(rule.matches(spec.name) or rule.matches(spec.module) for rule in self._skip)
         return not skipped and spec.kind != "other" and name in self._reasons
 
