@@ -11,6 +11,7 @@ from typing import Any
 from aoconvert import manifest as manifests
 from aoconvert.cards import PICTURE_NAME, CardOptions, template
 from aoconvert.cards.again import make_again, needed, pinned
+from aoconvert.cards.apart import FOLDED_FROM, apart
 from aoconvert.cards.components import describe
 from aoconvert.cards.layers import layers
 from aoconvert.cards.licenses import shown_license
@@ -179,8 +180,8 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
         "files": _files([file for file in manifest.files() if file not in manifest.copied]),
         "copied": len(manifest.copied),
         "command": make_again(manifest),
-        "unquantized": [part.name for part in manifest.unquantized],
-        "left_behind": _left_behind(manifest),
+        "apart": (rows := apart(manifest)),
+        "apart_folded": len(rows) > FOLDED_FROM,
         "date": run.started[:10],
         "versions": [{"name": name, "version": version} for name, version in versions.items()],
         "device_name": manifest.environment.device.name,
@@ -188,14 +189,6 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
         "elsewhere": sum(t.device is not None for entry in manifest.components for t in entry.tensors),
         "tool": f"{manifest.tool.name} {manifest.tool.version}",
     }
-
-
-def _left_behind(manifest: Manifest) -> list[dict[str, Any]]:
-    """Files of the source that did not arrive, by reason."""
-    paths: defaultdict[str, list[str]] = defaultdict(list)
-    for entry in manifest.left_behind:
-        paths[entry.reason].append(entry.path)
-    return [{"reason": reason, "paths": found} for reason, found in paths.items()]
 
 
 def _files(entries: list[FileEntry]) -> list[dict[str, Any]]:

@@ -26,8 +26,8 @@ text is escaped where it is written, so no filter is needed for safety:
 - ``sizes``: ``rows`` (``name``, ``scheme``, ``bytes_in``, ``bytes_out``, ``bits_in``, ``bits_out``), ``total``;
 - ``hardware`` (a text), ``needs`` (pairs of package and range), ``verify`` (a command),
   ``limits``: ``title``, ``text``;
-- ``files`` (``path``, ``size``, ``sha256``), ``copied`` (a number), ``unquantized`` (names),
-  ``left_behind`` (``reason``, ``paths``), ``command`` (or null), ``date``, ``versions``
+- ``files`` (``path``, ``size``, ``sha256``), ``copied`` (a number), ``apart`` (``what``, ``name``,
+  ``count``, ``reason``: what did not go the usual way), ``apart_folded``, ``command`` (or null), ``date``, ``versions``
   (name, version), ``device_name``, ``on_gpu`` (it is a GPU), ``elsewhere`` (how many weights another device quantized),
   ``tool`` (name and version).
 

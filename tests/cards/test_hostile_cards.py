@@ -56,6 +56,14 @@ def poison(values: dict[str, Any], bad: str) -> None:
     for place, tensor in enumerate(part["tensors"][:40]):
         tensor.update(name=f"{tensor['name']}{bad}" if place % 2 else bad, dtype=bad)
         tensor["reason"] = bad if tensor["action"] != "quantize" else None
+    part["missing"] = part["dropped"] = [{"name": bad, "reason": bad}, {"name": f"{bad}.1.x", "reason": bad}]
+    part["tensors"][-1].update(action="carry", name=bad, reason=bad)
+    part["rules"] = {bad: bad}
+    values["left_behind"] = [{"path": bad, "reason": bad}]
+    values["pipeline"] = {"class_name": bad, "call": {bad: bad, "prompt": bad}}
+    stored = {"name": bad, "dtype": bad, "shape": [1], "sha256": "0" * 64, "file": f"{path}.bin"}
+    for other in values["unquantized"]:
+        other.update(name=bad, class_name=bad, tensors=[stored])
     run.update(command=bad, started=bad)
     values["copied"].append({"path": f"{path}/{path}.bin", "size": 1, "sha256": "0" * 64})
 
