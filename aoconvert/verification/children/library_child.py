@@ -273,7 +273,7 @@ def compare_tensor(
         if entry is None:
             comparison.problem(f"{name} is quantized, and the manifest does not say so")
             return
-        compare_quantized(comparison, name, original, found, entry)
+        compare_quantized(comparison, part, name, original, found, entry)
         return
     if entry is not None:
         comparison.problem(f"{name} is not quantized, the manifest says that it is")
@@ -295,11 +295,21 @@ def compare_buffer(comparison: Comparison, name: str, original: torch.Tensor, fo
 
 
 def compare_quantized(
-    comparison: Comparison, name: str, original: torch.Tensor, found: torch.Tensor, entry: dict[str, Any]
+    comparison: Comparison,
+    part: dict[str, Any],
+    name: str,
+    original: torch.Tensor,
+    found: torch.Tensor,
+    entry: dict[str, Any],
 ) -> None:
-    """A quantized tensor against the source's values and the manifest's figure."""
+    """A quantized tensor against the source's values and the manifest's figure.
+
+    A tensor that the library makes out of others is cast first, as the library does it.
+    """
     try:
         sqnr, wrong = tensors.compare_quantized(name, original, found, entry)
+        if wrong is not None and part["dtype"] and name not in held_by(comparison, part):
+            sqnr, wrong = tensors.compare_quantized(name, original.to(getattr(torch, part["dtype"])), found, entry)
     except NotImplementedError:
         say({"left": name, "part": comparison.part})
         return
@@ -307,6 +317,12 @@ def compare_quantized(
     comparison.counted["quantized"] += wrong is None
     if sqnr is not None and sqnr != float("inf"):
         comparison.worst = sqnr if comparison.worst is None else min(sqnr, comparison.worst)
+
+
+def held_by(comparison: Comparison, part: dict[str, Any]) -> dict[str, Path]:
+    """Name of each tensor in the source's files → the file."""
+    found: dict[str, Path] = opening.stored_names(comparison.source / part["source_folder"], comparison.variant)
+    return found
 
 
 def compare_reports(comparison: Comparison, part: dict[str, Any], source: Any, result: Any) -> None:
@@ -324,7 +340,7 @@ def compare_reports(comparison: Comparison, part: dict[str, Any], source: Any, r
 
 def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, source: Any, result: Any) -> None:
     """Tensors in the files that the class does not use: the same in both, bit by bit."""
-    here = opening.stored_names(comparison.source / part["source_folder"], comparison.variant)
+    here = held_by(comparison, part)
     there = opening.stored_names(comparison.result / part["result_folder"], None)
     known = tensors.tensors_of(model).keys()
     reported = set(source["unexpected_keys"]) if source is not None else set()
