@@ -135,6 +135,7 @@ def _part(part: Part, entry: ComponentEntry, source: Source, target: Target, man
     quantized = [tensor for tensor in entry.tensors if tensor.action == "quantize"]
     return {
         "library": part.library,
+        "module": part.library if part.module is None else f"diffusers.pipelines.{part.module}",
         "class_name": part.class_name,
         "source_folder": part.folder if target.kind == "pipeline" else _source_folder(source, manifest),
         "result_folder": part.folder,
@@ -142,8 +143,8 @@ def _part(part: Part, entry: ComponentEntry, source: Source, target: Target, man
         "kwargs": dict(part.kwargs),
         "fused": part.fused,
         "untied": "--untie" in shlex.split(manifest.run.command),
-        "missing": [item.name for item in getattr(entry, "missing", ())],
-        "dropped": [item.name for item in getattr(entry, "dropped", ())],
+        "missing": [item.name for item in entry.missing],
+        "dropped": [item.name for item in entry.dropped],
         "tensors": {t.name: {"class_name": t.class_name, "sqnr_db": t.sqnr_db} for t in quantized},
     }
 

@@ -245,9 +245,7 @@ def _made_anew(target: Target, part: Part, answers: list[dict[str, Any]]) -> lis
 def left_to_library(target: Target, part: Part) -> frozenset[str]:
     """Tensors that the manifest leaves to the library, which makes them anew as it does for the source."""
     entries = target.manifest.components if target.manifest is not None else []
-    return frozenset(
-        item.name for entry in entries if entry.name == part.name for item in getattr(entry, "missing", ())
-    )
+    return frozenset(item.name for entry in entries if entry.path == part.folder for item in entry.missing)
 
 
 def _foreign(target: Target, opened: list[str]) -> list[str]:

@@ -89,8 +89,8 @@ def _reading_plan(source: Source, scratch: Path, part: Part, entry: ComponentEnt
         # exact names: a pattern out of a manifest could be anything
         "allow_missing": [item.name for item in entry.missing if not item.name.startswith("re:")],
     }
-    if part.name:
-        options["components"] = {part.name: None}
+    if entry.name:
+        options["components"] = {entry.name: None}
     return make(source, make_options("int8wo", options), need_weights=True)
 
 

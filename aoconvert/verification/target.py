@@ -149,7 +149,8 @@ def from_manifest(folder: Path, manifest: Manifest) -> Target:
 
 
 def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
-    component = layout.component(entry.name)
+    # one component of a pipeline, written by itself, has the name that it had there
+    component = layout.component(entry.name if layout.kind == "pipeline" else "")
     if component is None or component.folder != entry.path:
         raise SourceError(f"the manifest names a component {entry.name!r} in {entry.path!r}, which is not there")
     if (component.library, component.class_name) != (entry.library, entry.class_name):
@@ -157,7 +158,7 @@ def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
             f"{component.title}: config.json says {component.class_name}, the manifest says {entry.class_name}"
         )
     return Part(
-        name=entry.name,
+        name=component.name,
         folder=entry.path,
         library=entry.library,
         class_name=entry.class_name,

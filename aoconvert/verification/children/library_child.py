@@ -7,9 +7,9 @@ Reads one JSON request from stdin:
 - ``kind``: what ``from_pretrained`` of both gives (``pipeline``, ``diffusers``, ``transformers``);
 - ``imports``: modules to import before a file of the result is opened; ``trust``: run code inside the checkpoints;
 - ``available``: bytes of memory that may be used; ``scratch``: an empty folder on disk;
-- ``parts``: name → what the manifest says of a quantized model: ``library``, ``class_name``, ``source_folder``,
-  ``result_folder``, ``dtype``, ``kwargs``, ``fused``, ``untied``, ``missing`` and ``dropped`` (names), ``tensors``
-  (name → ``class_name``, ``sqnr_db`` of each quantized one).
+- ``parts``: name → what the manifest says of a quantized model: ``library``, ``module`` (where its class is),
+  ``class_name``, ``source_folder``, ``result_folder``, ``dtype``, ``kwargs``, ``fused``, ``untied``, ``missing`` and
+  ``dropped`` (names), ``tensors`` (name → ``class_name``, ``sqnr_db`` of each quantized one).
 
 Writes JSON lines: ``{"problem", "part", "other"}`` (``other``: it speaks for another model), ``{"left"}`` (a quantized
 tensor whose values nothing here gives back), ``{"skipped"}``, ``{"error"}``; at last ``{"compared", "worst"}``, how
@@ -159,7 +159,6 @@ def compare_pipelines(comparison: Comparison) -> None:
     for name in sorted(source.components.keys() & result.components.keys()):
         comparison.part = name
         compare_part(comparison, name, source.components[name], result.components[name], by_code=code is not None)
-        gc.collect()
 
 
 def compare_part(comparison: Comparison, name: str, source: Any, result: Any, *, by_code: bool) -> None:
@@ -189,10 +188,15 @@ def report_of(cls: Any, folder: Path, **options: Any) -> dict[str, list[str]] | 
     """The library's loading report of one part; ``None`` where its class gives none."""
     if not hasattr(cls, "from_pretrained"):
         return None
-    _, report = cls.from_pretrained(str(folder), output_loading_info=True, local_files_only=True, **options)
+    model, report = cls.from_pretrained(str(folder), output_loading_info=True, local_files_only=True, **options)
+    large = sum(tensor.numel() for tensor in model.parameters()) > LARGE
+    del model
+    if large:  # its modules refer to each other, and what of it is not mapped would stay
+        gc.collect()
     return {key: sorted(str(name) for name in report.get(key) or ()) for key in REPORT}
 
 
+LARGE = 1 << 27  # elements
 REPORT = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -203,7 +207,8 @@ def compare_models(comparison: Comparison, part: dict[str, Any], source: Any, re
         return
     if part["fused"]:
         source.fuse_qkv_projections()
-    comparison.problems(configs.compare_model_configs(source, result, untied=part["untied"]))
+    stated = {"untied": part["untied"], "dropped": bool(part["dropped"])}
+    comparison.problems(configs.compare_model_configs(source, result, **stated))
     comparison.problems(tensors.compare_ties(source, result, untied=part["untied"]))
     made = Made(comparison, part, source)
     here, there = tensors.tensors_of(source), tensors.tensors_of(result)

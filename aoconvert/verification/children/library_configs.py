@@ -24,13 +24,20 @@ _OWN = {
 # of a tokenizer's settings, those that say where its files are; the others are looked at one by one above
 _PLACES = _OWN | {"tokenizer_file", "vocab_file", "merges_file", "spm_file", "chat_template", "vocab", "merges"}
 _PLACES |= {"added_tokens_decoder", "local_files_only", "backend", "is_local", "trust_remote_code", "_from_auto"}
+_PREDICTION_LAYERS = {"num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"}
 _TEXTS = ("The quick brown fox, 12 jumps!", " naïve  café\n\tΩ 漢字 🦊", "<s>[INST] <|im_start|>x</s>")
 _AUTO = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor")
 
 
-def compare_model_configs(source: Any, result: Any, *, untied: bool) -> Iterator[str]:
-    """``config`` and ``generation_config`` of two opened models."""
-    ignored = _OWN | ({"tie_word_embeddings"} if untied else set())
+def compare_model_configs(source: Any, result: Any, *, untied: bool, dropped: bool) -> Iterator[str]:
+    """``config`` and ``generation_config`` of two opened models.
+
+    Args:
+        source, result: the models.
+        untied: ties were taken apart on purpose.
+        dropped: tensors that the class does not use were left out on purpose, and keys that count their layers are 0.
+    """
+    ignored = _OWN | ({"tie_word_embeddings"} if untied else set()) | (_PREDICTION_LAYERS if dropped else set())
     yield from _differences("config", plain(source.config), plain(result.config), ignored)
     generation = [getattr(model, "generation_config", None) for model in (source, result)]
     if generation[0] is not None or generation[1] is not None:

@@ -90,13 +90,13 @@ def read(name: str, file: Path) -> torch.Tensor:
     return torch.as_tensor(torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file) or None)[name])
 
 
-def model_class(library: str, class_name: str, folder: Path, *, trust: bool) -> tuple[Any, dict[str, Any]]:
+def model_class(request: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any]]:
     """The class that opens a model, and what ``from_pretrained`` has to be told; the auto class for remote code.
 
     Raises:
         LookupError: the library has no such class, and remote code is not allowed.
     """
-    module = importlib.import_module(library)
+    module, class_name = importlib.import_module(request["module"]), request["class_name"]
     found = getattr(module, class_name, None)
     if found is not None:
         return found, {}
@@ -104,15 +104,15 @@ def model_class(library: str, class_name: str, folder: Path, *, trust: bool) -> 
     references = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}) if path.is_file() else {}
     for auto, reference in references.items():
         named = isinstance(reference, str) and reference.rpartition(".")[2] == class_name
-        if named and trust and hasattr(module, auto):
+        if named and request["trust"] and hasattr(module, auto):
             return getattr(module, auto), {"trust_remote_code": True}
-    raise LookupError(f"{class_name} is not a class of {library}")
+    raise LookupError(f"{class_name} is not a class of {request['module']}")
 
 
 def open_model(request: dict[str, Any], root: Path, folder: str, **options: Any) -> tuple[Any, dict[str, list[str]]]:
     """``from_pretrained`` of one model, and the library's loading report."""
     where = root / folder
-    cls, more = model_class(request["library"], request["class_name"], where, trust=request["trust"])
+    cls, more = model_class(request, where)
     model, report = cls.from_pretrained(str(where), output_loading_info=True, local_files_only=True, **more, **options)
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return model, {key: sorted(str(name) for name in report.get(key) or ()) for key in keys}
@@ -150,7 +150,7 @@ def require_memory(request: dict[str, Any], root: Path, folder: str, variant: st
 
 def _state(request: dict[str, Any], folder: Path) -> dict[str, int]:
     """Name → bytes of the tensors that a model of transformers consists of; those of a base model under both names."""
-    cls, more = model_class("transformers", request["class_name"], folder, trust=request["trust"])
+    cls, more = model_class(request, folder)
     transformers = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, **more)
     with torch.device("meta"):
