@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional
 
 _TOLERANCE_DB = 0.05
-_ELEMENTS = 1 << 22  # that are looked at together
-_SLICED = 1 << 25  # quantized tensors above this many elements are dequantized in slices
+_ELEMENTS = 1 << 20  # that are looked at together
+_SLICED = 1 << 23  # quantized tensors above this many elements are dequantized in slices
 
 
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:
