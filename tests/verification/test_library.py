@@ -58,9 +58,19 @@ def two_heads(folder: Path) -> None:
 def with_prediction_layer(folder: Path) -> None:
     """Layers for multi-token prediction, which the class ignores and other loaders use."""
     config = transformers.Glm4MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, head_dim=8,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, first_k_dense_replace=1,
-        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        head_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
         num_nextn_predict_layers=1,
     )
     transformers.Glm4MoeForCausalLM(config).bfloat16().save_pretrained(folder)
