@@ -108,7 +108,7 @@ class _Sorting:
                 return reason
         if rest.endswith(".py") and not self.code:
             return CODE
-        if kept:
+        if kept and (rest.endswith((".safetensors", ".bin")) or not _WEIGHTS.fullmatch(rest)):
             return None
         if other := next((folder for folder in others if rest.startswith(f"{folder}/")), None):
             return f"{other}/ holds weights that are not of this model"
@@ -161,8 +161,9 @@ def sort_files(
             sorting.read |= _take_weights(sorting, layout, chosen, variant)
         sorting.sort(layout.folder, "", apart=list(names.values()))
         for part in parts:
-            whole = [""] if part.class_name == ONNX else []
-            sorting.sort(part.folder, names[part.folder], kept=whole)
+            if part.class_name == ONNX:
+                sorting.read |= _take_onnx(sorting, layout, part.folder)
+            sorting.sort(part.folder, names[part.folder])
     else:
         folder = chosen[0].folder if chosen else layout.folder
         kept = _modules(source, folder) if layout.kind == "transformers" else []
@@ -186,6 +187,15 @@ def _take_weights(
             sorting.take(path, plain, variant if plain != into else None)
             taken.add(path)
     return frozenset(taken)
+
+
+def _take_onnx(sorting: _Sorting, layout: ModelLayout, folder: str) -> frozenset[str]:
+    """Take the weights of a part over that onnxruntime opens; gives their paths."""
+    inside = (path for path in sorting.source.files() if path.startswith(f"{folder}/"))
+    weights = frozenset(path for path in inside if re.fullmatch(r".*\.(onnx[^/]*|pb)", path))
+    for path in weights:
+        sorting.take(path, path.removeprefix(f"{layout.folder}/" if layout.folder else ""))
+    return weights
 
 
 def drop_variant(path: str, variant: str | None) -> str:
