@@ -288,7 +288,9 @@ def _adapter_warnings(source: Source, component: Component) -> list[str]:
         return []
     if found := adapter_files(source, component.folder):
         name = found[-1].rpartition("/")[2]
-        return [f"{component.title}: {name} beside its weights is loaded with the weights where peft is installed"]
+        # integrations.peft.maybe_load_adapters: only what is a folder keeps its own weights
+        hub = "; of a repo on the Hub transformers then opens the model that it names as its base"
+        return [f"{component.title}: {name} beside its weights is loaded with the weights where peft is installed{hub}"]
     if source.has(join(component.folder, ADAPTER_CONFIG)):
         return [f"{component.title}: {ADAPTER_CONFIG} is of an adapter whose weights are not there; it is left out"]
     return []

@@ -38,7 +38,11 @@ def opened(folder: Path, **kwargs: Any) -> Any:
     return tiny.diffusers.DiffusionPipeline.from_pretrained(folder, **absent, **kwargs)
 
 
-@pytest.mark.parametrize("name", list(own_parts.PIPELINES))
+DEFAULT = ("stable-diffusion", "ltx2")
+NAMES = [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.exhaustive) for n in own_parts.PIPELINES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_part_arrives(name: str, pipelines: Callable[[str], Path], tmp_path: Path) -> None:
     source, out = pipelines(name), tmp_path / "out"
     written = aoconvert.quantize(source, "int8wo", output=out, device="cpu", min_quantized=0.0).manifest
@@ -81,7 +85,12 @@ def check(model: Any, expected: dict[str, torch.Tensor], least: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("ltx2", "connectors"), ("stable-diffusion", "safety_checker"), ("audioldm2", "unet")]
+    ("name", "part"),
+    [
+        ("ltx2", "connectors"),
+        ("audioldm2", "unet"),
+        pytest.param("stable-diffusion", "safety_checker", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_it_can_be_chosen(name: str, part: str, pipelines: Callable[[str], Path], tmp_path: Path) -> None:
     source, out = pipelines(name), tmp_path / "out"

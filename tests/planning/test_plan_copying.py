@@ -22,7 +22,7 @@ from aoconvert.sources.folder import FolderSource
 
 CODE = "code; --trust-remote-code takes it over"
 HIDDEN, STATE, EXPORT = "hidden", "the state of a training", "an export to another format"
-ADAPTER = "an adapter: from_pretrained would load it over the quantized weights"
+ADAPTER = "of an adapter, but config and weights are not both there; nothing loads it"
 
 TAKEN = [
     *("vocab.bpe", "dict.txt", "o200k.tiktoken", "tokenizer.model.v3", "source.spm", "spm.model", "notes.md"),
@@ -63,7 +63,8 @@ LEFT = {
     "runs/Nov30/events.out.tfevents.1": STATE,
     "global_step10/mp_rank_00_model_states.pt": STATE,
     "adapter_config.json": ADAPTER,
-    "adapter_model.safetensors": ADAPTER,
+    "lora/adapter_config.json": ADAPTER,
+    "lora/adapter_model.safetensors": ADAPTER,
 }
 
 
@@ -279,3 +280,22 @@ def test_sentence_transformers_modules(tmp_path: Path) -> None:
     (source / "3_More/pytorch_model.bin").write_bytes(b"cposix\nsystem\n.")
     with pytest.raises(aoconvert.PlanError, match=r"3_More/pytorch_model\.bin"):
         aoconvert.quantize(source, "int8wo", output=tmp_path / "other", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_comes_as_a_whole(name: str, tmp_path: Path) -> None:
+    """Config and weights, as transformers looks for them; half of one, or a second copy, is named."""
+    import torch
+    from safetensors.torch import save_file
+
+    source = build_llama(tmp_path / "model")
+    weights = {"base_model.model.lora_A.weight": torch.ones(2, 2)}
+    save_file(weights, source / name) if name.endswith("safetensors") else torch.save(weights, source / name)
+    (source / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base", "peft_type": "LORA"}')
+    made = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu")
+    for path in ("adapter_config.json", name):
+        assert (tmp_path / "out" / path).read_bytes() == (source / path).read_bytes()
+    assert any("names as its base" in line for line in made.warnings)
+    (source / "adapter_config.json").unlink()
+    left = aoconvert.plan(source, "int8wo", output=tmp_path / "other", device="cpu").left_behind
+    assert [(item.path, item.reason) for item in left] == [(name, ADAPTER)]
