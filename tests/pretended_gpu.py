@@ -192,7 +192,8 @@ class World:
         self.stream(self.device(device)).synchronize()
 
     def peak_bytes(self, device: str) -> int:
-        return self.memory[self.device(device)].peak
+        name = torch.device(device)  # asks torch, not the device
+        return self.memory[torch.device(name.type, name.index or 0)].peak
 
     def hold(self, tensor: OnDevice) -> None:
         """Count a tensor's memory, until the last that looks at it is gone."""
@@ -413,7 +414,7 @@ class _Calls(TorchFunctionMode):
 
 @dataclass
 class _Factories(TorchDispatchMode):
-    """What makes tensors below the calls."""
+    """What makes tensors below the calls, as torchao's operators do that are written in Python."""
 
     world: World
 

@@ -92,16 +92,15 @@ class Lanes:
         Args:
             under_way: bytes of each piece that is quantized, ``None`` for those that are not.
         """
-        depth = len(self._lanes)
-        if not depth:
+        if not self.depth:
             return bool(under_way)
         weights = [nbytes for nbytes in under_way if nbytes is not None]
-        many = len(weights) > depth or len(under_way) >= depth + BUFFERS
-        return many or sum(weights) > depth * SLICE_BYTES
+        many = len(weights) > self.depth or len(under_way) >= self.depth + BUFFERS
+        return many or sum(weights) > self.depth * SLICE_BYTES
 
     @property
     def depth(self) -> int:
-        """How many pieces should be under way before the first is waited for."""
+        """How many pieces can be worked on at once; 0 on a CPU, where each is done when it has begun."""
         return len(self._lanes)
 
     def start(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> Pending:
@@ -273,7 +272,7 @@ class Lane:
             if accelerators.is_full(error):
                 raise
             raise DeviceError(
-                f"{self.device} failed: {error}".splitlines()[0], hint="see what nvidia-smi says of it"
+                f"{self.device} failed: {error}".splitlines()[0], hint="see what its driver says (nvidia-smi, xpu-smi)"
             ) from error
 
 

@@ -342,6 +342,19 @@ def test_a_gpu_that_was_taken_after_the_plan(
         with pytest.raises(DeviceError):
             lanes.open_devices(("cuda:1", "cuda:0"), allow_cpu=False)
 
+    class Taken(Silent):
+        def start(self, stage: str, total_bytes: int) -> None:
+            if stage == "quantize":
+                world.broken[torch.device("cuda:0")] = BUSY
+
+    expected = convert(checkpoints("opt"), tmp_path / "cpu", device="cpu")
+    with pretended() as world:
+        assert convert(checkpoints("opt"), tmp_path / "out", device="auto", progress=Taken()) == expected
+    written = json.loads((tmp_path / "out/aoconvert.json").read_text())
+    assert written["environment"]["device"]["type"] == "cuda"
+    quantized = [tensor for tensor in entries(tmp_path / "out").values() if tensor["action"] == "quantize"]
+    assert {tensor["device"] for tensor in quantized} == {"cpu"}
+
 
 @pytest.mark.usefixtures("small_pieces")
 def test_auto_measures_on_a_gpu_what_it_measures_on_the_cpu(with_zeros: Path, tmp_path: Path) -> None:
