@@ -54,7 +54,7 @@ _CARRIED = (
     "`from_pretrained` ignores {them}."
 )
 _DROPPED = "the source's weights files also hold {names}, left out here."
-_MISSING = "the source does not hold {names}: the library makes {them} when it opens the model, as with the source."
+_MISSING = "the source does not hold {names}: {library} {makes} {them} when it opens the model, as with the source."
 _FUSED = (
     "query, key and value projections are one layer each. `from_pretrained` alone builds them apart; adapters for the "
     "model with separate projections do not fit."
@@ -152,8 +152,14 @@ def _of_source(components: Sequence[ComponentEntry]) -> Iterable[tuple[str, str]
         yield "unknown tensors", _CARRIED.format(names=_names(carried), **words)
     if dropped := [item.name for entry in components for item in entry.dropped]:
         yield "left out", _DROPPED.format(names=_names(dropped))
-    if missing := [item.name for entry in components for item in entry.missing]:
-        yield "missing tensors", _MISSING.format(names=_names(missing), them="it" if len(missing) == 1 else "them")
+    for entry in components:
+        if missing := [item.name for item in entry.missing]:
+            them = "it" if len(missing) == 1 else "them"
+            makes, them = ("makes", them) if entry.library == "transformers" else ("gives", f"{them} no values")
+            yield (
+                "missing tensors",
+                _MISSING.format(names=_names(missing), library=entry.library, makes=makes, them=them),
+            )
 
 
 def _names(names: Sequence[str]) -> str:

@@ -225,9 +225,10 @@ class _Decider:
         if self.missing:
             shown = ", ".join(self.missing[:3])
             more = f" and {len(self.missing) - 3} more" if len(self.missing) > 3 else ""
+            then = "makes it anew" if self.skeleton.component.library == "transformers" else "leaves it empty"
             lines.append(
                 f"{title}: the checkpoint does not hold {shown}{more} "
-                "(--allow-missing PATTERN leaves a tensor to the library, which makes it anew)"
+                f"(--allow-missing PATTERN leaves a tensor to the library, which {then})"
             )
         if self.found is None or self.problems or self.faults or lines:
             return lines  # the library's refusal would only say the same

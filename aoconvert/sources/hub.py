@@ -52,6 +52,7 @@ class HubSource(Source):
         self._cache_dir = cache_dir
         self._token = token
         self._offline = offline
+        self._headers: dict[str, dict[str, dict[str, Any]]] = {}  # of files that were not fetched
 
     def __repr__(self) -> str:
         return f"HubSource({self.repo_id!r}, revision={self.revision!r})"
@@ -98,6 +99,8 @@ class HubSource(Source):
         entry = self.require(path)
         if (self.root / path).is_file():
             return super().safetensors_header(path)
+        if path in self._headers:
+            return self._headers[path]
         if self._offline:
             raise not_cached(_list_files(self.repo_id, [entry]))
         from huggingface_hub import HfApi
@@ -116,6 +119,7 @@ class HubSource(Source):
             for tensor, info in parsed.tensors.items()
         }
         check_entries(header, entry.size - 8, name)
+        self._headers[path] = header
         return header
 
     def read_range(self, path: str, offset: int, count: int) -> bytes:

@@ -168,3 +168,16 @@ def test_verification_knows_what_was_carried_and_what_is_apart(tmp_path: Path) -
     aoconvert.quantize(tmp_path / "source", "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
     report = aoconvert.verify(tmp_path / "out", source=str(tmp_path / "source"), device="cpu")
     assert report.ok, report
+
+
+def test_the_card_names_what_is_not_the_models_and_what_is_not_there(tmp_path: Path) -> None:
+    _, state, config = built("LlamaForCausalLM")
+    del state["lm_head.weight"], state["model.norm.weight"]
+    source = save(tmp_path / "source", config, state | UNKNOWN)
+    options: dict[str, Any] = {"device": "cpu", "min_quantized": 0.0, "allow_missing": "model.norm.weight"}
+    aoconvert.quantize(source, "int8wo", output=tmp_path / "carried", **options)
+    text = aoconvert.card(tmp_path / "carried").text
+    assert "the model class does not know `model.embeddings.position_ids`" in text
+    assert "the source does not hold `model.norm.weight`: transformers makes it" in text
+    aoconvert.quantize(source, "int8wo", output=tmp_path / "dropped", drop_unknown=True, **options)
+    assert "files also hold `model.embeddings.position_ids`" in aoconvert.card(tmp_path / "dropped").text

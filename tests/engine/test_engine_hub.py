@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from hub.fixtures import HubClient
 from hub.server import total_bytes
+from safetensors.torch import load_file, save_file
 
 WEIGHTS = r"\.safetensors"
 TOKEN = "hf_" + "tOkEn" * 6
@@ -107,3 +110,39 @@ def test_the_token_is_nowhere(hub_client: HubClient, checkpoints: Callable[[str]
         if path.is_file():
             assert TOKEN.encode() not in path.read_bytes(), path
     assert TOKEN not in json.dumps(json.loads((out / "aoconvert.json").read_text()))
+
+
+def test_ties_are_decided_by_as_little_as_it_takes(
+    hub_client: HubClient, checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two tensors that are declared one: of a repo on the Hub their values are read until they differ."""
+    folder = tmp_path / "source"
+    shutil.copytree(checkpoints("llama-tied"), folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "vocab_size": 20_000}))
+    state = load_file(folder / "model.safetensors")
+    table = torch.randn(20_000, state["model.embed_tokens.weight"].shape[1]).bfloat16()
+    for name, row in (("first", 0), ("last", -1), ("none", None)):
+        head = table.clone()
+        if row is not None:
+            head[row] += 1
+        save_file({**state, "model.embed_tokens.weight": table, "lm_head.weight": head}, folder / "model.safetensors")
+        publish(hub_client, folder, f"user/{name}")
+    actions = hub_client.run(
+        "import aoconvert\n"
+        "def planned(name):\n"
+        "    made = aoconvert.plan(f'user/{name}', 'int8wo', device='cpu', min_quantized=0.0).to_dict()\n"
+        "    return {t['name']: t['action'] for t in made['components'][0]['tensors']}['lm_head.weight']\n"
+        "result = [planned(name) for name in ('first', 'last', 'none')]"
+    )
+    assert actions == ["keep", "keep", "tied"]
+    read = {name: _asked_for(hub_client, f"user/{name}/.*{WEIGHTS}") for name in ("first", "last", "none")}
+    assert 2 * 65_536 <= read["first"] < 500_000 < 2 * table.nbytes < read["none"] < 2 * table.nbytes + 500_000
+    assert abs(read["last"] - read["none"]) < 100_000
+
+
+def _asked_for(hub: HubClient, path: str) -> int:
+    """Bytes of all ranges that were asked for."""
+    ranges = [request.range for request in hub.hub.requests(path, method="GET", server="hub")]
+    bounds = [text.removeprefix("bytes=").split("-") for text in ranges if text]
+    return sum(int(end) - int(begin) + 1 for begin, end in bounds)
