@@ -81,7 +81,7 @@ def test_bad_content_is_named(model: Path) -> None:
     with pytest.raises(SourceError, match=r"^my-model: transformer/config.json is not valid JSON \(line 3\)$"):
         source.read_json("transformer/config.json")
     with pytest.raises(SourceError, match=r"latin1.json is not UTF-8 text \(byte 7\)"):
-        source.read_text("latin1.json")
+        source.read_json("latin1.json")
     with pytest.raises(SourceError, match=r"deep.json is not usable JSON"):
         source.read_json("deep.json")
     with pytest.raises(SourceError, match=r"^my-model has no file transformer/none.json$"):
@@ -93,7 +93,7 @@ def test_file_removed_after_listing(model: Path) -> None:
     assert source.has("model_index.json")
     (model / "model_index.json").unlink()
     with pytest.raises(SourceError, match=r"model_index.json cannot be read: No such file"):
-        source.read_text("model_index.json")
+        source.read_bytes("model_index.json")
 
 
 @given(st.text(st.sampled_from("ab/.\\:~\0\n "), max_size=12))
