@@ -13,7 +13,7 @@ from aoconvert.models.base import SourceTensor
 from aoconvert.models.opening import Opening, ask
 from aoconvert.models.ties import settled
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning.inventory import Inventory, match, read_contents
+from aoconvert.planning.inventory import Contents, Inventory, match
 from aoconvert.planning.values import Values
 from aoconvert.rules import Rules, allowing
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from aoconvert.sources import Source
-    from aoconvert.sources.weights import WeightFiles
 
 
 @dataclass(frozen=True)
@@ -46,33 +45,31 @@ class Found:
 def read_checkpoint(
     source: Source,
     skeleton: Skeleton,
-    weights: WeightFiles,
+    contents: Contents,
     options: QuantizeOptions,
     dtype: torch.dtype,
     *,
+    sharded: bool,
     code_root: Path | None,
-) -> tuple[Skeleton, Found | None]:
-    """Read the headers, ask the library, and compare what is declared one and is there twice.
+) -> tuple[Skeleton, Found]:
+    """Ask the library what it makes of the headers, and compare what is declared one and is there twice.
 
     Args:
         source: holds the files.
         skeleton: with the ties that config and class declare.
-        weights: the files.
+        contents: of the weights files.
         options: what the user said.
         dtype: that the library casts to when it opens the model.
+        sharded: the weights files have an index.
         code_root: folder with the checkpoint's own code; only given with ``--trust-remote-code``.
 
     Returns:
-        The skeleton with its ties as they are; ``None`` where the headers cannot be had without the weights.
+        The skeleton with its ties as they are, and what was found.
 
     Raises:
         SourceError: a file is damaged, or two files contradict each other.
     """
     _refuse_more_files(source, skeleton)
-    contents = read_contents(source, weights)
-    if contents is None:
-        return skeleton, None
-    sharded = weights.index is not None
     inventory = match(skeleton, contents, sharded=sharded)
     tensors = {name: tensor for name, tensor in contents.tensors.items() if name not in inventory.needs_data}
     opening = ask(skeleton.component, dtype, tensors, sharded=sharded, code_root=code_root)

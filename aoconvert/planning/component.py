@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert import schemes
 from aoconvert.models import Component, ModelLayout, Skeleton, build_skeleton, join
+from aoconvert.models.bounds import Held, bounded, check_config
 from aoconvert.models.ties import untied
 from aoconvert.models.unknown import other_weights
 from aoconvert.options import DEFAULT_DTYPE, QuantizeOptions
@@ -17,6 +18,7 @@ from aoconvert.planning import files as plan_files
 from aoconvert.planning.checkpoint import read_checkpoint
 from aoconvert.planning.choices import Wishes
 from aoconvert.planning.decide import Decisions, decide, nbytes
+from aoconvert.planning.inventory import Contents, read_contents
 from aoconvert.planning.types import ComponentPlan, FilePlan, LeftOut, TensorPlan
 from aoconvert.planning.weights import chosen_weights, is_only
 from aoconvert.recipes import fqn_to_config
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
     from aoconvert.planning.checkpoint import Found
     from aoconvert.sources import Source
-    from aoconvert.sources.weights import WeightFiles
 
 
 def _dtype(name: str) -> torch.dtype | None:
@@ -69,7 +70,11 @@ def plan_component(
         SourceError: the source cannot be read at all.
     """
     weights = chosen_weights(source, component, options.variant)
-    draft = partial(_draft, source, component, rules, options, weights, fuse_qkv=fuse_qkv)
+    contents = read_contents(source, weights) if weights is not None else None
+    held = Held.of(tensor.nbytes for tensor in contents.tensors.values()) if contents is not None else None
+    check_config(component.title, component.config, held)
+    checkpoint = (contents, weights.index is not None) if weights is not None and contents is not None else None
+    draft = partial(_draft, source, component, rules, options, checkpoint, held, fuse_qkv=fuse_qkv)
     dtype, cannot_run = options.dtype or DEFAULT_DTYPE, None
     made = draft(dtype)
     if made.decisions.cannot_run is not None:
@@ -142,7 +147,23 @@ def _draft(
     component: Component,
     rules: Rules,
     options: QuantizeOptions,
-    weights: WeightFiles | None,
+    checkpoint: tuple[Contents, bool] | None,
+    held: Held | None,
+    dtype_name: str,
+    *,
+    fuse_qkv: bool,
+) -> _Draft:
+    """``checkpoint``: what its files hold, and whether there is an index. The library gets what they call for."""
+    with bounded(component.title, held):
+        return _drafted(source, component, rules, options, checkpoint, dtype_name, fuse_qkv=fuse_qkv)
+
+
+def _drafted(
+    source: Source,
+    component: Component,
+    rules: Rules,
+    options: QuantizeOptions,
+    checkpoint: tuple[Contents, bool] | None,
     dtype_name: str,
     *,
     fuse_qkv: bool,
@@ -161,8 +182,11 @@ def _draft(
             why = next(iter(apart.stuck.values()), "none of its tensors share their memory")
             problems.append(f"{component.title}: --untie: {why}")
     found = None
-    if weights is not None:
-        skeleton, found = read_checkpoint(source, skeleton, weights, options, dtype or torch.bfloat16, code_root=code)
+    if checkpoint is not None:
+        contents, sharded = checkpoint
+        skeleton, found = read_checkpoint(
+            source, skeleton, contents, options, dtype or torch.bfloat16, sharded=sharded, code_root=code
+        )
     wishes = Wishes(options.include_embeddings, options.default_skips)
     return _Draft(skeleton, found, decide(skeleton, rules, wishes, dtype, found, free), tuple(problems))
 

@@ -16,6 +16,7 @@ from aoconvert.environment import versions
 from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.files import check_replaceable, is_there, read_limited, write_whole, writing
 from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
+from aoconvert.models.bounds import Held, check_config
 from aoconvert.progress import Progress
 from aoconvert.sources import Source
 from aoconvert.staging import tidy
@@ -262,13 +263,19 @@ def _pickle(run: _Run) -> tuple[Status, str]:
     assert target is not None
     problems = []
     known: set[str] = set()
+    sizes: dict[str, list[int]] = {}
     for path in target.files:
         try:
-            known |= {use.name for use in read_loadable(target.folder / path).globals}
+            contents = read_loadable(target.folder / path)
+            known |= {use.name for use in contents.globals}
+            sizes[path] = [tensor.nbytes for tensor in contents.tensors.values()]
         except AoconvertError as error:
             problems.append(error.message.replace(f"{target.folder}/", ""))
     if problems:
         return "failed", some(problems)
+    for part in target.parts:  # before a library makes a model of it
+        held = Held.of(size for path in part.files for size in sizes.get(path, ()))
+        check_config(part.name or part.class_name, part.config, held)
     if target.manifest is None:
         run.target = with_imports(target, known)
     elif extra := sorted(name for name in known if name.startswith("torchao.") and name not in target.safe_globals):
