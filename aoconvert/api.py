@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from aoconvert.environment import host_by_default
 from aoconvert.options import QuantizeKwargs, QuantizeOptions, parse_size
 from aoconvert.progress import Progress, Silent
-from aoconvert.staging import tidy
 
 if TYPE_CHECKING:
     from aoconvert.cards import Card
@@ -378,6 +377,7 @@ def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
 def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: Progress) -> QuantizeResult:
     """``quantize`` with its options already made."""
     from aoconvert.planning.make import refuse_early
+    from aoconvert.staging import tidy
 
     tidy(options.output)
     resolved = _resolved(source, options)
