@@ -100,7 +100,7 @@ def prove(folder: Path, target: Target) -> Proof:
         versions=tuple(report.versions.items()),
         checks=tuple(report.checks),
         example=report.example and report.device in report.ran_on("example", usage_sha256(target)),
-        forward=report.device in report.ran_on("forward", None),
+        forward=report.device in report.ran_on("forward", report.code_sha256),
         not_run=_not_run(target, report.device),
     )
 
@@ -121,4 +121,6 @@ def _doubt(report: _Report, target: Target, strategy: Strategy) -> str:
         return f"The verification passed without opening the model{why}."
     if report.code_sha256 != code_sha256(target, strategy):
         return "The last verification ran other code than this."
+    if report.ran and report.device not in report.ran_on("load", report.code_sha256):
+        return "The last verification does not say where this code ran."
     return ""

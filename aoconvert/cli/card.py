@@ -15,9 +15,10 @@ A template of your own (--card-template) is the card's body in Jinja, sandboxed;
 
 \b
 Its variables: title, repo_id, place, kind, class_name, schemes, picture, license, license_url, source,
-code (load, usage, install, packages, strategy), proof (ok, reason, date, device, versions, checks,
-example), components, sizes, hardware, limits, verify, files, copied, command, date, versions,
-device_name, tool. Its filters: code, block("python"), link(url), size, number, percent, plural.
+code (load, usage, install, packages, strategy, to_device), proof (ok, reason, date, device, versions,
+checks, example, forward, not_run), components, sizes, hardware, limits, verify, files, copied, apart,
+command, date, versions, device_name, tool. Its filters: code, block("python"), link(url), size, number,
+percent, plural.
 aoconvert/cards/template.py says more; aoconvert/cards/template.md.jinja is an example.
 
 \b

@@ -77,8 +77,9 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Standing:
     if problems:
         raise HubRefusal(problems, hint=WRITE_HINT if any("may not write" in line for line in problems) else None)
     warnings = []
-    if tip.held.schemes is not None and not found.none:
-        warnings.append(f"{job.repo_id}: {tip.held.schemes}")
+    if not found.none:
+        warnings += [f"{job.repo_id}: {line}" for line in tip.held.notes]
+        warnings += [f"it takes the place of another model: {tip.held.model}"] if tip.held.model is not None else []
     if found.others:
         warnings.append(f"{job.repo_id} keeps files that this push does not know: {some(list(found.others))}")
     return Standing(info is not None, tip, found, tuple(warnings))

@@ -34,12 +34,12 @@ class Held:
     Attributes:
         ours: paths that an earlier push wrote, and that nobody has changed there since.
         model: what it holds, where that is another model; ``None`` where it is the same, or none.
-        schemes: what changes, where it is the same model in other schemes.
+        notes: what changes and is no reason to refuse, one line each.
     """
 
     ours: frozenset[str] = frozenset()
     model: str | None = None
-    schemes: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,18 @@ def look(branch: Branch, sent: Mapping[str, Sent], manifest: Manifest, *, card_b
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         card = {CARD_NAME} if card_by_hand or _may_replace_card(branch, sent, folder) else set()
+        empty = not card_by_hand and bool(card) and _is_front_matter(folder)
+        notes = [f"{CARD_NAME} there has a front matter and no text: it is replaced"] if empty else []
         there = branch.files.get(MANIFEST_NAME)
         same = there is not None and there.holds(sent[MANIFEST_NAME])
         theirs = manifest if same else _manifest(branch, folder)
         if theirs is None:
-            return Held(frozenset(card), _another_config(branch, sent, folder))
+            return Held(frozenset(card), _another_config(branch, sent, folder), tuple(notes))
         listed = {entry.path: entry for entry in theirs.files()}
         ours = {path for path, entry in listed.items() if _as_pushed(branch, entry, sent.get(path), folder)}
     own = {MANIFEST_NAME, REPORT_NAME, PICTURE_NAME}
-    return Held(frozenset({*ours, *own, *card}), other_model(manifest, theirs), other_schemes(manifest, theirs))
+    notes += [line] if (line := other_schemes(manifest, theirs)) is not None else []
+    return Held(frozenset({*ours, *own, *card}), other_model(manifest, theirs), tuple(notes))
 
 
 def _manifest(branch: Branch, folder: Path) -> Manifest | None:
@@ -124,6 +127,11 @@ def _may_replace_card(branch: Branch, sent: Mapping[str, Sent], folder: Path) ->
         return False
     branch.fetch(CARD_NAME, folder)
     return not cards.edited(folder) or not cards.has_text(folder)
+
+
+def _is_front_matter(folder: Path) -> bool:
+    """Whether the card that was fetched has a front matter only: somebody chose a licence, say."""
+    return (folder / CARD_NAME).is_file() and (folder / CARD_NAME).stat().st_size > 0 and not cards.has_text(folder)
 
 
 def _another_config(branch: Branch, sent: Mapping[str, Sent], folder: Path) -> str | None:

@@ -62,7 +62,8 @@ class Report:
         device: where the checkpoint was opened; ``None`` where it was not.
         code_sha256: of the load code that opened it, see ``code.code_sha256``.
         example: the card's example ran, at the smallest sizes.
-        ran: each piece of code that ran, and where. ``forward`` is a pass of each quantized model alone.
+        ran: each piece of code that ran, and where. ``forward`` is a pass of each quantized model alone, as the load
+            code of that digest opened it.
         published: the commit on the Hub that was opened; ``None`` where it was a folder.
         unwritten: why the report is not in the folder; ``None`` where it is, or has no place.
     """

@@ -224,9 +224,10 @@ def _ran(run: _Run, target: Target, loaded: Loaded) -> Iterator[Ran]:
     """Which code ran, and where: what did not pass, or was not tried, is not among it."""
     if run.strategy is None or run.device is None:
         return
-    yield Ran("load", run.device, code_sha256(target, run.strategy))
+    opened = code_sha256(target, run.strategy)
+    yield Ran("load", run.device, opened)
     if loaded.forward_passed:
-        yield Ran("forward", run.device, None)
+        yield Ran("forward", run.device, opened)
     if loaded.example:
         yield Ran("example", run.device, usage_sha256(target))
 

@@ -114,7 +114,7 @@ def test_every_family(
     aoconvert.quantize(table.source(family, False), "int8wo", output=out, device="cpu", min_quantized=0)
     # the card shows the way that was proven, else the usual one
     assert aoconvert.verify(out, strategy=strategy, reload=strategy == "assign", forward=False).ok
-    opens = ["--verify-hub"] if env is XET else []
+    opens = ["--verify-hub", "--private"] if env is XET else []
     pushed = client.command("push", "me/x", str(out), *opens, "--json", env=env, timeout=600)
     assert pushed.returncode == 0, pushed.stdout + pushed.stderr
     done = json.loads(pushed.stdout)
@@ -135,6 +135,25 @@ def test_every_family(
     step += f"assert tiny.{kind.step.__name__}(whole).isfinite().all()"
     text = run_alone(client, load + LOOK + step, tmp_path / "alone", env)
     assert int(text.split("quantized:")[1].split()[0]) > 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("shards", [None, "200KB"], ids=["one file", "shards"])
+def test_a_denoiser_alone(
+    shards: str | None, way: tuple[HubClient, dict[str, str]], table: Checkpoints, tmp_path: Path
+) -> None:
+    """A diffusers model that is no pipeline: its own class opens it, told to look for .bin where it is in shards."""
+    client, env = way
+    options: dict[str, Any] = {"component_only": True, **({"max_shard_size": shards} if shards else {})}
+    aoconvert.quantize(table.source("pixart", False), "int8wo", output=tmp_path / "out", device="cpu", **options)
+    assert aoconvert.verify(tmp_path / "out", reload=False).ok
+    pushed = client.command("push", "me/x", str(tmp_path / "out"), "--verify-hub", "--json", env=env, timeout=600)
+    assert pushed.returncode == 0, pushed.stdout + pushed.stderr
+    report = json.loads(pushed.stdout)["verification"]
+    assert {item["what"] for item in report["ran"]} == {"load", "forward"}
+    [load] = card_code(client, "me/x")
+    assert "PixArtTransformer2DModel.from_pretrained('me/x', torch_dtype=torch.bfloat16" in load
+    assert "quantized: " in run_alone(client, load + LOOK, tmp_path / "alone", env)
 
 
 @pytest.mark.exhaustive

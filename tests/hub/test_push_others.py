@@ -118,7 +118,13 @@ def test_what_somebody_else_put_there(me: Pusher, fresh: Fresh, files: dict[str,
         assert says in problem(outcome, 5)["message"]
         assert all(state.read("me/theirs", path) == content for path, content in files.items())
         outcome = me.push(folder, "me/theirs", replace=True)
-    assert value(outcome)["deleted"] == []
+    done = value(outcome)
+    assert done["deleted"] == []
+    said = " ".join(done["warnings"])
+    assert ("front matter and no text: it is replaced" in said) == (files.get("README.md", b"")[-4:] == b"---\n")
+    assert ("takes the place of another model" in said) == (
+        says is not None and ("this is a" in says or "no known" in says)
+    )
     kept = set(files) - {file["path"] for file in outcome["value"]["files"]}
     assert all(state.read("me/theirs", path) == files[path] for path in kept)
 
