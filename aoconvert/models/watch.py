@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
+_MOST = 1 << 24  # values of a tensor that are made where a function wants them
 _DEVICE: Any = torch.Tensor.device.__get__
 
 
@@ -137,9 +138,16 @@ class Watch(TorchFunctionMode):
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if not self._values:
             return func(*args, **kwargs)
-        places = {tensor.is_meta for tensor in _tensors(args, kwargs)}
-        if places != {True, False}:
+        tensors = list(_tensors(args, kwargs))
+        if not any(tensor.is_meta for tensor in tensors):
             return func(*args, **kwargs)
+        if all(tensor.is_meta for tensor in tensors):
+            try:
+                return func(*args, **kwargs)
+            except (NotImplementedError, RuntimeError):  # it wants values
+                if any(_is_quantized(tensor) or tensor.numel() > _MOST for tensor in tensors):
+                    raise
+            return func(*_moved(args, "cpu"), **_moved(kwargs, "cpu"))
         made = func(*_moved(args, "meta"), **_moved(kwargs, "meta"))
         return _moved(made, "cpu")
 

@@ -92,6 +92,10 @@ CASES: Mapping[str, Case] = {
     "mixtral": Case(_text("MixtralForCausalLM", "MixtralConfig", num_key_value_heads=2)),
     "t5": Case(_of("T5ForConditionalGeneration", "T5Config", d_model=64, d_kv=32, d_ff=64, num_layers=2, num_heads=2,
                    vocab_size=64)),
+    # forwards that look at values, and move tables between devices
+    "bart": Case(_of("BartForConditionalGeneration", "BartConfig", vocab_size=64, d_model=64, encoder_layers=1,
+                     decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
+                     decoder_ffn_dim=64, max_position_embeddings=32)),
     "clip": Case(lambda: T.CLIPModel(T.CLIPConfig(text_config=_TEXT, vision_config=_VISION))),
     "deberta-v2": Case(_text("DebertaV2Model", "DebertaV2Config", **_RELATIVE)),
     "flux": Case(tiny.flux_transformer),
