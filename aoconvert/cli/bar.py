@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
-from aoconvert.cli.output import write_stderr
+from aoconvert.cli.streams import write_stderr
 from aoconvert.words import escaped
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 import click
 
-from aoconvert.cli.output import Output, give_up_stdout, write_stderr
+from aoconvert.cli.output import Output
+from aoconvert.cli.streams import give_up_stdout, write_stderr
 from aoconvert.errors import AoconvertError, Interrupted
 from aoconvert.version import __version__
 from aoconvert.words import escaped

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
+from aoconvert.cli.streams import is_terminal, write_stderr, write_stdout
 from aoconvert.progress import Progress, Silent
 from aoconvert.words import escaped
 
@@ -42,11 +42,11 @@ class Output:
     def result(self, human: Callable[[], RenderableType], data: Any, essential: str) -> None:
         """Print a result; ``human`` is only called where it is shown, and text of its is printed as it is."""
         if self.mode == "json":
-            _print(_json(data))
+            write_stdout(_json(data))
         elif self.mode == "quiet":
-            _print(_lines(essential))
+            write_stdout(_lines(essential))
         elif isinstance(shown := human(), str):
-            _print(_lines(shown))
+            write_stdout(_lines(shown))
         else:
             import io
 
@@ -59,7 +59,7 @@ class Output:
                 file=drawn, highlight=False, force_terminal=terminal, width=None if terminal else _ONE_LINE
             )
             console.print(_Escaped(shown))
-            _print("".join(f"{line.rstrip()}\n" for line in drawn.getvalue().splitlines()))
+            write_stdout("".join(f"{line.rstrip()}\n" for line in drawn.getvalue().splitlines()))
 
     def warning(self, message: str) -> None:
         """A warning on stderr; not in quiet mode."""
@@ -73,7 +73,7 @@ class Output:
         if self.mode == "json":
             values: dict[str, Any] = {"type": kind, "message": message, "hint": hint, "exit_code": exit_code}
             values |= {"retryable": retryable, "problems": list(problems)}
-            _print(_json({"error": values}))
+            write_stdout(_json({"error": values}))
             return
         for line in problems:
             self._line("error", line, "31")
@@ -132,43 +132,3 @@ def _unicode_escape(found: re.Match[str]) -> str:
     """As JSON has it: four hexadecimal digits for each unit of UTF-16."""
     units = found[0].encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
-
-
-def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a stream ends at a terminal; one that is closed does not."""
-    return stream is not None and stream.isatty()
-
-
-def write_stderr(text: str) -> None:
-    """Write to stderr; where it is closed or full nobody can be told, and the work goes on."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-
-def _print(text: str) -> None:
-    """Write to stdout.
-
-    Where its reader has had enough (``| head -1``), that is no error. Where it is closed or full, nobody can be told:
-    the exit code says it, as with other tools.
-
-    Raises:
-        SystemExit: with code 1, stdout is closed or full.
-    """
-    if sys.stdout is None:
-        raise SystemExit(1)
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        give_up_stdout()
-    except OSError:
-        give_up_stdout()
-        raise SystemExit(1) from None
-
-
-def give_up_stdout() -> None:
-    """Let what is left for stdout go nowhere: the interpreter flushes it once more at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
