@@ -88,6 +88,7 @@ class SourceCard(_Model):
     pipeline_tag: str | None = None
     library_name: str | None = None
     tags: list[str] = Field(default_factory=list)
+    prior: list[str] = Field(default_factory=list, description="repos that diffusers opens with a connected pipeline")
 
 
 class SourceEntry(_Model):

@@ -103,6 +103,8 @@ def front_matter(
         "pipeline_tag": card.pipeline_tag if card.pipeline_tag in TASKS else None,
         **terms,
         "language": [code for code in card.language if _like(_LANGUAGE, code)] or None,
+        # diffusers reads it to find the pipelines that this one is connected with (``CONNECTED_PIPES_KEYS``)
+        "prior": [repo for repo in card.prior if is_repo_id(repo)] or None,
     }
     changed = {key: check(key, value) for key, value in given.items()}
     if "license" in changed and license is None:  # the source's name and link belong to the source's licence

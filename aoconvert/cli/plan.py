@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
@@ -14,7 +15,9 @@ from aoconvert.words import first, size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from aoconvert.manifest import LeftBehindEntry
     from aoconvert.planning import ComponentPlan, FilePlan, Plan, TensorPlan
+    from aoconvert.planning.types import LeftBehind
 
 EXAMPLES = """\b
 Examples:
@@ -75,19 +78,20 @@ def _render(plan: Plan, *, tensors: bool) -> RenderableType:
         parts.append(Text(f"{part.component.name} ({part.component.class_name}) as it is, {size(total)} of .bin"))
     if plan.copied:
         parts.append(Text(f"taken over unchanged: {len(plan.copied)} files, {size(sum(c.size for c in plan.copied))}"))
-    parts += [Text(line) for line in _left_behind(plan)]
+    for reason, paths in left_behind(plan.left_behind).items():
+        parts.append(Text(f"left behind: {first(paths)} ({reason})"))
     needs = plan.needs
     device = f", {size(needs.device_peak_bytes)} on {plan.device}" if needs.device_peak_bytes else ""
     parts.append(Text(f"needs {size(needs.disk_bytes)} of disk, about {size(needs.host_peak_bytes)} of memory{device}"))
     return Group(*parts)
 
 
-def _left_behind(plan: Plan) -> list[str]:
-    """What the source holds besides, a line for each reason."""
+def left_behind(files: Iterable[LeftBehind | LeftBehindEntry]) -> dict[str, list[str]]:
+    """What did not arrive: reason → paths."""
     by_reason: dict[str, list[str]] = {}
-    for item in plan.left_behind:
+    for item in files:
         by_reason.setdefault(item.reason, []).append(item.path)
-    return [f"left behind ({reason}): {first(paths)}" for reason, paths in by_reason.items()]
+    return by_reason
 
 
 def _reason_table(plan: ComponentPlan) -> RenderableType:

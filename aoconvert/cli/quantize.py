@@ -11,7 +11,7 @@ from aoconvert.cli import verify as verify_command
 from aoconvert.cli.options import common, conversion
 from aoconvert.cli.output import Output
 from aoconvert.options import QuantizeOptions
-from aoconvert.words import number, size
+from aoconvert.words import first, number, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -82,6 +82,7 @@ def _share(totals: Totals) -> str:
 
 def _summary(result: QuantizeResult) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
@@ -102,5 +103,7 @@ def _summary(result: QuantizeResult) -> RenderableType:
     if result.skipped:
         matrices = "1 matrix" if len(result.skipped) == 1 else f"{len(result.skipped)} matrices"
         table.add_row("not quantized", f"{matrices}; aoconvert.json has the reasons")
+    for reason, paths in plan_command.left_behind(result.manifest.left_behind).items():
+        table.add_row("left behind", Text(f"{first(paths)} ({reason})"))
     table.add_row("output", str(result.output))
     return table

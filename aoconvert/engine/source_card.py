@@ -39,6 +39,7 @@ def read_card(source: Source) -> SourceCard | None:
         pipeline_tag=_text(values.get("pipeline_tag")),
         library_name=_text(values.get("library_name")),
         tags=_texts(values.get("tags")),
+        prior=_texts(values.get("prior")),
     )
 
 
