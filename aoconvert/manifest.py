@@ -310,10 +310,12 @@ class Manifest(_Model):
             yield from part.files
         yield from self.copied
 
-    def files_by_folder(self) -> dict[str, tuple[str, ...]]:
-        """Folder of each model → the files that were written for it."""
+    def weights_by_folder(self) -> dict[str, tuple[str, ...]]:
+        """Folder of each model → the weights files that were written for it."""
         models: list[ComponentEntry | UnquantizedEntry] = [*self.components, *self.unquantized]
-        return {model.path: tuple(file.path for file in model.files) for model in models}
+        return {
+            model.path: tuple(file.path for file in model.files if not file.path.endswith(".json")) for model in models
+        }
 
 
 def dump(manifest: Manifest) -> str:

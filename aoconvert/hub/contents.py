@@ -70,7 +70,7 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
         hashed = frozenset(entries) if not problems else hashed
     elif report is not None:
         problems += _changed(folder, entries)
-    problems += shadows(folder, manifest.files_by_folder())
+    problems += shadows(folder, manifest.weights_by_folder())
     files = [Sent(entry.path, entry.size, entry.sha256, folder / entry.path) for entry in entries.values()]
     files.append(Sent.from_bytes(MANIFEST_NAME, manifests.read(folder)))
     if report is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,8 +10,9 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from aoconvert.files import open_regular
-from aoconvert.manifest import Manifest
+from aoconvert.files import open_regular, read_limited
+from aoconvert.manifest import CARD_BYTES, CARD_NAME, Manifest
+from aoconvert.seals import is_sealed
 from aoconvert.sources.folder import list_folder, stays_inside
 
 _CHUNK = 1 << 22
@@ -87,8 +89,13 @@ def shadows(folder: Path, parts: Mapping[str, tuple[str, ...]], listed: Collecti
 
 
 def notes(folder: Path) -> list[str]:
-    """What is beside the weights and has a say in what is opened: an adapter, code inside the checkpoint."""
+    """What is beside the weights and has a say in what is opened (an adapter, code inside the checkpoint), and a card
+    that is not aoconvert's.
+    """
     found = []
+    with contextlib.suppress(OSError):
+        if not is_sealed(read_limited(folder / CARD_NAME, CARD_BYTES)):
+            found.append(f"{CARD_NAME} was changed by hand")
     for path in list_folder(folder, folder.name):
         name = Path(path).name
         if name == _ADAPTER:

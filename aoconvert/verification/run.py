@@ -252,9 +252,9 @@ def _files(run: _Run) -> tuple[Status, str]:
     problems, hashed = check_files(run.folder, run.manifest)
     if problems:
         return "failed", some(problems)
-    run.target = target = from_manifest(run.folder, run.manifest)
+    run.target = from_manifest(run.folder, run.manifest)
     listed = {file.path for file in run.manifest.files()}
-    if problems := shadows(run.folder, {part.folder: part.files for part in target.parts}, listed):
+    if problems := shadows(run.folder, run.manifest.weights_by_folder(), listed):
         return "failed", some(problems)
     return "passed", some([f"{len(listed)} files, {hashed / 1e9:.2f} GB hashed", *notes(run.folder)])
 

@@ -146,3 +146,32 @@ def _asked_for(hub: HubClient, path: str) -> int:
     ranges = [request.range for request in hub.hub.requests(path, method="GET", server="hub")]
     bounds = [text.removeprefix("bytes=").split("-") for text in ranges if text]
     return sum(int(end) - int(begin) + 1 for begin, end in bounds)
+
+
+def test_torch_files_are_here_before_the_plan(
+    hub_client: HubClient, checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Only the whole file tells what is in it: of a component and of a part that is not quantized."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints("cogvideox"), source)
+    for path in list(source.glob("*/*.safetensors")):
+        name = "pytorch_model.bin" if path.stem == "model" else f"{path.stem}.bin"
+        torch.save(load_file(path), path.with_name(name))
+        path.unlink()
+    publish(hub_client, source)
+    planned = hub_client.run(
+        "import aoconvert\nresult = aoconvert.plan('user/model', 'int8wo', device='cpu').to_dict()['unquantized']"
+    )
+    made = hub_client.run(
+        "import aoconvert\n"
+        f"made = aoconvert.quantize('user/model', 'int8wo', output={str(tmp_path / 'out')!r}, device='cpu')\n"
+        "result = made.manifest.model_dump(mode='json')"
+    )
+    assert [(part["name"], part["tensors"]) for part in planned] == [("text_encoder", []), ("vae", [])]
+    assert made["components"][0]["totals"]["quantized_parameters"] > 0
+    for part in made["unquantized"]:
+        [file] = part["files"]
+        before = torch.load(source / file["path"], weights_only=True)
+        after = torch.load(tmp_path / "out" / file["path"], weights_only=True)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

@@ -15,6 +15,7 @@ from aoconvert.engine.output import Stage
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.planning.overwriting import foreign_files
 from aoconvert.progress import Silent
+from aoconvert.verification.files import check_files, notes
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +125,14 @@ def test_the_folder_beside_it(tmp_path: Path, made: Path) -> None:
     Stage(tmp_path / "other").leave()
     aoconvert.quantize(made.parent / "model", "int8wo", output=tmp_path / "other", device="cpu")
     assert not (tmp_path / ".other.aoconvert-partial").exists()
+
+
+def test_verify_says_the_same(out: Path) -> None:
+    """An edited card does not hinder anybody, and is said; another file that nobody lists fails."""
+    found = aoconvert.manifest.load(out)
+    assert check_files(out, found)[0] == notes(out) == []
+    card(out)
+    assert check_files(out, found)[0] == []
+    assert notes(out) == ["README.md was changed by hand"]
+    edit("notes.txt")(out)
+    assert check_files(out, found)[0] == ["notes.txt is not in the manifest"]
