@@ -176,7 +176,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b"default = 'int8w\xf6'")
     for name, content, message in (
-        ("a.json", "{", "is not JSON"),
+        ("a.json", "{", "is not valid JSON"),
         ("b.json", "[]", "says nothing about quantization"),
         ("c.json", '{"quantization_config": {"quant_method": "gptq"}}', "'gptq', not 'torchao'"),
         ("d.json", '{"quantization_config": {"quant_method": "torchao", "quant_type": "int8"}}', "no torchao config"),
@@ -283,8 +283,8 @@ def test_every_config_gives_the_scheme_it_is_from(name: str) -> None:
     ("config", "message"),
     [
         ({}, "no scheme makes the torchao config None"),
-        ({"_type": ["x"]}, "no scheme makes the torchao config"),
-        ({"_type": "quantize_", "_data": {}}, "no scheme makes the torchao config quantize_"),
+        ({"_type": ["x"]}, "is not part of a torchao config"),
+        ({"_type": "quantize_", "_data": {}}, "is not part of a torchao config"),
         ({"_type": "Int8WeightOnlyConfig", "_data": {"nonsense": 1}}, "torchao cannot read this Int8WeightOnlyConfig"),
         (
             {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {"int4_packing_format": "preshuffled"}},

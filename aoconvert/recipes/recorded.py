@@ -16,8 +16,10 @@ from pydantic import ValidationError
 
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import AoconvertError, UsageError
+from aoconvert.json_text import parse_json
 from aoconvert.manifest import ComponentEntry, Manifest
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section
+from aoconvert.recipes.known import check_quantization
 from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
 
 if TYPE_CHECKING:
@@ -36,9 +38,9 @@ def from_json(text: str, origin: str) -> Recipe:
         UsageError: it is neither, or its torchao config is not one that aoconvert can make.
     """
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"recipe {origin} is not JSON: {error}", hint=_NO_RECIPE) from None
+        values = parse_json(text.encode())
+    except ValueError as error:
+        raise UsageError(f"recipe {origin} is {error}", hint=_NO_RECIPE) from None
     if isinstance(values, dict) and isinstance(values.get("quantization_config"), dict):
         library = "diffusers" if "_class_name" in values else "transformers"
         return from_quantization_config(values["quantization_config"], library, origin)
@@ -67,6 +69,10 @@ def from_quantization_config(values: Mapping[str, Any], library: str, origin: st
     if values.get("quant_method") != "torchao":
         method = values.get("quant_method")
         raise UsageError(f"{origin}: quant_method is {method!r}, not 'torchao'", hint=_NO_RECIPE)
+    try:
+        check_quantization(values)
+    except ValueError as error:
+        raise UsageError(f"{origin}: {error}", hint=_NO_RECIPE) from None
     quant_type = values.get("quant_type")
     config = quant_type.get("default") if isinstance(quant_type, dict) else None
     if not isinstance(config, dict):
@@ -136,6 +142,10 @@ def from_config(config: Mapping[str, Any], origin: str, layout_device: str | Non
     Raises:
         UsageError: a config that no scheme makes.
     """
+    try:
+        check_quantization(config)
+    except ValueError as error:
+        raise UsageError(f"{origin}: {error}", hint=_NO_RECIPE) from None
     if config.get("_type") not in ("FqnToConfig", "ModuleFqnToConfig"):
         return Section(scheme_of_config(config, layout_device, origin))
     data = config.get("_data")

@@ -18,6 +18,7 @@ from aoconvert.files import check_replaceable, is_there, read_limited, write_who
 from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
 from aoconvert.models.bounds import Held, check_config
 from aoconvert.progress import Progress
+from aoconvert.recipes.known import check_quantization
 from aoconvert.sources import Source
 from aoconvert.staging import tidy
 from aoconvert.verification.code import Strategy, card_strategy, code_sha256, load_code
@@ -46,7 +47,15 @@ from aoconvert.verification.report import (
     Status,
     some,
 )
-from aoconvert.verification.target import CODE_INSIDE, Target, from_folder, from_manifest, validate, with_imports
+from aoconvert.verification.target import (
+    CODE_INSIDE,
+    Target,
+    config_path,
+    from_folder,
+    from_manifest,
+    validate,
+    with_imports,
+)
 from aoconvert.verification.usage import usage_code, usage_sha256
 from aoconvert.verification.versions import version_problems
 
@@ -277,6 +286,10 @@ def _pickle(run: _Run) -> tuple[Status, str]:
     for part in target.parts:  # before a library makes a model of it
         held = Held.of(size for path in part.files for size in sizes.get(path, ()))
         check_config(part.name or part.class_name, part.config, held)
+        try:
+            check_quantization(part.config.get("quantization_config") or {})
+        except ValueError as error:
+            return "failed", f"{config_path(part)}: the quantization_config: {error}"
     if target.manifest is None:
         run.target = with_imports(target, known)
     elif extra := sorted(name for name in known if name.startswith("torchao.") and name not in target.safe_globals):
