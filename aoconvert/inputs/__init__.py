@@ -6,6 +6,6 @@ The package imports nothing of aoconvert, so that programs for fresh interpreter
 
 from .find import Found, NoInputs, find_inputs
 from .outputs import first_tensors, sqnr_db
-from .trial import empty_copy
+from .trial import available_memory, empty_copy
 
-__all__ = ["Found", "NoInputs", "empty_copy", "find_inputs", "first_tensors", "sqnr_db"]
+__all__ = ["Found", "NoInputs", "available_memory", "empty_copy", "find_inputs", "first_tensors", "sqnr_db"]

@@ -6,7 +6,7 @@ import heapq
 import inspect
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from .trial import Attempt, attempt, base_dtype, empty_copy, needs_values, on_me
 TRIES = 400
 SECONDS = 30.0
 _PATIENCE = 0.997  # what is left of an attempt's rank after each repair of it that was tried
+_NO_FURTHER = 0.9  # of one that got no further than what it was to repair
 _UNCHANGED = 0.5  # of one that failed in the same way as what it was to repair
 
 
@@ -59,7 +60,7 @@ class Found:
         return {name: make(value, self.dtype, device) for name, value in self.state.items()}
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(order=True)
 class _Node:
     """An attempt that failed, and what is still to be tried in its place; ``rank`` is negative, the best the lowest."""
 
@@ -68,6 +69,7 @@ class _Node:
     state: State = field(compare=False)
     rest: Iterator[State] = field(compare=False)
     outcome: Attempt = field(compare=False)
+    asked: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class _Search:
     seen: set[str] = field(default_factory=set)
     done: int = 0
     best: tuple[State, Attempt] | None = None
+    gains: list[_Node] = field(default_factory=list)
 
     def spent(self) -> bool:
         return self.done >= self.tries or time.monotonic() > self.deadline
@@ -103,11 +106,17 @@ class _Search:
                 return None
             heapq.heappush(queue, self.node(state, outcome, None))
         while queue and not self.spent():
-            parent = heapq.heappop(queue)
+            # now and then an older one is continued, so that no way is followed to its end for a good start alone
+            parent = min(self.gains, key=lambda node: node.asked) if self.done % 3 == 0 and self.gains else queue[0]
             found = next((item for item in parent.rest if repr(item) not in self.seen), None)
             if found is None:
+                queue.remove(parent)
+                heapq.heapify(queue)
+                self.gains = [node for node in self.gains if node is not parent]
                 continue
-            heapq.heappush(queue, replace(parent, rank=parent.rank * _PATIENCE))
+            parent.asked += 1
+            parent.rank *= _PATIENCE
+            heapq.heapify(queue)
             outcome = self.take(model, found)
             if isinstance(outcome, _Taken):
                 return outcome
@@ -135,11 +144,19 @@ class _Search:
     def node(self, state: State, outcome: Attempt, parent: _Node | None) -> _Node:
         """Where the attempt stands among the others."""
         rank = float(outcome.progress)
-        if parent is not None and len(state) > len(parent.state):
-            rank = max(rank, -parent.rank)  # what was missing is there now, be it in a wrong shape
-        if parent is not None and outcome.where == parent.outcome.where:
+        same = parent is not None and outcome.where == parent.outcome.where
+        if parent is None:
+            pass
+        elif same:
             rank *= _UNCHANGED
-        return _Node(-rank, self.done, state, repairs(self.facts, state, outcome), outcome)
+        elif len(state) > len(parent.state):
+            rank = max(rank, -parent.rank)  # what was missing is there now, be it in a wrong shape
+        elif outcome.progress <= parent.outcome.progress:
+            rank = min(rank, -parent.rank) * _NO_FURTHER
+        node = _Node(-rank, self.done, state, repairs(self.facts, state, outcome), outcome)
+        if parent is None or (not same and rank >= -parent.rank):
+            self.gains.append(node)
+        return node
 
 
 def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECONDS) -> Found:

@@ -14,15 +14,6 @@ TOKENS = 7  # of a text: a number that no other size is likely to be
 _SIDE = 16  # of an image that may have any size
 _PATCHES = 16  # of an image that comes as a sequence
 
-_CHANNELS = (
-    "num_channels",
-    "in_channels",
-    "in_chans",
-    "input_channels",
-    "n_channels",
-    "latent_channels",
-    "num_input_channels",
-)
 _SIZES = ("image_size", "img_size", "input_size", "sample_size", "sample_height", "input_image_size", "resolution")
 _WIDTHS = ("hidden_size", "d_model", "dim", "inner_dim", "embed_dim", "n_embd", "width", "hidden_dim")
 _TEXT = (
@@ -71,15 +62,23 @@ def _annotated(facts: Facts, name: str, values: Iterator[Any]) -> Iterator[Any]:
     """The guesses as the annotation wants them: in a list, or numbers instead."""
     parameter = facts.parameters.get(name)
     kind = str(parameter.annotation).lower() if parameter is not None else ""
-    if re.match(r"(typing\.)?(optional\[)?(list|tuple)\[int", kind):
+    kind = re.sub(r"typing\.|optional\[|<class '", "", kind)
+    if re.match(r"(list|tuple)\[int", kind):
         yield from ([1], [5], [4], [2])
-    elif re.match(r"(<class '|optional\[)?(int)\b", kind) and "tensor" not in kind:
+    elif kind.startswith("list[list[tuple[int"):
+        yield [[(1, 4, 4)]]
+    elif kind.startswith("list[tuple[int"):
+        yield [(1, 4, 4)]
+    elif kind.startswith("dict"):
+        yield {}
+    elif re.match(r"int\b", kind) and "tensor" not in kind:
         yield from (1, TOKENS, _PATCHES)
-    elif re.match(r"(typing\.)?(optional\[)?(list|sequence)\[torch", kind):
+    elif re.match(r"(list|sequence)\[torch", kind):
         for value in values:
             if isinstance(value, Blank):
                 yield [replace(value, shape=value.shape[1:])]
                 yield [value]
+        yield []
     yield from values
 
 
@@ -89,10 +88,6 @@ def _side(facts: Facts, near: str = "") -> Iterator[int]:
     yield from dict.fromkeys(size for size in (*sizes, 32, 64, 224, 8) if size)
 
 
-def _channels(facts: Facts, near: str = "", default: int = 3) -> int:
-    return facts.number(*_CHANNELS, near=near, default=default)
-
-
 def _frames(facts: Facts) -> Iterator[int]:
     given = facts.number("num_frames", "sample_frames", "tubelet_size", "frames_per_clip")
     yield from dict.fromkeys(size for size in (given, 4, 5, 1, 2, 8) if size)
@@ -100,7 +95,8 @@ def _frames(facts: Facts) -> Iterator[int]:
 
 def _image(facts: Facts, name: str) -> Iterator[Any]:
     near = "vision" if facts.find("vision_config") is not None else "image"
-    channels = _channels(facts, near)
+    channels = facts.number("num_channels", "in_chans", "num_input_channels", "in_channels", near=near, default=3)
+    channels = channels if facts.library == "transformers" else 3
     temporal = re.search(r"Video|ViViT|Vivit|Timesformer|TimeSformer|VJEPA", facts.class_name) or "videos" in name
     for side in _side(facts, near):
         image = Blank((1, channels, side, side))
@@ -187,8 +183,16 @@ def _mask(facts: Facts, name: str) -> Iterator[Any]:
 def _time(facts: Facts, name: str) -> Iterator[Any]:
     yield Blank((1,), "time")
     yield Blank((1,), "mask")
+    yield Blank((1, 5), "time")
     yield Blank((1, 1), "time")
     yield Blank((), "mask")
+
+
+def _scale(facts: Facts, name: str) -> Iterator[Any]:
+    parameter = facts.parameters.get(name)
+    if parameter is not None and "float" in str(parameter.annotation).lower():
+        yield 1.0
+    yield Blank((1,))
 
 
 def _sound(facts: Facts, name: str) -> Iterator[Any]:
@@ -309,6 +313,8 @@ def _any(facts: Facts, name: str) -> Iterator[Any]:
 _GUESSES: tuple[tuple[re.Pattern[str], Guess], ...] = tuple(
     (re.compile(pattern), guess)
     for pattern, guess in (
+        (r"micro_conds|added_time_ids", lambda facts, name: iter((Blank((1, 6)), Blank((1, 5))))),
+        (r"condition_mask", lambda facts, name: iter((Blank((1, 1, 5, _SIDE, _SIDE)), Blank((1, TOKENS), "mask")))),
         (r".*attention_mask.*|text_embedding_mask.*|.*(_|^)masks?(_.*)?|encoder_hidden_states_mask", _mask),
         (r"past_.*|future_.*", _series),
         (r"(.*_)?input_ids|input|langs|\w*token_ids|decoder_input_tokens", _ids),
@@ -329,6 +335,8 @@ _GUESSES: tuple[tuple[re.Pattern[str], Guess], ...] = tuple(
         (r"class_labels|labels|style|control_type_idx", _label),
         (r"controlnet_cond|control_latents|control_context", _control),
         (r"pooled_\w+|\w*_pooled|.*text_embeds|proj_embedding|image_embeds|class_labels_emb", _pooled),
+        (r".*_scale", _scale),
+        (r"(pose|control|clean|source|reference|condition)_hidden_states", _latents),
         (r"hidden_states|sample|x|latents?|.*_latents|latents_.*|z|z_latent|input|inputs", _latents),
         (
             r".*encoder_hidden_states.*|.*hidden_states.*|cap_feats|prompt_embeds|inputs_embeds|encoder_outputs",

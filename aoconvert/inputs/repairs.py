@@ -14,6 +14,7 @@ from .trial import Attempt
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _UNPACKED = re.compile(r"([\w*]+(?:\s*,\s*[\w*]+)+)\s*=\s*(\w+)\.(?:shape|size\(\))")
+_LONGEST = 32  # items of a list
 _LARGEST = 1 << 21  # elements of one input
 
 
@@ -161,7 +162,7 @@ def _ranks(facts: Facts, state: State, failed: Attempt, message: str) -> Iterato
     misfit = failed.misfit
     bad_axes = misfit is not None and misfit.axes and misfit.axes != len(misfit.shape)
     if not bad_axes and not re.search(
-        r"unpack|[1-6]-?D\b|dimension|Dimension|axes|rank|out of range|permute|dims|einsum|Wrong shape", message
+        r"unpack|indices|[1-6]-?D\b|dimensions|axes|\brank|out of range|permute|\bdims\b|einsum|Wrong shape", message
     ):
         return
     wanted = [misfit.axes] if misfit is not None and bad_axes else []
@@ -182,9 +183,9 @@ def _ranks(facts: Facts, state: State, failed: Attempt, message: str) -> Iterato
     for path, blank in _by_mention(state, failed):
         if blank.shape and blank.shape[0] == 1 and len(blank.shape) > 1:
             yield _put(state, path, replace(blank, shape=blank.shape[1:]))
-        yield _put(state, path, replace(blank, shape=(1, *blank.shape)))
-        if len(blank.shape) > 1:
-            yield _put(state, path, replace(blank, shape=(blank.shape[0], 1, *blank.shape[1:])))
+        longer = [(1, *blank.shape), (*blank.shape[:1], 1, *blank.shape[1:])]
+        for shape in reversed(longer) if len(path) > 1 else longer:  # in a list there is no axis for the batch
+            yield _put(state, path, replace(blank, shape=shape))
 
 
 def _by_names(state: State, shape: tuple[int, ...] | None, variable: str, names: list[str]) -> Iterator[State]:
@@ -235,7 +236,9 @@ def _lists(facts: Facts, state: State, failed: Attempt, message: str) -> Iterato
     """A list is too short, or a tensor should be one."""
     layers = facts.number("num_layers", "num_hidden_layers", "depth", default=2)
     for name, value in state.items():
-        if isinstance(value, list) and value and re.search("index|range|length|len|unpack", message):
+        if isinstance(value, list) and value and isinstance(value[0], Blank):
+            yield {**state, name: []}
+        if isinstance(value, list) and 0 < len(value) <= _LONGEST and re.search("index|range|len|unpack", message):
             for count in dict.fromkeys((2 * len(value), layers, layers + facts.number("num_single_layers"))):
                 yield {**state, name: (value * count)[:count]}
         if isinstance(value, Blank) and re.search("list|iterable|tuple|sequence|has no len", message):

@@ -97,6 +97,24 @@ def compare_by_library(target: Target, source: Source, children: Children, *, tr
     return judge(source.label, answers)
 
 
+def originals(target: Target, source: Source | None, *, trust: bool) -> dict[str, dict[str, Any]]:
+    """How the library opens what each quantized part was made of; nothing where that is not known."""
+    manifest = target.manifest
+    if manifest is None or source is None or _other_model(target, source, manifest) is not None:
+        return {}
+    fetch_for_library(
+        source, _variant(manifest), None if target.kind == "pipeline" else _source_folder(source, manifest)
+    )
+    root = source.root / (manifest.source.subfolder or "") if target.kind == "pipeline" else source.root
+    found = {}
+    for part, entry in zip(target.parts, manifest.components, strict=True):
+        how = _part(part, entry, source, target, manifest)
+        found[part.name] = {key: how[key] for key in ("library", "module", "class_name", "dtype")}
+        folder = str(root / how["source_folder"])
+        found[part.name] |= {"folder": folder, "variant": _variant(manifest), "trust": trust}
+    return found
+
+
 def _other_model(target: Target, source: Source, manifest: Manifest) -> str | None:
     """Why the source cannot be the one that the result was made of, by its configs."""
     try:

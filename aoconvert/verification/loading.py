@@ -15,7 +15,7 @@ from aoconvert.sources import Source
 from aoconvert.verification.pickles import read_bin
 from aoconvert.verification.process import Children
 from aoconvert.verification.published import Published
-from aoconvert.verification.report import Status, some
+from aoconvert.verification.report import ForwardPass, Status, some
 from aoconvert.verification.target import Part, Target
 
 
@@ -40,6 +40,15 @@ class Loaded:
         """Whether every model alone took a forward pass."""
         passes = [answer["forward"]["status"] for answer in self.forward if not answer.get("example")]
         return bool(passes) and set(passes) == {"passed"}
+
+    def passes(self, target: Target) -> tuple[ForwardPass, ...]:
+        """The forward pass of each part."""
+        classes = {part.name: part.class_name for part in target.parts}
+        return tuple(
+            ForwardPass(answer["part"], classes[answer["part"]], **answer["forward"])
+            for answer in self.forward
+            if not answer.get("example")
+        )
 
 
 class OtherWeights(VerificationError):
@@ -151,9 +160,10 @@ def check_published(
     *,
     forward: bool,
     example: str | None,
+    originals: Mapping[str, Any],
 ) -> tuple[Status, str]:
     """:func:`check_reload` with code that opens a commit on the Hub, in a process whose cache is empty."""
-    request = _request(target, code, forward=forward, example=example)
+    request = _request(target, code, originals, forward=forward, example=example)
     with published.empty_cache() as home:
         environment = published.environment(os.environ, home)
         status, detail = _reloaded(
@@ -165,20 +175,30 @@ def check_published(
 
 
 def check_reload(
-    target: Target, code: str, loaded: Loaded, children: Children, *, forward: bool, example: str | None
+    target: Target,
+    code: str,
+    loaded: Loaded,
+    children: Children,
+    *,
+    forward: bool,
+    example: str | None,
+    originals: Mapping[str, Any],
 ) -> tuple[Status, str]:
     """Open the checkpoint with ``code`` in a fresh interpreter; what was opened must be what the files hold.
 
     ``forward`` and ``example`` (code that uses what was opened) run there too; ``check_forward`` says what they gave.
+    ``originals`` says how to open what the parts were made of, for the same forward pass.
 
     Raises:
         OtherWeights: it opens, and other tensors, from other files, or made anew by the library, are in the model.
     """
-    request = _request(target, code, forward=forward, example=example)
+    request = _request(target, code, originals, forward=forward, example=example)
     return _reloaded(target, lambda: children.ask("reload_child", request), loaded)
 
 
-def _request(target: Target, code: str, *, forward: bool, example: str | None) -> dict[str, Any]:
+def _request(
+    target: Target, code: str, originals: Mapping[str, Any], *, forward: bool, example: str | None
+) -> dict[str, Any]:
     folder = target.folder.resolve()
     by_library = "load_state_dict(" not in code  # that is strict, and has no report
     return {
@@ -191,6 +211,7 @@ def _request(target: Target, code: str, *, forward: bool, example: str | None) -
             if by_library
         },
         "forward": forward,
+        "originals": dict(originals),
         "example": example,
     }
 

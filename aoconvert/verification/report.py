@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,20 @@ class Ran:
 
 
 @dataclass(frozen=True)
+class ForwardPass:
+    """A forward pass of one quantized model; ``output_sqnr_db``: of its output, to the original's on the same input.
+
+    ``None`` where they were not compared, or are equal: ``detail`` says so.
+    """
+
+    component: str
+    class_name: str
+    status: Status
+    detail: str
+    output_sqnr_db: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """A verification.
 
@@ -64,6 +78,7 @@ class Report:
         example: the card's example ran, at the smallest sizes.
         ran: each piece of code that ran, and where. ``forward`` is a pass of each quantized model alone, as the load
             code of that digest opened it.
+        forward: the forward pass of each quantized model that was opened.
         published: the commit on the Hub that was opened; ``None`` where it was a folder.
         unwritten: why the report is not in the folder; ``None`` where it is, or has no place.
     """
@@ -80,6 +95,7 @@ class Report:
     code_sha256: str | None = None
     example: bool = False
     ran: tuple[Ran, ...] = ()
+    forward: tuple[ForwardPass, ...] = ()
     published: Published | None = None
     unwritten: str | None = None
 
@@ -120,6 +136,7 @@ class Report:
             "code_sha256": self.code_sha256,
             "example": self.example,
             "ran": [{"what": r.what, "device": r.device, "code_sha256": r.code_sha256} for r in self.ran],
+            "forward": [asdict(one) for one in self.forward],
             "published": self.published.to_dict() if self.published is not None else None,
         }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from aoconvert import manifest as manifests
 from aoconvert.environment import versions
@@ -23,7 +23,7 @@ from aoconvert.sources import Source
 from aoconvert.staging import tidy
 from aoconvert.verification.code import Strategy, card_strategy, code_sha256, load_code
 from aoconvert.verification.files import check_files, file_sha256, notes, shadows
-from aoconvert.verification.library import LibraryFindings, compare_by_library
+from aoconvert.verification.library import LibraryFindings, compare_by_library, originals
 from aoconvert.verification.loading import (
     Loaded,
     OtherWeights,
@@ -42,6 +42,7 @@ from aoconvert.verification.report import (
     REPORT_NAME,
     Check,
     CheckName,
+    ForwardPass,
     Ran,
     Report,
     Status,
@@ -125,6 +126,7 @@ class _Run:
     device: str | None = None
     example: bool = False
     ran: list[Ran] = field(default_factory=list)
+    forward: tuple[ForwardPass, ...] = ()
     target: Target | None = None
     manifest: Manifest | None = None
     place: Place | None = None
@@ -178,6 +180,7 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         code_sha256=code_sha256(target, run.strategy) if target is not None and run.strategy is not None else None,
         example=run.example,
         ran=tuple(run.ran),
+        forward=run.forward,
         published=options.published,
     )
     if report.manifest_sha256 is None or not writes:
@@ -226,6 +229,7 @@ def _checks_side_by_side(run: _Run, target: Target, children: Children, pool: Th
     obstacle = run.place.obstacle if run.place is not None else None
     run.check("forward", lambda: check_forward(loaded, asked=asked, obstacle=obstacle))
     run.example = loaded.example
+    run.forward = loaded.passes(target)
     run.ran = list(_ran(run, target, loaded))
 
 
@@ -349,10 +353,16 @@ def _open(
     forward = run.options.forward and where.obstacle is None
     wanted = run.options.example and where.obstacle is None
     example = usage_code(target, place, small=True, revision=commit) if wanted else None
+    source = run.options.source if forward else None
+    wishes: dict[str, Any] = {
+        "forward": forward,
+        "example": example,
+        "originals": originals(target, source, trust=run.options.trust_remote_code),
+    }
     if published is None:
-        status, detail = check_reload(target, code, loaded, children, forward=forward, example=example)
+        status, detail = check_reload(target, code, loaded, children, **wishes)
     else:
-        status, detail = check_published(target, published, code, loaded, children, forward=forward, example=example)
+        status, detail = check_published(target, published, code, loaded, children, **wishes)
         detail += _card_shows(target, published, strategy)
     if status == "passed" and wanted and example is None:
         missing = {"status": "skipped", "detail": "the card has no example for it"}

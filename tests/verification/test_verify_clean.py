@@ -37,6 +37,10 @@ def test_every_family(
     assert report.ok, report.to_dict()
     assert {check.status for check in report.checks} == {"passed"}, report.to_dict()
     assert report.strategy == strategy
+    [forward] = report.forward
+    assert forward.status == "passed"
+    assert forward.output_sqnr_db is not None
+    assert json.loads((tmp_path / "out/aoconvert.verify.json").read_text())["forward"] == report.to_dict()["forward"]
 
 
 def test_by_somebody_else(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:

@@ -5,7 +5,11 @@ Reads one JSON request from stdin: ``code`` (which leaves ``pipe`` or ``model``)
 ``{"folder", "kwargs"}`` of the models of which the library's loading report is wanted), ``forward``, ``example`` (code
 that uses what was opened, or null). Writes JSON lines: ``{"loaded": ..., "opened": [...]}`` (files of weights in the
 folder), ``{"part": ..., "problems": [...], "tensors": {name: [dtype, sha256]}}`` (of what is not quantized),
-``{"part": ..., "report": ...}``, ``{"forward": ...}``, ``{"error": ...}``.
+``{"part": ..., "report": ...}``, ``{"part": ..., "forward": {"status", "detail", "output_sqnr_db"}}``,
+``{"error": ...}``.
+
+``originals`` (name → ``{"library", "module", "class_name", "folder", "variant", "dtype", "trust"}``) are opened one at
+a time, where there is memory for one beside the result, and take the same forward pass.
 """
 
 from __future__ import annotations
@@ -39,8 +43,9 @@ def main() -> None:
     for part, how in request["reports"].items():
         say({"part": part, "report": report(models[part], **how)})
     if request["forward"]:
+        forward = sibling("forward_pass")
         for part, model in models.items():
-            say({"part": part, "forward": attempt_forward(model)})
+            say({"part": part, "forward": forward.attempt_forward(model, request["originals"].get(part))})
     if request["example"] is not None:
         say({"example": True, "forward": attempt_example(request["example"], names)})
 
@@ -159,56 +164,14 @@ def attempt_example(code: str, names: dict[str, Any]) -> dict[str, str]:
     return {"status": "passed", "detail": "the card's example ran"}
 
 
-def attempt_forward(model: Any) -> dict[str, str]:
-    """One forward pass with a batch of one: ``{"status", "detail"}``.
-
-    What a model of the same class that is not quantized does not take either is no failure of this one.
-    """
-    package, name = load_inputs(), type(model).__name__
-    try:
-        found = package.find_inputs(model)
-    except package.NoInputs as error:
-        return {"status": "skipped", "detail": f"no input that {name} takes when it is not quantized: {error}"}
-    except Exception as error:
-        return {"status": "skipped", "detail": f"no input for {name}: {root_cause(error)}"}
-    torch.manual_seed(0)
-    try:
-        with torch.no_grad():
-            output = model(**on_device(found.make(), model.device))
-    except Exception as error:
-        failure = f"the forward pass of {name} failed: {root_cause(error)}"
-        if found.proof == "nothing" or (found.proof == "shapes" and isinstance(error, IndexError)):
-            return {"status": "skipped", "detail": f"{failure}; no memory to try the input on it before quantization"}
-        return {"status": "failed", "detail": failure}
-    values = package.first_tensors(output)
-    if not all(bool(tensor.isfinite().all()) for tensor in values):
-        if found.finite is False:
-            return {"status": "skipped", "detail": f"the output of {name} is not finite, quantized or not"}
-        return {"status": "failed", "detail": f"the output of {name} is not finite"}
-    shape = f"output {list(values[0].shape)}, finite" if values else "a forward pass"
-    return {"status": "passed", "detail": f"{name}: {shape}"}
-
-
-def load_inputs() -> Any:
-    """The package ``inputs``, by its path: nothing else of aoconvert is to be imported here."""
-    folder = Path(__file__).resolve().parents[2] / "inputs"
-    spec = importlib.util.spec_from_file_location("inputs", folder / "__init__.py")
-    assert spec is not None and spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["inputs"] = package
-    spec.loader.exec_module(package)
-    return package
-
-
-def on_device(value: Any, device: Any) -> Any:
-    """The inputs on the model's device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: on_device(item, device) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(on_device(item, device) for item in value)
-    return value
+def sibling(name: str) -> Any:
+    """A module beside this one; an isolated interpreter does not look here."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def say(value: dict[str, Any]) -> None:
