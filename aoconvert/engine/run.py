@@ -22,7 +22,7 @@ from aoconvert.engine.stream import ComponentResult, Seconds, TensorResult, run_
 from aoconvert.environment import device_facts, platform_name, versions
 from aoconvert.errors import DeviceError, Interrupted, ReadError, SourceError, WriteError
 from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry, UnquantizedEntry
-from aoconvert.models import join
+from aoconvert.models import Component, ModelLayout, join
 from aoconvert.models.calls import call_parameters
 from aoconvert.models.own_classes import is_pipeline_module
 from aoconvert.models.transformers import auto_class
@@ -342,10 +342,18 @@ def _load(plan: ComponentPlan, whole: Plan) -> manifest.LoadEntry:
     if whole.trust_remote_code:
         if component.library == "transformers" and (found := auto_class(component)) is not None:
             kwargs, opener = {**kwargs, "trust_remote_code": True}, found
-        elif component.module is not None and not is_pipeline_module(component.module):
+        elif _runs_code(whole.layout, component):
             kwargs = {**kwargs, "trust_remote_code": True}
     strategy: Literal["assign", "from_pretrained"] = "assign" if plan.skeleton.fused else "from_pretrained"
     return manifest.LoadEntry(strategy=strategy, class_name=opener, kwargs=kwargs)
+
+
+def _runs_code(layout: ModelLayout, component: Component) -> bool:
+    """Whether diffusers needs code inside the checkpoint to open a component, or the pipeline around it."""
+    modules = {part.library for part in layout.parts} | {component.module or component.library}
+    return layout.own_code or not all(
+        name in ("diffusers", "transformers") or is_pipeline_module(name) for name in modules
+    )
 
 
 def _load_kwargs(plan: ComponentPlan) -> dict[str, Any]:

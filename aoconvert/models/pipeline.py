@@ -66,6 +66,7 @@ class ModelLayout:
         class_name: pipeline class, or the model's.
         components: the models in it; one, named ``""``, where ``kind`` is not ``pipeline``.
         parts: everything that a pipeline's model_index.json names, models included.
+        own_code: the pipeline's class is in a file of code beside model_index.json.
     """
 
     kind: Literal["pipeline", "diffusers", "transformers"]
@@ -73,6 +74,7 @@ class ModelLayout:
     class_name: str
     components: tuple[Component, ...]
     parts: tuple[PipelinePart, ...] = field(default=())
+    own_code: bool = False
 
     def component(self, name: str) -> Component | None:
         """The component of that name, or ``None``."""
@@ -115,11 +117,12 @@ def _pipeline(source: Source, folder: str, index: Mapping[str, Any]) -> ModelLay
     found = (_component(source, part) for part in parts)
     components = tuple(component for component in found if component is not None)
     class_name = index.get("_class_name")
-    if isinstance(class_name, list):  # [the file of its own code, class]
+    own_code = isinstance(class_name, list)  # [the file, class]
+    if isinstance(class_name, list):
         class_name = class_name[-1] if class_name else None
     if not isinstance(class_name, str):
         raise SourceError(f"{source.label}: model_index.json has no _class_name", hint="is this a diffusers pipeline?")
-    return ModelLayout("pipeline", folder, class_name, components, tuple(parts))
+    return ModelLayout("pipeline", folder, class_name, components, tuple(parts), own_code)
 
 
 def _is_part(entry: Any) -> bool:

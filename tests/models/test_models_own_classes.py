@@ -145,6 +145,27 @@ def test_code_beside_the_weights(custom: Path, tmp_path: Path) -> None:
     assert type(pipe.unet).__name__ == "MyUNet"
 
 
+PIPELINE = """
+from diffusers import StableDiffusionPipeline
+
+class MyPipeline(StableDiffusionPipeline):
+    pass
+"""
+
+
+def test_a_pipeline_of_its_own_code(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+    source, out = tmp_path / "custom", tmp_path / "out"
+    shutil.copytree(pipelines("stable-diffusion"), source)
+    index(source, _class_name=["my_pipeline", "MyPipeline"])
+    (source / "my_pipeline.py").write_text(PIPELINE)
+    options = {"output": out, "device": "cpu", "min_quantized": 0.0, "trust_remote_code": True}
+    written = aoconvert.quantize(source, "int8wo", **options).manifest
+    assert written.components[0].load.kwargs["trust_remote_code"] is True
+    pipe = tiny.diffusers.DiffusionPipeline.from_pretrained(out, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    assert type(pipe).__name__ == "MyPipeline"
+    assert "trust_remote_code=True" in aoconvert.card(out).text
+
+
 def test_code_that_is_not_trusted_is_named(custom: Path, tmp_path: Path) -> None:
     """Another part is chosen; the denoiser's weights arrive, its code does not."""
     made = aoconvert.plan(custom, "int8wo", output=tmp_path / "out", device="cpu", components=["text_encoder"])
