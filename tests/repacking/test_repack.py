@@ -187,6 +187,10 @@ def test_nothing_is_replaced_unasked(int4: Any, tmp_path: Path) -> None:
     assert first.output == tmp_path / "model-cuda"
     with pytest.raises(PlanError, match="--overwrite"):
         aoconvert.repack(folder, "cuda")
+    (first.output / "notes.txt").write_text("mine")
+    with pytest.raises(PlanError, match=r"changed since: notes\.txt"):
+        aoconvert.repack(folder, "cuda", overwrite=True)
+    (first.output / "notes.txt").unlink()
     again = aoconvert.repack(folder, "cuda", overwrite=True)
     assert contents(again.output) == contents(int4("cuda"))
 
