@@ -16,9 +16,11 @@ from aoconvert.seals import is_sealed
 from aoconvert.sources.folder import list_folder, stays_inside
 
 _CHUNK = 1 << 22
-# made later than the manifest, or by the Hub; no loader looks at them
+# made later than the manifest, by the Hub, or notes and samples that somebody put beside it; no loader looks at them
 _BESIDE = re.compile(
-    r"aoconvert(\.verify)?\.json|README\.md|\.gitattributes|(.*/)?(LICEN[CS]E|NOTICE)[^/]*|.*\.(svg|png|jpe?g|gif|webp|mp4)",
+    r"aoconvert(\.verify)?\.json|\.gitattributes|(.*/)?(LICEN[CS]E|NOTICE)[^/]*"
+    r"|.*\.(md|rst|ipynb|pdf|csv|svg|png|jpe?g|gif|webp|avif|mp4|webm|mov|mkv|wav|mp3|flac|ogg)"
+    r"|(samples?|examples?|assets|images|media|docs)/.*\.(txt|jsonl?)",
     re.IGNORECASE,
 )
 # what diffusers and transformers look for, with any variant and shard number

@@ -15,6 +15,7 @@ from aoconvert import cards
 from aoconvert import manifest as manifests
 from aoconvert.hub.identity import other_config, other_model, other_schemes
 from aoconvert.manifest import Manifest
+from aoconvert.verification.files import check_files
 
 Fresh = Callable[..., Path]
 Values = dict[str, Any]
@@ -127,6 +128,25 @@ def test_what_somebody_else_put_there(me: Pusher, fresh: Fresh, files: dict[str,
     )
     kept = set(files) - {file["path"] for file in outcome["value"]["files"]}
     assert all(state.read("me/theirs", path) == files[path] for path in kept)
+
+
+@pytest.mark.parametrize(
+    ("path", "vouched"),
+    [
+        *((path, True) for path in ("notes.md", "samples/a.txt", "sample.wav", "docs/x/y.json", "b.ipynb", "a.webm")),
+        *(
+            (path, False)
+            for path in ("notes.txt", "extra.json", "x/samples/a.txt", "samples/model.safetensors", "a.py")
+        ),
+    ],
+)
+def test_notes_and_samples_of_others_do_not_fail_a_verification(path: str, vouched: bool, fresh: Fresh) -> None:
+    """What a loader could read does."""
+    folder = fresh("older")
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(b"x")
+    problems, _ = check_files(folder, manifests.load(folder))
+    assert problems == ([] if vouched else [f"{path} is not in the manifest"])
 
 
 # --- what was changed there since
