@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -24,7 +27,8 @@ from aoconvert import manifest as manifests
 from aoconvert.sources import resolve
 from aoconvert.verification import children
 from aoconvert.verification.children import library_child
-from aoconvert.verification.library import _request, judge
+from aoconvert.verification.library import _request, compare_by_library, judge
+from aoconvert.verification.process import Children
 from aoconvert.verification.target import from_manifest
 
 CHILDREN = Path(children.__file__).parent
@@ -384,3 +388,162 @@ def test_children_import_nothing_of_ours() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if name.partition(".")[0] == "aoconvert"], path.name
+
+
+def test_another_model(built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line: another class by its configs, other sizes and other values as the library opens them."""
+    made = built("tied")
+    target = from_manifest(made.result, manifests.load(made.result))
+    found = compare_by_library(target, resolve(str(built("two heads").source)), Children(), trust=False)
+    assert (found.status, found.detail) == (
+        "failed", "source is another model: T5ForConditionalGeneration, not LlamaForCausalLM",
+    )  # fmt: skip
+    source = Path(shutil.copytree(made.source, tmp_path / "source"))
+    tiny.llama(source)  # other random weights
+    found = ask_here(source, made.result, monkeypatch, tmp_path)
+    assert found.detail.startswith("source is another model: lm_head.weight has other values than the source")
+    edit(source / "config.json", lambda values: values.update(hidden_size=64, head_dim=8))
+    transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(source)).save_pretrained(source)
+    found = ask_here(source, made.result, monkeypatch, tmp_path)
+    assert found.detail.startswith("source is another model: ")
+
+
+def test_what_is_opened_whole_needs_memory(
+    checkpoints: Callable[[str], Path], built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts that transformers merges are made in memory; what it only maps takes none."""
+    made = built("chat")
+    assert ask_here(made.source, made.result, monkeypatch, tmp_path, available=1000).status == "passed"
+    aoconvert.quantize(checkpoints("mixtral"), "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0)
+    found = ask_here(checkpoints("mixtral"), tmp_path / "out", monkeypatch, tmp_path, available=1000)
+    assert (found.status, found.left) == ("skipped", None)
+    assert found.detail.startswith("the library opens MixtralForCausalLM whole, which takes 0.0 GB of memory; 0.0 GB")
+    assert ask_here(checkpoints("mixtral"), tmp_path / "out", monkeypatch, tmp_path, available=10**9).status == "passed"
+
+
+STATED: dict[str, dict[str, Any]] = {
+    "untied": {"untie": True, "default_skips": False, "include_embeddings": True},
+    "another dtype": {"dtype": "float16"},
+    "the source's dtype": {"dtype": "auto"},
+    "a layout for another device": {"scheme": "int4wo", "group_size": 32, "layout_device": "cuda"},
+    "shards": {"max_shard_size": "12KB"},
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_what_may_differ(
+    name: str, built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Differences that are made on purpose, as the manifest states them."""
+    options = {"scheme": "int8wo", "device": "cpu", "min_quantized": 0, **STATED[name]}
+    source = built("tied").source
+    aoconvert.quantize(source, **options, output=tmp_path / "out")
+    found = ask_here(source, tmp_path / "out", monkeypatch, tmp_path)
+    assert found.status == "passed", found
+    assert found.left is not None
+    assert len(found.left.get("", ())) == (14 if "layout_device" in options else 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("flux", {"fuse_qkv": True}),
+        ("flux", {"component_only": True}),
+        ("wan", {"fuse_qkv": True}),
+        ("cogvideox", {"max_shard_size": "1MB"}),
+        ("pixart", {"components": ["transformer", "text_encoder"]}),
+        ("pixart", {"keep_original_files": True}),
+    ],
+)
+@pytest.mark.exhaustive
+def test_what_may_differ_in_a_pipeline(
+    family: str,
+    options: Any,
+    checkpoints: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, out = checkpoints(family), tmp_path / "out"
+    aoconvert.quantize(source, "int8wo", output=out, device="cpu", min_quantized=0, **options)
+    found = ask_here(source, out, monkeypatch, tmp_path)
+    assert (found.status, found.left) == ("passed", {}), found.detail
+
+
+@pytest.mark.parametrize("name", ["one scale", "generation config", "a vocabulary", "a part that is not quantized"])
+@pytest.mark.exhaustive
+def test_nothing_else_sees_it(name: str, built: Callable[[str], Built], tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    source, out = brought_back(fault, built(fault.family), tmp_path)
+    report = aoconvert.verify(out, source=str(source))
+    assert {check.name for check in report.checks if check.status == "failed"} == {"library"}, report.to_dict()
+    assert {check.name for check in report.checks if check.status == "skipped"} == set()
+
+
+def llama_of(folder: Path, dtype: torch.dtype, layers: int) -> None:
+    """A Llama with layers of 134 million elements."""
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=16
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).to(dtype)
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02, generator=generator)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("dtype", "layers"), [(torch.bfloat16, 14), (torch.float32, 6)])
+def test_two_gigabytes_take_less_than_one_of_memory(dtype: torch.dtype, layers: int, tmp_path: Path) -> None:
+    """What the interpreter has of its own (RssAnon): imports and pieces of tensors, whether or not weights are cast."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    llama_of(source, dtype, layers)
+    assert sum(path.stat().st_size for path in source.iterdir()) > 2e9
+    aoconvert.quantize(source, "int8wo", output=out, device="cpu")
+    peak, over = 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not over.wait(0.02):
+            for process in psutil.Process().children():
+                with contextlib.suppress(OSError, StopIteration):
+                    peak = max(peak, own_bytes(process.pid))
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    found = compare_by_library(from_manifest(out, manifests.load(out)), resolve(str(source)), Children(), trust=False)
+    over.set()
+    watcher.join()
+    assert found.status == "passed", found
+    assert 1e8 < peak < 1e9
+
+
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one of the above: what this process has of its own grows by far less than the weights."""
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")  # float32, to be cast
+    assert (tmp_path / "source/model.safetensors").stat().st_size > 260e6
+    aoconvert.quantize(tmp_path / "source", "int8wo", output=tmp_path / "out", device="cpu")
+    before, peak, over = own_bytes(), 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not over.wait(0.005):
+            peak = max(peak, own_bytes())
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    found = ask_here(tmp_path / "source", tmp_path / "out", monkeypatch, tmp_path)
+    over.set()
+    watcher.join()
+    assert found.status == "passed", found
+    assert peak - before < 90e6
+
+
+def own_bytes(process: int | str = "self") -> int:
+    """Memory of a process that no file backs."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
