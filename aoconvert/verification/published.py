@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,39 @@ _CACHES = (
     *("HF_MODULES_CACHE", "TRANSFORMERS_CACHE", "DIFFUSERS_CACHE", "HF_STORED_TOKENS_PATH"),
     *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"),
 )
+
+_PREFIX, _LOCK = ".aoconvert-empty-", ".lock"
+
+
+@contextlib.contextmanager
+def _new_folder(home: Path) -> Iterator[Path]:
+    """A folder in ``home``, or where that cannot be with other temporary ones; what a killed run left there goes first.
+
+    Whoever uses one holds a lock in it.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        for left in home.glob(f"{_PREFIX}*"):
+            if _is_left(left):
+                shutil.rmtree(left, ignore_errors=True)
+        root = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=home, ignore_cleanup_errors=True)
+    except OSError:
+        root = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
+    with root as name, (Path(name) / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(name)
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether nobody uses such a folder any more."""
+    if folder.is_symlink():
+        return False
+    try:
+        with (folder / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # in use, just being made, or no such folder
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -48,28 +82,25 @@ class Published:
         return f"{self.repo_id}, {self.revision or 'main'} at {self.commit[:12]}"
 
     @contextlib.contextmanager
-    def empty_cache(self) -> Iterator[Path]:
-        """A new ``HF_HOME``, on the disk where the user's own is, removed at the end.
+    def empty_cache(self, beside: Path | None = None) -> Iterator[Path]:
+        """A new ``HF_HOME``, removed at the end.
+
+        Args:
+            beside: folder to make it in; by default the user's own ``HF_HOME``, on whose disk there is most room.
 
         Raises:
             VerificationError: there is no room for the files.
         """
         from huggingface_hub import constants
 
-        home = Path(constants.HF_HOME)
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            root = tempfile.TemporaryDirectory(prefix=".aoconvert-empty-", dir=home, ignore_cleanup_errors=True)
-        except OSError:
-            root = tempfile.TemporaryDirectory(prefix="aoconvert-empty-", ignore_cleanup_errors=True)
-        with root as name:
-            free = shutil.disk_usage(name).free
+        with _new_folder(beside or Path(constants.HF_HOME)) as folder:
+            free = shutil.disk_usage(folder).free
             if free < self.size:
                 raise VerificationError(
-                    f"an empty cache would take {size(self.size)}, and {Path(name).parent} has {size(free)}",
+                    f"an empty cache would take {size(self.size)}, and {folder.parent} has {size(free)}",
                     hint="free space, or set HF_HOME to a folder on another disk",
                 )
-            yield Path(name)
+            yield folder
 
     def environment(self, environment: Mapping[str, str], home: Path) -> dict[str, str]:
         """What the process of a user with an empty cache would see: the same endpoint, proxies and account.
