@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 CARD = "the result has a model card of its own"
 CODE = "code; --trust-remote-code takes it over"
 ADAPTER = "of an adapter, but config and weights are not both there; nothing loads it"
+ONLY = "of the pipeline around the component"
 
+_TERMS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)[^/]*", re.IGNORECASE)
 _EXTENSIONS = (
     r"safetensors|bin|pt|pth|ckpt|h5|hdf5|keras|msgpack|onnx|onnx[._]data[^/]*|pb|gguf|ggml|ot|tflite|mlmodel|pkl|pickle"
     r"|joblib|llamafile|nemo|pte|flashpack|distcp|data-\d{5}-of-\d{5}"
@@ -101,6 +103,18 @@ class _Sorting:
         """Take a file over."""
         self.copied[into] = CopyPlan(path, into, self.source.files()[path].size, drop)
 
+    def leave_the_rest(self, folder: str, component: str) -> None:
+        """Leave behind what is in a pipeline's folder but not in its component's, but for the licence beside both."""
+        prefix = f"{folder}/" if folder else ""
+        for path in self.source.files():
+            rest = path.removeprefix(prefix)
+            if not path.startswith(prefix) or path.startswith(f"{component}/"):
+                continue
+            if _TERMS.fullmatch(rest) and rest not in self.copied:
+                self.take(path, rest)
+            else:
+                self.left.append(LeftBehind(path, ONLY))
+
     def _reason(self, rest: str, others: Sequence[str], *, kept: bool) -> str | None:
         """Why a file is left behind, or ``None``."""
         for pattern, reason in _RULES:
@@ -168,6 +182,8 @@ def sort_files(
         folder = chosen[0].folder if chosen else layout.folder
         kept = _modules(source, folder) if layout.kind == "transformers" else []
         sorting.sort(folder, "", kept=kept)
+        if only:
+            sorting.leave_the_rest(layout.folder, folder)
     sorting.left += [LeftBehind(path, "hidden") for path in source.hidden_folders()]
     copied = tuple(sorting.copied[path] for path in sorted(sorting.copied))
     return copied, tuple(sorted(sorting.left, key=lambda item: item.path))

@@ -40,9 +40,13 @@ class FolderSource(Source):
         return self._files
 
     def hidden_folders(self) -> Sequence[str]:
-        """Those at the top; see :meth:`Source.hidden_folders`."""
-        with os.scandir(self.root) as entries:
-            return sorted(entry.name for entry in entries if entry.name.startswith(".") and entry.is_dir())
+        """Those that ``list_folder`` passes by; see :meth:`Source.hidden_folders`."""
+        found = []
+        for folder, subfolders, _ in os.walk(self.root):
+            hidden = [name for name in subfolders if name.startswith(".")]
+            found += [Path(folder, name).relative_to(self.root).as_posix() for name in hidden]
+            subfolders[:] = [name for name in subfolders if name not in hidden]
+        return sorted(found)
 
     def has(self, path: str) -> bool:
         """Whether something by this name is there, also a link that :meth:`require` refuses."""

@@ -78,18 +78,18 @@ def test_every_file_arrives_or_is_named(tmp_path: Path) -> None:
     source = build_llama(tmp_path / "model")
     touch(source, [*TAKEN, *LEFT])
     (source / ".git").mkdir()
+    (source / "assets" / ".cache").mkdir()
     written = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu").manifest
     here = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert here == {*TAKEN, "generation_config.json", "config.json", "pytorch_model.bin", "aoconvert.json"}
     # of hidden folders only the names are known
-    hidden = {".eval_results": HIDDEN, ".git": HIDDEN}
+    hidden = {".eval_results": HIDDEN, ".git": HIDDEN, "assets/.cache": HIDDEN}
     expected = {path: reason for path, reason in LEFT.items() if not path.startswith(".eval")} | hidden
     assert {entry.path: entry.reason for entry in written.left_behind} == expected
     made = aoconvert.plan(source, "int8wo", output=tmp_path / "other", device="cpu").to_dict()
     assert {entry["path"]: entry["reason"] for entry in made["left_behind"]} == expected
     card = render(tmp_path / "out", CardOptions()).text
-    assert all(f"Left behind ({reason})" in card for reason in expected.values())
-    assert "`onnx/model.onnx`" in card
+    assert "| left behind | `.eval_results` | 1 | hidden |" in card
 
 
 NAMES = re.compile(
@@ -299,3 +299,18 @@ def test_an_adapter_comes_as_a_whole(name: str, tmp_path: Path) -> None:
     (source / "adapter_config.json").unlink()
     left = aoconvert.plan(source, "int8wo", output=tmp_path / "other", device="cpu").left_behind
     assert [(item.path, item.reason) for item in left] == [(name, ADAPTER)]
+
+
+def test_one_component_alone(pipeline: Path, tmp_path: Path) -> None:
+    """Of the pipeline around it the licence arrives, and the rest is named."""
+    import shutil
+
+    source = tmp_path / "source"
+    shutil.copytree(pipeline, source)
+    touch(source, ["LICENSE.md", "README.md"])
+    made = aoconvert.plan(source, "int8wo", output=tmp_path / "out", device="cpu", component_only=True)
+    assert [(item.source, item.path) for item in made.copied] == [("LICENSE.md", "LICENSE.md")]
+    here = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    left = {item.path for item in made.left_behind}
+    assert left == {path for path in here if not path.startswith("transformer/")} - {"LICENSE.md"}
+    assert {item.reason for item in made.left_behind} == {"of the pipeline around the component"}
