@@ -26,6 +26,18 @@ class Ran(Document):
     code_sha256: str | None
 
 
+class ForwardPass(Document):
+    """A forward pass of one quantized model."""
+
+    component: str
+    class_name: str
+    status: Literal["passed", "failed", "skipped"]
+    detail: str
+    output_sqnr_db: float | None = Field(
+        description="of the output, to the original's on the same input; null where they are equal or not compared"
+    )
+
+
 class VerifyDocument(Document):
     """``verify --json``, and ``aoconvert.verify.json``."""
 
@@ -46,6 +58,7 @@ class VerifyDocument(Document):
     code_sha256: str | None
     example: bool
     ran: list[Ran]
+    forward: list[ForwardPass]
     published: dict[str, Any] | None = Field(description="the commit on the Hub that was opened")
 
 

@@ -261,6 +261,12 @@ def _coordinates(facts: Facts, name: str) -> Iterator[Any]:
     yield Blank((3, 1, length), "positions")
 
 
+def _places(facts: Facts, name: str) -> Iterator[Any]:
+    for length in (5, TOKENS, _PATCHES):
+        yield Blank((1, length), "positions")
+        yield Blank((length,), "positions")
+
+
 def _shapes(facts: Facts, name: str) -> Iterator[Any]:
     yield [[(1, 4, 4)]]
     yield [(1, 4, 4)]
@@ -316,6 +322,7 @@ _GUESSES: tuple[tuple[re.Pattern[str], Guess], ...] = tuple(
         (r"micro_conds|added_time_ids", lambda facts, name: iter((Blank((1, 6)), Blank((1, 5))))),
         (r"condition_mask", lambda facts, name: iter((Blank((1, 1, 5, _SIDE, _SIDE)), Blank((1, TOKENS), "mask")))),
         (r".*attention_mask.*|text_embedding_mask.*|.*(_|^)masks?(_.*)?|encoder_hidden_states_mask", _mask),
+        (r"indices_.*|.*_(indices|indexes)", _places),
         (r"past_.*|future_.*", _series),
         (r"(.*_)?input_ids|input|langs|\w*token_ids|decoder_input_tokens", _ids),
         (r".*pixel_values.*|image|images|xs", _image),
