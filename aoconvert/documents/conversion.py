@@ -8,7 +8,7 @@ from pydantic import Field
 
 from aoconvert.documents.base import Document, SizedFile
 from aoconvert.documents.publishing import VerifyDocument
-from aoconvert.manifest import LayoutEntry, Totals
+from aoconvert.manifest import LayoutEntry, LeftOutEntry, Totals
 
 
 class PlanSource(Document):
@@ -32,6 +32,7 @@ class PlannedTensor(Document):
     reason: str | None
     bytes_in: int
     bytes_out: int
+    device: str | None = Field(description="where it is quantized, if only a CPU can and the rest is on a GPU")
     file: str | None
 
 
@@ -49,6 +50,8 @@ class PlannedComponent(Document):
     config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict")
     layout: LayoutEntry
     tensors: list[PlannedTensor]
+    missing: list[LeftOutEntry] = Field(description="tensors that the checkpoint does not hold; the library makes them")
+    dropped: list[LeftOutEntry] = Field(description="what the weights files hold and the result does not")
     files: list[SizedFile]
     totals: PlannedTotals
 

@@ -183,8 +183,12 @@ def _open_transformers(
     cls = model_class(component, code_root=code_root)
     config = configs.read(component.config, config_class(component, cls, code_root=code_root))
     _save(found, folder / "pytorch_model.bin", sharded=False)
+    from transformers import PreTrainedModel
+
     with quiet(), quiet_imports():
-        model, report = cls.from_pretrained(
+        # a class's own from_pretrained may not pass the report on; what it adds is not about the weights
+        model, report = PreTrainedModel.from_pretrained.__func__(
+            cls,
             folder,
             config=config,
             device_map={"": "meta"},

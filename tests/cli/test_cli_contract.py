@@ -150,9 +150,21 @@ def test_plan_json(call: Call, llama: Path, tmp_path: Path) -> None:
     assert made["source"]["label"] == "tiny-llama"
     assert str(llama.parent) not in done.stdout
     component = made["components"][0]
-    keys = ["name", "library", "class", "scheme", "config", "layout", "tensors", "files", "totals"]
+    keys = [
+        "name",
+        "library",
+        "class",
+        "scheme",
+        "config",
+        "layout",
+        "tensors",
+        "missing",
+        "dropped",
+        "files",
+        "totals",
+    ]
     assert list(component) == keys
-    keys = ["name", "shape", "dtype", "action", "scheme", "reason", "bytes_in", "bytes_out", "file"]
+    keys = ["name", "shape", "dtype", "action", "scheme", "reason", "bytes_in", "bytes_out", "device", "file"]
     assert all(list(tensor) == keys for tensor in component["tensors"])
     assert all(list(file) == ["path", "size"] for file in component["files"])
     assert set(made["needs"]) == {"disk_bytes", "device_peak_bytes", "host_peak_bytes"}

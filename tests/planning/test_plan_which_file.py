@@ -136,6 +136,7 @@ def test_a_class_that_reads_more_files_is_refused(tmp_path: Path) -> None:
     config = T.JevConfig(hidden_size=64, text_config=text)
     model = T.JevForDecision(config)
     model.save_pretrained(tmp_path / "source")
+    assert planned(tmp_path / "source").totals.quantized_parameters
     (tmp_path / "source" / "head.safetensors").write_bytes((tmp_path / "source" / "model.safetensors").read_bytes())
     with pytest.raises(AoconvertError, match=r"its class also reads head\.safetensors"):
         planned(tmp_path / "source")
