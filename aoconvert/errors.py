@@ -6,6 +6,8 @@ The exit codes are a contract (see ``README.md``): 1 a known failure, 2 wrong us
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -82,6 +84,32 @@ class DeviceError(QuantizeError):
 
 class DeviceMemoryError(DeviceError):
     """The GPU has no memory left for a weight. What is finished stays for the next run."""
+
+
+class HostMemoryError(AoconvertError):
+    """The machine's memory, or what this process may have of it, is used up. What is finished stays."""
+
+
+# what Python, torch's allocators, C++ and the dynamic linker say
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|bad_alloc|cannot allocate memory|failed to map segment"
+    r"|can't start new thread",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it came of, says that the host has no memory left."""
+    seen: BaseException | None = error
+    for _ in range(20):
+        if seen is None:
+            return False
+        if isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM):
+            return True
+        if isinstance(seen, (RuntimeError, ImportError, AoconvertError)) and _NO_MEMORY.search(str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 class VerificationError(AoconvertError):

@@ -52,12 +52,15 @@ def read_limited(path: Path, most: int, *, follow: bool = True) -> bytes:
     """The content of a regular file of at most ``most`` bytes.
 
     Raises:
-        OSError: as ``open_regular``, or ``EFBIG``: it is larger.
+        OSError: as ``open_regular``, ``EFBIG``: it is larger, or ``EAGAIN``: it grew meanwhile.
     """
     with os.fdopen(open_regular(path, follow=follow), "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"is larger than {most:,} bytes", str(path))
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"is larger than {most:,} bytes", str(path))
+        content = file.read(size + 1)  # not ``most``: memory for all that may be read is taken at once
+    if len(content) > size:
+        raise OSError(errno.EAGAIN, "changed while it was read", str(path))
     return content
 
 

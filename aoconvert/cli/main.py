@@ -17,7 +17,7 @@ import click
 
 from aoconvert.cli.output import Output
 from aoconvert.cli.streams import give_up_stdout, write_stderr
-from aoconvert.errors import AoconvertError, Interrupted
+from aoconvert.errors import AoconvertError, HostMemoryError, Interrupted, is_out_of_memory
 from aoconvert.version import __version__
 from aoconvert.words import escaped
 
@@ -112,6 +112,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         if isinstance(error, OSError) and _raised_by_click(error):  # it printed --help, and stdout is full
             give_up_stdout()
             sys.exit(1)
+        if is_out_of_memory(error):
+            hint = "end other programs or raise the limit; aoconvert plan says what a run takes"
+            _fail(out, HostMemoryError("memory ran out", hint=hint))
         from aoconvert.sources.hub_errors import without_secrets
 
         said = without_secrets(str(error)).splitlines()

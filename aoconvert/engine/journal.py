@@ -56,6 +56,7 @@ class Journal:
     """What is finished of a run, and where that is written down.
 
     Attributes:
+        is_open: what an earlier run left was looked at, and what is not sound of it was removed.
         kept: tensors that a next run need not make again.
         total: tensors that the plan writes.
         digests: of the source files that were read in part, by their path in the source.
@@ -67,6 +68,7 @@ class Journal:
         self._files: dict[str, _File] = {}
         self._out: JournalFile | None = None
         self.kept = 0
+        self.is_open = False
         self.total = sum(t.is_written for model in plan.streamed for t in model.tensors)
         self.digests: dict[str, FileDigest] = {}
 
@@ -102,6 +104,7 @@ class Journal:
         self._stage.clear([JOURNAL_NAME, *(path for path, file in self._files.items() if file.stored)] if lines else [])
         self._out = JournalFile(self._stage.root / JOURNAL_NAME, signature, lines)
         self.kept = sum(len(file.stored) for file in self._files.values())
+        self.is_open = True
         return reason
 
     def finished(self, plan: StreamedPlan) -> dict[str, TensorResult]:

@@ -20,7 +20,15 @@ from aoconvert.engine.reading import ComponentReading
 from aoconvert.engine.source_card import read_card
 from aoconvert.engine.stream import ComponentResult, Seconds, TensorResult, run_component
 from aoconvert.environment import device_facts, platform_name, versions
-from aoconvert.errors import DeviceError, Interrupted, ReadError, SourceError, WriteError
+from aoconvert.errors import (
+    DeviceError,
+    HostMemoryError,
+    Interrupted,
+    ReadError,
+    SourceError,
+    WriteError,
+    is_out_of_memory,
+)
 from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry, UnquantizedEntry
 from aoconvert.models import Component, ModelLayout, join
 from aoconvert.models.calls import call_parameters
@@ -34,6 +42,8 @@ from aoconvert.progress import Progress
 from aoconvert.readers.digest import FileDigest
 from aoconvert.recipes import rule_schemes
 from aoconvert.schemes.imports import imports
+from aoconvert.staging import JOURNAL_NAME
+from aoconvert.words import size
 from aoconvert.writers.index import write_index
 
 
@@ -166,6 +176,11 @@ def run(
         else:
             stage.discard()
         raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            stage.discard()
+            raise
+        raise _out_of_memory(plan, stage, journal) from error
     except BaseException:
         stage.discard()
         raise
@@ -185,6 +200,19 @@ def _interrupted(stage: Stage, journal: Journal) -> Interrupted:
     stage.leave()
     what = f"{journal.kept} of {journal.total} tensors are kept, run the same command again to go on"
     return Interrupted(f"interrupted; {what}", hint=f"they are in {stage.root}; --no-resume starts afresh")
+
+
+def _out_of_memory(plan: Plan, stage: Stage, journal: Journal) -> HostMemoryError:
+    """What to say where the host's memory is used up; what is finished stays."""
+    hint = "end other programs or raise the limit; on fewer cores (taskset) it takes less"
+    if not journal.is_open and (stage.root / JOURNAL_NAME).exists():  # what an earlier run left was not looked at yet
+        stage.leave()
+    elif journal.kept:
+        stage.leave()
+        hint = f"{hint}; the same command goes on: {_kept(stage, journal)}"
+    else:
+        stage.discard()
+    return HostMemoryError(f"memory ran out: this run takes about {size(plan.needs.host_peak_bytes)} of it", hint=hint)
 
 
 def _kept(stage: Stage, journal: Journal) -> str:
