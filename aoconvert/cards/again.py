@@ -16,7 +16,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from aoconvert.cards.metadata import is_repo_id
-from aoconvert.manifest import MANIFEST_NAME, Manifest
+from aoconvert.manifest import MANIFEST_NAME, ComponentEntry, Manifest
 from aoconvert.verification.versions import known_packages
 
 _NUMBER = r"\d{1,12}(\.\d{1,12})?"
@@ -81,9 +81,16 @@ def make_again(manifest: Manifest) -> str | None:
         return None
     if given.get("--subfolder", manifest.source.subfolder) != manifest.source.subfolder:
         return None
+    if "--trust-remote-code" in given and not any(_runs_code(entry) for entry in manifest.components):
+        return None
     if "--recipe" in given:
         options = [(name, value) for name, value in options if name not in _DECIDED]
     return shlex.join(["aoconvert", "quantize", source, *(word for option in options for word in option if word)])
+
+
+def _runs_code(entry: ComponentEntry) -> bool:
+    """Whether its class is code of the source: nobody is told to trust code for nothing."""
+    return entry.load.kwargs.get("trust_remote_code") is True
 
 
 def _source(manifest: Manifest, word: str) -> str | None:

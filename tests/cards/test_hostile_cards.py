@@ -168,6 +168,7 @@ def test_a_class_name_that_is_code(bad: str, pipeline: Path) -> None:
         "aoconvert quantize /etc --scheme int8wo",
         "aoconvert quantize -h",
         "aoconvert quantize x --scheme int8wo --token hf_x",
+        "aoconvert quantize x --scheme int8wo --trust-remote-code",
         "aoconvert quantize x --scheme int8wo -o /home/you/.ssh --overwrite",
         "aoconvert quantize x --scheme int8wo --output=elsewhere",
         "aoconvert quantize x --scheme",

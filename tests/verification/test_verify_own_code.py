@@ -52,6 +52,7 @@ def test_where_it_is_trusted(own: Path) -> None:
     assert "AutoModelForCausalLM.from_pretrained('me/x', trust_remote_code=True)" in text
     assert "OwnForCausalLM.from_pretrained" not in text and "**Verified**" in text
     assert "runs that code on your machine" in text
+    assert "aoconvert quantize ./source --scheme int8wo --device cpu --trust-remote-code" in text
 
 
 def test_where_it_is_not_trusted(own: Path) -> None:
