@@ -547,3 +547,31 @@ def own_bytes(process: int | str = "self") -> int:
     """Memory of a process that no file backs."""
     status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def own_code(folder: Path) -> None:
+    """A Llama whose classes are code beside the weights."""
+    tiny.llama(folder)
+    (folder / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    names = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    edit(
+        folder / "config.json",
+        lambda values: values.update(model_type="own", architectures=["OwnForCausalLM"], auto_map=names),
+    )
+
+
+def test_code_inside_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    own_code(source)
+    aoconvert.quantize(source, "int8wo", output=out, device="cpu", min_quantized=0, trust_remote_code=True)
+    assert ask_here(source, out, monkeypatch, tmp_path).status == "skipped"
+    assert ask_here(source, out, monkeypatch, tmp_path, trust=True).status == "passed"
+    in_weights(one_scale)(out)
+    forge(out)
+    assert ask_here(source, out, monkeypatch, tmp_path, trust=True).status == "failed"

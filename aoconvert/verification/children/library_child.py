@@ -78,7 +78,7 @@ def main() -> None:
             for name in request["imports"]:
                 importlib.import_module(name)
             compare_pipelines(comparison) if request["kind"] == "pipeline" else compare_single(comparison)
-    except opening.TooLarge as error:
+    except opening.CannotCompare as error:
         say({"skipped": str(error)})
     except Exception as error:
         say({"error": f"{comparison.part}: {root_cause(error)}".lstrip(": ")})

@@ -182,4 +182,5 @@ def _json(value: Any) -> str:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(_json(value).encode()).hexdigest()[:12]
+    text = _json(value).encode(errors="surrogatepass")  # a vocabulary may hold halves of characters
+    return hashlib.sha256(text).hexdigest()[:12]

@@ -21,8 +21,16 @@ import torch
 _WEIGHTS = re.compile(r".*\.(safetensors|bin)")
 
 
-class TooLarge(Exception):
+class CannotCompare(Exception):
+    """Why nothing can be compared here, which is no fault of the result."""
+
+
+class TooLarge(CannotCompare):
     """The library can open a model only whole, and there is no memory for that."""
+
+
+class OwnCode(CannotCompare):
+    """A model's class is code inside the checkpoint, and that must not run."""
 
 
 def weights_files(folder: Path, variant: str | None) -> list[Path]:
@@ -94,7 +102,8 @@ def model_class(request: dict[str, Any], folder: Path) -> tuple[Any, dict[str, A
     """The class that opens a model, and what ``from_pretrained`` has to be told; the auto class for remote code.
 
     Raises:
-        LookupError: the library has no such class, and remote code is not allowed.
+        OwnCode: the class is code inside the checkpoint, and remote code is not allowed.
+        LookupError: there is no such class.
     """
     module, class_name = importlib.import_module(request["module"]), request["class_name"]
     found = getattr(module, class_name, None)
@@ -103,9 +112,11 @@ def model_class(request: dict[str, Any], folder: Path) -> tuple[Any, dict[str, A
     path = folder / "config.json"
     references = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}) if path.is_file() else {}
     for auto, reference in references.items():
-        named = isinstance(reference, str) and reference.rpartition(".")[2] == class_name
-        if named and request["trust"] and hasattr(module, auto):
-            return getattr(module, auto), {"trust_remote_code": True}
+        if not isinstance(reference, str) or reference.rpartition(".")[2] != class_name or not hasattr(module, auto):
+            continue
+        if not request["trust"]:
+            raise OwnCode(f"{class_name} is code inside the checkpoint: it runs only with --trust-remote-code")
+        return getattr(module, auto), {"trust_remote_code": True}
     raise LookupError(f"{class_name} is not a class of {request['module']}")
 
 
@@ -113,7 +124,8 @@ def open_model(request: dict[str, Any], root: Path, folder: str, **options: Any)
     """``from_pretrained`` of one model, and the library's loading report."""
     where = root / folder
     cls, more = model_class(request, where)
-    model, report = cls.from_pretrained(str(where), output_loading_info=True, local_files_only=True, **more, **options)
+    options = {"output_loading_info": True, "local_files_only": True, **more, **options}
+    model, report = cls.from_pretrained(str(where), **options)
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return model, {key: sorted(str(name) for name in report.get(key) or ()) for key in keys}
 
