@@ -27,6 +27,7 @@ class Blank:
         last: the last token id, e.g. the end of a sequence; ``None``: as any other.
         run: how many of the ids, after the first, are ``filler`` (the place of an image among a text's tokens).
         filler: the id that stands for a part of an image, a video or a sound.
+        avoid: ids that mean something.
     """
 
     shape: tuple[int, ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import inspect
 import time
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from .repairs import repairs
 from .trial import Attempt, attempt, base_dtype, empty_copy, needs_values, on_meta, quantized, roomy_copy
 
 TRIES = 400
-SECONDS = 30.0
+SECONDS = 20.0
 _PATIENCE = 0.997  # what is left of an attempt's rank after each repair of it that was tried
 _NO_FURTHER = 0.9  # of one that got no further than what it was to repair
 _UNCHANGED = 0.5  # of one that failed in the same way as what it was to repair
@@ -60,16 +59,21 @@ class Found:
         return {name: make(value, self.dtype, device) for name, value in self.state.items()}
 
 
-@dataclass(order=True)
+@dataclass(eq=False)
 class _Node:
-    """An attempt that failed, and what is still to be tried in its place; ``rank`` is negative, the best the lowest."""
+    """An attempt that failed, and what is still to be tried in its place; ``asked``: how much of it was."""
 
     rank: float
-    number: int
-    state: State = field(compare=False)
-    rest: Iterator[State] = field(compare=False)
-    outcome: Attempt = field(compare=False)
-    asked: int = field(default=0, compare=False)
+    state: State
+    rest: Iterator[State]
+    outcome: Attempt
+    asked: int = 0
+
+    def repaired(self, seen: set[str]) -> State | None:
+        """The next repair that was not tried yet."""
+        self.asked += 1
+        self.rank *= _PATIENCE
+        return next((state for state in self.rest if repr(state) not in seen), None)
 
 
 @dataclass(frozen=True)
@@ -104,24 +108,25 @@ class _Search:
                 return outcome
             if isinstance(outcome.error, (NameError, ImportError)):  # a package is missing: no input helps
                 return None
-            heapq.heappush(queue, self.node(state, outcome, None))
+            queue.append(self.node(state, outcome, None))
         while queue and not self.spent():
-            # now and then an older one is continued, so that no way is followed to its end for a good start alone
-            parent = min(self.gains, key=lambda node: node.asked) if self.done % 3 == 0 and self.gains else queue[0]
-            found = next((item for item in parent.rest if repr(item) not in self.seen), None)
-            if found is None:
+            parent = self.next(queue)
+            repaired = parent.repaired(self.seen)
+            if repaired is None:
                 queue.remove(parent)
-                heapq.heapify(queue)
                 self.gains = [node for node in self.gains if node is not parent]
                 continue
-            parent.asked += 1
-            parent.rank *= _PATIENCE
-            heapq.heapify(queue)
-            outcome = self.take(model, found)
+            outcome = self.take(model, repaired)
             if isinstance(outcome, _Taken):
                 return outcome
-            heapq.heappush(queue, self.node(found, outcome, parent))
+            queue.append(self.node(repaired, outcome, parent))
         return None
+
+    def next(self, queue: list[_Node]) -> _Node:
+        """What to repair now; every third time one that is neglected, so that a good start does not lead astray."""
+        if self.done % 3 == 0 and self.gains:
+            return min(self.gains, key=lambda node: node.asked)
+        return max(queue, key=lambda node: node.rank)
 
     def failure(self, tries: int) -> NoInputs:
         """What to raise where nothing is taken."""
@@ -143,20 +148,23 @@ class _Search:
 
     def node(self, state: State, outcome: Attempt, parent: _Node | None) -> _Node:
         """Where the attempt stands among the others."""
-        rank = float(outcome.progress)
-        same = parent is not None and outcome.where == parent.outcome.where
-        if parent is None:
-            pass
-        elif same:
-            rank *= _UNCHANGED
-        elif len(state) > len(parent.state):
-            rank = max(rank, -parent.rank)  # what was missing is there now, be it in a wrong shape
-        elif outcome.progress <= parent.outcome.progress:
-            rank = min(rank, -parent.rank) * _NO_FURTHER
-        node = _Node(-rank, self.done, state, repairs(self.facts, state, outcome), outcome)
-        if parent is None or (not same and rank >= -parent.rank):
+        rank = float(outcome.progress) if parent is None else _rank(state, outcome, parent)
+        node = _Node(rank, state, repairs(self.facts, state, outcome), outcome)
+        if parent is None or rank >= parent.rank:
             self.gains.append(node)
         return node
+
+
+def _rank(state: State, outcome: Attempt, parent: _Node) -> float:
+    """How promising a repair is that failed, too."""
+    progress = float(outcome.progress)
+    if outcome.where == parent.outcome.where:
+        return progress * _UNCHANGED
+    if len(state) > len(parent.state):
+        return max(progress, parent.rank)  # what was missing is there now, be it in a wrong shape
+    if outcome.progress <= parent.outcome.progress:
+        return min(progress, parent.rank) * _NO_FURTHER
+    return progress
 
 
 def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECONDS) -> Found:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_LARGEST_COPY = 4 << 30  # bytes; random numbers for more take minutes
+_LARGEST_COPY = 1 << 30  # bytes; random numbers for more take minutes
 _SHOWN = 12  # frames of a traceback that are looked at, the innermost ones
 
 
