@@ -95,6 +95,7 @@ class Trial:
             "config": skeleton.component.config,
             "fused": bool(skeleton.fused),
             "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
+            "ties": {spec.name: spec.tied_to for spec in skeleton if spec.tied_to},
             "own code": str(skeleton.code_root),
             "versions": _versions(),
         }
@@ -209,10 +210,12 @@ class Trial:
     def _given(self) -> Found | None:
         """What the forward takes; looked for in float32 where no forward runs in the model's own dtypes."""
         from aoconvert.inputs import find_inputs
+        from aoconvert.models.repeats import run_once
 
         for dtypes in (self._dtypes, _in_float32(self._dtypes)):
             with contextlib.suppress(Exception), _quiet():  # none found, or a class that fails in its own way
                 model, _ = self._build(dtypes, {}, values=False)
+                run_once(model)
                 return find_inputs(model, tries=_TRIES, seconds=_SECONDS)
         return None
 
@@ -226,6 +229,7 @@ class Trial:
         """
         import torch
 
+        from aoconvert.models.repeats import run_once, spread
         from aoconvert.models.watch import TookTooLong, Watch
 
         found = given or self._given
@@ -234,6 +238,7 @@ class Trial:
         try:
             with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
                 model, weights = self._build(dtypes, quantized, values=values)
+                names = run_once(model) if not values else {}
                 watch = Watch(weights, values=values, seconds=_SECONDS)
                 with watch:
                     model(**inputs)
@@ -241,6 +246,7 @@ class Trial:
             raise
         except Exception as error:  # whatever a class raises
             return error
+        watch.rows, watch.faults = spread(watch.rows, names), spread(watch.faults, names)
         return watch
 
     def _build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from aoconvert.errors import PlanError
 from aoconvert.inputs import find_inputs, first_tensors
 from aoconvert.models import Skeleton, build_skeleton
 from aoconvert.models.base import Component
+from aoconvert.models.repeats import run_once, spread
 from aoconvert.models.trial import Trial
 from aoconvert.models.watch import Watch
 from aoconvert.schemes import blocker
@@ -30,7 +32,14 @@ T: Any = tiny.transformers
 
 _TEXT = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 _TEXT |= {"num_attention_heads": 2}
-_SOUND = {**_TEXT, "vocab_size": 32, "conv_dim": [32] * 2, "conv_kernel": [8, 8], "conv_stride": [4, 4]}
+_SOUND = {
+    **_TEXT,
+    "num_hidden_layers": 4,
+    "vocab_size": 32,
+    "conv_dim": [32] * 2,
+    "conv_kernel": [8, 8],
+    "conv_stride": [4, 4],
+}
 _SOUND |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
 _MAMBA = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 32}
 _RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 16}
@@ -65,7 +74,7 @@ class Case:
 CASES: Mapping[str, Case] = {
     # a layer that multiplies its weight in a way of its own
     "falcon": Case(
-        _of("FalconForCausalLM", "FalconConfig", vocab_size=64, hidden_size=64, num_hidden_layers=2,
+        _of("FalconForCausalLM", "FalconConfig", vocab_size=64, hidden_size=64, num_hidden_layers=4,
             num_attention_heads=2),
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     ),
@@ -75,7 +84,7 @@ CASES: Mapping[str, Case] = {
     # weights that are scaled in place before the first forward
     "rwkv": Case(
         _of("RwkvForCausalLM", "RwkvConfig", vocab_size=64, hidden_size=64, attention_hidden_size=64,
-            num_hidden_layers=2, context_length=32),
+            num_hidden_layers=4, context_length=32),
         ("attention.output", "feed_forward.value"),
     ),
     # a weight that torch's own attention multiplies; the others it hands to ``linear``
@@ -102,7 +111,7 @@ CASES: Mapping[str, Case] = {
     "pixart": Case(tiny.pixart_transformer),
     "wan": Case(tiny.wan_transformer),
 }  # fmt: skip
-QUICK = ["falcon", "rwkv", "wavlm", "layoutlmv3"]
+QUICK = ["falcon", "mamba", "wavlm", "layoutlmv3"]
 
 
 @cache
@@ -185,9 +194,17 @@ def test_what_is_said_is_what_a_quantized_model_does(name: str, scheme_name: str
     inputs = find_inputs(quantized(model, {})).make("cpu")
     outputs = forward(quantized(model, dict.fromkeys(asked.keys() - faults, scheme)), inputs)
     assert outputs and all(output.isfinite().all() for output in outputs)
-    for layer in [layer for layer in expected if ".1." not in layer]:  # one of several blocks
+    for layer in [layer for layer in expected if re.search(r"\.[1-9]\.", layer) is None]:  # the first block
         with pytest.raises(Exception, match=r"."):
             forward(quantized(model, {layer: scheme}), inputs)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "hunyuan-dit"])
+def test_what_is_said_of_models_that_are_slow(name: str) -> None:
+    trial, skeleton = trial_of(name)
+    asked = wanted(skeleton, schemes.get("int8wo"))
+    faults = trial.faults(asked, quantize_weight, lambda item: item.key)
+    assert set(faults) == {layer for layer in asked if is_faulty(layer, CASES[name])} != set()
 
 
 @pytest.mark.parametrize(
@@ -310,6 +327,33 @@ def test_answers_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for file in files:
         file.write_text("{")
     assert trial_of("mamba")[0].faults(asked, quantize_weight, lambda item: item.key) == faults
+
+
+@pytest.mark.parametrize("name", ["llama", "wan", "gemma3"])
+def test_repeated_blocks_run_once_and_answer_for_all(name: str) -> None:
+    """As many rows everywhere as in a forward of every block; blocks that differ run themselves."""
+    torch.manual_seed(0)
+    blocks = {"num_hidden_layers": 7, "sliding_window": 4}
+    model = {
+        "llama": _text("LlamaForCausalLM", "LlamaConfig", num_hidden_layers=7),
+        "wan": lambda: D.WanTransformer3DModel(**{**dict(tiny.wan_transformer().config), "num_layers": 5}),
+        "gemma3": _text("Gemma3ForCausalLM", "Gemma3TextConfig", **blocks, head_dim=32, tie_word_embeddings=False),
+    }[name]()
+    skeleton = build_skeleton(component_of(model), torch.float32)
+    seen = Trial(skeleton, dtypes_of(skeleton, torch.float32)).seen
+    copy = model.eval().to("meta")
+    weights = {key: parameter for key, parameter in copy.named_parameters() if key in seen.rows}
+    inputs = find_inputs(copy).make("meta")
+    with torch.no_grad(), Watch(weights, values=False, seconds=60) as every:
+        copy(**inputs)
+    assert every.rows == dict(seen.rows)
+    with torch.no_grad(), Watch(weights, values=False, seconds=60) as once:
+        likes = run_once(copy)
+        copy(**inputs)
+    assert len(once.rows) < len(every.rows)
+    assert spread(once.rows, likes) == every.rows
+    kinds = len(set(likes.values()))
+    assert kinds == (2 if name == "gemma3" else 1)
 
 
 @pytest.mark.parametrize(
