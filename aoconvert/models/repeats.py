@@ -31,7 +31,7 @@ def run_once(model: nn.Module) -> dict[str, str]:
         for place, block in blocks.named_children():
             first, outputs = kinds.setdefault(_kind(block), (f"{name}.{place}", {}))
             likes[f"{name}.{place}"] = first
-            block.forward = _Once(block.forward, outputs)  # type: ignore[assignment]
+            block.forward = _Once(block.forward, outputs)
     return {name: first for name, first in likes.items() if name != first}
 
 
