@@ -77,12 +77,13 @@ def read_checkpoint(
     found = Found(inventory, opening, Rules((), None, allowing(options.allow_missing)), options.drop_unknown)
     if not opening.shared and not opening.contested:
         return skeleton, found
+    cast = None if options.dtype == "auto" else dtype
     with Values(source) as values:
 
         def are_equal(one: Collection[str], other: Collection[str]) -> bool:
             first, second = (_any_of(inventory, names) for names in (one, other))
             # what is merged is not compared: written apart, the library does it when it opens the result
-            return first is not None and second is not None and values.are_equal(first, second, dtype)
+            return first is not None and second is not None and values.are_equal(first, second, cast)
 
         skeleton, apart = settled(skeleton, opening, are_equal)
     return skeleton, replace(found, apart=apart)
