@@ -77,7 +77,7 @@ class HubClient:
             stdin: what the script can read, for secrets.
         """
         code = f"{PRELUDE}\n{script}\nprint('\\n' + json.dumps(result))"
-        done = self._run([*prefix, sys.executable, "-c", code], env, stdin, timeout=60)
+        done = self._run([*prefix, sys.executable, "-c", code], env, stdin, timeout=180)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
