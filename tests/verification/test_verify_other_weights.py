@@ -115,7 +115,7 @@ def reloaded_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, s
     for part in target.parts:
         states = [torch.load(folder / file, weights_only=True) for file in part.files]
         loaded.tensors[part.name] = {k: load_child.describe(v) for state in states for k, v in state.items()}
-    request = loading._request(target, code, forward=False, example=None)
+    request = loading._request(target, code, {}, forward=False, example=None)
     said = io.StringIO()
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
     monkeypatch.setattr(sys, "stdout", said)
