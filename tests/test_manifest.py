@@ -155,6 +155,8 @@ def test_an_accepted_path_stays_inside(parts: list[str]) -> None:
         (b"{", "it is not valid JSON"),
         (b"\xff\xfe", "it is not UTF-8 text"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"schema_version": NaN}', r"not valid JSON \(NaN\)"),
+        (b'{"schema_version": ' + b"9" * 5000 + b"}", "a number of 5,000 digits"),
         (b"[]", "schema_version None"),
         (b'{"schema_version": 1}', "is not a valid manifest: tool: Field required"),
     ],
