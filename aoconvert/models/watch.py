@@ -90,7 +90,7 @@ class Watch(TorchFunctionMode):
             ]
             faulty = alone or quantized
             if func is not F.linear or self._is_usual(args, kwargs):
-                self._note(faulty, func)
+                self._note(faulty, func, kwargs)
             ids = {id(tensor) for tensor in faulty}
             rest = [tensor for tensor in quantized if id(tensor) not in ids]
             return self._with_less(func, _plain(args, ids), _plain(kwargs, ids), rest)
@@ -112,19 +112,25 @@ class Watch(TorchFunctionMode):
         for name in names:
             self.rows[name] = max(self.rows.get(name, 0), rows)
 
-    def _note(self, faulty: Sequence[torch.Tensor], func: Callable[..., Any]) -> None:
+    def _note(self, faulty: Sequence[torch.Tensor], func: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
         classes = sorted({type(tensor).__name__ for tensor in faulty})
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         name = name.removesuffix(".__get__").removeprefix("torch.").removeprefix("nn.").removeprefix("functional.")
-        if func is F.linear:  # torchao's tensors know its arguments by their places
+        if func is F.linear and "weight" in kwargs:  # torchao's tensors know its arguments by their places
             name = "linear with named arguments"
         text = f"{_caller()} uses it in {name}, which an {' or '.join(classes)} cannot do"
         for tensor in faulty:
             self.faults |= {key: text for key in self._known[id(tensor)][1] if key not in self.faults}
 
     def _is_usual(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the class can be multiplied here at all, on ``meta``: some have kernels for a GPU alone."""
+        """Whether the class can be multiplied here at all, on ``meta``: some have kernels for a GPU alone.
+
+        With an input of another dtype no weight can; on ``meta`` a plain one does not say so.
+        """
+        given = args[0] if args else kwargs["input"]
         weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if given.dtype != weight.dtype:
+            return False
         key = (type(weight), weight.shape, weight.dtype)
         if key not in self._usual:
             try:

@@ -367,6 +367,7 @@ def test_repeated_blocks_run_once_and_answer_for_all(name: str) -> None:
     [
         (lambda x, w: nn.functional.linear(x, w), None),
         (lambda x, w: nn.functional.linear(x, weight=w, bias=None), "linear with named arguments"),
+        (lambda x, w: nn.functional.linear(x.long(), w), None),  # the input's fault
         (lambda x, w: x @ w.T, "Tensor.T"),
         (lambda x, w: torch.einsum("bi,oi->bo", x, w), "einsum"),
         (lambda x, w: nn.functional.linear(x, w.to(x.dtype)), None),
