@@ -95,6 +95,13 @@ CASES: Mapping[str, Case] = {
         _text("LayoutLMv3ForTokenClassification", "LayoutLMv3Config", **_PIXELS),
         ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"),
     ),
+    # a weight that is joined with another one
+    "mobilebert": Case(
+        _of("MobileBertForMaskedLM", "MobileBertConfig", vocab_size=64, hidden_size=64, embedding_size=32,
+            num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, intra_bottleneck_size=32,
+            num_feedforward_networks=1),
+        ("predictions.dense",),
+    ),
     "wav2vec2": Case(_of("Wav2Vec2ForCTC", "Wav2Vec2Config", **_SOUND)),
     "bert": Case(_text("BertForSequenceClassification", "BertConfig")),
     "llama": Case(_text("LlamaForCausalLM", "LlamaConfig")),
