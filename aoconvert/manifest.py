@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
+from weakref import WeakValueDictionary
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -336,6 +337,10 @@ def dump(manifest: Manifest) -> str:
     return text.replace(_DIGEST_KEY + _BLANK, _DIGEST_KEY + hashlib.sha256(text.encode()).hexdigest())
 
 
+# by the SHA-256 of their text, as long as somebody uses them: push and card read the same one
+_LOADED: WeakValueDictionary[str, Manifest] = WeakValueDictionary()
+
+
 def _digest_is_right(raw: bytes, digest: str) -> bool:
     """Whether the text hashes to its digest, with zeros in the digest's place; no copy of it is made."""
     at = raw.rfind(f"{_DIGEST_KEY}{digest}".encode())
@@ -386,6 +391,9 @@ def load(folder: Path) -> Manifest:
         raise SourceError(f"{folder} has no {MANIFEST_NAME}", hint="is it the output of aoconvert quantize?") from None
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or ''}", hint="make the checkpoint again") from error
+    digest = hashlib.sha256(raw).hexdigest()
+    if (known := _LOADED.get(digest)) is not None:
+        return known
     try:
         if b"NaN" in raw or b"Infinity" in raw:  # in a name, or as a number, which is not JSON
             parse_json(raw, constants=False)
@@ -396,6 +404,7 @@ def load(folder: Path) -> Manifest:
         raise SourceError(f"{path} cannot be read: it is {error}", hint="make the checkpoint again") from error
     if found.run.digest is not None and not _digest_is_right(raw, found.run.digest):
         raise SourceError(f"{path} was edited or damaged: its digest is wrong", hint="make the checkpoint again")
+    _LOADED[digest] = found
     return found
 
 
