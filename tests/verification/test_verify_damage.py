@@ -261,7 +261,7 @@ def test_a_pickle_that_runs_something(copy: Path, tmp_path: Path) -> None:
         lambda c: c["safe_globals"].append("os.system"),
         lambda c: c["safe_globals"].append("torch.hub.load"),
         lambda c: c.update(class_name="Llama\nimport os"),
-        lambda c: c["load"].update(kwargs={"trust_remote_code": True}),
+        lambda c: c["load"].update(kwargs={"trust_remote_code": "True"}),
         lambda c: c["load"].update(kwargs={"torch_dtype": "bfloat16); import os; ("}),
         lambda c: c.update(path="elsewhere"),
     ],
