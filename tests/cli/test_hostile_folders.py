@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import build_llama, shard
+import torch
+from checkpoints import build_llama, llama_tensors, shard
 
 import aoconvert
 
@@ -155,7 +156,7 @@ def attempt(call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def covering(files: list[str], commands: list[tuple[str, ...]]) -> list[Any]:
-    """Every damage of every file under every command; by default each pair of damage and file once."""
+    """Every damage of every file under every command; by default every second pair of damage and file, once."""
     return [
         pytest.param(
             file, damage, command, marks=[] if (number + at) % len(commands) == order else pytest.mark.exhaustive
@@ -246,3 +247,41 @@ def test_what_lies_where_a_run_works(
         return
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink() or not path.is_file()]
+
+
+EVIL = "evil\x1b[31m\x07\x9b\u202e\u2066\x7f"
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+@pytest.mark.parametrize("mode", [(), ("--json",), ("--quiet",)])
+def test_names_are_shown_as_their_escapes(
+    command: str, mode: tuple[str, ...], tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    model = build_llama(tmp_path / "model", tensors={**llama_tensors(), f"{EVIL}.weight": torch.zeros(2, 2)})
+    options = ["--scheme", "int8wo", "--device", "cpu", "--min-quantized", "0"] if command == "plan" else []
+    done = call(command, model, *options, *mode)
+    assert "unexpected" not in done.stderr
+    for written in (done.stdout, done.stderr):
+        assert all(line.isprintable() for line in written.split("\n")), written
+    if mode == ("--json",):
+        json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_drawn_keeps_its_own_colors_only(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.table import Table
+
+    from aoconvert.cli import output
+
+    monkeypatch.setattr(output, "is_terminal", lambda stream: terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    table = Table("name", style="bold")
+    table.add_row(EVIL)
+    output.Output("human").result(lambda: table, {}, "")
+    written = capsys.readouterr().out
+    assert "\\x1b[31m" in written
+    assert "\x1b[31m" not in written
+    assert ("\x1b[" in written) == terminal
+    assert not set(written) & set("\x07\x9b\u202e\u2066\x7f")
