@@ -83,7 +83,7 @@ def edited(folder: Path) -> bool:
 
 def has_text(folder: Path) -> bool:
     """Whether the folder's ``README.md`` has more than a front matter."""
-    content = (folder / CARD_NAME).read_bytes().replace(b"\r\n", b"\n")
+    content = read_limited(folder / CARD_NAME, CARD_BYTES).replace(b"\r\n", b"\n")
     return bool(re.sub(rb"\A---\n.*?\n---\s*(\n|\Z)", b"", content, flags=re.DOTALL).strip())
 
 

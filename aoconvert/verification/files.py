@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from aoconvert.files import open_regular, read_limited
+from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.manifest import CARD_BYTES, CARD_NAME, Manifest
 from aoconvert.seals import is_sealed
 from aoconvert.sources.folder import list_folder, stays_inside
@@ -114,7 +114,7 @@ _OWN_CODE = re.compile(r"(\w+_)?config\.json")
 def _json(path: Path) -> Mapping[str, object]:
     """A file's JSON object; an empty one where there is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_limited(path, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
