@@ -104,7 +104,7 @@ def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
     build_pipeline(source)
     options = api.make_options(scheme, {"output": output, "overwrite": True, "device": "cpu"})
     result = api.quantize_options(source, options, progress=progress)
-    report = api.verify(output, progress=progress, example=True)
+    report = api.verify(output, progress=progress, example=True, source=str(source))
     if not report.ok:
         failed = next(check for check in report.checks if check.status == "failed")
         raise VerificationError(f"the result did not pass {failed.name}: {failed.detail}", hint="please report this")

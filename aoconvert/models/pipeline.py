@@ -215,6 +215,20 @@ def _mapping(source: Source, path: str) -> Mapping[str, Any]:
     return values
 
 
+def refuse_quantized(component: Component) -> None:
+    """Refuse a model whose config says that its weights are quantized.
+
+    Raises:
+        SourceError: it does.
+    """
+    quantized = component.config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise SourceError(
+            f"{component.title} is already quantized ({method})", hint="start from the original, unquantized model"
+        )
+
+
 def build_skeleton(
     component: Component, dtype: torch.dtype, *, code_root: Path | None = None, fuse_qkv: bool = False
 ) -> Skeleton:
@@ -230,12 +244,7 @@ def build_skeleton(
         CannotFuse: its projections cannot be fused, see :mod:`aoconvert.models.fused`.
         SourceError: the class is unknown, does not take the config, or the weights are quantized already.
     """
-    quantized = component.config.get("quantization_config")
-    if isinstance(quantized, dict) and quantized:
-        method = quantized.get("quant_method", "an unknown method")
-        raise SourceError(
-            f"{component.title} is already quantized ({method})", hint="start from the original, unquantized model"
-        )
+    refuse_quantized(component)
     if component.library == "diffusers":
         from aoconvert.models import diffusers, fused
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aoconvert import schemes
 from aoconvert.models import Component, ModelLayout, Skeleton, build_skeleton, join
 from aoconvert.models.bounds import Held, bounded, check_config
+from aoconvert.models.pipeline import refuse_quantized
 from aoconvert.models.ties import untied
 from aoconvert.models.unknown import other_weights
 from aoconvert.options import DEFAULT_DTYPE, QuantizeOptions
@@ -69,6 +70,7 @@ def plan_component(
         CannotFuse: its projections cannot be fused.
         SourceError: the source cannot be read at all.
     """
+    refuse_quantized(component)  # before its files are read, which would say it in their words
     weights = chosen_weights(source, component, options.variant)
     contents = read_contents(source, weights) if weights is not None else None
     held = Held.of(tensor.nbytes for tensor in contents.tensors.values()) if contents is not None else None
