@@ -191,7 +191,7 @@ def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECOND
             continue
         search = _Search(facts, dtype, tries, time.monotonic() + seconds)
         if taken := search.run(tried, starts):
-            starts = [taken.state]
+            starts = [taken.state, *starts]
         elif search.best is not None:  # meta lacks an operation now and then
             starts = [search.best[0], *starts]
         done += search.done

@@ -110,6 +110,8 @@ def _image(facts: Facts, name: str) -> Iterator[Any]:
 
 def _latents(facts: Facts, name: str) -> Iterator[Any]:
     """What a denoiser or an autoencoder takes: an image, a video, a sequence of patches, or sound."""
+    if name == "inputs" and facts.library == "transformers":
+        yield from _ids(facts, name)
     channels = facts.number(
         "in_channels",
         "input_channels",
@@ -173,7 +175,7 @@ def _ids(facts: Facts, name: str) -> Iterator[Any]:
 
 
 def _mask(facts: Facts, name: str) -> Iterator[Any]:
-    yield Blank((1, _tokens(facts, name)), "mask")
+    yield Blank((1, _PATCHES if name == "pixel_attention_mask" else _tokens(facts, name)), "mask")
     yield Blank((1, _tokens(facts, name)), "bool")
     yield Blank((1, _PATCHES), "mask")
     yield Blank((1, _SIDE, _SIDE), "mask")
@@ -238,6 +240,8 @@ def _boxes(facts: Facts, name: str) -> Iterator[Any]:
 
 
 def _grid(facts: Facts, name: str) -> Iterator[Any]:
+    if name == "spatial_shapes":
+        yield Blank((1, 2), "given", given=((4, 4),))
     yield Blank((1, 3), "given", given=((1, 4, 4),))
     yield [(1, 4, 4)]
 
@@ -322,6 +326,7 @@ _GUESSES: tuple[tuple[re.Pattern[str], Guess], ...] = tuple(
         (r"micro_conds|added_time_ids", lambda facts, name: iter((Blank((1, 6)), Blank((1, 5))))),
         (r"condition_mask", lambda facts, name: iter((Blank((1, 1, 5, _SIDE, _SIDE)), Blank((1, TOKENS), "mask")))),
         (r".*attention_mask.*|text_embedding_mask.*|.*(_|^)masks?(_.*)?|encoder_hidden_states_mask", _mask),
+        (r".*token_type_ids?", lambda facts, name: iter((Blank((1, TOKENS), "long"),))),
         (r"indices_.*|.*_(indices|indexes)", _places),
         (r"past_.*|future_.*", _series),
         (r"(.*_)?input_ids|input|langs|\w*token_ids|decoder_input_tokens", _ids),

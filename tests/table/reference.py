@@ -59,12 +59,17 @@ def expected(model: torch.nn.Module, scheme: Scheme, names: Collection[str]) -> 
         if asks:
             patch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
             patch.setattr(inference_workflow, "is_sm_at_least_100", lambda: True)
-        modules = {name.removesuffix(".weight") for name in names}
-        quantize_(model, config, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and name in modules)
-        linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        if stacks := set(names) - linear:
-            quantize_(model, FqnToConfig(OrderedDict.fromkeys(sorted(stacks), config)), filter_fn=None)
+        quantize_named(model, config, names)
     return model.state_dict(), ANSWERED if asks else OWN
+
+
+def quantize_named(model: torch.nn.Module, config: Any, names: Collection[str]) -> None:
+    """torchao's ``quantize_`` of these parameters: weights of linear layers, and stacks of experts."""
+    modules = {name.removesuffix(".weight") for name in names}
+    quantize_(model, config, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and name in modules)
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if stacks := set(names) - linear:
+        quantize_(model, FqnToConfig(OrderedDict.fromkeys(sorted(stacks), config)), filter_fn=None)
 
 
 def _by_class(model: torch.nn.Module, scheme: Scheme, names: Collection[str]) -> dict[str, torch.Tensor]:
