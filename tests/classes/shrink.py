@@ -73,7 +73,7 @@ def changes_of(config: Mapping[str, Any], where: str = "") -> Iterator[tuple[str
     """A small value for each field that says how large something is."""
     for name, value in config.items():
         path = f"{where}{name}"
-        if name in ("id2label", "label2id", "task_specific_params"):
+        if not isinstance(name, str) or name in ("id2label", "label2id", "task_specific_params"):
             continue
         if isinstance(value, Mapping):
             yield from changes_of(value, f"{path}.")
