@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,8 @@ def _open_diffusers(
     sharded: bool,
     code_root: Path | None,
 ) -> Opening:
+    import torch
+
     from aoconvert.models.diffusers import model_class
 
     cls = model_class(component, code_root=code_root)
@@ -149,15 +152,21 @@ def _open_diffusers(
     diffusers = import_diffusers()
     level = diffusers.logging.get_verbosity()
     diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # it logs as errors what it then does
+    opened = partial(
+        cls.from_pretrained,
+        folder,
+        device_map={"": "meta"},
+        torch_dtype=dtype,
+        output_loading_info=True,
+        use_safetensors=False,
+        local_files_only=True,
+    )
     try:
-        model, report = cls.from_pretrained(
-            folder,
-            device_map={"": "meta"},
-            torch_dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=False,
-            local_files_only=True,
-        )
+        try:
+            with torch.device("meta"):  # tables of positions, too: a video model's take more than its largest weight
+                model, report = opened()
+        except (RuntimeError, NotImplementedError):  # a class whose __init__ looks at values
+            model, report = opened()
     finally:
         diffusers.logging.set_verbosity(level)
     shared = _shared(model)

@@ -20,6 +20,7 @@ from documents import check_document
 import aoconvert
 
 ROOT = Path(__file__).parents[2]
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "160"}
 BIG = {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 6, "vocab_size": 1024}
 
@@ -181,9 +182,16 @@ def on_terminal(arguments: list[str]) -> tuple[int, str, str]:
 
 def test_progress_on_a_terminal(tmp_path: Path) -> None:
     source = build_sparse_llama(tmp_path / "llama", {**BIG, "num_hidden_layers": 3})
-    code, stdout, seen = on_terminal(command(source, tmp_path / "out", "--json"))
+    code, stdout, seen = on_terminal(["env", "COLUMNS=80", *command(source, tmp_path / "out", "--json")])
     assert code == 0
     assert json.loads(stdout)["output"] == str(tmp_path / "out")
+    shown = _CONTROL.sub("", seen.replace("\r", "\n")).splitlines()
+    assert shown[0].startswith(f"quantize {source}"[:70])  # before anything that takes long
+    bars = [line for line in shown if line.lstrip().startswith("quantize ") and "MB/s" in line]
+    assert bars
+    for line in bars:
+        assert len(line.rstrip()) <= 80, line
+        assert re.search(r"\d+:\d\d:\d\d|-:--:--", line), line  # the time left is the last figure
     for part in ("quantize", "MB", "/s", "0:00:", "_proj.weight"):
         assert part in seen, seen[-2000:]
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l"), "the cursor is still hidden"

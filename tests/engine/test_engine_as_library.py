@@ -163,6 +163,7 @@ def test_tensors_that_are_left_to_the_library_are_named(tmp_path: Path) -> None:
     assert report["missing_keys"] == {"model.norm.weight"}
 
 
+@pytest.mark.exhaustive
 def test_verification_knows_what_was_carried_and_what_is_apart(tmp_path: Path) -> None:
     _t5(tmp_path / "source")
     aoconvert.quantize(tmp_path / "source", "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
