@@ -16,11 +16,9 @@ import aoconvert
 
 SCHEMES = ["int8wo", "int8dq", "float8wo", "float8wo_e5m2", "int4dq", *(f"intx{bits}wo" for bits in range(1, 9))]
 
-# A verification takes seconds of imports. By default one runs here, others with the demo and the cards; the whole table
-# of the first issue's tests on demand.
-USUAL = {("llama-tied", "float8wo", "assign")}
+# A verification takes seconds of imports: by default others run with the demo and the cards, the whole table on demand.
 CELLS = [
-    pytest.param(*cell, marks=[] if cell in USUAL else [pytest.mark.exhaustive])
+    pytest.param(*cell, marks=pytest.mark.exhaustive)
     for family in tiny.FAMILIES
     for scheme in SCHEMES
     for strategy in ("from-pretrained", "assign")
