@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
-from aoconvert.environment import import_diffusers, quiet_imports
+from aoconvert.cache import remembered
+from aoconvert.environment import import_diffusers, quiet_imports, version_of
 
 Default = bool | int | float | str | None
 
@@ -16,6 +17,13 @@ def call_parameters(class_name: str) -> Mapping[str, Default] | None:
     Returns:
         Name → default, ``None`` where there is no plain one. ``None`` in all where diffusers has no such class.
     """
+    # importing a pipeline takes seconds; what its class takes follows from its name and the versions
+    facts = {"class": class_name, **{name: version_of(name) for name in ("diffusers", "transformers", "torch")}}
+    found: Mapping[str, Default] | None = remembered("calls", facts, lambda: _ask(class_name))
+    return found
+
+
+def _ask(class_name: str) -> Mapping[str, Default] | None:
     diffusers = import_diffusers()
     with quiet_imports():  # a pipeline imports the models of its parts
         cls = getattr(diffusers, class_name, None)
