@@ -60,8 +60,8 @@ def conversion(function: F) -> F:
         click.option(
             "--min-sqnr", type=float, metavar="DB", help="auto: the smallest scheme a tensor that has this SQNR."
         ),
-        click.option("--target-bits", type=float, metavar="B", help="auto: spend this many bits per weight at best."),
-        click.option("--target-size", metavar="SIZE", help="auto: spend this many bytes at best, e.g. 8GB."),
+        click.option("--target-bits", type=float, metavar="B", help="auto: spend at most this many bits per weight."),
+        click.option("--target-size", metavar="SIZE", help="auto: spend at most this many bytes, e.g. 8GB."),
         click.option(
             "--skip",
             multiple=True,

@@ -66,7 +66,7 @@ def _render(plan: Plan, *, tensors: bool) -> RenderableType:
         parts.append(Text(f"{item.component.title} ({item.component.class_name}) → {item.scheme_name}", style="bold"))
         parts.append(
             Text(
-                f"  {size(totals.bytes_in)} → {size(totals.bytes_out)}, {totals.bits_per_weight:.2f} bits a weight, "
+                f"  {size(totals.bytes_in)} → {size(totals.bytes_out)}, {totals.bits_per_weight:.2f} bits per weight, "
                 f"{totals.quantized_fraction:.1%} of the parameters outside embeddings quantized "
                 f"({totals.parameters:,} parameters)"
             )

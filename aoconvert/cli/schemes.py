@@ -183,7 +183,7 @@ def _one(row: dict[str, Any]) -> RenderableType:
     table.add_row("activations", row["activation_dtype"] or "as they are")
     table.add_row("granularity", row["granularity"])
     table.add_row("--group-size", "yes" if row["group_size_option"] else "no")
-    table.add_row("file size", f"{row['bytes_per_parameter']:.2f} bytes a parameter, scales included (bfloat16: 2)")
+    table.add_row("file size", f"{row['bytes_per_parameter']:.2f} bytes per parameter, scales included (bfloat16: 2)")
     table.add_row("takes", _takes(row))
     table.add_row("needs", ", ".join(row["requires"]))
     table.add_row("loads with", f"torchao ≥ {row['min_torchao_to_load']}")

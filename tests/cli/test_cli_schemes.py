@@ -40,7 +40,7 @@ def test_every_scheme_has_a_size_and_its_demands(call: Callable[..., Any]) -> No
 
 def test_one_scheme_in_words(call: Callable[..., Any]) -> None:
     shown = call("schemes", "int4wo-64").stdout
-    for text in ("per group of 128", "0.53 bytes a parameter", "for cuda", "unconfirmed", "choose it"):
+    for text in ("per group of 128", "0.53 bytes per parameter", "for cuda", "unconfirmed", "choose it"):
         assert text in shown
     assert call("schemes", "fp8dq", "-q").stdout == "float8dq\n"
     assert call("schemes", "auto").code == 2

@@ -39,8 +39,8 @@ TARGETS = {
     "branch": (["--private", "--revision", "int8"], "int8"),
     "pull request": (["--private", "--create-pr"], "refs/pr/1"),
 }
-# Each way, kind and visibility; main is in test_published, the rest of the table is exhaustive.
-CHOSEN = {("lfs", "shards", "pull request"), ("xet", "pipeline", "branch")}
+# Each way, kind, target and visibility; the rest of the table is exhaustive.
+CHOSEN = {("lfs", "shards", "pull request"), ("xet", "shards", "main"), ("xet", "pipeline", "branch")}
 TABLE = [
     pytest.param(*row, marks=[] if row in CHOSEN else pytest.mark.exhaustive, id="-".join(row))
     for row in itertools.product(["lfs", "xet"], ["shards", "pipeline"], TARGETS)
