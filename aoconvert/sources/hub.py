@@ -13,7 +13,7 @@ from typing import Any, Literal
 from aoconvert.errors import HubError, SourceError
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_path
 from aoconvert.sources.folder import list_folder
-from aoconvert.sources.headers import check_entries
+from aoconvert.sources.headers import REPLACE_HINT, check_entries
 from aoconvert.sources.hub_errors import SPACE_HINT, check_token, not_cached, translated
 from aoconvert.sources.remote import RemoteFile
 
@@ -123,9 +123,10 @@ class HubSource(Source):
         return header
 
     def read_range(self, path: str, offset: int, count: int) -> bytes:
-        """As :meth:`Source.read_range`; from the Hub, by a ranged request.
+        """As :meth:`Source.read_range`; from the Hub, by one request for just these bytes.
 
         Raises:
+            SourceError: the file is shorter than that.
             HubError: the Hub refused, broke off, or does not answer ranged requests; it is not in the cache.
         """
         entry = self.require(path)
@@ -133,7 +134,12 @@ class HubSource(Source):
             return super().read_range(path, offset, count)
         if self._offline:
             raise not_cached(_list_files(self.repo_id, [entry]))
-        return RemoteFile(self.repo_id, self.revision, path, entry.size, self._token).read(offset, count)
+        if offset + count > entry.size:
+            raise SourceError(f"{self.label}: {path} is truncated", hint=REPLACE_HINT)
+        if not count:
+            return b""
+        file = RemoteFile(self.repo_id, self.revision, path, entry.size, self._token)
+        return file.read_range(offset, offset + count)
 
 
 def open_hub(

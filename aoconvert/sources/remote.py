@@ -49,17 +49,25 @@ class RemoteFile:
 
     def _fetch(self, first: int, stop: int) -> None:
         """Blocks ``first`` to ``stop - 1`` in one request."""
-        begin, end = first * _BLOCK, min(stop * _BLOCK, self.size)
-        data = self._get(begin, end)
+        data = self.read_range(first * _BLOCK, min(stop * _BLOCK, self.size))
         self.fetched += len(data)
+        for number in range(first, stop):
+            self._blocks[number] = data[(number - first) * _BLOCK : (number - first + 1) * _BLOCK]
+
+    def read_range(self, begin: int, end: int) -> bytes:
+        """Bytes ``begin`` to ``end - 1`` in one request for these alone; nothing is kept.
+
+        Raises:
+            HubError: as :meth:`read`.
+        """
+        data = self._get(begin, end)
         if len(data) != end - begin:
             raise HubError(
                 f"{self._repo_id}: {self._path}: {len(data):,} bytes came instead of {end - begin:,}",
                 hint="try again; a proxy may have cut the answer",
                 retryable=True,
             )
-        for number in range(first, stop):
-            self._blocks[number] = data[(number - first) * _BLOCK : (number - first + 1) * _BLOCK]
+        return data
 
     def _get(self, begin: int, end: int) -> bytes:
         from huggingface_hub import constants, get_session, hf_hub_url

@@ -352,3 +352,18 @@ def test_hostile_listing(hub_client: HubClient) -> None:
         Fault("models/user/evil", status=200, body=json.dumps(info).encode()),
     ]
     assert hub_client.run("result = list(resolve('user/evil').files())") == ["c.json"]
+
+
+def test_a_range_is_one_request_for_just_these_bytes(hub_client: HubClient) -> None:
+    publish(hub_client)
+    content = PIPELINE[WEIGHTS]
+    assert isinstance(content, bytes)
+    read = hub_client.run(
+        f"source, path = resolve('user/model'), {WEIGHTS!r}\n"
+        "parts = [source.read_range(path, 5, 90).hex(), source.read_range(path, 95, 0).hex()]\n"
+        f"result = [*parts, attempt(lambda: source.read_range(path, 5, {len(content) - 4}))]"
+    )
+    assert read[:2] == [content[5:95].hex(), ""]
+    assert read[2]["error"] == "SourceError"
+    assert read[2]["message"] == f"user/model: {WEIGHTS} is truncated"
+    assert [request.range for request in hub_client.hub.requests(WEIGHTS, server="hub")] == ["bytes=5-94"]
