@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aoconvert.environment import import_diffusers
 from aoconvert.errors import PlanError, VerificationError
-from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.progress import Progress
+from aoconvert.words import first
 
 if TYPE_CHECKING:
     from aoconvert.engine.run import QuantizeResult
     from aoconvert.verification.report import Report
 
+_ANOTHER = "name another folder"
 _PROMPT = "a panda plays a guitar in a bamboo forest"
 
 
@@ -80,6 +81,42 @@ def build_pipeline(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def _check_folder(folder: Path, source: Path) -> None:
+    """Refuse a folder of somebody else, without an import. What is hidden may be of a demo that was stopped."""
+    if folder.exists() and not folder.is_dir():
+        raise PlanError([f"{folder} is not a folder"], hint=_ANOTHER)
+    held = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    if held and not (source / "model_index.json").is_file():
+        raise PlanError([f"{folder} is not empty and holds no earlier demo"], hint=_ANOTHER)
+
+
+def _place_pipeline(source: Path) -> None:
+    """Put the pipeline at ``source``, whole; one that is there already must be the same in every byte.
+
+    Raises:
+        PlanError: it is another one, or has other files in it.
+    """
+    source.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".aoconvert-demo-", dir=source.parent) as name:
+        built = Path(name) / "source"
+        build_pipeline(built)
+        if not source.exists():
+            built.rename(source)
+        elif other := _differences(source, built):
+            raise PlanError([f"{source} is not the demo's pipeline as it is made here: {first(other)}"], hint=_ANOTHER)
+
+
+def _differences(one: Path, other: Path) -> list[str]:
+    """Files that are not the same in two folders, by their paths in them."""
+    files = [{path.relative_to(at): path for path in at.rglob("*") if not path.is_dir()} for at in (one, other)]
+    return [
+        path.as_posix()
+        for path in sorted(files[0].keys() | files[1].keys())
+        if not all(path in held and held[path].is_file() for held in files)
+        or files[0][path].read_bytes() != files[1][path].read_bytes()
+    ]
+
+
 def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
     """Build the pipeline in ``folder/source``, quantize it into ``folder/out``, verify that and write its model card.
 
@@ -90,18 +127,13 @@ def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
     from aoconvert import api, cards
 
     source, output = folder / "source", folder / "out"
-    if folder.exists() and not folder.is_dir():
-        raise PlanError([f"{folder} is not a folder"], hint="name another folder")
-    if folder.exists() and any(folder.iterdir()):
-        if not (output / MANIFEST_NAME).is_file() or not (source / "model_index.json").is_file():
-            raise PlanError([f"{folder} is not empty and holds no earlier demo"], hint="name another folder")
-        shutil.rmtree(source)
+    _check_folder(folder, source)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    build_pipeline(source)
+    _place_pipeline(source)
     options = api.make_options(scheme, {"output": output, "overwrite": True, "device": "cpu"})
     result = api.quantize_options(source, options, progress=progress)
     report = api.verify(output, progress=progress, example=True, source=str(source))

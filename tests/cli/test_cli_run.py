@@ -18,6 +18,9 @@ from checkpoints import LLAMA, build_llama, build_sparse_llama
 from documents import check_document
 
 import aoconvert
+from aoconvert import demo
+from aoconvert.errors import PlanError
+from aoconvert.progress import Silent
 
 ROOT = Path(__file__).parents[2]
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -232,3 +235,17 @@ def test_demo(tmp_path: Path) -> None:
     assert sorted(Path(path).name for path in result["card"]) == ["README.md", "sqnr.svg"]
     assert (tmp_path / "demo" / "out" / "aoconvert.json").is_file()
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["out", "source"]
+
+
+def test_a_demo_deletes_no_pipeline_of_somebody_else(tmp_path: Path) -> None:
+    """A folder with a ``source`` of the user's own is no earlier demo, though it looks like one."""
+    source = tmp_path / "source"
+    demo.build_pipeline(source)
+    (source / "notes.txt").write_text("mine")
+    weights = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    trained = weights.read_bytes()[:-1] + b"\x01"
+    weights.write_bytes(trained)
+    with pytest.raises(PlanError, match="notes.txt, transformer/diffusion_pytorch_model.safetensors"):
+        demo.run(tmp_path, "int8wo", Silent())
+    assert weights.read_bytes() == trained
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
