@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from aoconvert.environment import host_by_default
+from aoconvert.environment import check_device_names, host_by_default
+from aoconvert.errors import SourceError
 from aoconvert.options import QuantizeKwargs, QuantizeOptions, parse_size
 from aoconvert.progress import Progress, Silent
 
@@ -139,11 +140,12 @@ def verify(
 
     Raises:
         SourceError: there is nothing to verify.
-        UsageError: ``source`` is neither a folder nor a repo.
+        UsageError: ``source`` is neither a folder nor a repo, or ``device`` not a device.
         HubError: the Hub said no.
     """
     from aoconvert.verification.original import check_reference, resolve_original
 
+    check_device_names(device)
     if source is not None:
         check_reference(source)
     folder, published = _checkpoint(checkpoint, revision, token, cache_dir, local_files_only)
@@ -222,11 +224,17 @@ def repack(
         QuantizeError: a weight whose scales or zero points the layout cannot hold exactly.
         WriteError: disk full, or no permission.
     """
-    from aoconvert.repacking import repack as run
+    from aoconvert import manifest as manifests
+    from aoconvert.planning.make import refuse_output
+    from aoconvert.sources.folder import FolderSource
 
     folder = Path(checkpoint)
     named = folder if folder.name not in ("", "..") else folder.resolve()
     place = Path(output) if output is not None else named.with_name(f"{named.name}-{layout_device}")
+    manifests.load(folder)
+    refuse_output(FolderSource(folder), place, overwrite=overwrite)  # before torch is imported
+    from aoconvert.repacking import repack as run
+
     words = ["aoconvert", "repack", named.name, "--layout-device", layout_device]
     return run(
         folder, layout_device, place, overwrite=overwrite, progress=progress or Silent(), command=shlex.join(words)
@@ -309,6 +317,11 @@ def _checkpoint(
     )
     if source.kind != "hub":
         return source.root, None
+    if not set(source.files()) - {".gitattributes"}:
+        raise SourceError(
+            f"{source.label} holds no files at {revision or 'its default branch'}",
+            hint="--revision names another branch",
+        )
     source.fetch(list(source.files()))
     if local_files_only or is_offline_mode():
         return source.root, None

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,20 @@ def available_cores() -> int:
 def platform_name() -> str:
     """Operating system, machine and C library, such as ``Linux x86_64 glibc 2.36``; no host name, no kernel build."""
     return " ".join(part for part in (platform.system(), platform.machine(), *platform.libc_ver()) if part)
+
+
+def check_device_names(requested: str) -> None:
+    """Whether these are names of devices, here or anywhere. Imports no torch.
+
+    Args:
+        requested: one, or several after commas; ``auto``, and ``cuda:all``, too.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name in requested.removesuffix(":all").split(","):
+        if name.strip() != "auto":
+            _split(name.strip())
 
 
 def choose_device(requested: str) -> str:
@@ -219,10 +233,15 @@ def host_by_default() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
+def quiet_imports() -> contextlib.AbstractContextManager[None]:
     """Drop the known, harmless messages that torchao and diffusers log while they are imported; keep all others."""
-    filters = [(logging.getLogger(name), _Drop(text)) for name, text in _NOISE.items()]
+    return without_messages(_NOISE)
+
+
+@contextlib.contextmanager
+def without_messages(noise: Mapping[str, str]) -> Iterator[None]:
+    """Drop what the named loggers say and holds a text (logger → text); keep all other messages."""
+    filters = [(logging.getLogger(name), _Drop(text)) for name, text in noise.items()]
     for logger, drop in filters:
         logger.addFilter(drop)
     try:

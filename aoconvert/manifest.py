@@ -387,7 +387,10 @@ def load(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         raw = read(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_dir():
+            what = f"{folder} is not a folder" if folder.exists() else f"no such folder: {folder}"
+            raise SourceError(what, hint="give the output folder of aoconvert quantize") from None
         raise SourceError(f"{folder} has no {MANIFEST_NAME}", hint="is it the output of aoconvert quantize?") from None
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or ''}", hint="make the checkpoint again") from error

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TypedDict
 
+from aoconvert.environment import check_device_names
 from aoconvert.errors import UsageError
 
 AUTO = "auto"
@@ -138,6 +139,7 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        check_device_names(self.device)
         self._check_scheme()
         if not 0 <= self.min_quantized <= 1:
             raise UsageError(f"min_quantized {self.min_quantized} is not a fraction between 0 and 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import io
 import logging
@@ -50,6 +51,18 @@ class _Commands(click.Group):
         module = importlib.import_module(f"aoconvert.cli.{cmd_name}")
         command: click.Command = module.command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            close = difflib.get_close_matches(args[0], _COMMANDS)
+            if args[0] in _COMMANDS or not close:
+                raise
+            meant = " or ".join(close)
+            raise click.UsageError(f"{error.message.rstrip('.')}: did you mean {meant}?", ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -17,6 +17,7 @@ from aoconvert.errors import PlanError, SourceError
 from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models import Component, identify
 from aoconvert.models.fused import CannotFuse
+from aoconvert.models.pipeline import refuse_quantized
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.component import component_warnings, dropped_warning, plan_component
 from aoconvert.planning.copying import sort_files, unread_pickles
@@ -27,7 +28,7 @@ from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
 from aoconvert.rules import Rules, allowing, skipping, unmatched
 from aoconvert.staging import partial_folder
-from aoconvert.words import size
+from aoconvert.words import first, size
 
 if TYPE_CHECKING:
     from aoconvert.models import ModelLayout
@@ -59,6 +60,8 @@ def make(
     layout = identify(source, options.subfolder)
     recipe = load_recipe(options)
     chosen, problems = choose(layout, options, recipe)
+    for component in chosen:
+        refuse_quantized(component)  # before torch is imported
     devices: tuple[str, ...] = ("cpu",)
     try:
         devices = choose_devices(options.device)
@@ -90,7 +93,9 @@ def make(
     problems += unread_pickles(source, copied)
     wanted = needs(plans, unquantized, copied, devices)
     # a plan writes nothing: what is in the way of the output is worth knowing, no more
-    (problems if need_weights else warnings).extend(output_problems(source, options))
+    (problems if need_weights else warnings).extend(
+        output_problems(source, options.output, overwrite=options.overwrite)
+    )
     # of a config alone the plan is a calculation: nothing could be carried out anyway
     possible = need_weights or any(item.weights for item in plans)
     (problems if possible else warnings).extend(space_problems(options, wanted))
@@ -121,13 +126,25 @@ def refuse_early(source: Source, options: QuantizeOptions) -> None:
 
     Raises:
         PlanError: the output is in the way, or a component is not there; all at once.
-        SourceError: the source cannot be read at all.
+        SourceError: the source cannot be read at all, or is quantized already.
         UsageError: the recipe has a mistake.
     """
     layout = identify(source, options.subfolder)
-    _, problems = choose(layout, options, load_recipe(options))
-    problems += output_problems(source, options)
+    chosen, problems = choose(layout, options, load_recipe(options))
+    problems += output_problems(source, options.output, overwrite=options.overwrite)
     if problems:
+        raise PlanError(problems)
+    for component in chosen:
+        refuse_quantized(component)
+
+
+def refuse_output(source: Source, output: Path, *, overwrite: bool) -> None:
+    """Refuse a place that the result cannot go to.
+
+    Raises:
+        PlanError: with every problem.
+    """
+    if problems := output_problems(source, output, overwrite=overwrite):
         raise PlanError(problems)
 
 
@@ -220,24 +237,27 @@ def _unmatched_missing(plans: Sequence[ComponentPlan], options: QuantizeOptions)
     return unmatched(allowing(options.allow_missing), [*names, *(name.rpartition(".")[0] for name in names)])
 
 
-def output_problems(source: Source, options: QuantizeOptions) -> list[str]:
+def output_problems(source: Source, output: Path, *, overwrite: bool) -> list[str]:
     """What is wrong with the place the result shall go to."""
     problems = []
-    output = options.output
     try:
         output.lstat()
     except (OSError, ValueError) as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             return [f"output {output}: {getattr(error, 'strerror', None) or error}"]
-    if output.name == "..":  # what is built beside it needs a name
+    if output.absolute().name in ("", ".."):  # what is built beside it needs a name
         problems.append(f"output {output} has no name of its own; give the folder itself")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         problems.append(f"output {output} exists and is not a folder")
     elif output.is_dir() and any(output.iterdir()):
-        if not options.overwrite:
+        if not (output / MANIFEST_NAME).is_file():
+            held = first(sorted(path.name for path in output.iterdir()))
+            problems.append(
+                f"output {output} exists and is not empty: it holds {held}, and no result of aoconvert "
+                "(choose another --output)"
+            )
+        elif not overwrite:
             problems.append(f"output {output} exists and is not empty (--overwrite replaces an earlier result)")
-        elif not (output / MANIFEST_NAME).is_file():
-            problems.append(f"output {output} holds something that aoconvert did not write; it is not overwritten")
         elif problem := overwrite_problem(output):
             problems.append(f"{problem} (move it away, or choose another --output)")
     partial = partial_folder(output)
@@ -276,4 +296,5 @@ def _held(output: Path) -> int:
 
 
 def _existing_parent(output: Path) -> Path:
-    return next(folder for folder in output.resolve().parents if folder.exists())
+    place = output.resolve()
+    return next(folder for folder in (*place.parents, place) if folder.exists())  # the root is its own

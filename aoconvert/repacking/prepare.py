@@ -101,8 +101,8 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
     if plans and all(plan.entry.layout.packing == plan.layout.packing for plan in plans.values()):
         here = ", as this machine packs it" if device == "cpu" else ""
         problems.append(f"{folder} is packed for {device} already{here}")
-    options = QuantizeOptions(scheme="int4wo", output=output, overwrite=overwrite)
-    problems += output_problems(FolderSource(folder), options)
+    options = QuantizeOptions(scheme="int4wo", output=output)
+    problems += output_problems(FolderSource(folder), output, overwrite=overwrite)
     problems += space_problems(options, Needs(sum(map(_bytes, plans.values())), 0, 0))
     if problems:
         raise PlanError(list(dict.fromkeys(problems)))

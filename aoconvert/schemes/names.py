@@ -105,7 +105,8 @@ def _nearest(key: str) -> str:
     """The schemes whose names or aliases look like ``key``, best first."""
     names = {name: entry.name for name, entry in _entries().items()}
     names |= {normalize(name): name for family in FAMILIES for name in family.names}
+    begun = [name for name in names if len(key) > 1 and name.startswith(key)]
     close = difflib.get_close_matches(key, names, n=6, cutoff=0.6)
-    found = list(dict.fromkeys(names[name] for name in close))[:3]
+    found = list(dict.fromkeys(names[name] for name in (*begun, *close)))[:3]
     listing = "'aoconvert schemes' lists all"
     return f"did you mean {' or '.join(found)}? {listing}" if found else listing

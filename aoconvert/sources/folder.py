@@ -24,10 +24,10 @@ class FolderSource(Source):
     repo_id = None
     revision = None
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, label: str | None = None) -> None:
         self.root = root.absolute()
         # normpath, not resolve: the name the user gave, but "." and ".." have none of their own.
-        self.label = Path(os.path.normpath(self.root)).name or "folder"
+        self.label = label or Path(os.path.normpath(self.root)).name or "folder"
         self._files: dict[str, SourceFile] | None = None
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from aoconvert.environment import without_messages
 from aoconvert.errors import HubError, SourceError
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_path
 from aoconvert.sources.folder import list_folder
@@ -22,6 +23,9 @@ SMALL_SUFFIXES = frozenset({".json", ".txt", ".md", ".model", ".jinja", ".tiktok
 SMALL_NAMES = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)\b.*", re.IGNORECASE)
 # Tokenizers reach 35 MB; what is larger is no config, whatever its name says.
 SMALL_BYTES = 64_000_000
+
+# The client would go on with the commit that the branch meant last time, and says so; then we ask for its files.
+_FALLS_BACK = {"huggingface_hub.hf_api": "Could not reach the Hub"}
 
 
 class HubSource(Source):
@@ -172,11 +176,10 @@ def open_hub(
     if local_files_only or is_offline_mode():
         return _open_cached(repo_id, revision, cache_dir)
     commit, files = _pin(repo_id, revision, token, cache_dir)
-    if not small_files:
-        snapshot = _snapshot_folder(repo_id, commit, cache_dir)
-        return HubSource(repo_id, commit, files, snapshot=snapshot, cache_dir=cache_dir, token=token, offline=False)
-    small = [entry for entry in files.values() if _is_small(entry, trust_remote_code)]
-    snapshot = download(repo_id, commit, [entry.path for entry in small], cache_dir=cache_dir, token=token, report=None)
+    snapshot = _snapshot_folder(repo_id, commit, cache_dir)
+    small = [entry.path for entry in files.values() if small_files and _is_small(entry, trust_remote_code)]
+    if small:
+        snapshot = download(repo_id, commit, small, cache_dir=cache_dir, token=token, report=None)
     return HubSource(repo_id, commit, files, snapshot=snapshot, cache_dir=cache_dir, token=token, offline=False)
 
 
@@ -186,7 +189,7 @@ def _pin(
     """The commit hash a revision means now, and every file of that commit."""
     from huggingface_hub import HfApi
 
-    with translated(repo_id, revision):
+    with translated(repo_id, revision), without_messages(_FALLS_BACK):
         api = HfApi(token=token)
         # resolve_revision also notes in the cache what the branch means, for a later run without the network.
         commit = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved

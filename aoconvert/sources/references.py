@@ -30,7 +30,7 @@ def parse_repo(reference: str) -> tuple[str, str | None]:
     if at and revision and revision.isprintable() and _is_repo_id(repo_id):
         return repo_id, revision
     if reference.startswith(("/", "./", "../", "~")) or reference in (".", "..") or "\\" in reference:
-        raise SourceError(f"no such folder: {show(reference)}")
+        raise SourceError(f"no such folder: {show(reference)}", hint=EXPECTED_HINT)
     if reference.count("/") > 1:
         raise SourceError(f"no such folder: {show(reference)}", hint="a model on the Hub is user/repo")
     if not _is_repo_id(reference):

@@ -59,6 +59,7 @@ from aoconvert.verification.target import (
 )
 from aoconvert.verification.usage import usage_code, usage_sha256
 from aoconvert.verification.versions import version_problems
+from aoconvert.words import size
 
 Choice = Literal["auto", "from-pretrained", "assign"]
 
@@ -247,7 +248,7 @@ def _ran(run: _Run, target: Target, loaded: Loaded) -> Iterator[Ran]:
 
 def _manifest(run: _Run) -> tuple[Status, str]:
     if not is_there(run.folder / MANIFEST_NAME):
-        run.target = from_folder(run.folder)
+        run.target = from_folder(run.folder, run.label)
         return "skipped", f"no {MANIFEST_NAME}: by somebody else; nothing to compare with"
     run.manifest = found = manifests.load(run.folder)
     validate(found)
@@ -269,7 +270,7 @@ def _files(run: _Run) -> tuple[Status, str]:
     listed = {file.path for file in run.manifest.files()}
     if problems := shadows(run.folder, run.manifest.weights_by_folder(), listed):
         return "failed", some(problems)
-    return "passed", some([f"{len(listed)} files, {hashed / 1e9:.2f} GB hashed", *notes(run.folder)])
+    return "passed", some([f"{len(listed)} files, {size(hashed)} hashed", *notes(run.folder)])
 
 
 def _pickle(run: _Run) -> tuple[Status, str]:

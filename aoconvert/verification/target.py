@@ -174,13 +174,17 @@ def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
     )
 
 
-def from_folder(folder: Path) -> Target:
+def from_folder(folder: Path, label: str | None = None) -> Target:
     """A torchao checkpoint by somebody else: what its configs say.
+
+    Args:
+        folder: where it is.
+        label: what messages call it; default: the folder's name.
 
     Raises:
         SourceError: no config, or no torchao model in it.
     """
-    source = FolderSource(folder)
+    source = FolderSource(folder, label)
     layout = identify(source)
     parts = []
     for component in layout.components:
@@ -207,7 +211,7 @@ def from_folder(folder: Path) -> Target:
         )
     if not parts:
         raise SourceError(
-            f"{folder} holds no torchao model: no config.json with a torchao quantization_config",
+            f"{source.label} holds no torchao model: no config.json with a torchao quantization_config",
             hint="aoconvert inspect says what it is",
         )
     return Target(folder, layout.kind, _identifier(layout.class_name), tuple(parts), ("torchao",), None)

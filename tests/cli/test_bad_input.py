@@ -355,7 +355,7 @@ def test_output_that_is_not_empty(refused: Refused, llama: Path, tmp_path: Path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("mine")
     assert "exists and is not empty" in refused(llama)
-    assert "holds something that aoconvert did not write" in refused(llama, "--overwrite")
+    assert "it holds file, and no result of aoconvert" in refused(llama, "--overwrite")
     assert (tmp_path / "out" / "file").read_text() == "mine"
 
 
@@ -372,6 +372,7 @@ def test_output_in_or_over_the_source(refused: Refused, llama: Path, tmp_path: P
         assert "would replace the source" in refused(source, "-o", output, lines=lines)
     (tmp_path / "beside").mkdir()
     assert "has no name of its own" in refused(source, "-o", tmp_path / "beside" / "new" / "..")
+    assert "output / has no name of its own" in refused(source, "-o", "/", lines=3)
     (tmp_path / "link").symlink_to(source, target_is_directory=True)
     assert "is inside the source" in refused(source, "-o", tmp_path / "link" / "out")
 

@@ -47,6 +47,54 @@ main({arguments!r})
     assert done.stderr.splitlines()[-1] == "HEAVY []", done.stderr
 
 
+def test_refusals_import_no_torch(tmp_path: Path) -> None:
+    """What is wrong with names, places and configs is said before the seconds that an import takes."""
+    model = build_llama(tmp_path / "model")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    quantized = build_llama(tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao"}
+    (quantized / "config.json").write_text(json.dumps(config))
+    scheme = ["--scheme", "int8wo"]
+    refusals: list[tuple[int, str, list[object]]] = [
+        (3, "no such folder", ["quantize", "./absent", *scheme]),
+        (3, "it holds notes.txt, and no result of aoconvert", ["quantize", model, *scheme, "-o", other]),
+        (3, "has no name of its own", ["quantize", model, *scheme, "-o", "/"]),
+        (3, "is already quantized", ["quantize", quantized, *scheme, "-o", tmp_path / "new"]),
+        (3, "is already quantized", ["plan", quantized, *scheme]),
+        (2, "'gpu' is not a device", ["quantize", model, *scheme, "--device", "gpu"]),
+        (2, "'gpu' is not a device", ["verify", model, "--device", "gpu"]),
+        (2, "did you mean int8wo", ["quantize", model, "--scheme", "int8"]),
+        (3, "no such folder", ["verify", "./absent"]),
+        (2, "no such folder", ["verify", model, "--source", "./absent"]),
+        (3, "no such folder", ["repack", "./absent", "--layout-device", "cuda"]),
+        (3, "is not a folder", ["repack", model / "config.json", "--layout-device", "cuda"]),
+        (3, "no such folder", ["card", "./absent"]),
+        (3, "no such folder", ["push", "me/model", "./absent"]),
+        (2, "did you mean quantize?", ["quantise", "x"]),
+    ]
+    code = """
+import json, sys
+from aoconvert.cli.main import main
+for arguments in json.load(sys.stdin):
+    try:
+        main([*arguments, "--json"])
+    except SystemExit as ended:
+        print(json.dumps([ended.code, "torch" in sys.modules]))
+"""
+    asked = json.dumps([[str(word) for word in arguments] for _, _, arguments in refusals])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=asked, capture_output=True, text=True, env=environment, check=True
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for (exit_code, said, arguments), error, ended in zip(refusals, lines[::2], lines[1::2], strict=True):
+        assert ended == [exit_code, False], (arguments, error)
+        assert said in f"{error['error']['message']} {error['error']['hint']}", (arguments, error)
+
+
 def test_little_is_imported_for_help() -> None:
     """What takes the time of ``--help`` is imports: click, our command line, and what those two need."""
     code = "import sys; from aoconvert.cli.main import cli; import aoconvert.cli.quantize; print(*sys.modules)"
@@ -267,7 +315,7 @@ def test_a_mistake_of_ours_is_one_line_too(
 def test_streams_of_a_real_process(tmp_path: Path) -> None:
     done = run("plan", tmp_path / "absent", "--scheme", "int8wo")
     assert (done.returncode, done.stdout) == (3, "")
-    assert len(done.stderr.splitlines()) == 1
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
     done = run("plan", tmp_path / "absent", "--scheme", "int8wo", "--json")
     assert (done.returncode, done.stderr) == (3, "")
     assert json.loads(done.stdout)["error"]["exit_code"] == 3

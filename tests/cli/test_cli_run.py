@@ -245,7 +245,7 @@ def test_a_demo_deletes_no_pipeline_of_somebody_else(tmp_path: Path) -> None:
     weights = source / "transformer" / "diffusion_pytorch_model.safetensors"
     trained = weights.read_bytes()[:-1] + b"\x01"
     weights.write_bytes(trained)
-    with pytest.raises(PlanError, match="notes.txt, transformer/diffusion_pytorch_model.safetensors"):
+    with pytest.raises(PlanError, match=r"notes\.txt, transformer/diffusion_pytorch_model\.safetensors"):
         demo.run(tmp_path, "int8wo", Silent())
     assert weights.read_bytes() == trained
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
