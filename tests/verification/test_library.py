@@ -424,6 +424,7 @@ def test_what_is_opened_whole_needs_memory(
 
 STATED: dict[str, dict[str, Any]] = {
     "untied": {"untie": True, "default_skips": False, "include_embeddings": True},
+    "ties that are quantized": {"default_skips": False, "include_embeddings": True},
     "another dtype": {"dtype": "float16"},
     "the source's dtype": {"dtype": "auto"},
     "a layout for another device": {"scheme": "int4wo", "group_size": 32, "layout_device": "cuda"},
@@ -443,6 +444,19 @@ def test_what_may_differ(
     assert found.status == "passed", found
     assert found.left is not None
     assert len(found.left.get("", ())) == (14 if "layout_device" in options else 0)
+
+
+def test_files_that_settings_name(tmp_path: Path) -> None:
+    """Where they are is no difference; what is in them is."""
+    folders = tmp_path / "source", tmp_path / "result"
+    for folder in folders:
+        transformers.WhisperTokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[]).save_pretrained(folder)
+        (folder / "normalizer.json").write_text('{"colour": "color"}')
+    compare = library_child.configs.compare_beside
+    assert not list(compare(*folders, trust=False))
+    (folders[1] / "normalizer.json").write_text("{}")
+    assert all("other settings" in line for line in compare(*folders, trust=False))
+    assert any(compare(*folders, trust=False))
 
 
 @pytest.mark.parametrize(

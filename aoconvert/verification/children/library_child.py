@@ -210,6 +210,7 @@ def compare_models(comparison: Comparison, part: dict[str, Any], source: Any, re
     stated = {"untied": part["untied"], "dropped": bool(part["dropped"])}
     comparison.problems(configs.compare_model_configs(source, result, **stated))
     comparison.problems(tensors.compare_ties(source, result, untied=part["untied"]))
+    part["tensors"] = tensors.with_ties(result, part["tensors"])
     made = Made(comparison, part, source)
     here, there = tensors.tensors_of(source), tensors.tensors_of(result)
     for name in sorted(here.keys() - there.keys()):

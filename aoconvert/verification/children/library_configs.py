@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ _OWN = {
     "transformers_version",
     "_diffusers_version",
 }
-# of a tokenizer's settings, those that say where its files are; the others are looked at one by one above
-_PLACES = _OWN | {"tokenizer_file", "vocab_file", "merges_file", "spm_file", "chat_template", "vocab", "merges"}
-_PLACES |= {"added_tokens_decoder", "local_files_only", "backend", "is_local", "trust_remote_code", "_from_auto"}
+# of a tokenizer's settings, those that say how it was opened, and those that are looked at one by one
+_SEEN = _OWN | {"chat_template", "vocab", "merges", "added_tokens_decoder"}
+_SEEN |= {"local_files_only", "backend", "is_local", "trust_remote_code", "_from_auto"}
 _PREDICTION_LAYERS = {"num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"}
 _TEXTS = ("The quick brown fox, 12 jumps!", " naïve  café\n\tΩ 漢字 🦊", "<s>[INST] <|im_start|>x</s>")
 _AUTO = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor")
@@ -122,7 +123,7 @@ _LOOKS: Mapping[str, Callable[[Any], Any]] = {
     "encodings": _encodings,
     "longest input": lambda t: t.model_max_length,
     "padding and truncation sides": lambda t: [t.padding_side, t.truncation_side],
-    "other settings": lambda t: _digest({k: repr(v) for k, v in t.init_kwargs.items() if k not in _PLACES}),
+    "other settings": lambda t: _digest({k: repr(_placed(v)) for k, v in t.init_kwargs.items() if k not in _SEEN}),
     "rules of text": _backend,
 }
 
@@ -168,8 +169,17 @@ def _differences(where: str, first: Any, second: Any, ignored: set[str]) -> Iter
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         for key in sorted((first.keys() | second.keys()) - ignored, key=str):
             yield from _differences(f"{where}.{key}", first.get(key), second.get(key), ignored)
-    elif _json(first) != _json(second):
+    elif _json(_placed(first)) != _json(_placed(second)):
         yield f"{where} is not the source's{_shown(first, second)}"
+
+
+def _placed(value: Any) -> Any:
+    """The value, but of a file what is in it, and of a folder that it is one: where they are differs."""
+    if not isinstance(value, str) or not os.path.isabs(value):
+        return value
+    if os.path.isfile(value):
+        return [os.path.basename(value), hashlib.sha256(Path(value).read_bytes()).hexdigest()]
+    return "a folder" if os.path.isdir(value) else value
 
 
 def _shown(first: Any, second: Any) -> str:

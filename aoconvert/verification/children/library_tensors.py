@@ -38,6 +38,12 @@ def ties(model: Any) -> set[frozenset[str]]:
     return {frozenset(names) for names in places.values() if len(names) > 1}
 
 
+def with_ties(model: Any, entries: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the manifest says of quantized tensors, also under the other names that they have in the model."""
+    more = {name: entries[first] for group in ties(model) for first in group & entries.keys() for name in group}
+    return {**more, **entries}
+
+
 def _place(tensor: Any) -> tuple[int, ...] | None:
     if is_quantized(tensor):
         return _place(getattr(tensor, tensor.__tensor_flatten__()[0][0]))
