@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -175,11 +174,15 @@ def _differences(where: str, first: Any, second: Any, ignored: set[str]) -> Iter
 
 def _placed(value: Any) -> Any:
     """The value, but of a file what is in it, and of a folder that it is one: where they are differs."""
-    if not isinstance(value, str) or not os.path.isabs(value):
+    place = Path(value) if isinstance(value, str) else Path()
+    if not place.is_absolute():
         return value
-    if os.path.isfile(value):
-        return [os.path.basename(value), hashlib.sha256(Path(value).read_bytes()).hexdigest()]
-    return "a folder" if os.path.isdir(value) else value
+    try:
+        if place.is_file():
+            return [place.name, hashlib.sha256(place.read_bytes()).hexdigest()]
+        return "a folder" if place.is_dir() else value
+    except (OSError, ValueError):  # not a path at all
+        return value
 
 
 def _shown(first: Any, second: Any) -> str:
