@@ -24,6 +24,9 @@ class Ran(Document):
     what: Literal["load", "forward", "example"]
     device: str
     code_sha256: str | None
+    inputs: dict[str, str] | None = Field(
+        description="of a forward pass, component to who made its inputs: pipeline, processor, dummy_inputs or search"
+    )
 
 
 class ForwardPass(Document):
@@ -36,6 +39,7 @@ class ForwardPass(Document):
     output_sqnr_db: float | None = Field(
         description="of the output, to the original's on the same input; null where they are equal or not compared"
     )
+    inputs: str | None = Field(description="who made its inputs; null where none passed")
 
 
 class VerifyDocument(Document):

@@ -1,4 +1,4 @@
-"""What an input is before it is made: shapes and kinds of values, nested as the argument is."""
+"""What an input is before it is made: shapes and kinds of values, or what a library gave, nested as the argument is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-Kind = Literal["normal", "float32", "ids", "long", "mask", "bool", "positions", "given", "time"]
+Kind = Literal["normal", "float32", "ids", "long", "mask", "bool", "positions", "given", "time", "complex"]
 Path = tuple[Any, ...]
 State = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ class Blank:
         shape: its shape.
         kind: of its values: ``normal`` noise in the model's dtype, the same in ``float32``, token ``ids``, zeros that
             are ``long``, a ``mask`` of ones, the same as ``bool``, ``positions`` along the last axis, a ``time`` within
-            a schedule, or the ``given`` values.
+            a schedule, ``complex`` ones (of turns by nothing), or the ``given`` values.
         high: token ids are below it.
         given: the values, nested tuples of integers.
         last: the last token id, e.g. the end of a sequence; ``None``: as any other.
@@ -45,8 +45,35 @@ class Blank:
         return self.kind in ("normal", "float32", "time")
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A tensor that a library made: it stays as it is."""
+
+    tensor: torch.Tensor
+
+    def __repr__(self) -> str:
+        return f"Given({self.tensor.dtype}, {tuple(self.tensor.shape)}, {id(self.tensor)})"
+
+
+def given(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """An argument that a library made, to be handed on as it is.
+
+    Args:
+        value: tensors, nested as the argument is, and whatever else there is.
+        dtype: what becomes of its floating-point numbers; ``None``: they stay.
+    """
+    if isinstance(value, torch.Tensor):
+        wanted = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
+        return Given(value.detach().to("cpu", wanted, copy=True))
+    if isinstance(value, Mapping):
+        return {key: given(item, dtype) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(given(item, dtype) for item in value)
+    return value
+
+
 def tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Blank]]:
-    """Every tensor in an argument, with the way to it."""
+    """Every tensor in an argument that is still to be made, with the way to it."""
     if isinstance(value, Blank):
         yield path, value
     elif isinstance(value, Mapping):
@@ -74,6 +101,8 @@ def make(value: Any, dtype: torch.dtype, device: str) -> Any:
         if device == "meta":
             return torch.empty(value.shape, dtype=_dtype(value, dtype), device=device)
         return _values(value, dtype)
+    if isinstance(value, Given):
+        return value.tensor.to(device, copy=True)
     if isinstance(value, Mapping):
         return {key: make(item, dtype, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -84,7 +113,7 @@ def make(value: Any, dtype: torch.dtype, device: str) -> Any:
 def _dtype(blank: Blank, dtype: torch.dtype) -> torch.dtype:
     if blank.kind in ("normal", "time"):
         return dtype
-    return {"float32": torch.float32, "bool": torch.bool}.get(blank.kind, torch.long)
+    return {"float32": torch.float32, "bool": torch.bool, "complex": torch.complex64}.get(blank.kind, torch.long)
 
 
 def _values(blank: Blank, dtype: torch.dtype) -> torch.Tensor:

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from .blanks import Blank, State, make
+from .docs import documented
 from .facts import Facts, read_facts
 from .guesses import guesses
+from .library import Source, Start
 from .outputs import first_tensors
 from .repairs import repairs
 from .trial import Attempt, attempt, base_dtype, empty_copy, needs_values, on_meta, quantized, roomy_copy
 
 TRIES = 400
 SECONDS = 20.0
+_ONE = 10.0  # seconds that a single attempt may take after that
 _PATIENCE = 0.997  # what is left of an attempt's rank after each repair of it that was tried
 _NO_FURTHER = 0.9  # of one that got no further than what it was to repair
 _UNCHANGED = 0.5  # of one that failed in the same way as what it was to repair
@@ -46,6 +49,7 @@ class Found:
         proof: what took them: a model that is not quantized, with ``values``; one without weights, so that only the
             ``shapes`` are known to be right; or ``nothing``, as the rest depends on values that could not be had.
         finite: whether everything that such a model gave is finite; ``None`` where there were no values.
+        source: who made them, but for what the search added.
     """
 
     state: State
@@ -53,9 +57,10 @@ class Found:
     tries: int
     proof: Literal["values", "shapes", "nothing"]
     finite: bool | None = None
+    source: Source = "search"
 
     def make(self, device: str = "cpu") -> dict[str, Any]:
-        """The keyword arguments: the same each time, with a batch of one."""
+        """The keyword arguments: the same each time, with a batch of one where no pipeline made them."""
         return {name: make(value, self.dtype, device) for name, value in self.state.items()}
 
 
@@ -65,6 +70,7 @@ class _Node:
 
     rank: float
     state: State
+    source: Source
     rest: Iterator[State]
     outcome: Attempt
     asked: int = 0
@@ -81,6 +87,7 @@ class _Taken:
     """Arguments and what came of them; ``whole``: the pass went to its end."""
 
     state: State
+    source: Source
     output: Any
     whole: bool
 
@@ -93,22 +100,22 @@ class _Search:
     deadline: float
     seen: set[str] = field(default_factory=set)
     done: int = 0
-    best: tuple[State, Attempt] | None = None
+    best: tuple[Start, Attempt] | None = None
     gains: list[_Node] = field(default_factory=list)
 
     def spent(self) -> bool:
         return self.done >= self.tries or time.monotonic() > self.deadline
 
-    def run(self, model: nn.Module, starts: Iterable[State]) -> _Taken | None:
+    def run(self, model: nn.Module, starts: Iterable[Start]) -> _Taken | None:
         """Best first: what gets furthest is repaired first; ``None`` where nothing is taken."""
         queue: list[_Node] = []
-        for state in starts:
-            outcome = self.take(model, state)
+        for start in starts:
+            outcome = self.take(model, start)
             if isinstance(outcome, _Taken):
                 return outcome
-            if isinstance(outcome.error, (NameError, ImportError)):  # a package is missing: no input helps
-                return None
-            queue.append(self.node(state, outcome, None))
+            if isinstance(outcome.error, (NameError, ImportError)):  # a package is missing: no repair helps
+                continue
+            queue.append(self.node(start, outcome, None))
         while queue and not self.spent():
             parent = self.next(queue)
             repaired = parent.repaired(self.seen)
@@ -116,10 +123,11 @@ class _Search:
                 queue.remove(parent)
                 self.gains = [node for node in self.gains if node is not parent]
                 continue
-            outcome = self.take(model, repaired)
+            start = Start(parent.source, repaired)
+            outcome = self.take(model, start)
             if isinstance(outcome, _Taken):
                 return outcome
-            queue.append(self.node(repaired, outcome, parent))
+            queue.append(self.node(start, outcome, parent))
         return None
 
     def next(self, queue: list[_Node]) -> _Node:
@@ -132,24 +140,27 @@ class _Search:
         """What to raise where nothing is taken."""
         return NoInputs(self.best[1].error if self.best is not None else None, tries)
 
-    def take(self, model: nn.Module, state: State) -> _Taken | Attempt:
+    def take(self, model: nn.Module, start: Start) -> _Taken | Attempt:
         """Try one: taken also where ``meta`` can say no more."""
+        state = start.state
         device = "meta" if on_meta(model) else "cpu"
         self.seen.add(repr(state))
         self.done += 1
-        outcome = attempt(model, {name: make(value, self.dtype, device) for name, value in state.items()})
+        until = max(self.deadline, time.monotonic() + _ONE)
+        outcome = attempt(model, {name: make(value, self.dtype, device) for name, value in state.items()}, until)
         if outcome.error is None:
-            return _Taken(state, outcome.output, whole=True)
+            return _Taken(state, start.source, outcome.output, whole=True)
         if device == "meta" and needs_values(outcome.error):
-            return _Taken(state, None, whole=False)
+            return _Taken(state, start.source, None, whole=False)
         if self.best is None or outcome.progress > self.best[1].progress:
-            self.best = state, outcome
+            self.best = start, outcome
         return outcome
 
-    def node(self, state: State, outcome: Attempt, parent: _Node | None) -> _Node:
+    def node(self, start: Start, outcome: Attempt, parent: _Node | None) -> _Node:
         """Where the attempt stands among the others."""
+        state = start.state
         rank = float(outcome.progress) if parent is None else _rank(state, outcome, parent)
-        node = _Node(rank, state, repairs(self.facts, state, outcome), outcome)
+        node = _Node(rank, state, start.source, repairs(self.facts, state, outcome), outcome)
         if parent is None or rank >= parent.rank:
             self.gains.append(node)
         return node
@@ -167,7 +178,7 @@ def _rank(state: State, outcome: Attempt, parent: _Node) -> float:
     return progress
 
 
-def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECONDS) -> Found:
+def find_inputs(model: nn.Module, own: Iterable[Start] = (), *, tries: int = TRIES, seconds: float = SECONDS) -> Found:
     """Keyword arguments of a smallest forward pass.
 
     They are looked for on an empty copy of the model, which costs neither memory nor much time; what depends on values
@@ -175,6 +186,7 @@ def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECOND
 
     Args:
         model: opened by its library, or without weights.
+        own: what its library made for it, the most trustworthy first; tried before anything is guessed.
         tries: how many may be tried.
         seconds: how long that may take.
 
@@ -182,7 +194,7 @@ def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECOND
         NoInputs: none was taken.
     """
     facts, dtype = read_facts(model), base_dtype(model)
-    starts = list(_starts(facts))
+    starts = [*own, *(Start("search", state) for state in _starts(facts, model.forward.__doc__))]
     empty = model if on_meta(model) else empty_copy(model)
     trial = None if on_meta(model) else roomy_copy(model) if quantized(model) else model
     done, taken, search = 0, None, None
@@ -191,32 +203,35 @@ def find_inputs(model: nn.Module, *, tries: int = TRIES, seconds: float = SECOND
             continue
         search = _Search(facts, dtype, tries, time.monotonic() + seconds)
         if taken := search.run(tried, starts):
-            starts = [taken.state, *starts]
+            starts = [Start(taken.source, taken.state), *starts]
         elif search.best is not None:  # meta lacks an operation now and then
             starts = [search.best[0], *starts]
         done += search.done
     if taken is None:
         raise NoInputs(None, 0) if search is None else search.failure(done)
     if trial is None:
-        return Found(taken.state, dtype, done, "shapes" if taken.whole else "nothing")
-    return Found(taken.state, dtype, done, "values", _finite(taken.output))
+        return Found(taken.state, dtype, done, "shapes" if taken.whole else "nothing", None, taken.source)
+    return Found(taken.state, dtype, done, "values", _finite(taken.output), taken.source)
 
 
 def _finite(output: Any) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in first_tensors(output))
 
 
-def _starts(facts: Facts) -> Iterator[State]:
-    """What the signature asks for, and the main input."""
+def _starts(facts: Facts, doc: str | None) -> Iterator[State]:
+    """What the signature asks for, and the main input; a second time in the shapes that its docstring gives."""
     required = [name for name, p in facts.parameters.items() if p.default is inspect.Parameter.empty]
     main = [name for name in facts.main if name in facts.parameters and name not in required]
     if not required and not main:
         main = [name for name in ("input_ids", "hidden_states", "sample") if name in facts.parameters][:1]
-    state = {name: _first(facts, name) for name in [*main, *required]}
+    names = [*main, *required]
+    state = {name: _first(facts, name) for name in names}
     encoder_decoder = facts.find("is_encoder_decoder") and "decoder_input_ids" in facts.parameters
     if encoder_decoder:
         yield {**state, "decoder_input_ids": _first(facts, "decoder_input_ids")}
     yield state
+    if (described := documented(facts, doc, names)) is not None:
+        yield described
 
 
 def _first(facts: Facts, name: str) -> Any:

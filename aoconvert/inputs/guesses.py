@@ -63,6 +63,8 @@ def _annotated(facts: Facts, name: str, values: Iterator[Any]) -> Iterator[Any]:
     parameter = facts.parameters.get(name)
     kind = str(parameter.annotation).lower() if parameter is not None else ""
     kind = re.sub(r"typing\.|optional\[|<class '", "", kind)
+    if kind and not _KNOWN.search(kind):  # a choice of words, a cache, an output: no tensor serves for it
+        return
     if re.match(r"(list|tuple)\[int", kind):
         yield from ([1], [5], [4], [2])
     elif kind.startswith("list[list[tuple[int"):
@@ -82,6 +84,9 @@ def _annotated(facts: Facts, name: str, values: Iterator[Any]) -> Iterator[Any]:
     yield from values
 
 
+_KNOWN = re.compile(r"tensor|\bint\b|float|bool|list|tuple|sequence|iterable|dict|any\b|empty|mapping")
+
+
 def _side(facts: Facts, near: str = "") -> Iterator[int]:
     given = facts.number(*_SIZES, near=near)
     sizes = [given] if facts.library == "transformers" else [_SIDE, given]
@@ -97,13 +102,15 @@ def _image(facts: Facts, name: str) -> Iterator[Any]:
     near = "vision" if facts.find("vision_config") is not None else "image"
     channels = facts.number("num_channels", "in_chans", "num_input_channels", "in_channels", near=near, default=3)
     channels = channels if facts.library == "transformers" else 3
+    patch = facts.number("patch_size", near=near, default=16)
+    merged = channels * patch * patch
+    if {"spatial_shapes", "pixel_position_ids", "image_position_ids"} & set(facts.parameters):
+        yield Blank((1, _PATCHES, merged))
     temporal = re.search(r"Video|ViViT|Vivit|Timesformer|TimeSformer|VJEPA", facts.class_name) or "videos" in name
     for side in _side(facts, near):
         image = Blank((1, channels, side, side))
         clips = [Blank((1, frames, channels, side, side)) for frames in _frames(facts)][:3]
         yield from [*clips, image] if temporal else [image, *clips[:1]]
-    patch = facts.number("patch_size", near=near, default=16)
-    merged = channels * patch * patch
     yield Blank((_PATCHES, merged * facts.number("temporal_patch_size", near=near, default=1)))
     yield Blank((1, _PATCHES, merged))
 
@@ -127,8 +134,9 @@ def _latents(facts: Facts, name: str) -> Iterator[Any]:
     )
     sequence = Blank((1, _PATCHES, channels))
     images = [Blank((1, channels, side, side)) for side in _side(facts)]
-    videos = [Blank((1, channels, frames, side, side)) for side in (*_side(facts),) for frames in (5, 1, 4)]
-    turned = [Blank((1, frames, channels, side, side)) for side in (*_side(facts),) for frames in (5, 1, 4)]
+    frames = (1 + max(4, facts.number("temporal_compression_ratio", "temporal_compression")), 1, 4)
+    videos = [Blank((1, channels, count, side, side)) for side in _side(facts) for count in frames]
+    turned = [Blank((1, count, channels, side, side)) for side in _side(facts) for count in frames]
     sounds = [Blank((1, channels, 64)), Blank((1, 64, channels)), Blank((1, channels, 2048))]
     as_sequence = {"img_ids", "img_shapes", "image_rotary_emb", "position_ids", "img_sizes"} & set(facts.parameters)
     if as_sequence:
@@ -253,6 +261,18 @@ def _sizes(facts: Facts, name: str) -> Iterator[Any]:
     yield Blank((1, 2))
 
 
+def _turns(facts: Facts, name: str) -> Iterator[Any]:
+    """A rotary embedding: cosines and sines, or complex numbers, of each patch."""
+    width = facts.number("attention_head_dim", "head_dim")
+    width = width or facts.number(*_WIDTHS) // facts.number("num_attention_heads", "num_heads", default=1)
+    if width:
+        yield (Blank((_PATCHES, width)), Blank((_PATCHES, width)))
+        yield Blank((_PATCHES, width))
+        yield Blank((_SIDE, _SIDE, width // 2), "complex")
+        yield Blank((_PATCHES, width // 2), "complex")
+    yield from _any(facts, name)
+
+
 def _coordinates(facts: Facts, name: str) -> Iterator[Any]:
     axes = facts.find("axes_dims_rope", "axes_dim", "axes_lens", "rope_axes_dim")
     width = len(axes) if isinstance(axes, (list, tuple)) else 3
@@ -338,6 +358,7 @@ _GUESSES: tuple[tuple[re.Pattern[str], Guess], ...] = tuple(
         (r"(image|target|original|crop|input_image|img)_?(sizes?|coords)|crop_coords", _sizes),
         (r"(img|txt|video|audio|text|image)_(ids|coords|positions?)|position_ids", _coordinates),
         (r"(img|image|video|vision)_(shapes|sizes)", _shapes),
+        (r".*rotary_emb.*|.*freqs_cis", _turns),
         (
             r".*timesteps?(_.*)?|t|time_step|guidance|.*sigma|r_timestep|noise_time|.*_time|timestep_ratio|fps|ofs",
             _time,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .blanks import Blank, Path, State, replace_at, tensors
+from .blanks import Blank, Given, Path, State, replace_at, tensors
+from .docs import laid_out
 from .facts import Facts
 from .guesses import guesses
 from .trial import Attempt
@@ -15,7 +16,7 @@ from .trial import Attempt
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _UNPACKED = re.compile(r"([\w*]+(?:\s*,\s*[\w*]+)+)\s*=\s*(\w+)\.(?:shape|size\(\))")
 _LONGEST = 32  # items of a list
-_LARGEST = 1 << 21  # elements of one input
+_LARGEST = 1 << 23  # elements of one input
 
 
 def repairs(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
@@ -44,6 +45,10 @@ def _all(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
         _absent(facts, state, failed, message),
         _kinds(state, failed, message),
         _fillers(facts, state, message),
+        _choices(facts, state, message),
+        _beyond(facts, state, failed, message),
+        _layouts(facts, state, failed, message),
+        _in_range(state, failed, message),
         _layer(state, failed),
         _lists(facts, state, failed, message),
         _ranks(facts, state, failed, message),
@@ -110,7 +115,7 @@ def _keys(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator
 
 def _absent(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
     """An argument that was left out is wanted."""
-    missing = [name for name in facts.parameters if state.get(name) is None]
+    missing = [name for name in facts.parameters if state.get(name) is None and not _instead(facts, name)]
     absent = {name for frame in failed.frames for name in frame.absent}
     in_message = [name for name in _WORD.findall(message) if name in missing]
     in_code = [name for name in _mentioned(failed, "") if name in missing and name in absent]
@@ -127,12 +132,14 @@ def _absent(facts: Facts, state: State, failed: Attempt, message: str) -> Iterat
 
 def _kinds(state: State, failed: Attempt, message: str) -> Iterator[State]:
     """Integers are wanted where there are fractions, or the other way round."""
-    wants_long = re.search(r"\bLong\b|integer|indices|Int\b|embedding|one_hot|index tensor|used as indices", message)
-    if wants_long and re.search(r"[Ff]loat|Half|BFloat16|scalar type|dtype", message):
+    wants_long = re.search(
+        r"\bLong\b|integer|integral|indices|Int\b|embedding|one_hot|index tensor|used as indices", message
+    )
+    if wants_long and re.search(r"[Ff]loat|integral|Half|BFloat16|scalar type|dtype", message):
         for path, blank in _by_mention(state, failed):
             if blank.floating:
                 yield _put(state, path, replace(blank, kind="mask"))
-    if re.search(r"dtype|scalar type|Float|Long|Bool|bool", message):
+    if re.search(r"dtype|scalar type|integral|Float|Long|Bool|bool", message):
         for path, blank in _by_mention(state, failed):
             for kind in ("normal", "bool", "mask", "float32"):
                 if kind != blank.kind and blank.kind != "ids":
@@ -157,12 +164,59 @@ def _fillers(facts: Facts, state: State, message: str) -> Iterator[State]:
                 yield _put(state, path, replace(blank, shape=(1, count + 3), run=count, filler=token))
 
 
+def _choices(facts: Facts, state: State, message: str) -> Iterator[State]:
+    """An argument is one of a few words, which the error names."""
+    words = re.findall(r"['\"`]([a-z][\w-]*)['\"`]", message)
+    for name in [name for name in words if name in facts.parameters and not isinstance(state.get(name), Mapping)]:
+        if "Tensor" not in str(facts.parameters[name].annotation):
+            yield from ({**state, name: word} for word in words if word not in facts.parameters)
+
+
+def _beyond(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """Something is counted that there is not enough of: layers of a text encoder, places in a sequence."""
+    found = re.search(r"index (\d+) is out of bounds for dimension (\d+) with size (\d+)", message)
+    if not found:
+        return
+    index, axis, size = (int(number) for number in found.groups())
+    short = [(p, blank) for p, blank in _by_mention(state, failed) if blank.shape[axis : axis + 1] == (size,)]
+    for path, blank in short:
+        layers = facts.number("num_layers", "num_hidden_layers", default=1)
+        for count in dict.fromkeys((index + 1, layers + 1, 4 * (index + 1))):
+            if count > size:
+                yield _put(state, path, replace(blank, shape=_with(blank.shape, axis, count)))
+    for count in (index + 1, 4 * (index + 1)):
+        yield from _all_resized(state, failed, size, count)
+
+
+def _in_range(state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """Indices reach beyond what they are into: the first of it is always there."""
+    if not re.search(r"index out of range|out of bounds|index_select|IndexError", f"{type(failed.error)} {message}"):
+        return
+    kinds = ("ids", "mask", "positions")
+    whole = [(path, blank) for path, blank in _by_mention(state, failed) if blank.kind in kinds]
+    for path, blank in whole:
+        yield _put(state, path, replace(blank, kind="long"))
+    changed = state
+    for path, blank in whole:
+        if blank.kind in ("positions", "mask"):
+            changed = _put(changed, path, replace(blank, kind="long"))
+    yield changed
+
+
+def _layouts(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
+    """A tensor in the layout that the error gives in words."""
+    for path, blank in _by_mention(state, failed):
+        for other in laid_out(facts, message, blank):
+            if other.shape != blank.shape:
+                yield _put(state, path, other)
+
+
 def _ranks(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
     """A tensor has too few axes, or too many."""
     misfit = failed.misfit
     bad_axes = misfit is not None and misfit.axes and misfit.axes != len(misfit.shape)
     if not bad_axes and not re.search(
-        r"unpack|indices|[1-6]-?D\b|dimensions|axes|\brank|out of range|permute|\bdims\b|einsum|Wrong shape", message
+        r"unpack|indices|[1-6]-?[Dd]\b|dimensions|axes|\brank|out of range|permute|\bdims\b|einsum|Wrong shape", message
     ):
         return
     wanted = [misfit.axes] if misfit is not None and bad_axes else []
@@ -250,6 +304,10 @@ def _larger(state: State) -> Iterator[State]:
     """Images, clips and sounds of other sizes: what halves them on the way may leave nothing."""
     for times in (2, 4, 8):
         for path, blank in tensors(state):
+            if len(blank.shape) == 5:  # frames: so many times as many, and those after the first
+                for axis in (2, 1):
+                    for count in (times * (blank.shape[axis] - 1) + 1, times * blank.shape[axis]):
+                        yield _put(state, path, replace(blank, shape=_with(blank.shape, axis, count)))
             if len(blank.shape) >= 4:
                 yield _put(
                     state, path, replace(blank, shape=(*blank.shape[:-2], *(times * s for s in blank.shape[-2:])))
@@ -257,6 +315,11 @@ def _larger(state: State) -> Iterator[State]:
             elif len(blank.shape) == 3:
                 yield _put(state, path, replace(blank, shape=(*blank.shape[:-1], times * blank.shape[-1])))
                 yield _put(state, path, replace(blank, shape=(blank.shape[0], times * blank.shape[1], blank.shape[2])))
+
+
+def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    """The shape with another size there."""
+    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 _PAIRS = (
@@ -341,10 +404,16 @@ def _scaled(state: State, failed: Attempt, got: int, want: int) -> Iterator[Stat
 def _others(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
     """Whatever else an argument may be, those first that the failing lines name."""
     names = list(dict.fromkeys([path[0] for path, _ in _by_mention(state, failed)]))
-    for name in names + [name for name in state if name not in names]:
+    for name in names + [name for name in state if name not in names and not isinstance(state[name], Given)]:
         for guess in guesses(facts, name):
             if guess != state[name]:
                 yield {**state, name: guess}
+
+
+def _instead(facts: Facts, name: str) -> bool:
+    """Whether an argument only takes the place of a part of the model: of its embeddings, of its encoder."""
+    ids = name.removesuffix("inputs_embeds") + "input_ids"
+    return name == "encoder_outputs" or (name.endswith("inputs_embeds") and ids in facts.parameters)
 
 
 _LEFT_OUT = re.compile(
@@ -355,7 +424,11 @@ _LEFT_OUT = re.compile(
 def _optional(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
     """Arguments that may be left out, those first that the failing lines name."""
     missing = [name for name in facts.parameters if state.get(name) is None and not _LEFT_OUT.fullmatch(name)]
+    missing = [name for name in missing if not _instead(facts, name)]
     named = [name for name in _mentioned(failed, "") if name in missing]
+    tensor = {name: guesses(facts, name)[:1] for name in missing if "Tensor" in str(facts.parameters[name].annotation)}
+    if len(tensor) > 1:  # those that only serve together
+        yield {**state, **{name: found[0] for name, found in tensor.items() if found}}
     for name in dict.fromkeys([*named, *missing]):
         for guess in guesses(facts, name)[:1]:
             yield {**state, name: guess}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import math
+import time
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -67,19 +69,25 @@ class Attempt:
         return str(self.error), self.frames[0].line if self.frames else ""
 
 
+class TookTooLong(Exception):
+    """A pass was ended before it was over."""
+
+
 class _Counter(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, until: float) -> None:
         super().__init__()
-        self.count = 0
+        self.count, self.until = 0, until
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
+        if time.monotonic() > self.until:
+            raise TookTooLong("the pass takes too long")
         return func(*args, **(kwargs or {}))
 
 
-def attempt(model: nn.Module, inputs: Mapping[str, Any]) -> Attempt:
-    """One forward pass, its random numbers seeded."""
-    counter = _Counter()
+def attempt(model: nn.Module, inputs: Mapping[str, Any], until: float = math.inf) -> Attempt:
+    """One forward pass, its random numbers seeded; it is ended at ``until``, by the monotonic clock."""
+    counter = _Counter(until)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:

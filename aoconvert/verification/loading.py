@@ -210,6 +210,7 @@ def _request(
             for part in target.parts
             if by_library
         },
+        "places": {part.name: str(folder / part.folder) for part in target.parts},
         "forward": forward,
         "originals": dict(originals),
         "example": example,

@@ -39,18 +39,24 @@ class Check:
 
 @dataclass(frozen=True)
 class Ran:
-    """Code that ran to its end: what it did, on which device, and its SHA-256 before place and sizes are filled in."""
+    """Code that ran to its end: what it did, on which device, and its SHA-256 before place and sizes are filled in.
+
+    ``inputs``: of a forward pass, component → who made its inputs: ``pipeline`` (what it hands to the component in its
+    own call), ``processor`` (or tokenizer, beside the model), ``dummy_inputs`` of its class, or a ``search``.
+    """
 
     what: Literal["load", "forward", "example"]
     device: str
     code_sha256: str | None
+    inputs: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class ForwardPass:
     """A forward pass of one quantized model; ``output_sqnr_db``: of its output, to the original's on the same input.
 
-    ``None`` where they were not compared, or are equal: ``detail`` says so.
+    ``None`` where they were not compared, or are equal: ``detail`` says so. ``inputs``: who made them, as in
+    :class:`Ran`.
     """
 
     component: str
@@ -58,6 +64,7 @@ class ForwardPass:
     status: Status
     detail: str
     output_sqnr_db: float | None
+    inputs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ class Report:
             "device": self.device,
             "code_sha256": self.code_sha256,
             "example": self.example,
-            "ran": [{"what": r.what, "device": r.device, "code_sha256": r.code_sha256} for r in self.ran],
+            "ran": [asdict(one) for one in self.ran],
             "forward": [asdict(one) for one in self.forward],
             "published": self.published.to_dict() if self.published is not None else None,
         }

@@ -241,7 +241,8 @@ def _ran(run: _Run, target: Target, loaded: Loaded) -> Iterator[Ran]:
     opened = code_sha256(target, run.strategy)
     yield Ran("load", run.device, opened)
     if loaded.forward_passed:
-        yield Ran("forward", run.device, opened)
+        sources = {one.component: one.inputs for one in run.forward if one.inputs is not None}
+        yield Ran("forward", run.device, opened, sources)
     if loaded.example:
         yield Ran("example", run.device, usage_sha256(target))
 

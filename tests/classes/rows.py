@@ -16,7 +16,7 @@ from table.reference import assert_same, quantize_named
 import aoconvert
 from aoconvert import inputs, schemes
 from aoconvert.errors import AoconvertError
-from aoconvert.inputs import Found, NoInputs, find_inputs, first_tensors
+from aoconvert.inputs import Found, NoInputs, find_inputs, first_tensors, from_libraries
 from aoconvert.verification.children import forward_pass
 
 SCHEME = "int8wo"
@@ -104,7 +104,7 @@ def _fill(row: Row, source: Path, output: Path, changes: Changes) -> None:
     if hasattr(ours.config, "_experts_implementation"):
         theirs.set_experts_implementation(ours.config._experts_implementation)
     try:
-        found = find_inputs(original)
+        found = find_inputs(original, from_libraries(original))
     except NoInputs as error:
         row.note = _joined(row.note, f"no input: {_line(error)}")
         row.verify = "skipped"

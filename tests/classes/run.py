@@ -12,9 +12,11 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,12 +89,25 @@ def rows(titles: list[str]) -> Iterator[Record]:
             yield _empty(library, name, why)
 
 
+def side_by_side(titles: list[str], jobs: int) -> Iterator[Record]:
+    """The rows of as many processes as ``jobs`` says, as they come."""
+    found: Queue[Record | None] = Queue()
+
+    def run(part: list[str]) -> None:
+        for row in rows(part):
+            found.put(row)
+        found.put(None)
+
+    for place in range(jobs):
+        threading.Thread(target=run, args=(titles[place::jobs],), daemon=True).start()
+    for _ in range(jobs):
+        yield from iter(found.get, None)
+
+
 class _Watch:
     """Ends a process whose class takes too long."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
-        import threading
-
         self.process, self.fired, self.until, self.over = process, False, time.monotonic() + 2 * _SECONDS, False
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -155,6 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write README.md and results.jsonl")
     parser.add_argument("--only", metavar="PATTERN", help="only classes that this regular expression is found in")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run at once")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -162,7 +178,7 @@ def main() -> int:
     titles = [title for title in configs() if re.search(arguments.only or "", title)]
     done = stored(PART) if arguments.only is None else {}
     with (PART if arguments.only is None else Path(os.devnull)).open("a", encoding="utf-8") as part:
-        for row in rows([title for title in titles if title not in done]):
+        for row in side_by_side([title for title in titles if title not in done], arguments.jobs):
             part.write(json.dumps(row) + "\n")
             part.flush()
             done[f"{row['library']}:{row['class_name']}"] = row

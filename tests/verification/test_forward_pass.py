@@ -35,7 +35,7 @@ def passed(model: Any, how: dict[str, Any] | None = None) -> dict[str, Any]:
 def test_the_output_is_compared_with_the_originals(tmp_path: Path) -> None:
     model, how = made(tiny.clip_text("CLIPTextModelWithProjection"), tmp_path)
     answer = passed(model, how)
-    found = inputs.find_inputs(model)
+    found = inputs.find_inputs(model, inputs.from_libraries(model))
     original = transformers.CLIPTextModelWithProjection.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         before, after = (inputs.first_tensors(one(**found.make())) for one in (original, model))

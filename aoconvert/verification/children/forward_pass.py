@@ -1,4 +1,4 @@
-"""One forward pass of a model that was opened, on an input that is found for its class, and of its original."""
+"""One forward pass of a model that was opened, on an input that is found for it, and of its original."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from typing import Any
 import torch
 
 
-def attempt_forward(model: Any, original: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One forward pass with a batch of one: ``{"status", "detail", "output_sqnr_db"}``.
+def attempt_forward(
+    model: Any, original: dict[str, Any] | None = None, folder: str | None = None, handed: Any = None
+) -> dict[str, Any]:
+    """One small forward pass: ``{"status", "detail", "output_sqnr_db", "inputs"}``.
 
     Args:
         model: what was opened.
         original: how to open what it was made of.
+        folder: of the model; what prepares its inputs may lie there or beside it.
+        handed: what its pipeline hands to it, see :func:`hand_out`.
     """
     package, name = load_inputs(), type(model).__name__
     try:
-        found = package.find_inputs(model)
+        places = package.processor_folders(Path(folder)) if folder is not None else ()
+        own = [handed] if handed is not None else []
+        found = package.find_inputs(model, [*own, *package.from_libraries(model, places)])
     except package.NoInputs as error:
         return answer("skipped", f"no input that {name} takes when it is not quantized: {error}")
     except Exception as error:
@@ -27,9 +33,19 @@ def attempt_forward(model: Any, original: dict[str, Any] | None = None) -> dict[
     return run_forward(model, found, package, original)
 
 
-def answer(status: str, detail: str, sqnr: float | None = None) -> dict[str, Any]:
-    """What a forward pass gave."""
-    return {"status": status, "detail": detail, "output_sqnr_db": sqnr}
+def hand_out(whole: Any, models: dict[str, Any]) -> dict[str, Any]:
+    """What a pipeline hands to its parts, by their names; nothing for a model alone, or where its call fails."""
+    if not hasattr(whole, "components"):
+        return {}
+    try:
+        return dict(load_inputs().from_pipeline(whole, models))
+    except Exception:  # whatever a pipeline is made of
+        return {}
+
+
+def answer(status: str, detail: str, sqnr: float | None = None, inputs: str | None = None) -> dict[str, Any]:
+    """What a forward pass gave, and who made its inputs."""
+    return {"status": status, "detail": detail, "output_sqnr_db": sqnr, "inputs": inputs}
 
 
 def run_forward(model: Any, found: Any, package: Any, original: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -56,7 +72,7 @@ def run_forward(model: Any, found: Any, package: Any, original: dict[str, Any] |
         return answer("failed", f"the output of {name} is not finite")
     shape = f"output {list(values[0].shape)}, finite" if values else "a forward pass"
     compared, sqnr = compare_outputs(before, values, package)
-    return answer("passed", f"{name}: {shape}{compared}", sqnr)
+    return answer("passed", f"{name}: {shape}{compared}", sqnr, found.source)
 
 
 def one_pass(model: Any, found: Any, package: Any) -> tuple[list[torch.Tensor], Exception | None]:
@@ -120,6 +136,8 @@ def sibling(name: str) -> Any:
 
 def load_inputs() -> Any:
     """The package ``inputs``, by its path: nothing else of aoconvert is to be imported here."""
+    if "inputs" in sys.modules:
+        return sys.modules["inputs"]
     folder = Path(__file__).resolve().parents[2] / "inputs"
     spec = importlib.util.spec_from_file_location("inputs", folder / "__init__.py")
     assert spec is not None and spec.loader is not None

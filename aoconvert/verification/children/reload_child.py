@@ -2,11 +2,11 @@
 
 Reads one JSON request from stdin: ``code`` (which leaves ``pipe`` or ``model``), ``folder`` (the checkpoint), ``parts``
 (name → ``{tensor: [class, sha256]}`` of what must be quantized, hashes null without a manifest), ``reports`` (name →
-``{"folder", "kwargs"}`` of the models of which the library's loading report is wanted), ``forward``, ``example`` (code
-that uses what was opened, or null). Writes JSON lines: ``{"loaded": ..., "opened": [...]}`` (files of weights in the
-folder), ``{"part": ..., "problems": [...], "tensors": {name: [dtype, sha256]}}`` (of what is not quantized),
-``{"part": ..., "report": ...}``, ``{"part": ..., "forward": {"status", "detail", "output_sqnr_db"}}``,
-``{"error": ...}``.
+``{"folder", "kwargs"}`` of the models of which the library's loading report is wanted), ``places`` (name → folder of
+the model), ``forward``, ``example`` (code that uses what was opened, or null). Writes JSON lines: ``{"loaded": ...,
+"opened": [...]}`` (files of weights in the folder), ``{"part": ..., "problems": [...], "tensors": {name: [dtype,
+sha256]}}`` (of what is not quantized), ``{"part": ..., "report": ...}``, ``{"part": ..., "forward": {"status",
+"detail", "output_sqnr_db", "inputs"}}``, ``{"error": ...}``.
 
 ``originals`` (name → ``{"library", "module", "class_name", "folder", "variant", "dtype", "trust"}``) are opened one at
 a time, where there is memory for one beside the result, and take the same forward pass.
@@ -44,8 +44,10 @@ def main() -> None:
         say({"part": part, "report": report(models[part], **how)})
     if request["forward"]:
         forward = sibling("forward_pass")
+        handed = forward.hand_out(whole, models)
         for part, model in models.items():
-            say({"part": part, "forward": forward.attempt_forward(model, request["originals"].get(part))})
+            found = request["originals"].get(part), request["places"][part], handed.get(part)
+            say({"part": part, "forward": forward.attempt_forward(model, *found)})
     if request["example"] is not None:
         say({"example": True, "forward": attempt_example(request["example"], names)})
 
