@@ -62,8 +62,10 @@ def _schemes() -> dict[str, str]:
 
 
 def _parts(source: str | None) -> list[str]:
-    """Parts of the pipeline in a folder."""
+    """Parts of the pipeline in a folder that are models: schedulers and tokenizers have configs of other names."""
+    folder = Path(source or "")
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        index = parse_json(read_limited(Path(source or "") / "model_index.json", CONFIG_BYTES))
-        return [name for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)]
+        index = parse_json(read_limited(folder / "model_index.json", CONFIG_BYTES))
+        parts = [name for name, entry in index.items() if isinstance(entry, list)]
+        return [name for name in parts if (folder / name / "config.json").is_file()]
     return []

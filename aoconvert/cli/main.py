@@ -107,6 +107,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(args=arguments, prog_name="aoconvert", standalone_mode=False)
+        if sys.stdout is None:  # what click prints, as --help, goes nowhere without a word
+            sys.exit(1)
         sys.exit(code if isinstance(code, int) else 0)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail(out, Interrupted("interrupted"))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from aoconvert.cli.streams import is_terminal, write_stderr, write_stdout
+from aoconvert.cli.streams import is_terminal, shows_color, write_stderr, write_stdout
 from aoconvert.progress import Progress, Silent
 from aoconvert.words import escaped
 
@@ -83,7 +83,7 @@ class Output:
     def _line(self, label: str, text: str, color: str) -> None:
         text = escaped(" ".join(text.split()))
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-        head = f"\033[{color}m{label}:\033[0m" if is_terminal(sys.stderr) else f"{label}:"
+        head = f"\033[{color}m{label}:\033[0m" if shows_color(sys.stderr) else f"{label}:"
         write_stderr(f"{head} {text}\n")
 
     @contextlib.contextmanager

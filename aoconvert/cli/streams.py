@@ -13,6 +13,11 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
+def shows_color(stream: TextIO | None) -> bool:
+    """Whether to color a stream: a terminal that knows how to, and nobody said no (https://no-color.org)."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def write_stderr(text: str) -> None:
     """Write to stderr; where it is closed or full nobody can be told, and the work goes on."""
     if sys.stderr is not None:

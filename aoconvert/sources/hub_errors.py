@@ -56,7 +56,7 @@ def hub_error(error: BaseException, repo_id: str, revision: str | None, *, doing
     if isinstance(error, errors.LocalEntryNotFoundError | errors.RevisionResolutionError):
         if error.__cause__ is not None and not isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             return hub_error(error.__cause__, repo_id, revision)
-        return not_cached(name)
+        return not_cached(name, "look for a typo, as there is no such folder here; ")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return not_cached(name)
     if isinstance(error, errors.HfHubHTTPError):
@@ -64,11 +64,11 @@ def hub_error(error: BaseException, repo_id: str, revision: str | None, *, doing
     return _network_error(error, name) or _disk_error(error, name) or _other_error(error, name)
 
 
-def not_cached(what: str) -> HubError:
-    """The error for something that is not in the cache while the network may not be used."""
+def not_cached(what: str, first: str = "") -> HubError:
+    """The error for something that is not in the cache while the network may not be used; ``first`` begins the hint."""
     return HubError(
         f"{what} is not in the cache, and the network may not be used",
-        hint="run once without --local-files-only and HF_HUB_OFFLINE, or point --cache-dir at the right cache",
+        hint=f"{first}run once without --local-files-only and HF_HUB_OFFLINE, or point --cache-dir at the right cache",
     )
 
 

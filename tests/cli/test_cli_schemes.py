@@ -111,14 +111,17 @@ def test_the_list_fits_a_screen(call: Callable[..., Any], monkeypatch: pytest.Mo
         ("quantize ./model --scheme int4", {"int4wo", "int4dq"}, {"auto", "int8wo"}),
         ("plan ./model --scheme a", {"auto"}, {"int8wo"}),
         ("plan ./model --candidates int8wo,int", {"int8wo,int4wo"}, {"int8wo,int8wo"}),
-        ("plan ./model --component trans", {"transformer"}, {"vae"}),
+        ("plan ./model --component t", {"transformer"}, {"vae", "tokenizer"}),
         ("plan ./model --component transformer=float8wo", {"transformer=float8wo_e5m2"}, {"transformer=int8wo"}),
         ("ca", {"cache", "card"}, {"plan"}),
     ],
 )
 def test_a_shell_completes(typed: str, expected: set[str], not_expected: set[str], tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    parts = {"_class_name": "X", "transformer": ["diffusers", "T"], "vae": ["diffusers", "V"]}
+    parts = {"_class_name": "X", "transformer": ["diffusers", "T"], "vae": ["diffusers", "V"], "tokenizer": ["x", "Y"]}
+    for name in ("transformer", "vae"):
+        (tmp_path / "model" / name).mkdir()
+        (tmp_path / "model" / name / "config.json").write_text("{}")
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(parts))
     words = f"aoconvert {typed}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "_AOCONVERT_COMPLETE": "bash_complete"}
