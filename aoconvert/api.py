@@ -390,7 +390,7 @@ def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
 def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: Progress) -> QuantizeResult:
     """``quantize`` with its options already made."""
     from aoconvert.planning.make import refuse_early
-    from aoconvert.staging import tidy
+    from aoconvert.planning.overwriting import tidy
 
     tidy(options.output)
     resolved = _resolved(source, options)

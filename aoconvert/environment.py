@@ -27,7 +27,10 @@ PACKAGES = ("torch", "torchao", "diffusers", "transformers", "accelerate", "hugg
 ACCELERATORS = accelerators.KINDS
 # also told by ``aoconvert env``: what reads and writes files, and what some layouts or models need
 _BESIDE = ("safetensors", "tokenizers", "hf_xet", "peft", "mslk", "triton")
-_VARIABLES = ("AOCONVERT_CACHE_DIR", "AOCONVERT_COMPILE", "AOCONVERT_DEBUG", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE")
+_VARIABLES = (
+    *("AOCONVERT_CACHE_DIR", "AOCONVERT_COMPILE", "AOCONVERT_DEBUG", "AOCONVERT_VERIFY_MEMORY"),
+    *("AOCONVERT_VERIFY_SECONDS", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE"),
+)
 
 _log = logging.getLogger(__name__)
 

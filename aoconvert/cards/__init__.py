@@ -16,8 +16,8 @@ from aoconvert.files import read_limited, write_whole
 from aoconvert.manifest import CARD_BYTES
 from aoconvert.manifest import CARD_NAME as CARD_NAME
 from aoconvert.manifest import PICTURE_NAME as PICTURE_NAME
+from aoconvert.planning.overwriting import tidy
 from aoconvert.seals import is_sealed, seal
-from aoconvert.staging import tidy
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import signal
 import stat
 import threading
@@ -21,16 +20,27 @@ from aoconvert.errors import PlanError, WriteError
 from aoconvert.files import open_regular, read_limited, write_whole, writing
 from aoconvert.json_text import INDEX_BYTES
 from aoconvert.manifest import MANIFEST_NAME, FileEntry
-from aoconvert.planning.overwriting import overwrite_problem
+from aoconvert.planning.overwriting import others_problem, overwrite_problem, remove_result
 from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Progress
 from aoconvert.readers.digest import FileDigest, damaged_in_cache
 from aoconvert.sources import Source
-from aoconvert.staging import JOURNAL_NAME, journal_aside, partial_folder, replaced_folder
+from aoconvert.staging import (
+    DRAFT_NAME,
+    FILES_NAME,
+    JOURNAL_NAME,
+    LOCK_NAME,
+    file_list,
+    journal_aside,
+    listed_files,
+    partial_folder,
+    replaced_folder,
+    split_files,
+)
 
-_LOCK_NAME = "aoconvert.lock"
 _FICLONE = 0x40049409
 _CHUNK = 1 << 22
+_AWAY = "move it away, or choose another --output"
 
 
 class Stage:
@@ -51,23 +61,27 @@ class Stage:
         self._journal_aside = journal_aside(output)
         self._made = [folder for folder in self.output.parents if not folder.exists()]
         self.placed = False
+        self._known: frozenset[str] = frozenset()
         with writing(self.root):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._hold(output)
             try:
                 self._mend()
+                self._known = listed_files(self.root)
             except BaseException:
                 os.close(self._lock)
                 raise
         with contextlib.suppress(OSError):  # it is only for the message that another process shows
-            write_whole(self.root / _LOCK_NAME, f"{os.getpid()}\n".encode())
+            write_whole(self.root / LOCK_NAME, f"{os.getpid()}\n".encode())
 
     def _mend(self) -> None:
         """Put back what a run that was killed in the middle of ``place`` had moved."""
         if self._aside.is_symlink():
             self._aside.unlink()
-        if self._aside.is_dir():
-            shutil.rmtree(self._aside) if self.output.exists() else self._aside.rename(self.output)
+        if self._aside.is_dir() and not self.output.exists():
+            self._aside.rename(self.output)
+        if self._aside.is_dir() and (problem := remove_result(self._aside)):
+            raise WriteError(problem, hint=_AWAY)
         if self._journal_aside.exists():
             there = any(self.root.iterdir()) and not (self.root / JOURNAL_NAME).exists()
             self._journal_aside.rename(self.root / JOURNAL_NAME) if there else self._journal_aside.unlink()
@@ -95,8 +109,23 @@ class Stage:
 
     def _owner(self) -> str:
         with contextlib.suppress(OSError, ValueError):
-            return f" (process {int(read_limited(self.root / _LOCK_NAME, 20, follow=False))})"
+            return f" (process {int(read_limited(self.root / LOCK_NAME, 20, follow=False))})"
         return ""
+
+    def announce(self, paths: Collection[str]) -> None:
+        """Write down which files this run writes, before it does: of what it leaves, a later run removes no others.
+
+        Args:
+            paths: relative to the folder.
+
+        Raises:
+            WriteError: disk full.
+        """
+        self._known |= frozenset(paths)
+        place = self.root / FILES_NAME
+        with writing(place):
+            write_whole(place, file_list(self._known))
+            _sync(place)
 
     def clear(self, keep: Collection[str] = ()) -> None:
         """Remove what an earlier run left, but for these files; a link never stays.
@@ -105,22 +134,25 @@ class Stage:
             keep: relative to the folder.
 
         Raises:
-            WriteError: no permission.
+            WriteError: no permission, or the folder holds what aoconvert did not write.
         """
-        kept = {self.root / path for path in (*keep, _LOCK_NAME)}
+        kept = {*keep, LOCK_NAME, FILES_NAME}
         with writing(self.root):
-            for folder, folders, files in os.walk(self.root, topdown=False):
-                for name in files:
-                    path = Path(folder, name)
-                    facts = path.lstat()
-                    if path not in kept or not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
-                        path.unlink()
-                for name in folders:
-                    path = Path(folder, name)
-                    if path.is_symlink():
-                        path.unlink()
-                    elif not any(path.iterdir()):
-                        path.rmdir()
+            ours, others = split_files(self.root, self._known | frozenset(keep))
+        if others:
+            raise WriteError(others_problem(self.root, others), hint=_AWAY)
+        with writing(self.root):
+            self._remove(path for path in ours if path not in kept or not _is_plain(self.root / path))
+
+    def _remove(self, paths: Iterable[str]) -> None:
+        """Remove files, and the folders that hold nothing then; a path with a slash at its end is such a folder."""
+        for path in paths:
+            place = self.root / path
+            place.rmdir() if path.endswith("/") else place.unlink()
+            for folder in place.parents:
+                if folder == self.root or any(folder.iterdir()):
+                    break
+                folder.rmdir()
 
     def check_output(self) -> None:
         """Look again whether what is at the output's name may be replaced: somebody may have come since the plan.
@@ -129,7 +161,7 @@ class Stage:
             WriteError: it holds what aoconvert did not write.
         """
         if self.output.is_dir() and any(self.output.iterdir()) and (problem := overwrite_problem(self.output)):
-            raise WriteError(problem, hint="move it away, or choose another --output")
+            raise WriteError(problem, hint=_AWAY)
 
     def place(self, manifest: str) -> None:
         """Flush everything, write the manifest, and move the folder to the output's name, replacing what is there.
@@ -145,12 +177,13 @@ class Stage:
         finally:
             if self.placed:
                 os.close(self._lock)
-                shutil.rmtree(self._aside, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_result(self._aside)
                 with contextlib.suppress(OSError):
                     self._journal_aside.unlink(missing_ok=True)
 
     def _place(self, manifest: str) -> None:
-        draft, journal = self.root / f"{MANIFEST_NAME}.partial", self.root / JOURNAL_NAME
+        draft, journal = self.root / DRAFT_NAME, self.root / JOURNAL_NAME
         with writing(self.output):
             _sync_tree(self.root)
             write_whole(draft, manifest.encode())
@@ -159,7 +192,8 @@ class Stage:
                 if journal.exists():
                     journal.rename(self._journal_aside)
                 try:
-                    (self.root / _LOCK_NAME).unlink(missing_ok=True)
+                    for name in (LOCK_NAME, FILES_NAME):
+                        (self.root / name).unlink(missing_ok=True)
                     draft.rename(self.root / MANIFEST_NAME)
                     _sync(self.root)
                     self._swap()
@@ -183,13 +217,15 @@ class Stage:
     def leave(self) -> None:
         """Let go of the folder; what is in it is for a later run."""
         with contextlib.suppress(OSError):
-            (self.root / _LOCK_NAME).unlink()
+            (self.root / LOCK_NAME).unlink()
         with contextlib.suppress(OSError):
             os.close(self._lock)
 
     def discard(self) -> None:
-        """Remove the unfinished folder, and the folders above it that were made for it."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        """Remove the unfinished folder, and the folders above it that were made for it; what others put there stays."""
+        with contextlib.suppress(OSError):
+            self._remove(split_files(self.root, self._known)[0])
+            self.root.rmdir()
         with contextlib.suppress(OSError):
             os.close(self._lock)
         with contextlib.suppress(OSError):  # somebody else may use them by now
@@ -199,6 +235,7 @@ class Stage:
     def write_text(self, path: str, text: str) -> FileEntry:
         """Write a small file, and give its entry."""
         target = self.root / path
+        self._known |= {path}
         content = text.encode("utf-8")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -255,6 +292,12 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
     for which in arrived[:1]:
         signal.raise_signal(which)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is a file of one name."""
+    facts = path.lstat()
+    return stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1
 
 
 def _renamed_index(index: Any, variant: str) -> str:

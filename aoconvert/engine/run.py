@@ -130,6 +130,7 @@ def run(
     journal = Journal(plan, stage)
     try:
         unused = journal.open(resume, progress)
+        stage.announce(_written_files(plan))
         resumed = journal.kept
         for path in {path for item in plan.streamed if item.weights for path in item.weights.files}:
             if begun and (digest := begun.get(plan.source.local(path))):
@@ -247,6 +248,13 @@ def _components(
         entries.append(_component_entry(component, done, extra, plan))
     progress.finish()
     return entries, digests, seconds
+
+
+def _written_files(plan: Plan) -> set[str]:
+    """Every file that the run writes, by its path in the output."""
+    found = {file.path for model in plan.streamed for file in model.files} | {item.path for item in plan.copied}
+    found |= {join(component.folder, "config.json") for component in plan.components}
+    return found | {join(model.folder, index_name(model.component)) for model in plan.streamed if len(model.files) > 1}
 
 
 def _read_files(plan: Plan, reading: ComponentReading) -> dict[str, FileEntry]:

@@ -14,9 +14,9 @@ from aoconvert.cards import CARD_NAME, PICTURE_NAME
 from aoconvert.errors import SourceError
 from aoconvert.hub.types import PushOptions, Sent
 from aoconvert.manifest import MANIFEST_NAME, FileEntry, Manifest
+from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
 from aoconvert.sources.folder import list_folder, stays_inside
-from aoconvert.staging import tidy
 from aoconvert.verification.files import file_sha256, shadows
 from aoconvert.verification.report import REPORT_NAME, read_report, some
 

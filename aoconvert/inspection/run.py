@@ -14,13 +14,13 @@ from aoconvert.inspection.files import read_file
 from aoconvert.inspection.types import Component, FileFacts, Inspection
 from aoconvert.manifest import MANIFEST_NAME, Manifest
 from aoconvert.manifest import load as load_manifest
+from aoconvert.planning.overwriting import tidy
 from aoconvert.sources import WEIGHT_SUFFIXES, Source, find_weights, resolve
 from aoconvert.sources.base import is_safe_path
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.hub_errors import not_cached
 from aoconvert.sources.remote import RemoteFile
 from aoconvert.sources.weights import Library
-from aoconvert.staging import tidy
 from aoconvert.verification.byte_source import ByteSource, LocalFile
 
 _PIPELINE = "model_index.json"

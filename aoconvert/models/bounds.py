@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import SourceError
+from aoconvert.memory import available_bytes
 
 _LAYERS = re.compile(
     r"(?:.*_)?(?:n|num)_(?:.*_)?(?:layers?|blocks?|stages?)|(?:.*_)?(?:depths?|layers_per_block|n_layers?)"
@@ -127,7 +128,11 @@ def _memory_limit() -> Iterator[None]:
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [limit for limit in (used + _MEMORY, before[0], before[1]) if limit != resource.RLIM_INFINITY]
+    limits = [
+        limit
+        for limit in (used + min(_MEMORY, available_bytes()), before[0], before[1])
+        if limit != resource.RLIM_INFINITY
+    ]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
     try:

@@ -25,6 +25,7 @@ DEFAULT = "grouped_mm"
 IMPLEMENTATIONS = (DEFAULT, "eager")
 
 _EXPERTS = 2
+_SECONDS = 120.0  # of CPU time for a forward
 _INNER = 256  # columns of the down projection that take part in the trial: a multiple of any group size in use
 
 S = TypeVar("S")
@@ -98,6 +99,8 @@ def _try(
     """Implementation → ``None`` where a forward of the module runs, or why it does not."""
     import torch
 
+    from aoconvert.models.deadline import deadline
+
     if not _is_dispatched(module):
         return dict.fromkeys(IMPLEMENTATIONS, _not_dispatched(skeleton))
     try:
@@ -111,7 +114,7 @@ def _try(
         config: Any = probe.config
         config._experts_implementation = implementation
         try:
-            with torch.no_grad():
+            with deadline(_SECONDS), torch.no_grad():
                 probe(
                     torch.zeros(_EXPERTS, width, dtype=dtype),
                     torch.arange(_EXPERTS).unsqueeze(1),

@@ -131,8 +131,8 @@ class Trial:
         return Seen(**answer) if answer is not None else Seen(None, {})
 
     def _ask(self, question: Any, make: Callable[[], Any]) -> Any:
-        """The answer to a question about the model; ``None`` where there was no time for one."""
-        from aoconvert.models.watch import TookTooLong
+        """The answer to a question about the model; ``None`` where there was no time, or no memory, for one."""
+        from aoconvert.models.deadline import TookTooMuch
 
         facts = [self.key, question]
         name = key_of(facts)
@@ -141,7 +141,7 @@ class Trial:
                 # a class that is in the checkpoint may be another one tomorrow
                 own = self._skeleton.code_root is not None
                 self._answers[name] = make() if own else remembered("trials", facts, make)
-            except TookTooLong:
+            except TookTooMuch:
                 self._answers[name] = None
         return self._answers[name]
 
@@ -208,15 +208,25 @@ class Trial:
 
     @cached_property
     def _given(self) -> Found | None:
-        """What the forward takes; looked for in float32 where no forward runs in the model's own dtypes."""
+        """What the forward takes; looked for in float32 where no forward runs in the model's own dtypes.
+
+        Raises:
+            TookTooMuch: nobody waits so long for a plan.
+        """
         from aoconvert.inputs import find_inputs
+        from aoconvert.models.deadline import TookTooMuch, deadline
         from aoconvert.models.repeats import run_once
 
         for dtypes in (self._dtypes, _in_float32(self._dtypes)):
-            with contextlib.suppress(Exception), _quiet():  # none found, or a class that fails in its own way
-                model, _ = self._build(dtypes, {}, values=False)
-                run_once(model)
-                return find_inputs(model, tries=_TRIES, seconds=_SECONDS)
+            try:
+                with _quiet(), deadline(_SECONDS):
+                    model, _ = self._build(dtypes, {}, values=False)
+                    run_once(model)
+                    return find_inputs(model, tries=_TRIES, seconds=_SECONDS)
+            except TookTooMuch:
+                raise
+            except Exception:  # none found, or a class that fails in its own way
+                continue
         return None
 
     def _attempt(
@@ -225,12 +235,13 @@ class Trial:
         """One forward of a fresh copy, or what it raised.
 
         Raises:
-            TookTooLong: nobody waits so long for a plan.
+            TookTooMuch: nobody waits so long for a plan.
         """
         import torch
 
+        from aoconvert.models.deadline import TookTooMuch, deadline
         from aoconvert.models.repeats import run_once, spread
-        from aoconvert.models.watch import TookTooLong, Watch
+        from aoconvert.models.watch import Watch
 
         found = given or self._given
         assert found is not None
@@ -239,10 +250,10 @@ class Trial:
             with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
                 model, weights = self._build(dtypes, quantized, values=values)
                 names = run_once(model) if not values else {}
-                watch = Watch(weights, values=values, seconds=_SECONDS)
-                with watch:
+                watch = Watch(weights, values=values)
+                with deadline(_SECONDS), watch:
                     model(**inputs)
-        except TookTooLong:
+        except TookTooMuch:
             raise
         except Exception as error:  # whatever a class raises
             return error

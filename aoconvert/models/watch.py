@@ -7,7 +7,6 @@ weight is known by its identity, and so is what is made of it (``weight.T``) as 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
@@ -20,10 +19,6 @@ _MOST = 1 << 24  # values of a tensor that are made where a function wants them
 _DEVICE: Any = torch.Tensor.device.__get__
 
 
-class TookTooLong(Exception):
-    """A forward that was stopped: nobody waits so long for a plan."""
-
-
 class Watch(TorchFunctionMode):
     """What happens to the weights while this is active.
 
@@ -34,19 +29,17 @@ class Watch(TorchFunctionMode):
         weights: state-dict key → the weight in the model.
         values: the model's large tensors are on ``meta``, all else is on the CPU, and what comes of both is zeros
             there. For a forward that looks at values, which ``meta`` tensors do not have.
-        seconds: how much CPU time it may take.
 
     Attributes:
         rows: key of a weight → most rows that a call of ``linear`` multiplied it with.
         faults: key of a weight → where it is used in a way that its class does not know, in words.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], *, values: bool, seconds: float) -> None:
+    def __init__(self, weights: Mapping[str, torch.Tensor], *, values: bool) -> None:
         super().__init__()
         self.rows: dict[str, int] = {}
         self.faults: dict[str, str] = {}
         self._values = values
-        self._deadline = time.process_time() + seconds
         # the tensor is kept, so that no other can have its id
         self._known = {id(weight): (weight, frozenset({name})) for name, weight in weights.items()}
         self._usual: dict[tuple[Any, ...], bool] = {}
@@ -56,8 +49,6 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """One call."""
         kwargs = kwargs or {}
-        if time.process_time() > self._deadline:
-            raise TookTooLong
         if self._values and func is _DEVICE:
             return torch.device("cpu")
         used = [entry for tensor in _tensors(args, kwargs) if (entry := self._known.get(id(tensor))) is not None]

@@ -22,7 +22,7 @@ from aoconvert.options import QuantizeOptions
 from aoconvert.planning.component import component_warnings, dropped_warning, plan_component
 from aoconvert.planning.copying import sort_files, unread_pickles
 from aoconvert.planning.needs import needs
-from aoconvert.planning.overwriting import is_foreign, overwrite_problem
+from aoconvert.planning.overwriting import overwrite_problem, unfinished_problem
 from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
@@ -260,9 +260,8 @@ def output_problems(source: Source, output: Path, *, overwrite: bool) -> list[st
             problems.append(f"output {output} exists and is not empty (--overwrite replaces an earlier result)")
         elif problem := overwrite_problem(output):
             problems.append(f"{problem} (move it away, or choose another --output)")
-    partial = partial_folder(output)
-    if is_foreign(partial):
-        problems.append(f"{partial} holds something that aoconvert did not write (move it away)")
+    if problem := unfinished_problem(partial_folder(output)):
+        problems.append(f"{problem} (move it away)")
     place = output.resolve()
     if source.kind == "folder":
         root = source.root.resolve()

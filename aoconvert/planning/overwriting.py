@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aoconvert import manifest as manifests
 from aoconvert.errors import SourceError
 from aoconvert.manifest import CARD_NAME, MANIFEST_NAME, PICTURE_NAME, REPORT_NAME, FileEntry
 from aoconvert.seals import is_sealed
+from aoconvert.staging import journal_aside, listed_files, partial_folder, replaced_folder, split_files
+from aoconvert.words import first
 
 _OWN = frozenset({MANIFEST_NAME, REPORT_NAME, PICTURE_NAME})
 # what a process that was killed leaves of a card or a report
@@ -50,13 +53,52 @@ def overwrite_problem(folder: Path) -> str | None:
     return f"output {folder} holds what aoconvert did not write, or what was changed since: {', '.join(found)}"
 
 
-def is_foreign(partial: Path) -> bool:
-    """Whether the folder in which a run builds its files is somebody else's: a run leaves files of its own there."""
+def unfinished_problem(partial: Path) -> str | None:
+    """Why what is in the folder in which a run builds its files must not be removed, or ``None``."""
     try:
-        names = [path.name for path in partial.iterdir()]
+        _, others = split_files(partial, listed_files(partial))
     except OSError:  # it is not there, or whoever locks it says what is wrong with it
-        return False
-    return bool(names) and not any(name.startswith("aoconvert.") for name in names)
+        return None
+    return others_problem(partial, others) if others else None
+
+
+def others_problem(partial: Path, others: Sequence[str]) -> str:
+    """What to say of what somebody put into the folder of an unfinished run."""
+    return f"{partial} holds something that aoconvert did not write: {first(others, 4)}"
+
+
+def remove_result(folder: Path) -> str | None:
+    """Remove an earlier result that was replaced, its manifest last: what is left of it can still be told.
+
+    Returns:
+        Why it is left alone, or ``None``.
+
+    Raises:
+        OSError: no permission.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        return None
+    files = sorted(_files(folder), key=lambda path: path == MANIFEST_NAME)
+    if files and (problem := overwrite_problem(folder)):
+        return problem
+    for path in files:
+        (folder / path).unlink()
+    for at, _, _ in os.walk(folder, topdown=False):
+        Path(at).rmdir()
+    return None
+
+
+def tidy(output: Path) -> None:
+    """Remove what a run left that was killed when its output was in place, and what it had replaced not yet removed.
+
+    Where that run is still at it, it does the same. Nothing is removed while there is no whole output, or what is not
+    ours.
+    """
+    with contextlib.suppress(OSError):
+        if not (output / MANIFEST_NAME).is_file() or partial_folder(output).exists():
+            return
+        journal_aside(output).unlink(missing_ok=True)
+        remove_result(replaced_folder(output))
 
 
 def _files(folder: Path) -> Iterator[str]:

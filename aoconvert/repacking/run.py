@@ -103,6 +103,7 @@ def repack(folder: Path, device: str, output: Path, *, overwrite: bool, progress
     stage = Stage(output)
     try:
         stage.clear()
+        stage.announce([file.path for file in old.files()])
         progress.start("repack", sum(plan.entry.totals.bytes_out for plan in plans.values()))
         entries = [
             _Part(folder, plans[entry.name], device, stage, progress).run() if entry.name in plans else entry

@@ -79,6 +79,11 @@ class Source(ABC):
         """Folders of the source that are not looked into, such as ``.git``."""
         return ()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files().values())
+
     def has(self, path: str) -> bool:
         """Whether the source holds this file."""
         return path in self.files()

@@ -17,11 +17,11 @@ from typing import Any
 
 from aoconvert.errors import SourceError
 from aoconvert.manifest import ComponentEntry, Manifest
+from aoconvert.memory import available_bytes
 from aoconvert.models import identify
 from aoconvert.sources import Source
 from aoconvert.verification.code import load_code
-from aoconvert.verification.memory import available_bytes
-from aoconvert.verification.process import Children
+from aoconvert.verification.process import Children, Ended
 from aoconvert.verification.report import Status, some
 from aoconvert.verification.target import Part, Target
 
@@ -83,7 +83,7 @@ def compare_by_library(target: Target, source: Source, children: Children, *, tr
     """Have the library open both, and compare everything by its own names.
 
     Raises:
-        VerificationError: the interpreter died.
+        VerificationError: the interpreter died, or did not come to an end.
     """
     manifest = target.manifest
     if manifest is None:
@@ -93,7 +93,13 @@ def compare_by_library(target: Target, source: Source, children: Children, *, tr
     folder = None if target.kind == "pipeline" else _source_folder(source, manifest)
     fetch_for_library(source, _variant(manifest), folder)
     with tempfile.TemporaryDirectory(prefix="aoconvert-") as scratch:
-        answers = children.ask("library_child", _request(target, source, manifest, scratch, trust=trust))
+        request = _request(target, source, manifest, scratch, trust=trust)
+        try:
+            answers = children.ask("library_child", request, nbytes=target.nbytes + source.nbytes)
+        except Ended as error:
+            if error.of != "memory":
+                raise
+            return LibraryFindings("skipped", error.message)
     return judge(source.label, answers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from aoconvert.errors import VerificationError
 from aoconvert.manifest import UnquantizedEntry
 from aoconvert.sources import Source
 from aoconvert.verification.pickles import read_bin
-from aoconvert.verification.process import Children
+from aoconvert.verification.process import Children, Ended
 from aoconvert.verification.published import Published
 from aoconvert.verification.report import ForwardPass, Status, some
 from aoconvert.verification.target import Part, Target
@@ -92,6 +92,7 @@ def _load(target: Target, part: Part, more: Sequence[str], children: Children) -
             "imports": list(target.imports),
             "safe_globals": list(part.safe_globals) if part.safe_globals is not None else None,
         },
+        nbytes=target.nbytes,
     )
     if "error" in answers[-1]:
         raise VerificationError(f"{part.name or part.class_name}: {answers[-1]['error']}")
@@ -166,8 +167,9 @@ def check_published(
     request = _request(target, code, originals, forward=forward, example=example)
     with published.empty_cache() as home:
         environment = published.environment(os.environ, home)
+        size = published.size
         status, detail = _reloaded(
-            target, lambda: children.ask("reload_child", request, environment=environment), loaded
+            target, lambda: _reopen(children, request, nbytes=size, fetched=size, environment=environment), loaded
         )
         others = published.other_files(home)
     also = f", and fetched {some(others)}" if others else ""
@@ -193,7 +195,7 @@ def check_reload(
         OtherWeights: it opens, and other tensors, from other files, or made anew by the library, are in the model.
     """
     request = _request(target, code, originals, forward=forward, example=example)
-    return _reloaded(target, lambda: children.ask("reload_child", request), loaded)
+    return _reloaded(target, lambda: _reopen(children, request, nbytes=target.nbytes), loaded)
 
 
 def _request(
@@ -215,6 +217,35 @@ def _request(
         "originals": dict(originals),
         "example": example,
     }
+
+
+def _reopen(children: Children, request: dict[str, Any], **limits: Any) -> list[dict[str, Any]]:
+    """What an interpreter says that opens the checkpoint; what it did not come to the end of has a status, too.
+
+    Raises:
+        VerificationError: it did not come as far as the forward pass.
+    """
+    try:
+        return children.ask("reload_child", request, **limits)
+    except Ended as error:
+        opened = [answer for answer in error.answers if "tensors" in answer or "report" in answer]
+        if len(opened) < len(request["parts"]) + len(request["reports"]):
+            raise
+        return [*error.answers, *_unfinished(request, error)]
+
+
+def _unfinished(request: dict[str, Any], error: Ended) -> Iterator[dict[str, Any]]:
+    """The forward passes and the example that an interpreter was ended in, and those that would have come after.
+
+    A machine with too little memory says nothing of the checkpoint.
+    """
+    given = {"status": "skipped" if error.of == "memory" else "failed", "detail": f"no end of it: {error.message}"}
+    done = {answer.get("part") for answer in error.answers if "forward" in answer}
+    for name in request["parts"]:
+        if request["forward"] and name not in done:
+            yield {"part": name, "forward": {**given, "output_sqnr_db": None}}
+    if request["example"] is not None:
+        yield {"example": True, "forward": given}
 
 
 def _reloaded(target: Target, open_it: Callable[[], list[dict[str, Any]]], loaded: Loaded) -> tuple[Status, str]:

@@ -17,10 +17,10 @@ from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.files import check_replaceable, is_there, read_limited, write_whole, writing
 from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
 from aoconvert.models.bounds import Held, check_config
+from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
 from aoconvert.recipes.known import check_quantization
 from aoconvert.sources import Source
-from aoconvert.staging import tidy
 from aoconvert.verification.code import Strategy, card_strategy, code_sha256, load_code
 from aoconvert.verification.files import check_files, file_sha256, notes, shadows
 from aoconvert.verification.library import LibraryFindings, compare_by_library, originals

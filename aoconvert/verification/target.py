@@ -92,6 +92,11 @@ class Target:
         return tuple(sorted(path.relative_to(self.folder).as_posix() for path in found))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of everything in the folder."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    @property
     def safe_globals(self) -> tuple[str, ...]:
         """All names that the pickles need beyond torch's own."""
         return tuple(sorted({name for part in self.parts for name in part.safe_globals or ()}))

@@ -82,7 +82,7 @@ def test_the_code_on_the_card_is_what_verify_ran(
     load, usage = page.fences("python")
     sent: list[dict[str, Any]] = []
 
-    def record(self: process.Children, child: str, request: dict[str, Any]) -> Any:
+    def record(self: process.Children, child: str, request: dict[str, Any], **limits: Any) -> Any:
         sent.append(request)
         raise aoconvert.VerificationError("seen")
 

@@ -19,8 +19,12 @@ from aoconvert.engine.output import Stage
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.hub.contents import read_contents
 from aoconvert.hub.types import PushOptions
+from aoconvert.options import QuantizeOptions
+from aoconvert.planning.make import output_problems
+from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Silent
-from aoconvert.staging import JOURNAL_NAME, tidy
+from aoconvert.sources.folder import FolderSource
+from aoconvert.staging import JOURNAL_NAME
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +83,12 @@ def test_an_interrupt_waits_for_the_swap(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_earlier_result_stays_until_the_new_one_is_there(tmp_path: Path) -> None:
+def test_an_earlier_result_stays_until_the_new_one_is_there(converted: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
+    shutil.copytree(converted, out)
     stage = Stage(out)
     stage.write_text("new", "new")
-    assert (out / "old").exists()
+    assert (out / "aoconvert.json").exists()
     stage.place("")
     assert sorted(path.name for path in out.iterdir()) == ["aoconvert.json", "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -97,11 +100,86 @@ def test_what_a_killed_run_left_is_removed_but_for_what_is_wanted(tmp_path: Path
     for name in ("half.bin", "other.bin"):
         (left / "transformer" / name).write_bytes(b"half")
     stage = Stage(tmp_path / "out")
+    stage.announce(["transformer/half.bin", "transformer/other.bin"])
     stage.clear(["transformer/half.bin", "../source", "gone"])
     assert [path.name for path in left.rglob("*.bin")] == ["half.bin"]
     stage.clear()
-    assert [path.name for path in left.rglob("*")] == ["aoconvert.lock"]
+    assert sorted(path.name for path in left.rglob("*")) == ["aoconvert.files", "aoconvert.lock"]
     stage.discard()
+
+
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "notes.txt": lambda path: path.write_text("mine"),
+    "config.json.mine": lambda path: path.write_text("mine"),
+    "pytorch_model.bin.orig": lambda path: path.write_text("mine"),
+    ".notes.0123456789abcdef": lambda path: path.write_text("mine"),
+    "aoconvert.notes": lambda path: path.write_text("mine"),
+    "transformer/aoconvert.lock": lambda path: path.write_text("mine"),
+    "samples/a.png": lambda path: path.write_text("mine"),
+    "transformer/notes/": lambda path: path.mkdir(),
+    "link": lambda path: path.symlink_to("nowhere"),
+    "pipe": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_others_put_into_the_unfinished_folder_stays(name: str, tmp_path: Path) -> None:
+    """It is named, and nothing is removed: not by a run that would begin, nor by one that gives up."""
+    stage = Stage(tmp_path / "out")
+    stage.announce(["config.json", "pytorch_model.bin", "transformer/config.json"])
+    stage.write_text("pytorch_model.bin", "half")
+    stage.leave()
+    place = stage.root / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    OTHERS[name](place)
+    before = sorted(stage.root.rglob("*"))
+    options = QuantizeOptions(scheme="int8wo", output=tmp_path / "out")
+    [problem] = output_problems(FolderSource(tmp_path / "model"), options)
+    assert f"did not write: {name} (move it away)" in problem
+    later = Stage(tmp_path / "out")
+    with pytest.raises(WriteError, match=f"did not write: {name.rstrip('/')}"):
+        later.clear()
+    later.leave()
+    assert sorted(stage.root.rglob("*")) == before
+    Stage(tmp_path / "out").discard()
+    assert os.path.lexists(place)
+    assert not (stage.root / "pytorch_model.bin").exists()
+
+
+def test_a_folder_by_the_name_of_what_was_replaced(converted: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / ".out.aoconvert-replaced"
+    shutil.copytree(converted, out)
+    for copied in (False, True):
+        shutil.copytree(converted, other) if copied else other.mkdir()
+        (other / "notes.txt").write_text("mine")
+        tidy(out)
+        with pytest.raises(WriteError, match=r"cannot be replaced|notes\.txt"):
+            Stage(out)
+        assert (other / "notes.txt").read_text() == "mine"
+        shutil.rmtree(other)
+
+
+@pytest.mark.parametrize("source", ["flux", "llama-tied"])
+def test_a_run_announces_every_file_that_it_writes(
+    source: str, checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves is whatever it had come to: with all of it there, nothing is taken for somebody else's."""
+    left = tmp_path / ".out.aoconvert-partial"
+
+    def stop(stage: Stage, manifest: str) -> None:
+        raise WriteError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "place", stop)
+        with pytest.raises(WriteError):
+            aoconvert.quantize(checkpoints(source), "int8wo", output=tmp_path / "out", max_shard_size="30KB")
+    there = {path.relative_to(left).as_posix() for path in left.rglob("*") if path.is_file()}
+    listed = set(json.loads((left / "aoconvert.files").read_text()))
+    assert len(there) > 4
+    assert there - listed == {"aoconvert.files", "aoconvert.journal"}
+    aoconvert.quantize(checkpoints(source), "float8wo", output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not list((tmp_path / "out").glob("aoconvert.files"))
 
 
 def test_no_link_is_followed_or_kept(tmp_path: Path) -> None:
@@ -151,8 +229,8 @@ def test_the_next_command_tidies_up(command: str, converted: Path, tmp_path: Pat
     out = tmp_path / "out"
     shutil.copytree(converted, out)
     (tmp_path / f".out.{JOURNAL_NAME}").write_text("journal")
-    (tmp_path / ".out.aoconvert-replaced").mkdir()
-    (tmp_path / ".out.aoconvert-replaced" / "old").write_text("old")
+    shutil.copytree(converted, tmp_path / ".out.aoconvert-replaced")
+    (tmp_path / ".out.aoconvert-replaced/config.json").unlink()  # it was at it
     if command == "quantize":
         with pytest.raises(PlanError, match="exists and is not empty"):
             aoconvert.quantize(tmp_path / "out", "int8wo", output=out, device="cpu")

@@ -358,10 +358,10 @@ def test_repeated_blocks_run_once_and_answer_for_all(name: str) -> None:
     copy = model.eval().to("meta")
     weights = {key: parameter for key, parameter in copy.named_parameters() if key in seen.rows}
     inputs = find_inputs(copy).make("meta")
-    with torch.no_grad(), Watch(weights, values=False, seconds=60) as every:
+    with torch.no_grad(), Watch(weights, values=False) as every:
         copy(**inputs)
     assert every.rows == dict(seen.rows)
-    with torch.no_grad(), Watch(weights, values=False, seconds=60) as once:
+    with torch.no_grad(), Watch(weights, values=False) as once:
         likes = run_once(copy)
         copy(**inputs)
     assert len(once.rows) < len(every.rows)
@@ -387,7 +387,7 @@ def test_uses_of_a_weight(use: Callable[[torch.Tensor, torch.Tensor], torch.Tens
     """Each is found, and the forward goes on as if the weight were plain; rows are counted."""
     weight = torch.empty(128, 64, dtype=torch.bfloat16, device="meta")
     held = nn.Parameter(quantize_weight(weight, schemes.get("int8wo")), requires_grad=False)
-    with torch.no_grad(), Watch({"w": held}, values=False, seconds=60) as watch:
+    with torch.no_grad(), Watch({"w": held}, values=False) as watch:
         out = use(torch.empty(3, 64, dtype=torch.bfloat16, device="meta"), held)
     assert out.shape[0] == 3
     assert [why.split(" uses it in ")[1].split(",")[0] for why in watch.faults.values()] == ([fault] if fault else [])

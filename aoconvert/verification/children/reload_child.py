@@ -26,8 +26,14 @@ import torch
 
 
 def main() -> None:
-    """Answer the request on stdin."""
+    """Answer the request on stdin; what the checkpoint's own code prints is kept off the answers."""
     request = json.load(sys.stdin)
+    with contextlib.redirect_stdout(sys.stderr):
+        answer(request)
+
+
+def answer(request: dict[str, Any]) -> None:
+    """Open the checkpoint, and say what it is."""
     names: dict[str, Any] = {}
     opened = watch(request["folder"])
     try:
@@ -157,8 +163,7 @@ def attempt_example(code: str, names: dict[str, Any]) -> dict[str, str]:
     """Run the example of the model card where the load code left off; what it prints or writes is not kept."""
     torch.manual_seed(0)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            exec(compile(code, "<example>", "exec"), names)
+        exec(compile(code, "<example>", "exec"), names)
     except ImportError as error:  # writing a video takes a package that opening the checkpoint does not
         return {"status": "skipped", "detail": f"the card's example was not run: {root_cause(error)}"}
     except Exception as error:
@@ -177,9 +182,9 @@ def sibling(name: str) -> Any:
 
 
 def say(value: dict[str, Any]) -> None:
-    """One line of the answer."""
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    """One line of the answer, also while what is printed is kept off it."""
+    sys.__stdout__.write(json.dumps(value) + "\n")  # type: ignore[union-attr]
+    sys.__stdout__.flush()  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much memory a program that is started now may take."""
+"""How much memory a program that is started now may take, and how much one has."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ def available_bytes() -> int:
     Sources: proc_meminfo(5); the kernel's Documentation/admin-guide/cgroup-v2.rst.
     """
     return min([_UNKNOWN, *_machine(), *_group()])
+
+
+def anonymous_bytes(process: int) -> int:
+    """What a process has of its own, without the files that it has mapped; 0 where nobody knows, or it has ended.
+
+    Source: ``RssAnon`` of proc_pid_status(5).
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def _machine() -> list[int]:
