@@ -19,7 +19,6 @@ from aoconvert.engine.output import Stage
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.hub.contents import read_contents
 from aoconvert.hub.types import PushOptions
-from aoconvert.options import QuantizeOptions
 from aoconvert.planning.make import output_problems
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Silent
@@ -133,8 +132,7 @@ def test_what_others_put_into_the_unfinished_folder_stays(name: str, tmp_path: P
     place.parent.mkdir(parents=True, exist_ok=True)
     OTHERS[name](place)
     before = sorted(stage.root.rglob("*"))
-    options = QuantizeOptions(scheme="int8wo", output=tmp_path / "out")
-    [problem] = output_problems(FolderSource(tmp_path / "model"), options)
+    [problem] = output_problems(FolderSource(tmp_path / "model"), tmp_path / "out", overwrite=False)
     assert f"did not write: {name} (move it away)" in problem
     later = Stage(tmp_path / "out")
     with pytest.raises(WriteError, match=f"did not write: {name.rstrip('/')}"):
