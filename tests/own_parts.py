@@ -56,6 +56,25 @@ def stable_diffusion(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def two_controlnets(folder: Path) -> None:
+    """A part that is a list of models, in folders of their own."""
+    unet = _unet().bfloat16()
+    nets = [diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8)) for _ in range(2)]
+    for parameter in nets[1].parameters():
+        parameter.data.normal_()
+    diffusers.StableDiffusionControlNetPipeline(
+        vae=image_vae().bfloat16(),
+        text_encoder=clip_text("CLIPTextModel").bfloat16(),
+        tokenizer=clip_tokenizer(),
+        unet=unet,
+        controlnet=diffusers.MultiControlNetModel(nets).bfloat16(),
+        scheduler=diffusers.UniPCMultistepScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
 def deepfloyd(folder: Path) -> None:
     from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
 
@@ -211,6 +230,7 @@ def own_denoiser(folder: Path) -> None:
 # name → how it is built, and its parts with weights that have classes of their own
 PIPELINES: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "stable-diffusion": (stable_diffusion, ("safety_checker",)),
+    "controlnets": (two_controlnets, ("controlnet", "controlnet_1")),
     "deepfloyd": (deepfloyd, ("safety_checker", "watermarker")),
     "stable-audio": (stable_audio, ("projection_model",)),
     "kandinsky": (kandinsky, ("text_encoder",)),

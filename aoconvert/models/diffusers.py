@@ -37,6 +37,11 @@ def model_class(component: Component, *, code_root: Path | None = None) -> Any:
         cls = own_class(component, code_root=code_root)
     else:
         cls = getattr(diffusers, component.class_name, None)
+    if hasattr(cls, "from_pretrained") and not hasattr(cls, "from_config"):
+        raise SourceError(
+            f"{component.title}: {component.class_name} is a list of models, each in a folder of its own",
+            hint=f"quantize one of them alone: --subfolder {component.folder}",
+        )
     if cls is None or not hasattr(cls, "from_config") or not hasattr(cls, "_keep_in_fp32_modules"):
         raise SourceError(
             f"{component.title}: diffusers {diffusers.__version__} has no model class {component.class_name!r}",

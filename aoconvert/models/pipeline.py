@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -114,6 +115,7 @@ def _single(source: Source, folder: str, config: Mapping[str, Any], name: str = 
 def _pipeline(source: Source, folder: str, index: Mapping[str, Any]) -> ModelLayout:
     entries = {name: entry for name, entry in index.items() if not name.startswith("_") and _is_part(entry)}
     parts = [_find_part(source, folder, PipelinePart(name, folder, *entry)) for name, entry in entries.items()]
+    parts += [more for part in parts for more in _further_folders(source, part, index)]
     found = (_component(source, part) for part in parts)
     components = tuple(component for component in found if component is not None)
     class_name = index.get("_class_name")
@@ -149,6 +151,24 @@ def _find_part(source: Source, folder: str, part: PipelinePart) -> PipelinePart:
         f"{source.label}: {join(folder, 'model_index.json')} names the part {part.name!r}, which is not there",
         hint="download the whole pipeline again",
     )
+
+
+def _further_folders(source: Source, part: PipelinePart, index: Mapping[str, Any]) -> Iterator[PipelinePart]:
+    """Where a part is a list of models, those behind the first: in ``controlnet_1``, ``controlnet_2`` and so on.
+
+    Such a class has no config of its own, so that of the first folder names another one.
+    Source: ``from_pretrained`` of ``MultiControlNetModel`` and ``MultiAdapter``.
+    """
+    config = join(part.folder, "config.json")
+    if part.library != "diffusers" or not source.has(config):
+        return
+    if _config(source, config).get("_class_name") in (None, part.class_name):
+        return
+    for number in itertools.count(1):
+        more = replace(part, name=f"{part.name}_{number}", folder=f"{part.folder}_{number}")
+        if more.name in index or not source.has(join(more.folder, "config.json")):
+            return
+        yield more
 
 
 def _component(source: Source, part: PipelinePart) -> Component | None:

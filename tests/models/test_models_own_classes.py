@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import aoconvert
+from aoconvert.models import identify
+from aoconvert.sources import resolve
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,21 @@ def test_every_part_arrives(name: str, pipelines: Callable[[str], Path], tmp_pat
     assert {key: type(part) for key, part in pipe.components.items()} == {
         key: type(part) for key, part in original.components.items()
     }
+    if name == "controlnets":
+        before, after = (model.controlnet.state_dict() for model in (original, pipe))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_a_list_of_models(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+    """Each is in a folder of its own; together they cannot be quantized."""
+    source = pipelines("controlnets")
+    parts = [part.name for part in identify(resolve(str(source))).parts]
+    assert [name for name in parts if name.startswith("controlnet")] == ["controlnet", "controlnet_1"]
+    with pytest.raises(aoconvert.SourceError, match="MultiControlNetModel is a list of models") as error:
+        aoconvert.plan(source, "int8wo", output=tmp_path / "out", device="cpu", components=["controlnet"])
+    assert error.value.hint == "quantize one of them alone: --subfolder controlnet"
+    assert identify(resolve(str(source)), "controlnet_1").class_name == "ControlNetModel"
 
 
 def quantized(model: Any) -> dict[str, torch.Tensor]:

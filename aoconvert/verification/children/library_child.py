@@ -186,8 +186,8 @@ def compare_part(comparison: Comparison, name: str, source: Any, result: Any, *,
 
 def report_of(cls: Any, folder: Path, **options: Any) -> dict[str, list[str]] | None:
     """The library's loading report of one part; ``None`` where its class gives none."""
-    if not hasattr(cls, "from_pretrained"):
-        return None
+    if not hasattr(cls, "from_pretrained") or not (hasattr(cls, "from_config") or hasattr(cls, "_from_config")):
+        return None  # of a list of models, too
     model, report = cls.from_pretrained(str(folder), output_loading_info=True, local_files_only=True, **options)
     large = sum(tensor.numel() for tensor in model.parameters()) > LARGE
     del model

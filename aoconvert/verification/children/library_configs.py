@@ -38,10 +38,9 @@ def compare_model_configs(source: Any, result: Any, *, untied: bool, dropped: bo
         dropped: tensors that the class does not use were left out on purpose, and keys that count their layers are 0.
     """
     ignored = _OWN | ({"tie_word_embeddings"} if untied else set()) | (_PREDICTION_LAYERS if dropped else set())
-    yield from _differences("config", plain(source.config), plain(result.config), ignored)
-    generation = [getattr(model, "generation_config", None) for model in (source, result)]
-    if generation[0] is not None or generation[1] is not None:
-        yield from _differences("generation_config", plain(generation[0]), plain(generation[1]), _OWN)
+    for name, skipped in (("config", ignored), ("generation_config", _OWN)):
+        first, second = (plain(getattr(model, name, None)) for model in (source, result))
+        yield from _differences(name, first, second, skipped)
 
 
 def compare_adapters(source: Path, result: Path) -> Iterator[str]:
