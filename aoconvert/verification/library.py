@@ -115,7 +115,7 @@ def originals(target: Target, source: Source | None, *, trust: bool) -> dict[str
     found = {}
     for part, entry in zip(target.parts, manifest.components, strict=True):
         how = _part(part, entry, source, target, manifest)
-        found[part.name] = {key: how[key] for key in ("library", "module", "class_name", "dtype")}
+        found[part.name] = {key: how[key] for key in ("library", "module", "class_name", "auto_class", "dtype")}
         folder = str(root / how["source_folder"])
         found[part.name] |= {"folder": folder, "variant": _variant(manifest), "trust": trust}
     return found
@@ -161,6 +161,7 @@ def _part(part: Part, entry: ComponentEntry, source: Source, target: Target, man
         "library": part.library,
         "module": part.library if part.module is None else f"diffusers.pipelines.{part.module}",
         "class_name": part.class_name,
+        "auto_class": part.auto_class,
         "source_folder": part.folder if target.kind == "pipeline" else _source_folder(source, manifest),
         "result_folder": part.folder,
         "dtype": part.dtype,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from aoconvert.errors import SourceError
 from aoconvert.manifest import ComponentEntry, Manifest, TensorEntry
-from aoconvert.models import ModelLayout, identify, join
+from aoconvert.models import Component, ModelLayout, identify, join
 from aoconvert.schemes.imports import imports
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.weights import find_weights
@@ -148,12 +148,12 @@ def from_manifest(folder: Path, manifest: Manifest) -> Target:
     """
     validate(manifest)
     layout = identify(FolderSource(folder))
-    parts = tuple(_part(layout, entry) for entry in manifest.components)
+    parts = tuple(_part(folder, layout, entry) for entry in manifest.components)
     imports = {name for entry in manifest.components for name in entry.imports}
     return Target(folder, layout.kind, _identifier(layout.class_name), parts, tuple(sorted(imports)), manifest)
 
 
-def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
+def _part(folder: Path, layout: ModelLayout, entry: ComponentEntry) -> Part:
     # one component of a pipeline, written by itself, has the name that it had there
     component = layout.component(entry.name if layout.kind == "pipeline" else "")
     if component is None or component.folder != entry.path:
@@ -162,6 +162,7 @@ def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
         raise SourceError(
             f"{component.title}: config.json says {component.class_name}, the manifest says {entry.class_name}"
         )
+    needs_code = _needs_code(folder, layout, component, entry)
     return Part(
         name=component.name,
         folder=entry.path,
@@ -170,13 +171,27 @@ def _part(layout: ModelLayout, entry: ComponentEntry) -> Part:
         config=component.config,
         files=tuple(file.path for file in entry.files if file.path.endswith(".bin")),
         dtype=entry.dtype if entry.dtype in DTYPES else None,
-        kwargs=dict(entry.load.kwargs),
+        kwargs={key: value for key, value in entry.load.kwargs.items() if key != _TRUST or needs_code},
         safe_globals=tuple(entry.safe_globals),
         tensors={tensor.name: tensor for tensor in entry.tensors},
         fused=entry.fused_qkv,
-        auto_class=entry.load.class_name if entry.load.class_name != entry.class_name else None,
+        auto_class=entry.load.class_name if needs_code and entry.load.class_name != entry.class_name else None,
         module=_identifier(entry.module) if entry.module is not None else None,
     )
+
+
+def _needs_code(folder: Path, layout: ModelLayout, component: Component, entry: ComponentEntry) -> bool:
+    """Whether the library needs code inside the checkpoint to open a model, or the pipeline around it.
+
+    A manifest may ask for trust that nothing needs: nobody is asked for it then, and it is not given. diffusers looks
+    for a part's code in the part's folder (``pipeline_loading_utils.get_class_obj_and_candidates``).
+    """
+    if _TRUST not in entry.load.kwargs:
+        return False
+    if entry.load.class_name != entry.class_name:
+        auto_map = component.config.get("auto_map")
+        return isinstance(auto_map, dict) and entry.load.class_name in auto_map
+    return layout.own_code or any((folder / part.name / f"{part.library}.py").is_file() for part in layout.parts)
 
 
 def from_folder(folder: Path, label: str | None = None) -> Target:

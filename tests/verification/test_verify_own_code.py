@@ -14,7 +14,10 @@ from hub.fixtures import HubClient
 import aoconvert
 from aoconvert import manifest as manifests
 from aoconvert.errors import SourceError, VerificationError
+from aoconvert.sources import resolve
+from aoconvert.verification.children import library_opening
 from aoconvert.verification.code import load_code
+from aoconvert.verification.library import originals
 from aoconvert.verification.target import from_manifest
 
 
@@ -107,3 +110,54 @@ def test_a_plain_model_runs_no_code(checkpoints: Callable[[str], Path], tmp_path
     aoconvert.quantize(checkpoints("llama-tied"), "int8wo", output=out, device="cpu", trust_remote_code=True)
     target = from_manifest(out, manifests.load(out))
     assert not target.runs_code and "trust_remote_code" not in load_code(target, "x", "from-pretrained")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        {"kwargs": {"trust_remote_code": True}},
+        {"class_name": "AutoModelForCausalLM", "kwargs": {"trust_remote_code": True}},
+    ],
+)
+def test_trust_that_nothing_needs_is_not_asked_for(
+    load: dict[str, Any], checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A manifest wants it for a class of the library's own: no program, no card and no check has it then."""
+    out = tmp_path / "out"
+    aoconvert.quantize(checkpoints("llama-tied"), "int8wo", output=out, device="cpu")
+    values = json.loads((out / "aoconvert.json").read_text())
+    values["components"][0]["load"].update(load)
+    target = from_manifest(out, manifests.Manifest.model_validate(values))
+    [part] = target.parts
+    assert not target.runs_code
+    code = load_code(target, "x", "from-pretrained")
+    assert "LlamaForCausalLM.from_pretrained('x')" in code
+    assert "trust_remote_code" not in code + load_code(target, "x", "assign")
+    [how] = originals(target, resolve(str(checkpoints("llama-tied"))), trust=False).values()
+    assert library_opening.model_class(how)[1] == {}
+    assert library_opening.model_class(how)[0].__name__ == part.class_name
+
+
+def test_own_code_by_the_name_of_a_class_of_the_library(own: Path) -> None:
+    """It is the checkpoint's code that the model was made with: where that must not run, nothing is compared."""
+    for folder in (own, own.parent / "source"):
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"architectures": ["LlamaForCausalLM"]}
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}
+        (folder / "config.json").write_text(json.dumps(config))
+    values = json.loads((own / "aoconvert.json").read_text())
+    values["components"][0]["class_name"] = "LlamaForCausalLM"
+    target = from_manifest(own, manifests.Manifest.model_validate(values))
+    assert target.runs_code
+    assert "AutoModelForCausalLM.from_pretrained('x', trust_remote_code=True)" in load_code(
+        target, "x", "from-pretrained"
+    )
+    for trust in (False, True):
+        [how] = originals(target, resolve(str(own.parent / "source")), trust=trust).values()
+        if trust:
+            found, options = library_opening.model_class(how)
+            assert (found.__name__, options) == ("AutoModelForCausalLM", {"trust_remote_code": True})
+        else:
+            with pytest.raises(library_opening.OwnCode, match="only with --trust-remote-code"):
+                library_opening.model_class(how)
+    assert not (own.parent / "canary").exists()

@@ -8,8 +8,9 @@ Reads one JSON request from stdin:
 - ``imports``: modules to import before a file of the result is opened; ``trust``: run code inside the checkpoints;
 - ``available``: bytes of memory that may be used; ``scratch``: an empty folder on disk;
 - ``parts``: name → what the manifest says of a quantized model: ``library``, ``module`` (where its class is),
-  ``class_name``, ``source_folder``, ``result_folder``, ``dtype``, ``kwargs``, ``fused``, ``untied``, ``missing`` and
-  ``dropped`` (names), ``tensors`` (name → ``class_name``, ``sqnr_db`` of each quantized one).
+  ``class_name``, ``auto_class`` (what opens it where its class is code inside the checkpoint, or null),
+  ``source_folder``, ``result_folder``, ``dtype``, ``kwargs``, ``fused``, ``untied``, ``missing`` and ``dropped``
+  (names), ``tensors`` (name → ``class_name``, ``sqnr_db`` of each quantized one).
 
 Writes JSON lines: ``{"problem", "part", "other"}`` (``other``: it speaks for another model), ``{"left"}`` (a quantized
 tensor whose values nothing here gives back), ``{"skipped"}``, ``{"error"}``; at last ``{"compared", "worst"}``, how

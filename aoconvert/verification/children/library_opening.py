@@ -8,7 +8,6 @@ that no file holds) is asked of a second one, which takes no memory either.
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import zipfile
 from collections import Counter
@@ -98,32 +97,29 @@ def read(name: str, file: Path) -> torch.Tensor:
     return torch.as_tensor(torch.load(file, weights_only=True, mmap=zipfile.is_zipfile(file) or None)[name])
 
 
-def model_class(request: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any]]:
+def model_class(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The class that opens a model, and what ``from_pretrained`` has to be told; the auto class for remote code.
+
+    Where the checkpoint was made with its own code, that opens it, also where the library has a class by that name.
 
     Raises:
         OwnCode: the class is code inside the checkpoint, and remote code is not allowed.
         LookupError: there is no such class.
     """
     module, class_name = importlib.import_module(request["module"]), request["class_name"]
-    found = getattr(module, class_name, None)
-    if found is not None:
-        return found, {}
-    path = folder / "config.json"
-    references = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {}) if path.is_file() else {}
-    for auto, reference in references.items():
-        if not isinstance(reference, str) or reference.rpartition(".")[2] != class_name or not hasattr(module, auto):
-            continue
-        if not request["trust"]:
-            raise OwnCode(f"{class_name} is code inside the checkpoint: it runs only with --trust-remote-code")
-        return getattr(module, auto), {"trust_remote_code": True}
-    raise LookupError(f"{class_name} is not a class of {request['module']}")
+    auto_class = request["auto_class"]
+    if auto_class is not None and not request["trust"]:
+        raise OwnCode(f"{class_name} is code inside the checkpoint: it runs only with --trust-remote-code")
+    found = getattr(module, auto_class or class_name, None)
+    if found is None:
+        raise LookupError(f"{auto_class or class_name} is not a class of {request['module']}")
+    return found, {"trust_remote_code": True} if auto_class is not None else {}
 
 
 def open_model(request: dict[str, Any], root: Path, folder: str, **options: Any) -> tuple[Any, dict[str, list[str]]]:
     """``from_pretrained`` of one model, and the library's loading report."""
     where = root / folder
-    cls, more = model_class(request, where)
+    cls, more = model_class(request)
     options = {"output_loading_info": True, "local_files_only": True, **more, **options}
     model, report = cls.from_pretrained(str(where), **options)
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -162,7 +158,7 @@ def require_memory(request: dict[str, Any], root: Path, folder: str, variant: st
 
 def _state(request: dict[str, Any], folder: Path) -> dict[str, int]:
     """Name → bytes of the tensors that a model of transformers consists of; those of a base model under both names."""
-    cls, more = model_class(request, folder)
+    cls, more = model_class(request)
     transformers = importlib.import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, **more)
     with torch.device("meta"):

@@ -8,8 +8,8 @@ the model), ``forward``, ``example`` (code that uses what was opened, or null). 
 sha256]}}`` (of what is not quantized), ``{"part": ..., "report": ...}``, ``{"part": ..., "forward": {"status",
 "detail", "output_sqnr_db", "inputs"}}``, ``{"error": ...}``.
 
-``originals`` (name → ``{"library", "module", "class_name", "folder", "variant", "dtype", "trust"}``) are opened one at
-a time, where there is memory for one beside the result, and take the same forward pass.
+``originals`` (name → ``{"library", "module", "class_name", "auto_class", "folder", "variant", "dtype", "trust"}``) are
+opened one at a time, where there is memory for one beside the result, and take the same forward pass.
 """
 
 from __future__ import annotations
