@@ -123,6 +123,9 @@ def _absent(facts: Facts, state: State, failed: Attempt, message: str) -> Iterat
     for name in dict.fromkeys([*in_message, *(in_code if wanted else ())]):
         for guess in guesses(facts, name)[:4]:
             yield {**state, name: guess}
+    if "must be a mapping, not NoneType" in message:  # spread without a look at whether it is there
+        for name in (name for name in missing if "dict" in str(facts.parameters[name].annotation).lower()):
+            yield {**state, name: {}}
     for holder, value in state.items():  # a dict's value that is None
         if isinstance(value, dict) and wanted:
             for key in [key for key, item in value.items() if item is None]:
@@ -140,10 +143,21 @@ def _kinds(state: State, failed: Attempt, message: str) -> Iterator[State]:
             if blank.floating:
                 yield _put(state, path, replace(blank, kind="mask"))
     if re.search(r"dtype|scalar type|integral|Float|Long|Bool|bool", message):
+        yield from _all_masks(state)
         for path, blank in _by_mention(state, failed):
             for kind in ("normal", "bool", "mask", "float32"):
                 if kind != blank.kind and blank.kind != "ids":
                     yield _put(state, path, replace(blank, kind=kind))
+
+
+def _all_masks(state: State) -> Iterator[State]:
+    """All masks are of another kind: two of them may be multiplied."""
+    masks = [(path, blank) for path, blank in tensors(state) if blank.kind == "mask"]
+    for kind in ("normal", "bool") if len(masks) > 1 else ():
+        changed = state
+        for path, blank in masks:
+            changed = _put(changed, path, replace(blank, kind=kind))
+        yield changed
 
 
 def _fillers(facts: Facts, state: State, message: str) -> Iterator[State]:
@@ -234,12 +248,27 @@ def _ranks(facts: Facts, state: State, failed: Attempt, message: str) -> Iterato
         for guess in _tensor_guesses(facts, path):
             if len(guess.shape) != len(blank.shape) and (not wanted or len(guess.shape) in wanted):
                 yield _put(state, path, guess)
+    yield from _all_without_batch(state)
     for path, blank in _by_mention(state, failed):
         if blank.shape and blank.shape[0] == 1 and len(blank.shape) > 1:
             yield _put(state, path, replace(blank, shape=blank.shape[1:]))
         longer = [(1, *blank.shape), (*blank.shape[:1], 1, *blank.shape[1:])]
         for shape in reversed(longer) if len(path) > 1 else longer:  # in a list there is no axis for the batch
             yield _put(state, path, replace(blank, shape=shape))
+
+
+def _all_without_batch(state: State) -> Iterator[State]:
+    """Tensors that are alike have no axis for the batch: indices of several streams, say."""
+    alike: dict[tuple[Any, ...], list[Path]] = {}
+    for path, blank in tensors(state):
+        if len(blank.shape) > 1 and blank.shape[0] == 1:
+            alike.setdefault((blank.kind, len(blank.shape)), []).append(path)
+    for paths in alike.values():
+        changed = state
+        for path in paths if len(paths) > 1 else ():
+            blank = dict(tensors(changed))[path]
+            changed = _put(changed, path, replace(blank, shape=blank.shape[1:]))
+        yield changed
 
 
 def _by_names(state: State, shape: tuple[int, ...] | None, variable: str, names: list[str]) -> Iterator[State]:

@@ -141,6 +141,7 @@ def test_each_claim_has_its_record(verified: Any, tmp_path: Path) -> None:
     assert {item["what"]: item["device"] for item in report["ran"]} == dict.fromkeys(
         ("load", "forward", "example"), "cpu"
     )
+    assert [item["inputs"] for item in report["ran"]] == [None, {"transformer": "pipeline"}, None]
     example, forward = "the example at its smallest sizes", "A forward pass went through"
 
     def shown(**changes: Any) -> str:

@@ -114,7 +114,13 @@ def _siglip2() -> Any:
     return transformers.Siglip2Model(transformers.Siglip2Config(text_config=_TEXT, vision_config=vision))
 
 
-@pytest.mark.parametrize("build", [_hidream, _ace_step, _siglip2])
+def _lumina() -> Any:
+    """A rotary embedding of complex numbers, and a dict of options that is wanted though it may be empty."""
+    sizes = {"sample_size": 16, "hidden_size": 24, "num_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1}
+    return diffusers.LuminaNextDiT2DModel(multiple_of=16, cross_attention_dim=32, **sizes)
+
+
+@pytest.mark.parametrize("build", [_hidream, _ace_step, _siglip2, _lumina])
 def test_inputs_of_more_kinds(build: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     model = build().eval()
