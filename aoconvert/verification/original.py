@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import posixpath
+from collections.abc import Iterator
 from pathlib import Path
 
 from aoconvert import manifest as manifests
 from aoconvert.errors import SourceError, UsageError
+from aoconvert.manifest import FileEntry, SourceEntry
 from aoconvert.sources import Source, resolve
 from aoconvert.sources.references import parse_repo
+from aoconvert.verification.files import file_sha256
+from aoconvert.verification.report import Status, some
 
 
 def check_reference(reference: str) -> None:
@@ -69,3 +74,55 @@ def _pinned(reference: str, checkpoint: Path) -> str | None:
         return None
     repo_id, revision = parse_repo(reference)
     return source.revision if revision is None and repo_id == source.repo_id else None
+
+
+def check_source(source: Source, made_of: SourceEntry) -> tuple[Status, str]:
+    """Whether a source is what a checkpoint was made of: the very weights files, by their SHA-256.
+
+    Args:
+        source: the original that was given.
+        made_of: what the manifest says of it.
+
+    Raises:
+        SourceError, HubError, OSError: a file cannot be read.
+    """
+    if not made_of.files:
+        return "skipped", "the manifest names no file of the source"
+    problems = list(_other_files(source, made_of))
+    if not problems:
+        return "passed", f"{len(made_of.files)} weights file(s) have the SHA-256 of what was quantized"
+    return "failed", f"{source.label} is not what was quantized{_commits(source, made_of)}: {some(problems, 2)}"
+
+
+def _other_files(source: Source, made_of: SourceEntry) -> Iterator[str]:
+    for entry in made_of.files:
+        path = _place(source, entry)
+        if path is None:
+            yield f"it has no {entry.path}"
+            continue
+        found = source.files()[path]
+        if found.size != entry.size:
+            yield f"{path} has {found.size} bytes, what was read had {entry.size}"
+        elif _sha256(source, path) != entry.sha256:
+            yield f"{path} has another SHA-256"
+
+
+def _place(source: Source, entry: FileEntry) -> str | None:
+    """The file's path in the source, which may be the folder of one part alone."""
+    names = (entry.path, posixpath.basename(entry.path))
+    return next((name for name in names if name in source.files()), None)
+
+
+def _sha256(source: Source, path: str) -> str:
+    """As the Hub names it, or of the file."""
+    known = source.files()[path].sha256
+    if known is not None:
+        return known
+    source.fetch([path])
+    return file_sha256(source.local(path))
+
+
+def _commits(source: Source, made_of: SourceEntry) -> str:
+    if source.revision is None or made_of.revision is None or source.revision == made_of.revision:
+        return ""
+    return f" (commit {source.revision[:12]}, the manifest says {made_of.revision[:12]})"

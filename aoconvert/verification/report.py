@@ -15,7 +15,9 @@ from aoconvert.manifest import CARD_NAME as CARD_NAME
 from aoconvert.manifest import REPORT_NAME as REPORT_NAME
 from aoconvert.verification.published import Published
 
-CheckName = Literal["manifest", "files", "pickle", "versions", "load", "reload", "library", "numbers", "forward"]
+CheckName = Literal[
+    "manifest", "files", "pickle", "versions", "load", "reload", "source", "library", "numbers", "forward"
+]
 Status = Literal["passed", "failed", "skipped"]
 
 SCHEMA_VERSION = 1

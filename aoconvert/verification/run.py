@@ -33,6 +33,7 @@ from aoconvert.verification.loading import (
     check_published,
     check_reload,
 )
+from aoconvert.verification.original import check_source
 from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.place import Place, choose_place
 from aoconvert.verification.process import Children
@@ -205,7 +206,7 @@ def _checks(run: _Run) -> None:
     target = run.target
     assert target is not None
     run.check("versions", lambda: _versions(run, target))
-    with Children() as children, ThreadPoolExecutor(3) as pool:
+    with Children() as children, ThreadPoolExecutor(4) as pool:
         try:
             _checks_side_by_side(run, target, children, pool)
         except BaseException:
@@ -221,8 +222,13 @@ def _checks_side_by_side(run: _Run, target: Target, children: Children, pool: Th
     loaded.wait = lambda: wait([load])
     reloading = pool.submit(_outcome, lambda: _reload(run, target, loaded, children))
     comparing = pool.submit(_outcome, lambda: _library(run, target, findings, children))
+    source, manifest = run.options.source, target.manifest
+    if source is not None and manifest is not None:
+        asking = pool.submit(_outcome, lambda: check_source(source, manifest.source))
     run.require("load", load)
     run.check("reload", reloading)
+    if source is not None and manifest is not None:
+        run.check("source", asking)
     run.check("library", comparing)
     left = findings[0].left if findings else None
     run.check("numbers", lambda: check_numbers(target, loaded, run.options.source, left))

@@ -23,7 +23,12 @@ def made(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple
     model = model.to(dtype).eval()
     model.save_pretrained(folder)
     quantize_(model, Int8WeightOnlyConfig())
-    how = {"library": type(model).__module__.partition(".")[0], "class_name": type(model).__name__, "variant": None}
+    how = {
+        "library": type(model).__module__.partition(".")[0],
+        "class_name": type(model).__name__,
+        "variant": None,
+        "auto_class": None,
+    }
     how |= {"module": how["library"], "folder": str(folder), "dtype": str(dtype).rpartition(".")[2], "trust": False}
     return model, how
 
