@@ -446,6 +446,38 @@ def test_what_may_differ(
     assert len(found.left.get("", ())) == (14 if "layout_device" in options else 0)
 
 
+def test_what_lies_beside_the_weights_is_data(tmp_path: Path) -> None:
+    names = [
+        "pytorch_model.bin",
+        "voices.safetensors",
+        "consolidated.safetensors",
+        "training_args.bin",
+        "own.safetensors",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    find = library_child.opening.weights_files
+    assert [path.name for path in find(tmp_path, None)] == ["pytorch_model.bin"]
+    (tmp_path / "config.json").write_text('{"transformers_weights": "own.safetensors"}')
+    assert [path.name for path in find(tmp_path, None)] == ["own.safetensors"]
+    (tmp_path / "config.json").write_text('{"transformers_weights": "own.safetensors.index.json"}')
+    (tmp_path / "own.safetensors.index.json").write_text('{"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}}')
+    assert [path.name for path in find(tmp_path, None)] == ["1.safetensors", "2.safetensors"]
+
+
+def test_an_old_name_is_not_ignored() -> None:
+    """A class in it ignores ``decoder``, but the library renames these before."""
+    text = {"model_type": "t5", "vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    audio = {"model_type": "encodec", "num_filters": 2, "hidden_size": 8, "codebook_size": 8, "codebook_dim": 8}
+    decoder = {"model_type": "musicgen_decoder", "vocab_size": 8, "hidden_size": 8, "ffn_dim": 8}
+    decoder |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_codebooks": 2}
+    config = transformers.MusicgenConfig(text_encoder=text, audio_encoder=audio, decoder=decoder)
+    with torch.device("meta"):
+        model = transformers.MusicgenForConditionalGeneration(config)
+    old = "audio_encoder.decoder.layers.0.conv.weight_g"
+    assert library_child.ignored_by(model, {old, "text_encoder.decoder.x.weight"}) == {"text_encoder.decoder.x.weight"}
+
+
 def test_files_that_settings_name(tmp_path: Path) -> None:
     """Where they are is no difference; what is in them is."""
     folders = tmp_path / "source", tmp_path / "result"

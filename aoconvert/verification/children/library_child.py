@@ -368,9 +368,24 @@ def ignored_by(model: Any, names: set[str]) -> set[str]:
     if hasattr(model, "_adjust_missing_and_unexpected_keys"):  # transformers; old tables of positions are in its code
         report = SimpleNamespace(missing_keys=set(), unexpected_keys=set(names))
         model._adjust_missing_and_unexpected_keys(report)
-        return {name for name in names if name not in report.unexpected_keys}
+        return not_renamed(model, {name for name in names if name not in report.unexpected_keys})
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def not_renamed(model: Any, names: set[str]) -> set[str]:
+    """Those of the names in a file that transformers has no other name for in the model (``weight_g``, a prefix)."""
+    try:
+        mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+        loading = importlib.import_module("transformers.core_model_loading")
+    except ImportError:  # a version without such a table
+        return names
+    kinds = [
+        [item for item in mapping if isinstance(item, kind)]
+        for kind in (loading.WeightRenaming, loading.WeightConverter)
+    ]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    return {name for name in names if loading.rename_source_key(name, *kinds, prefix, state)[0] not in state}
 
 
 def say(value: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ that no file holds) is asked of a second one, which takes no memory either.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import zipfile
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-_WEIGHTS = re.compile(r".*\.(safetensors|bin)")
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([.-].+)?\.(safetensors|bin)")
 
 
 class CannotCompare(Exception):
@@ -33,15 +34,32 @@ class OwnCode(CannotCompare):
 
 
 def weights_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files that hold the weights: those of the variant where there are any, safetensors before ``.bin``."""
+    """The files that hold the weights: those of the variant where there are any, safetensors before ``.bin``.
+
+    Others beside them are data: voices, filters, the authors' own layout.
+    """
+    if named := _named(folder):
+        return named
     found = sorted(path for path in folder.glob("*") if _WEIGHTS.fullmatch(path.name) and path.is_file())
     for suffix in (".safetensors", ".bin"):
-        kind = [path for path in found if path.suffix == suffix and not path.name.startswith(("adapter_", "training_"))]
+        kind = [path for path in found if path.suffix == suffix]
         chosen = [path for path in kind if variant is not None and f".{variant}" in path.name]
         plain = [path for path in kind if len(path.name.split(".")) == 2]
         if chosen or plain or kind:
             return chosen or plain or kind
     return []
+
+
+def _named(folder: Path) -> list[Path]:
+    """What ``transformers_weights`` of a config names: a file of weights, or an index of some."""
+    config = folder / "config.json"
+    name = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") if config.is_file() else None
+    if not isinstance(name, str):
+        return []
+    if name.endswith(".index.json"):
+        shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / shard for shard in sorted(set(shards))]
+    return [folder / name]
 
 
 def stored(file: Path) -> Iterator[tuple[str, torch.dtype, int]]:
