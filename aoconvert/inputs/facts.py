@@ -68,7 +68,8 @@ def read_facts(model: Any) -> Facts:
     spread = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     main = getattr(model, "main_input_name", ()) or ()
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-    named = [(("", key, getattr(model.config, key, None))) for key in _ALIASES if key not in config]
+    named: list[tuple[str, str, Any]] = [("", key, getattr(model, key, None)) for key in _RATIOS]
+    named += [(("", key, getattr(model.config, key, None))) for key in _ALIASES if key not in config]
     return Facts(
         library="transformers" if hasattr(model, "main_input_name") else "diffusers",
         class_name=type(model).__name__,
@@ -78,6 +79,9 @@ def read_facts(model: Any) -> Facts:
         vocabulary=_vocabulary(model),
     )
 
+
+# what an autoencoder of diffusers works out for itself
+_RATIOS = ("spatial_compression_ratio", "temporal_compression_ratio")
 
 # names that transformers' configs give to numbers which they call otherwise in the file (attribute_map)
 _ALIASES = ("hidden_size", "vocab_size", "num_channels", "image_size")

@@ -104,7 +104,7 @@ class _Search:
     gains: list[_Node] = field(default_factory=list)
 
     def spent(self) -> bool:
-        return self.done >= self.tries or time.monotonic() > self.deadline
+        return self.done >= self.tries or time.thread_time() > self.deadline
 
     def run(self, model: nn.Module, starts: Iterable[Start]) -> _Taken | None:
         """Best first: what gets furthest is repaired first; ``None`` where nothing is taken."""
@@ -146,7 +146,7 @@ class _Search:
         device = "meta" if on_meta(model) else "cpu"
         self.seen.add(repr(state))
         self.done += 1
-        until = max(self.deadline, time.monotonic() + _ONE)
+        until = max(self.deadline, time.thread_time() + _ONE)
         outcome = attempt(model, {name: make(value, self.dtype, device) for name, value in state.items()}, until)
         if outcome.error is None:
             return _Taken(state, start.source, outcome.output, whole=True)
@@ -188,7 +188,8 @@ def find_inputs(model: nn.Module, own: Iterable[Start] = (), *, tries: int = TRI
         model: opened by its library, or without weights.
         own: what its library made for it, the most trustworthy first; tried before anything is guessed.
         tries: how many may be tried.
-        seconds: how long that may take.
+        seconds: how long that may take, on each copy, in time of the processor: what is found must not depend on how
+            busy the machine is.
 
     Raises:
         NoInputs: none was taken.
@@ -201,7 +202,7 @@ def find_inputs(model: nn.Module, own: Iterable[Start] = (), *, tries: int = TRI
     for tried in (empty, trial):
         if tried is None:
             continue
-        search = _Search(facts, dtype, tries, time.monotonic() + seconds)
+        search = _Search(facts, dtype, tries, time.thread_time() + seconds)
         if taken := search.run(tried, starts):
             starts = [Start(taken.source, taken.state), *starts]
         elif search.best is not None:  # meta lacks an operation now and then

@@ -89,7 +89,8 @@ _KNOWN = re.compile(r"tensor|\bint\b|float|bool|list|tuple|sequence|iterable|dic
 
 def _side(facts: Facts, near: str = "") -> Iterator[int]:
     given = facts.number(*_SIZES, near=near)
-    sizes = [given] if facts.library == "transformers" else [_SIDE, given]
+    ratio = facts.number("spatial_compression_ratio")  # of a latent there has to be more than a single pixel
+    sizes = [given] if facts.library == "transformers" else [max(_SIDE, 2 * ratio), _SIDE, given]
     yield from dict.fromkeys(size for size in (*sizes, 32, 64, 224, 8) if size)
 
 

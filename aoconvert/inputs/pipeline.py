@@ -34,9 +34,9 @@ def from_pipeline(pipe: Any, parts: Mapping[str, nn.Module], seconds: float = SE
     Args:
         pipe: opened by diffusers.
         parts: name → the model.
-        seconds: how long it may take, looked at whenever a layer begins.
+        seconds: how long it may take, in time of the processor; looked at whenever a layer begins.
     """
-    until, found = time.monotonic() + seconds, dict[str, Start]()
+    until, found = time.thread_time() + seconds, dict[str, Start]()
     with _watched(parts, found, until):
         for arguments in _calls(pipe):
             try:
@@ -56,7 +56,7 @@ def _watched(parts: Mapping[str, nn.Module], found: dict[str, Start], until: flo
     """Keep what the parts are given, and end the call when there is no more to keep."""
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if time.monotonic() > until:
+        if time.thread_time() > until:
             raise _Over
 
     def keeper(name: str) -> Any:

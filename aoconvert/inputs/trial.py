@@ -80,18 +80,27 @@ class _Counter(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
-        if time.monotonic() > self.until:
+        if time.thread_time() > self.until:
             raise TookTooLong("the pass takes too long")
         return func(*args, **(kwargs or {}))
 
 
 def attempt(model: nn.Module, inputs: Mapping[str, Any], until: float = math.inf) -> Attempt:
-    """One forward pass, its random numbers seeded; it is ended at ``until``, by the monotonic clock."""
+    """One forward pass, its random numbers seeded; it is ended at ``until``, by the thread's clock."""
     counter = _Counter(until)
+    outcome = _run(model, inputs, counter, counter)
+    if type(outcome.error).__module__ == "torch._dynamo.exc":  # what is compiled on the way cannot be counted
+        return _run(model, inputs, counter, contextlib.nullcontext())
+    return outcome
+
+
+def _run(
+    model: nn.Module, inputs: Mapping[str, Any], counter: _Counter, watched: contextlib.AbstractContextManager[Any]
+) -> Attempt:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
-            with counter:
+            with watched:
                 output = model(**inputs)
         except Exception as error:  # whatever a model raises for an input that does not fit
             trace = list(walk_tb(error.__traceback__))

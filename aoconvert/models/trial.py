@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # What was found must not depend on how busy the machine is: these are far off
 _SECONDS = 120.0
 _TRIES = 400  # inputs
+_SEARCH = 30.0  # seconds of the processor
 _LARGER = 16  # inputs that are larger; as many are tried,
 _TAKEN = 4  # and of those that are taken so many
 _FACTORS = (2, 1024)  # so much larger that of a sound more than one frame is left behind a codec's convolutions
@@ -222,7 +223,7 @@ class Trial:
                 with _quiet(), deadline(_SECONDS):
                     model, _ = self._build(dtypes, {}, values=False)
                     run_once(model)
-                    return find_inputs(model, tries=_TRIES, seconds=_SECONDS)
+                    return find_inputs(model, tries=_TRIES, seconds=_SEARCH)
             except TookTooMuch:
                 raise
             except Exception:  # none found, or a class that fails in its own way

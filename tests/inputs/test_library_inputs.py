@@ -135,4 +135,4 @@ def test_a_pass_that_takes_too_long_is_ended() -> None:
     model = transformers.BertModel(transformers.BertConfig(**_TEXT)).eval()
     inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
     assert attempt(model, inputs).error is None
-    assert isinstance(attempt(model, inputs, until=time.monotonic()).error, TookTooLong)
+    assert isinstance(attempt(model, inputs, until=time.thread_time()).error, TookTooLong)
