@@ -87,9 +87,8 @@ def _annotated(facts: Facts, name: str, values: Iterator[Any]) -> Iterator[Any]:
 _KNOWN = re.compile(r"tensor|\bint\b|float|bool|list|tuple|sequence|iterable|dict|any\b|empty|mapping")
 
 
-def _side(facts: Facts, near: str = "") -> Iterator[int]:
+def _side(facts: Facts, near: str = "", ratio: int = 0) -> Iterator[int]:
     given = facts.number(*_SIZES, near=near)
-    ratio = facts.number("spatial_compression_ratio")  # of a latent there has to be more than a single pixel
     sizes = [given] if facts.library == "transformers" else [max(_SIDE, 2 * ratio), _SIDE, given]
     yield from dict.fromkeys(size for size in (*sizes, 32, 64, 224, 8) if size)
 
@@ -134,10 +133,12 @@ def _latents(facts: Facts, name: str) -> Iterator[Any]:
         default=3,
     )
     sequence = Blank((1, _PATCHES, channels))
-    images = [Blank((1, channels, side, side)) for side in _side(facts)]
-    frames = (1 + max(4, facts.number("temporal_compression_ratio", "temporal_compression")), 1, 4)
-    videos = [Blank((1, channels, count, side, side)) for side in _side(facts) for count in frames]
-    turned = [Blank((1, count, channels, side, side)) for side in _side(facts) for count in frames]
+    coded = name in ("sample", "x")  # by an autoencoder: of its latent there has to be more than a single pixel
+    ratio = facts.number("spatial_compression_ratio") if coded else 0
+    frames = (1 + max(4, facts.number("temporal_compression_ratio") if coded else 0), 1, 4)
+    images = [Blank((1, channels, side, side)) for side in _side(facts, ratio=ratio)]
+    videos = [Blank((1, channels, count, side, side)) for side in _side(facts, ratio=ratio) for count in frames]
+    turned = [Blank((1, count, channels, side, side)) for side in _side(facts, ratio=ratio) for count in frames]
     sounds = [Blank((1, channels, 64)), Blank((1, 64, channels)), Blank((1, channels, 2048))]
     as_sequence = {"img_ids", "img_shapes", "image_rotary_emb", "position_ids", "img_sizes"} & set(facts.parameters)
     if as_sequence:
