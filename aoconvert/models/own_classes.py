@@ -36,17 +36,25 @@ def located(component: Component) -> Component:
 
 def _module(component: Component) -> str | None:
     """The pipeline module that a class is in; ``None`` where it is in its library's top level, or nowhere."""
-    diffusers = import_diffusers()
-    import transformers
+    if hasattr(_library(component), component.class_name):
+        return None
+    import_diffusers()
     from diffusers import pipelines
 
-    if hasattr(diffusers if component.library == "diffusers" else transformers, component.class_name):
-        return None
     for info in pkgutil.iter_modules(pipelines.__path__):
         with contextlib.suppress(Exception):  # a lazy module of a package that is not installed
             if info.ispkg and hasattr(getattr(pipelines, info.name), component.class_name):
                 return info.name
     return None
+
+
+def _library(component: Component) -> Any:
+    """The library of a component alone: a model of transformers does not wait for diffusers to be imported."""
+    if component.library == "diffusers":
+        return import_diffusers()
+    import transformers
+
+    return transformers
 
 
 def own_class(component: Component, *, code_root: Path | None = None) -> Any:
