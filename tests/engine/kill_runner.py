@@ -4,7 +4,7 @@
 
 Each run is a fork of this process. With "kills" it is killed with SIGKILL after a random time, or when its journal has
 reached a random length, or when the result is about to appear. With "full" the disk, a small tmpfs, has room for a
-random number of bytes only. Prints a JSON report. This process uses no thread of torch, so that its forks may.
+random number of bytes only. With both, one comes after the other. Prints a JSON report. This process uses no thread of torch, so that its forks may.
 """
 
 import hashlib
@@ -141,7 +141,8 @@ def campaign(task):
 def full_disks(task):
     folder, chance = Path(task["folder"]), random.Random(task["seed"])
     report, disk = folder / "report.json", folder / "disk"
-    assert os.waitpid(start(task, folder / "whole", report), 0)[1] == 0, report.read_text()
+    if not (folder / "whole").exists():
+        assert os.waitpid(start(task, folder / "whole", report), 0)[1] == 0, report.read_text()
     expected = contents(folder / "whole")
     size = sum(map(len, expected.values()))
     said = []
@@ -175,7 +176,10 @@ def main():
     task = json.loads(sys.argv[1])
     # imports what the forks will need
     aoconvert.plan(task["source"], task["scheme"], output=Path(task["folder"]) / "x", device="cpu", **task["options"])
-    print(json.dumps(campaign(task) if "kills" in task else full_disks(task)))
+    report = campaign(task) if "kills" in task else {}
+    if "full" in task and "problem" not in report:
+        report |= full_disks(task)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

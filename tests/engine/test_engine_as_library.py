@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import aoconvert
 from aoconvert import manifest
+from aoconvert.cli.main import cli
 from aoconvert.verification.code import load_code
 from aoconvert.verification.target import from_manifest
 
@@ -163,12 +165,16 @@ def test_tensors_that_are_left_to_the_library_are_named(tmp_path: Path) -> None:
     assert report["missing_keys"] == {"model.norm.weight"}
 
 
-@pytest.mark.exhaustive
-def test_verification_knows_what_was_carried_and_what_is_apart(tmp_path: Path) -> None:
+def test_quantize_and_verify_in_one_command_know_what_was_carried_and_what_is_apart(tmp_path: Path) -> None:
     _t5(tmp_path / "source")
-    aoconvert.quantize(tmp_path / "source", "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
-    report = aoconvert.verify(tmp_path / "out", source=str(tmp_path / "source"), device="cpu")
-    assert report.ok, report
+    words = ["quantize", str(tmp_path / "source"), "--scheme", "int8wo", "--device", "cpu", "--min-quantized", "0"]
+    done = CliRunner().invoke(cli, [*words, "--verify", "--json", "-o", str(tmp_path / "out")], standalone_mode=False)
+    verification = json.loads(done.stdout)["verification"]
+    assert done.return_value == 0
+    assert verification["ok"] is True, verification
+    assert verification["strategy"] == "from-pretrained"
+    assert {check["name"]: check["status"] for check in verification["checks"]}["library"] == "passed"
+    assert (tmp_path / "out/aoconvert.verify.json").exists()
 
 
 def test_the_card_names_what_is_not_the_models_and_what_is_not_there(tmp_path: Path) -> None:

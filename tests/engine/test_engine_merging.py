@@ -67,12 +67,12 @@ def test_as_quantize_after_from_pretrained(name: str, scheme: str, tmp_path: Pat
 
 
 def sparse_mixtral(folder: Path, layers: int, shards: int) -> int:
-    """A Mixtral of zeros that takes no disk: 403 MB of experts a layer, dealt to shards so that layers lie in two.
+    """A Mixtral of zeros that takes no disk: 201 MB of experts a layer, dealt to shards so that layers lie in two.
 
     Returns:
         Bytes of a layer's ``gate_up_proj``, its largest tensor.
     """
-    hidden, inner, experts = 2048, 4096, 8
+    hidden, inner, experts = 1024, 4096, 8
     config = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -152,7 +152,6 @@ def watch(folder: Path, stop: threading.Event) -> Callable[[], int]:
     return result
 
 
-@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit was measured on Linux")
 def test_experts_take_the_disk_of_the_output_and_the_memory_of_a_few_tensors(tmp_path: Path) -> None:
     source, place = tmp_path / "source", tmp_path / "place"
@@ -182,5 +181,5 @@ def test_experts_take_the_disk_of_the_output_and_the_memory_of_a_few_tensors(tmp
     assert peak < imports + 3 * largest
     written = torch.load(place / "out" / "pytorch_model.bin", weights_only=True, mmap=True)
     experts = written["model.layers.3.mlp.experts.gate_up_proj"]
-    assert experts.shape == (8, 8192, 2048)
+    assert experts.shape == (8, 8192, 1024)
     assert not experts.qdata[::3, ::1000].any()

@@ -298,11 +298,42 @@ def campaign(source: Path, folder: Path, **task: Any) -> Any:
     return report
 
 
-def test_killed_again_and_again(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+def may_mount(folder: Path) -> bool:
+    (folder / "mounted").mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder / "mounted")]
+    try:
+        if subprocess.run(words, capture_output=True, check=False).returncode:
+            return False
+    except OSError:
+        return False
+    subprocess.run(["umount", str(folder / "mounted")], check=True)
+    return True
+
+
+@pytest.fixture(scope="module")
+def attacked(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What became of runs that were killed, and of runs whose disk was full, where a small disk can be mounted."""
+    folder = tmp_path_factory.mktemp("attacked")
+    full = {"full": 4} if may_mount(folder) else {}
+    return campaign(checkpoints("cogvideox"), folder, kills=10, seed=1, **full)
+
+
+def test_killed_again_and_again(attacked: Any) -> None:
     """The same bytes in the end; never a folder that has a manifest and does not verify."""
-    report = campaign(checkpoints("cogvideox"), tmp_path, kills=10, seed=1)
-    assert report["kills"] == 10
-    assert max(report["resumed"]) > 0
+    assert attacked["kills"] == 10
+    assert max(attacked["resumed"]) > 0
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(30, marks=pytest.mark.exhaustive)])
+def test_a_disk_that_is_full_somewhere(
+    count: int, attacked: Any, checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """At a random byte of the output, its journal, a copied file or the manifest: a clean error, and it goes on."""
+    if "said" not in attacked:
+        pytest.skip("a small disk cannot be mounted here")
+    report = attacked if count == 4 else campaign(checkpoints("cogvideox"), tmp_path, full=count, seed=count)
+    assert len(report["said"]) == count
+    assert any(resumed > 0 for _, _, resumed in report["said"])
 
 
 @pytest.mark.exhaustive
@@ -324,26 +355,3 @@ def test_killed_a_hundred_times(
     options = {"min_quantized": 0, **options}
     report = campaign(checkpoints(family), tmp_path, kills=100, seed=seed, scheme=scheme, options=options)
     assert report["kills"] == 100
-
-
-def may_mount(folder: Path) -> bool:
-    (folder / "mounted").mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder / "mounted")]
-    try:
-        if subprocess.run(words, capture_output=True, check=False).returncode:
-            return False
-    except OSError:
-        return False
-    subprocess.run(["umount", str(folder / "mounted")], check=True)
-    return True
-
-
-@pytest.mark.exhaustive  # by default one disk is full, see test_engine_stream
-@pytest.mark.parametrize("count", [4, 30])
-def test_a_disk_that_is_full_somewhere(count: int, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
-    """At a random byte of the output, its journal, a copied file or the manifest: a clean error, and it goes on."""
-    if not may_mount(tmp_path):
-        pytest.skip("a small disk cannot be mounted here")
-    report = campaign(checkpoints("cogvideox"), tmp_path, full=count, seed=count)
-    assert len(report["said"]) == count
-    assert any(resumed > 0 for _, _, resumed in report["said"])
