@@ -4,7 +4,8 @@
 
 Each run is a fork of this process. With "kills" it is killed with SIGKILL after a random time, or when its journal has
 reached a random length, or when the result is about to appear. With "full" the disk, a small tmpfs, has room for a
-random number of bytes only. With both, one comes after the other. Prints a JSON report. This process uses no thread of torch, so that its forks may.
+random number of bytes only. With both, one comes after the other. Prints a JSON report. This process uses no thread of
+torch, so that its forks may.
 """
 
 import hashlib
