@@ -15,7 +15,7 @@ ORDER = (
     *("hub", "cards", "inspection", "verification", "repacking", "searching", "engine"),
     *("planning", "recipes", "rules", "models", "inputs", "schemes", "readers", "writers", "sources"),
     *("staging", "manifest", "options", "hashing", "environment", "cache", "json_text", "files"),
-    *("seals", "words", "accelerators", "progress", "version", "errors"),
+    *("seals", "words", "accelerators", "memory", "progress", "version", "errors"),
 )
 
 # what is not so yet. An entry that is no longer true has to go
