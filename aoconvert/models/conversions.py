@@ -29,7 +29,15 @@ BLOCK_BYTES = 2 << 20
 
 
 class CannotFollow(Exception):
-    """A conversion that cannot be done tensor by tensor; the message says why."""
+    """A conversion that cannot be done tensor by tensor; the message says why.
+
+    Attributes:
+        for_want_of_data: it looks at values, so that nothing is known without them.
+    """
+
+    def __init__(self, message: str, *, for_want_of_data: bool = False) -> None:
+        super().__init__(message)
+        self.for_want_of_data = for_want_of_data
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,8 @@ def follow(skeleton: Skeleton, conversions: Sequence[Conversion], found: Mapping
         try:
             results = build(recipe, skeleton.model, None, _empty)
         except Exception as error:  # an operation may fail in its own way
-            raise CannotFollow(f"{item.layer}: {error}".splitlines()[0]) from error
+            blind = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+            raise CannotFollow(f"{item.layer}: {error}".splitlines()[0], for_want_of_data=blind) from error
         targets = {name: tuple(tensor.shape) for name, tensor in results.items()}
         wrong = [name for name, shape in targets.items() if shapes.get(name) != shape or name in made]
         if wrong or item.layer not in targets:

@@ -268,6 +268,8 @@ def source_names(skeleton: Skeleton, checkpoint: Iterable[str]) -> Names:
     )
     clash = next((name for name in direct if name in merged), None)
     kept = {name: origin for name, origin in direct.items() if name not in merged}
+    for name in direct.keys() & collected.keys():  # its parts go before it
+        passed[direct[name]] = next(iter(collected[name][1].values()))[0]
     return Names(kept, frozenset(merged & set(wanted)), conversions, clash, passed)
 
 

@@ -232,9 +232,10 @@ class _Decider:
             )
         if self.found is None or self.problems or self.faults or lines:
             return lines  # the library's refusal would only say the same
-        opening = self.found.opening
-        if opening.refusal is not None and self.found.inventory.obstacle is None:
-            lines.append(f"{title}: {self.skeleton.component.library} does not open it: {opening.refusal}")
+        opening, inventory = self.found.opening, self.found.inventory
+        if opening.refusal is not None and not inventory.for_want_of_data:
+            why = inventory.obstacle or opening.refusal
+            lines.append(f"{title}: {self.skeleton.component.library} does not open it: {why}")
         mismatched = [
             f"{name} comes out as {list(here)}, but its class wants {list(there)}"
             for name, (here, there) in (opening.mismatched or {}).items()

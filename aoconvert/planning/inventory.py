@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
@@ -40,6 +40,7 @@ class Inventory:
         recipes: how each of them is made from tensors of the checkpoint.
         obstacle: why that cannot be said, and transformers' loader must make a copy of all of them; then there are no
             recipes.
+        for_want_of_data: the obstacle is that the data is not at hand; with it, that loader may get through.
         unknown: tensors that the model has no place for.
         passed: the checkpoint's names that are not read, and why.
         unreadable: state-dict key → what the checkpoint has there in place of a tensor.
@@ -52,6 +53,7 @@ class Inventory:
     merged: frozenset[str]
     recipes: Mapping[str, Recipe]
     obstacle: str | None
+    for_want_of_data: bool = False
     unknown: tuple[SourceTensor, ...] = ()
     passed: Mapping[str, str] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
@@ -160,7 +162,8 @@ def match(skeleton: Skeleton, contents: Contents, *, sharded: bool) -> Inventory
             raise CannotFollow(f"the checkpoint holds {min(twice)} and what it is made from")
     except CannotFollow as reason:
         into_copy = {name for item in resolved.conversions for names in item.sources.values() for name in names}
-        return finish.inventory(merged=resolved.merged, obstacle=str(reason), used=into_copy)
+        made_whole = finish.inventory(merged=resolved.merged, obstacle=str(reason), used=into_copy)
+        return replace(made_whole, for_want_of_data=reason.for_want_of_data)
     return finish.inventory(merged=frozenset(recipes), recipes=recipes)
 
 
@@ -218,5 +221,13 @@ class _Finish:
         passed = {name: f"{other} is taken for the same tensor" for name, other in self.passed.items()}
         passed |= {name: what for name, what in self.contents.others.items() if name not in passed}
         return Inventory(
-            direct, merged, recipes, obstacle, unknown, passed, self.unreadable, self.needs_data, tuple(order)
+            direct,
+            merged,
+            recipes,
+            obstacle,
+            unknown=unknown,
+            passed=passed,
+            unreadable=self.unreadable,
+            needs_data=self.needs_data,
+            order=tuple(order),
         )

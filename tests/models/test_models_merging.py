@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 import aoconvert
+from aoconvert import manifest as manifests
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.models.conversions import BLOCK_BYTES
 from aoconvert.options import QuantizeOptions
@@ -275,20 +276,34 @@ def test_an_operation_that_is_not_known_is_given_everything(checkpoints: Callabl
 
 
 def test_an_expert_that_is_not_there(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
-    """transformers refuses the checkpoint; so it is, before anything is written."""
+    """transformers refuses the checkpoint; so does the plan, and names the tensor that cannot be made."""
     source = tmp_path / "source"
     shutil.copytree(checkpoints("mixtral"), source)
     tensors = load_file(source / "model.safetensors")
     gone = next(name for name in tensors if ".experts.2." in name and "layers.1" in name)
     del tensors[gone]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    plan = plan_of(source, tmp_path / "out")
-    [component] = plan.components
-    assert component.copied is not None and "layers.1" in component.copied
-    with pytest.raises(aoconvert.AoconvertError, match="transformers"):
+    says = r"transformers does not open it: model\.layers\.1\.mlp\.experts\.gate_up_proj: Sizes of tensors must match"
+    with pytest.raises(aoconvert.AoconvertError, match=says):
         aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0)
-    assert not (tmp_path / "out").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_merged_tensor_beside_its_parts(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers takes the parts; the other is named as left out."""
+    source, name = tmp_path / "source", "model.layers.1.mlp.experts.gate_up_proj"
+    shutil.copytree(checkpoints("mixtral"), source)
+    tensors = load_file(source / "model.safetensors")
+    made = reference(source)[name]
+    save_file({**tensors, name: made + 1}, source / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(reference(source)[name], made)
+    aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0)
+    aoconvert.quantize(checkpoints("mixtral"), "int8wo", output=tmp_path / "usual", device="cpu", min_quantized=0)
+    one, other = (torch.load(tmp_path / place / "pytorch_model.bin", weights_only=True) for place in ("out", "usual"))
+    assert one.keys() == other.keys()
+    assert all(same(tensor, other[key]) for key, tensor in one.items())
+    [left] = manifests.load(tmp_path / "out").components[0].dropped
+    assert (left.name, "is taken for the same tensor" in left.reason) == (name, True)
 
 
 def test_a_tensor_that_changed_after_the_plan(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
