@@ -37,8 +37,13 @@ class Rule:
 
     @property
     def label(self) -> str:
-        """How reasons and messages call it."""
+        """How messages call it."""
         return f"{self.origin} {self.pattern}"
+
+    @property
+    def reason(self) -> str:
+        """Why a tensor stays that the rule leaves alone; for the manifest and the card, beside which no recipe lies."""
+        return self.label if self.origin.startswith("--") else f"the recipe's rule {self.pattern}"
 
     @cached_property
     def regex(self) -> re.Pattern[str] | None:

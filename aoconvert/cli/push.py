@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from aoconvert.hub.types import Pushed
+    from aoconvert.verification.report import Report
 
 EXAMPLES = """\b
 Examples:
@@ -93,9 +94,17 @@ def table(done: Pushed) -> RenderableType:
     for path in done.deleted:
         rows.add_row(Text(path), "", "to be deleted" if done.dry_run else "deleted")
     lines = [Text(_last_line(done), style="bold")]
+    if done.verification is not None:
+        lines.append(Text(_opened(done.verification)))
     if done.pr_url is not None:
         lines.append(Text(f"pull request: {done.pr_url}"))
     return Group(Text(done.card), rows, *lines) if done.dry_run else Group(rows, *lines)
+
+
+def _opened(report: Report) -> str:
+    """What was run with the commit on the Hub."""
+    ran = ", ".join(f"{one.what} (on {one.device})" for one in report.ran)
+    return f"opened from the Hub with an empty cache; what ran: {ran or 'nothing'}"
 
 
 def _said(done: Pushed, *, new: bool) -> str:

@@ -177,13 +177,19 @@ def _publish(
 
 
 def _open_again(folder: Path, job: Job, commit: str, progress: Progress) -> Report:
-    """Verify what was pushed, opened from the Hub; the folder holds the same files, as the comparison has shown."""
+    """Verify what was pushed, opened from the Hub; the folder holds the same files, as the comparison has shown.
+
+    The card's example runs where the card claims that it ran.
+    """
+    from aoconvert.cards.proof import prove
     from aoconvert.verification.published import Published
     from aoconvert.verification.run import VerifyOptions, verify
+    from aoconvert.verification.target import from_manifest
 
     total = sum(file.size for file in job.files)
     published = Published(job.repo_id, commit, job.options.branch, total, job.options.token)
-    return verify(folder, job.repo_id, VerifyOptions(published=published), progress)
+    claimed = prove(folder, from_manifest(folder, job.manifest)).example
+    return verify(folder, job.repo_id, VerifyOptions(published=published, example=claimed), progress)
 
 
 def _found(job: Job, commit: str, report: Report) -> list[str]:

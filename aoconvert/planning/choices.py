@@ -115,7 +115,7 @@ def _choose(spec: TensorSpec, dtype: torch.dtype, rules: Rules, wishes: Wishes, 
         return Choice(None, why, asked)
     scheme = rule.scheme if rule is not None else rules.default
     if scheme is None:
-        return Choice(None, rule.label if rule is not None else "no rule is for it")
+        return Choice(None, rule.reason if rule is not None else "no rule is for it")
     why = "the model class keeps it in float32" if spec.keep_fp32 else None
     if why is None and asked is None and wishes.default_skips:
         why = _taste(spec, scheme, twins)

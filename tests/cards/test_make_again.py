@@ -63,6 +63,8 @@ def test_the_same_bytes(
     given = ["--recipe", str(tmp_path / "mine.toml")] if recipe else []
     first = quantize([str(checkpoints(family)), *given, *options, "--device", "cpu"], tmp_path / "out")
     card = read(render(tmp_path / "out", CardOptions(), repo_id="a/b").text)
+    assert "mine" not in card.shown.split()  # a file that no reader of the card has
+    assert not any("mine" in (tensor.reason or "") for part in first.components for tensor in part.tensors)
     words = shlex.split(card.fences("bash")[-1])
     assert words[:2] == ["aoconvert", "quantize"] and "mine.toml" not in words
     assert ("--recipe" in words) == bool(recipe) == ("beside aoconvert.json, which holds the recipe" in card.shown)

@@ -76,6 +76,21 @@ def test_the_demo_opens_by_the_code_on_its_card(
     assert "diffusion_pytorch_model.bin" in fetched and "pytorch_model.bin" in fetched
 
 
+@pytest.mark.exhaustive
+def test_the_example_runs_where_the_card_claims_that_it_ran(
+    way: tuple[HubClient, dict[str, str]], fresh: Fresh
+) -> None:
+    client, env = way
+    for claimed in (False, True):
+        folder = fresh("pipeline")
+        report = aoconvert.verify(folder, example=claimed)
+        assert report.example == claimed, report.to_dict()
+        done = client.command("push", f"me/demo-{claimed}", str(folder), "--verify-hub", "--json", env=env)
+        assert done.returncode == 0, done.stderr
+        ran = [one["what"] for one in json.loads(done.stdout)["verification"]["ran"]]
+        assert ran == ["load", "forward", *(["example"] if claimed else [])]
+
+
 def test_a_push_that_does_not_open_says_so(me: Pusher, fresh: Fresh) -> None:
     """The commit is there; whoever fetches it cannot have its weights."""
     me.hub.faults.append(Fault(r"/resolve/.*\.bin", status=403))

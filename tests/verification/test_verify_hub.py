@@ -32,6 +32,30 @@ def test_a_repo(hub_client: HubClient, checkpoints: Callable[[str], Path], tmp_p
     assert [path.name for path in hub_client.home.iterdir() if "empty" in path.name] == []
 
 
+def test_the_command_fails_with_its_exit_code(
+    hub_client: HubClient, checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What is on the Hub is not what the manifest lists: damaged by who pushed it, or pushed without all files."""
+    out = tmp_path / "out"
+    aoconvert.quantize(checkpoints("opt"), "int8wo", output=out, device="cpu")
+    files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    weights = bytearray(files["pytorch_model.bin"])
+    weights[len(weights) // 2] ^= 1
+    damages = {
+        "one-bit": ({**files, "pytorch_model.bin": bytes(weights)}, "pytorch_model.bin is not the file the manifest"),
+        "no-weights": ({p: c for p, c in files.items() if p != "pytorch_model.bin"}, "pytorch_model.bin is missing"),
+        "not-a-manifest": ({**files, "aoconvert.json": b"{"}, "it is not valid JSON (line 1)"),
+    }
+    for name, (content, says) in damages.items():
+        hub_client.hub.state.create_repo(f"user/{name}")
+        hub_client.hub.state.commit(f"user/{name}", content)
+        done = hub_client.command("verify", f"user/{name}")
+        assert done.returncode == 4, done.stderr
+        assert says in " ".join(done.stdout.split())
+        assert "Traceback" not in done.stderr + done.stdout
+        assert f"not verified: user/{name}" in done.stdout
+
+
 def test_a_repo_that_is_no_result(hub_client: HubClient, checkpoints: Callable[[str], Path]) -> None:
     hub_client.hub.state.create_repo("user/plain")
     source = checkpoints("opt")
