@@ -115,7 +115,10 @@ class _Search:
                 return outcome
             if isinstance(outcome.error, (NameError, ImportError)):  # a package is missing: no repair helps
                 continue
-            queue.append(self.node(start, outcome, None))
+            if (
+                start.source != "dummy_inputs"
+            ):  # these are of the base class, mostly: they serve as they are, or not at all
+                queue.append(self.node(start, outcome, None))
         while queue and not self.spent():
             parent = self.next(queue)
             repaired = parent.repaired(self.seen)
