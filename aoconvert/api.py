@@ -12,6 +12,7 @@ from aoconvert.environment import check_device_names, host_by_default
 from aoconvert.errors import SourceError
 from aoconvert.options import QuantizeKwargs, QuantizeOptions, parse_size
 from aoconvert.progress import Progress, Silent
+from aoconvert.words import argument
 
 if TYPE_CHECKING:
     from aoconvert.cards import Card
@@ -235,7 +236,7 @@ def repack(
     refuse_output(FolderSource(folder), place, overwrite=overwrite)  # before torch is imported
     from aoconvert.repacking import repack as run
 
-    words = ["aoconvert", "repack", named.name, "--layout-device", layout_device]
+    words = ["aoconvert", "repack", argument(named.name), "--layout-device", layout_device]
     return run(
         folder, layout_device, place, overwrite=overwrite, progress=progress or Silent(), command=shlex.join(words)
     )
@@ -441,7 +442,7 @@ _FLAGS = (
 
 def command_line(made: Plan, options: QuantizeOptions) -> str:
     """The command that makes the same result again: no token, no absolute path, the revision pinned."""
-    words = ["aoconvert", "quantize", made.source.repo_id or made.source.label]
+    words = ["aoconvert", "quantize", made.source.repo_id or argument(made.source.label)]
     words += ["--scheme", options.scheme] if options.scheme is not None else []
     words += ["--recipe", options.recipe.name] if options.recipe is not None else []
     words += ["--candidates", ",".join(options.candidates)] if options.candidates else []

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from aoconvert.environment import import_diffusers
 from aoconvert.errors import PlanError, VerificationError
+from aoconvert.planning.make import refuse_output
 from aoconvert.progress import Progress
+from aoconvert.sources.folder import FolderSource
 from aoconvert.words import first
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def _check_folder(folder: Path, source: Path) -> None:
     held = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
     if held and not (source / "model_index.json").is_file():
         raise PlanError([f"{folder} is not empty and holds no earlier demo"], hint=_ANOTHER)
+    refuse_output(FolderSource(source), folder / "out", overwrite=True)
 
 
 def _place_pipeline(source: Path) -> None:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+CHECK_PERMISSIONS = "check the path and its permissions"
+
 
 class AoconvertError(Exception):
     """Root of all errors: one line that says what is wrong and where, and what to do next.

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from aoconvert.errors import SourceError
+from aoconvert.errors import CHECK_PERMISSIONS, SourceError
 from aoconvert.files import read_limited
 from aoconvert.json_text import parse_json
 
@@ -393,7 +393,8 @@ def load(folder: Path) -> Manifest:
             raise SourceError(what, hint="give the output folder of aoconvert quantize") from None
         raise SourceError(f"{folder} has no {MANIFEST_NAME}", hint="is it the output of aoconvert quantize?") from None
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or ''}", hint="make the checkpoint again") from error
+        hint = CHECK_PERMISSIONS if isinstance(error, PermissionError) else "make the checkpoint again"
+        raise SourceError(f"{path} cannot be read: {error.strerror or ''}", hint=hint) from error
     digest = hashlib.sha256(raw).hexdigest()
     if (known := _LOADED.get(digest)) is not None:
         return known

@@ -43,6 +43,11 @@ def first(names: Sequence[str], most: int = 3) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def argument(place: str) -> str:
+    """A path as a command takes it: one that begins with a hyphen would be an option."""
+    return f"./{place}" if place.startswith("-") else place
+
+
 def escaped(line: str) -> str:
     """A line fit for a terminal: what cannot be printed is shown as its escape, such as ``\\x1b`` or ``\\u202e``."""
     if line.isprintable():

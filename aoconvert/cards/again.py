@@ -97,7 +97,8 @@ def _source(manifest: Manifest, word: str) -> str | None:
     """The repo that the card names, or a folder that is plainly one."""
     if manifest.source.repo_id is not None:
         return word if word == manifest.source.repo_id and is_repo_id(word) else None
-    return f"./{word}" if "/" not in word and word.isprintable() and word.lstrip(".") and word[0] != "-" else None
+    name = word.removeprefix("./")
+    return f"./{name}" if "/" not in name and name.isprintable() and name.lstrip(".") else None
 
 
 def _options(words: Sequence[str]) -> list[tuple[str, str]] | None:

@@ -27,6 +27,7 @@ from aoconvert.sources.folder import FolderSource
 from aoconvert.verification.code import Strategy, code_device, load_code
 from aoconvert.verification.target import Target, from_manifest
 from aoconvert.verification.usage import usage_code, usage_packages
+from aoconvert.words import argument
 
 _HUB = "https://huggingface.co"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -60,7 +61,7 @@ def make(
         "needs": list(dict.fromkeys((item["package"], item["range"]) for part in parts for item in part["loads_with"])),
         "limits": limits(target, proof.strategy),
         "verify": shlex.join(
-            ["aoconvert", "verify", repo_id or str(folder), *(["--revision", revision] if revision else [])]
+            ["aoconvert", "verify", repo_id or argument(str(folder)), *(["--revision", revision] if revision else [])]
         ),
         **_origin(manifest),
     }

@@ -18,7 +18,7 @@ import click
 
 from aoconvert.cli.output import Output
 from aoconvert.cli.streams import give_up_stdout, write_stderr
-from aoconvert.errors import AoconvertError, HostMemoryError, Interrupted, is_out_of_memory
+from aoconvert.errors import CHECK_PERMISSIONS, AoconvertError, HostMemoryError, Interrupted, is_out_of_memory
 from aoconvert.version import __version__
 from aoconvert.words import escaped
 
@@ -130,6 +130,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         if is_out_of_memory(error):
             hint = "end other programs or raise the limit; aoconvert plan says what a run takes"
             _fail(out, HostMemoryError("memory ran out", hint=hint))
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            hint = f"{CHECK_PERMISSIONS}; AOCONVERT_DEBUG=1 shows the traceback"
+            _fail(out, AoconvertError(f"{error.filename}: {error.strerror}", hint=hint))
         from aoconvert.sources.hub_errors import without_secrets
 
         said = without_secrets(str(error)).splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +12,12 @@ from typing import Any
 
 from aoconvert import manifest as manifests
 from aoconvert.cards import CARD_NAME, PICTURE_NAME
-from aoconvert.errors import SourceError
 from aoconvert.hub.types import PushOptions, Sent
 from aoconvert.manifest import MANIFEST_NAME, FileEntry, Manifest
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
 from aoconvert.sources.folder import list_folder, stays_inside
-from aoconvert.verification.files import file_sha256, shadows
+from aoconvert.verification.files import content_problem, file_sha256, shadows
 from aoconvert.verification.report import REPORT_NAME, read_report, some
 
 # https://huggingface.co/docs/hub/storage-limits
@@ -54,8 +54,6 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
     Raises:
         SourceError: it is no folder with a manifest that can be read.
     """
-    if not folder.is_dir():
-        raise SourceError(f"no such folder: {folder}", hint="give the output folder of aoconvert quantize")
     tidy(folder)
     manifest = manifests.load(folder)
     manifest_sha256 = file_sha256(folder / MANIFEST_NAME)
@@ -92,6 +90,8 @@ def _file_problems(folder: Path, entry: FileEntry) -> Iterator[str]:
         yield f"{entry.path} is missing"
     elif not stays_inside(folder, entry.path):
         yield f"{entry.path} is a link that leaves the folder"
+    elif not os.access(place, os.R_OK):
+        yield f"{entry.path} cannot be read: no permission"
     elif place.stat().st_size != entry.size:
         yield f"{entry.path} has {place.stat().st_size} bytes, the manifest says {entry.size}"
     elif entry.size > FILE_LIMIT:
@@ -149,16 +149,11 @@ def _rehash(folder: Path, entries: list[FileEntry], progress: Progress) -> list[
     problems = []
     progress.start("hash", sum(entry.size for entry in entries))
     for entry in entries:
-        if file_sha256(folder / entry.path) != entry.sha256:
-            problems.append(other_content(entry.path))
+        if (problem := content_problem(folder, entry)) is not None:
+            problems.append(problem)
         progress.advance(entry.size, entry.path)
     progress.finish()
     return problems
-
-
-def other_content(path: str) -> str:
-    """The problem of a file that was changed."""
-    return f"{path} is not the file the manifest lists (its SHA-256 differs)"
 
 
 def _large(files: list[Sent]) -> list[str]:

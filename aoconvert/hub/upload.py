@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import HubError, HubRefusal, PlanError
-from aoconvert.hub.contents import other_content
 from aoconvert.hub.remote import Changes, Job, Tip, changes, conflict, find_tip, refusals
 from aoconvert.hub.types import Sent
 from aoconvert.hub.watching import FileWatch
 from aoconvert.progress import Progress
 from aoconvert.sources.hub_errors import AGAIN_HINT, failed_status, never_answered, retry_after, translated
+from aoconvert.verification.files import other_content
 from aoconvert.verification.report import some
 
 if TYPE_CHECKING:

@@ -247,7 +247,9 @@ def output_problems(source: Source, output: Path, *, overwrite: bool) -> list[st
             return [f"output {output}: {getattr(error, 'strerror', None) or error}"]
     if output.absolute().name in ("", ".."):  # what is built beside it needs a name
         problems.append(f"output {output} has no name of its own; give the folder itself")
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
+    if output.is_symlink():
+        problems.append(f"output {output} is a link, and the result would take its place; give the folder itself")
+    elif output.exists() and not output.is_dir():
         problems.append(f"output {output} exists and is not a folder")
     elif output.is_dir() and any(output.iterdir()):
         if not (output / MANIFEST_NAME).is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from aoconvert.errors import SourceError, UsageError
+from aoconvert.errors import CHECK_PERMISSIONS, SourceError, UsageError
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, show
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.hub import open_hub
@@ -75,12 +75,19 @@ def resolve(
 
 
 def _local_place(reference: str) -> Path | None:
-    """The existing file or folder a reference names; ``~`` is the home folder."""
+    """The existing file or folder a reference names; ``~`` is the home folder.
+
+    Raises:
+        SourceError: nobody may look whether it is there.
+    """
     if not reference:
         return None
     try:
         place = Path(reference).expanduser()
         return place if place.exists() else None
+    except PermissionError as error:  # something is there, so it is no model on the Hub
+        said = f"{show(reference)} cannot be looked at: {error.strerror}"
+        raise SourceError(said, hint=CHECK_PERMISSIONS) from error
     except (OSError, ValueError, RuntimeError):
         # A name too long, a NUL, an unknown user: nothing that exists.
         return None

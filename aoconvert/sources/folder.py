@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from aoconvert.errors import SourceError
+from aoconvert.errors import CHECK_PERMISSIONS, SourceError
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_path
 
 # A model folder has tens of files; this many means that someone gave a home folder or a disk.
@@ -129,7 +129,8 @@ def list_folder(root: Path, label: str) -> dict[str, SourceFile]:
 
     def unreadable(error: OSError) -> None:
         where = Path(error.filename).name if error.filename else label
-        raise SourceError(f"{label}: folder {where} cannot be read: {error.strerror}") from error
+        what = label if where == label else f"{label}: folder {where}"
+        raise SourceError(f"{what} cannot be read: {error.strerror}", hint=CHECK_PERMISSIONS) from error
 
     found: dict[str, SourceFile] = {}
     for folder, subfolders, names in os.walk(root, onerror=unreadable):

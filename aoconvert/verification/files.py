@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aoconvert.files import open_regular, read_limited
 from aoconvert.json_text import CONFIG_BYTES, parse_json
-from aoconvert.manifest import CARD_BYTES, CARD_NAME, Manifest
+from aoconvert.manifest import CARD_BYTES, CARD_NAME, FileEntry, Manifest
 from aoconvert.seals import is_sealed
 from aoconvert.sources.folder import list_folder, stays_inside
 
@@ -48,10 +48,24 @@ def check_files(folder: Path, manifest: Manifest) -> tuple[list[str], int]:
             problems.append(f"{path} has {place.stat().st_size} bytes, the manifest says {entry.size}")
         else:
             hashed += entry.size
-            if file_sha256(place) != entry.sha256:
-                problems.append(f"{path} is not the file the manifest lists (its SHA-256 differs)")
+            if (problem := content_problem(folder, entry)) is not None:
+                problems.append(problem)
     problems += [f"{path} is not in the manifest" for path in unlisted(folder, set(listed))]
     return problems, hashed
+
+
+def content_problem(folder: Path, entry: FileEntry) -> str | None:
+    """Why a file's content is not what the manifest says, or cannot be told; ``None`` where it is."""
+    try:
+        same = file_sha256(folder / entry.path) == entry.sha256
+    except OSError as error:
+        return f"{entry.path} cannot be read: {error.strerror}"
+    return None if same else other_content(entry.path)
+
+
+def other_content(path: str) -> str:
+    """The problem of a file that was changed."""
+    return f"{path} is not the file the manifest lists (its SHA-256 differs)"
 
 
 def unlisted(folder: Path, listed: set[str]) -> list[str]:

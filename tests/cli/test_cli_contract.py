@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import DATA, build_llama
+
+import aoconvert
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["quantize", "plan", "verify", "card", "push", "inspect", "schemes", "repack", "env", "cache", "demo"]
@@ -75,24 +78,76 @@ def test_refusals_import_no_torch(tmp_path: Path) -> None:
         (3, "no such folder", ["push", "me/model", "./absent"]),
         (2, "did you mean quantize?", ["quantise", "x"]),
     ]
+    for error, (exit_code, said, arguments), torch in called(refusals):
+        assert not torch, arguments
+        assert error["exit_code"] == exit_code, (arguments, error)
+        assert said in f"{error['message']} {error['hint']}", (arguments, error)
+
+
+def called(
+    refusals: list[tuple[int, str, list[object]]], prefix: Sequence[str] = ()
+) -> Iterator[tuple[Any, Any, bool]]:
+    """Refused commands in one new process: the error of each, the expectation, and whether torch was imported."""
     code = """
 import json, sys
 from aoconvert.cli.main import main
 for arguments in json.load(sys.stdin):
     try:
         main([*arguments, "--json"])
-    except SystemExit as ended:
-        print(json.dumps([ended.code, "torch" in sys.modules]))
+    except SystemExit:
+        print(json.dumps("torch" in sys.modules))
 """
-    asked = json.dumps([[str(word) for word in arguments] for _, _, arguments in refusals])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], input=asked, capture_output=True, text=True, env=environment, check=True
+        [*prefix, sys.executable, "-c", code],
+        input=json.dumps([[str(word) for word in arguments] for _, _, arguments in refusals]),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        check=True,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    for (exit_code, said, arguments), error, ended in zip(refusals, lines[::2], lines[1::2], strict=True):
-        assert ended == [exit_code, False], (arguments, error)
-        assert said in f"{error['error']['message']} {error['error']['hint']}", (arguments, error)
+    for document, refusal, torch in zip(lines[::2], refusals, lines[1::2], strict=True):
+        yield document["error"], refusal, torch
+
+
+def test_what_may_not_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    """No permission is no bug to report, and a folder that nobody may look into is no model on the Hub."""
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if prefix and shutil.which("setpriv") is None:
+        pytest.skip("as root, without setpriv, everything may be read")
+    (tmp_path / "closed").mkdir()
+    build_llama(tmp_path / "closed" / "model")
+    hidden = tmp_path / "closed" / "model"
+    source = build_llama(tmp_path / "model")
+    done = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu")
+    (done.output / "pytorch_model.bin").chmod(0)
+    (tmp_path / "closed").chmod(0)
+    scheme = ["--scheme", "int8wo", "-o", tmp_path / "new"]
+    refusals: list[tuple[int, str, list[object]]] = [
+        (3, "model' cannot be looked at: Permission denied", ["quantize", hidden, *scheme]),
+        (3, "model' cannot be looked at: Permission denied", ["inspect", hidden]),
+        (3, "model' cannot be looked at: Permission denied", ["verify", hidden]),
+        (3, "closed cannot be read: Permission denied", ["plan", tmp_path / "closed", *scheme]),
+        (3, "aoconvert.json cannot be read: Permission denied", ["card", hidden]),
+        (3, "aoconvert.json cannot be read: Permission denied", ["push", "me/model", hidden]),
+        (3, "aoconvert.json cannot be read: Permission denied", ["repack", hidden, "--layout-device", "cuda"]),
+        (3, "Permission denied", ["quantize", source, "--scheme", "int8wo", "-o", tmp_path / "closed" / "out"]),
+        (3, "pytorch_model.bin cannot be read: no permission", ["push", "me/model", done.output]),
+        (3, "pytorch_model.bin cannot be read: no permission", ["push", "me/model", done.output, "--rehash"]),
+    ]
+    try:
+        for error, (exit_code, said, arguments), _ in called(refusals, prefix):
+            assert error["exit_code"] == exit_code, (arguments, error)
+            assert any(said in line for line in error["problems"]), (arguments, error)
+            assert "report" not in (error["hint"] or ""), (arguments, error)
+        command = [*prefix, sys.executable, "-m", "aoconvert", "verify", done.output, "--json"]
+        verified = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert verified.returncode == 4, verified
+        assert (
+            json.loads(verified.stdout)["checks"][-1]["detail"] == "pytorch_model.bin cannot be read: Permission denied"
+        )
+    finally:
+        (tmp_path / "closed").chmod(0o700)
 
 
 def test_little_is_imported_for_help() -> None:
