@@ -84,9 +84,10 @@ class FolderSource(Source):
         return place
 
     def fetch(self, paths: Sequence[str], progress: FetchProgress | None = None) -> None:
-        """Check that the files are there; see :meth:`Source.fetch`. There is nothing to report progress on."""
+        """Check that the files are there and may be read; see :meth:`Source.fetch`. There is no progress to report."""
         for path in paths:
-            self.local(path)
+            if not os.access(self.local(path), os.R_OK):
+                raise SourceError(f"{self.label}: {path} cannot be read: no permission", hint=CHECK_PERMISSIONS)
 
     def _refused_link(self, path: str) -> SourceError | None:
         """What to say about a file that is not listed because of a link on the way to it."""

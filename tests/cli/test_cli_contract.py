@@ -121,6 +121,8 @@ def test_what_may_not_be_read_is_refused_by_name(tmp_path: Path) -> None:
     source = build_llama(tmp_path / "model")
     done = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu")
     (done.output / "pytorch_model.bin").chmod(0)
+    locked = build_llama(tmp_path / "locked")
+    (locked / "generation_config.json").chmod(0)
     (tmp_path / "closed").chmod(0)
     scheme = ["--scheme", "int8wo", "-o", tmp_path / "new"]
     refusals: list[tuple[int, str, list[object]]] = [
@@ -131,6 +133,7 @@ def test_what_may_not_be_read_is_refused_by_name(tmp_path: Path) -> None:
         (3, "aoconvert.json cannot be read: Permission denied", ["card", hidden]),
         (3, "aoconvert.json cannot be read: Permission denied", ["push", "me/model", hidden]),
         (3, "aoconvert.json cannot be read: Permission denied", ["repack", hidden, "--layout-device", "cuda"]),
+        (3, "generation_config.json cannot be read: no permission", ["quantize", locked, *scheme, "--device", "cpu"]),
         (3, "Permission denied", ["quantize", source, "--scheme", "int8wo", "-o", tmp_path / "closed" / "out"]),
         (3, "pytorch_model.bin cannot be read: no permission", ["push", "me/model", done.output]),
         (3, "pytorch_model.bin cannot be read: no permission", ["push", "me/model", done.output, "--rehash"]),
