@@ -142,6 +142,7 @@ def verify(
     Raises:
         SourceError: there is nothing to verify.
         UsageError: ``source`` is neither a folder nor a repo, or ``device`` not a device.
+        PlanError: ``device`` is not here.
         HubError: the Hub said no.
     """
     from aoconvert.verification.original import check_reference, resolve_original

@@ -124,11 +124,13 @@ def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
     """Build the pipeline in ``folder/source``, quantize it into ``folder/out``, verify that and write its model card.
 
     Raises:
+        UsageError: an unknown scheme.
         PlanError: the folder holds something else.
         VerificationError: the result is not what it should be.
     """
-    from aoconvert import api, cards
+    from aoconvert import api, cards, schemes
 
+    schemes.find(scheme)
     source, output = folder / "source", folder / "out"
     _check_folder(folder, source)
     from diffusers.utils import logging as diffusers_logging

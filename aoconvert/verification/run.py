@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aoconvert import manifest as manifests
-from aoconvert.environment import versions
+from aoconvert.environment import choose_device, versions
 from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.files import check_replaceable, is_there, read_limited, write_whole, writing
 from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
@@ -159,7 +159,10 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
     Raises:
         SourceError: the folder holds no torchao checkpoint at all.
         WriteError: something that is not a file is where the report belongs.
+        PlanError: the device that was asked for is not here. What an earlier verification found stays.
     """
+    if options.device != "auto" and options.reload:
+        choose_device(options.device)
     tidy(folder)
     writes = options.published is None and is_there(folder / MANIFEST_NAME)
     if writes:
@@ -311,7 +314,7 @@ def _pickle(run: _Run) -> tuple[Status, str]:
 
 def _versions(run: _Run, target: Target) -> tuple[Status, str]:
     """Whether this environment can open it, and whether this machine can run it."""
-    with contextlib.suppress(PlanError):  # a device that was asked for and is not here: opening it will fail
+    with contextlib.suppress(PlanError):  # a device that went away meanwhile: opening it will fail
         run.place = choose_place(target, run.options.device)
     entries = target.manifest.components if target.manifest is not None else []
     problems = [line for entry in entries for line in version_problems(entry)]

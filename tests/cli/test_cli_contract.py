@@ -75,6 +75,8 @@ def test_refusals_import_no_torch(tmp_path: Path) -> None:
         (3, "no such folder", ["repack", "./absent", "--layout-device", "cuda"]),
         (3, "is not a folder", ["repack", model / "config.json", "--layout-device", "cuda"]),
         (3, "no such folder", ["card", "./absent"]),
+        (2, "there is no scheme 'nosuch'", ["demo", tmp_path / "demo", "--scheme", "nosuch"]),
+        (3, "holds no earlier demo", ["demo", other]),
         (3, "no such folder", ["push", "me/model", "./absent"]),
         (2, "did you mean quantize?", ["quantise", "x"]),
     ]

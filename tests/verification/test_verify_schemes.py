@@ -150,17 +150,6 @@ def test_a_device_that_is_not_here(device: str, packed: Callable[[str], Path]) -
         choose_place(target_of(packed(device)), device)
 
 
-@pytest.mark.exhaustive
-def test_a_device_that_was_asked_for(packed: Callable[[str], Path]) -> None:
-    if torch.xpu.is_available():
-        pytest.skip("there is such a device here")
-    found = statuses(aoconvert.verify(packed("cpu"), device="xpu"))
-    assert {name: status for name, status in found.items() if status != "passed"} == {
-        "reload": "failed",
-        "forward": "skipped",
-    }
-
-
 def test_any_device_is_opened_on_the_cpu(mixed: Path) -> None:
     place = choose_place(target_of(mixed, device="any", min_capability=[99, 0]), "auto")
     assert (place.device, place.obstacle) == ("cpu", None)
