@@ -11,7 +11,8 @@ from pathlib import Path
 
 from aoconvert import manifest as manifests
 from aoconvert.errors import SourceError
-from aoconvert.manifest import CARD_NAME, MANIFEST_NAME, PICTURE_NAME, REPORT_NAME, FileEntry
+from aoconvert.files import read_limited
+from aoconvert.manifest import CARD_BYTES, CARD_NAME, MANIFEST_NAME, PICTURE_NAME, REPORT_NAME, FileEntry
 from aoconvert.seals import is_sealed
 from aoconvert.staging import journal_aside, listed_files, partial_folder, replaced_folder, split_files
 from aoconvert.words import first
@@ -117,8 +118,11 @@ def _is_ours(folder: Path, path: str, listed: Mapping[str, FileEntry]) -> bool:
         return False
     if path in listed:
         entry = listed[path]
-        size = place.stat().st_size
-        return max(size, entry.size) > _MOST_READ or hashlib.sha256(place.read_bytes()).hexdigest() == entry.sha256
+        if (size := place.stat().st_size) != entry.size:
+            return False
+        if size > _MOST_READ:
+            return True
+        return hashlib.sha256(read_limited(place, _MOST_READ)).hexdigest() == entry.sha256
     if path == CARD_NAME:
-        return is_sealed(place.read_bytes())
+        return place.stat().st_size <= CARD_BYTES and is_sealed(read_limited(place, CARD_BYTES))
     return path in _OWN or _DRAFT.fullmatch(path) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,3 +137,15 @@ def test_verify_says_the_same(out: Path) -> None:
     assert notes(out) == ["README.md was changed by hand"]
     edit("notes.txt")(out)
     assert check_files(out, found)[0] == ["notes.txt is not in the manifest"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "notes.txt"])
+def test_a_file_of_any_size(name: str, out: Path) -> None:
+    """It is somebody's, and not read for it: a file of holes has 64 GB and takes no room."""
+    (out / name).unlink(missing_ok=True)
+    with (out / name).open("wb") as file:
+        file.truncate(64 << 30)
+    before = time.process_time()
+    found = foreign_files(out)
+    assert time.process_time() - before < 2
+    assert found == [name]

@@ -178,7 +178,8 @@ def _placed(value: Any) -> Any:
         return value
     try:
         if place.is_file():
-            return [place.name, hashlib.sha256(place.read_bytes()).hexdigest()]
+            with place.open("rb") as file:
+                return [place.name, hashlib.file_digest(file, "sha256").hexdigest()]
         return "a folder" if place.is_dir() else value
     except (OSError, ValueError):  # not a path at all
         return value

@@ -21,6 +21,9 @@ import torch
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)([.-].+)?\.(safetensors|bin)")
 
 
+CONFIG_BYTES, INDEX_BYTES = 16 << 20, 128 << 20  # as aoconvert.json_text has them, which is not to be imported here
+
+
 class CannotCompare(Exception):
     """Why nothing can be compared here, which is no fault of the result."""
 
@@ -50,14 +53,25 @@ def weights_files(folder: Path, variant: str | None) -> list[Path]:
     return []
 
 
+def read_json(path: Path, most: int) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        CannotCompare: it has more than ``most`` bytes, or is not a regular file.
+    """
+    if not path.is_file() or path.stat().st_size > most:
+        raise CannotCompare(f"{path.name} is not a file of at most {most:,} bytes")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _named(folder: Path) -> list[Path]:
     """What ``transformers_weights`` of a config names: a file of weights, or an index of some."""
     config = folder / "config.json"
-    name = json.loads(config.read_text(encoding="utf-8")).get("transformers_weights") if config.is_file() else None
+    name = read_json(config, CONFIG_BYTES).get("transformers_weights") if config.is_file() else None
     if not isinstance(name, str):
         return []
     if name.endswith(".index.json"):
-        shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+        shards = read_json(folder / name, INDEX_BYTES)["weight_map"].values()
         return [folder / shard for shard in sorted(set(shards))]
     return [folder / name]
 
