@@ -138,5 +138,12 @@ def unmatched(rules: Iterable[Rule], names: Iterable[str]) -> list[str]:
             near = difflib.get_close_matches(rule.pattern, known, n=3, cutoff=0.5)
             advised += 1
         nearest = f" (nearest: {', '.join(near)})" if near else ""
+        if rule.regex is None and "*" in rule.pattern:
+            nearest = f" (it is taken for a name; a pattern is a regular expression: re:{_as_regex(rule.pattern)})"
         lines.append(f"{rule.origin} {rule.pattern!r} matches nothing{nearest}")
     return lines
+
+
+def _as_regex(glob: str) -> str:
+    """The regular expression that says what somebody meant by ``*``."""
+    return ".*".join(map(re.escape, glob.split("*")))

@@ -101,3 +101,10 @@ def test_a_rule_for_every_layer_of_a_large_model() -> None:
     assert len(lines) == len(names)
     assert "nearest: decoder.layers.499" in lines[0]
     assert sum("nearest" in line for line in lines) == 3
+
+
+def test_a_star_is_told_what_a_pattern_is() -> None:
+    [line] = unmatched(skipping(["model.layers.*.mlp"]), ["model.layers.0.mlp"])
+    pattern = line.partition("re:")[2].rstrip(")")
+    assert line.startswith("--skip 'model.layers.*.mlp' matches nothing (it is taken for a name")
+    assert unmatched(skipping([f"re:{pattern}"]), ["model.layers.0.mlp"]) == []

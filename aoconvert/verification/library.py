@@ -146,6 +146,7 @@ def _request(target: Target, source: Source, manifest: Manifest, scratch: str, *
         "kind": target.kind,
         "imports": list(target.imports),
         "trust": trust,
+        "left": [str(source.root / item.path) for item in manifest.left_behind],
         "available": available_bytes(),
         "scratch": scratch,
         "parts": {

@@ -228,6 +228,12 @@ def ignored_tensor(source: Path) -> None:
     add_tensors(source, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
 
 
+def dense_layer(source: Path) -> None:
+    """As sentence-transformers has it."""
+    (source / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.ones(2, 2)}, source / "2_Dense/model.safetensors")
+
+
 def adapter(source: Path) -> None:
     (source / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     save_file({"lora": torch.ones(2)}, source / "adapter_model.safetensors")
@@ -306,6 +312,10 @@ FAULTS = {
     ),
     "a tensor that the class does not know": Fault("chat", "eh_proj.weight", source=more_tensors),
     "a tensor that the library ignores": Fault("chat", "rotary_emb.inv_freq", source=ignored_tensor),
+    "a file that nothing here opens": Fault(
+        "chat", "the file 2_Dense/model.safetensors is in the source, and not here", source=dense_layer
+    ),
+    "another one": Fault("chat", "the file generation_config.json is not", json_file("generation_config.json", note=1)),
     "an adapter": Fault("chat", "adapter in the source alone", source=adapter),
     "a part of the pipeline's own class": Fault("checked", "the part safety_checker is not there", drop_part),
     "a part that is not quantized": Fault(

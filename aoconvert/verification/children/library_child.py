@@ -6,6 +6,7 @@ Reads one JSON request from stdin:
   ``from_pretrained`` cannot, or null);
 - ``kind``: what ``from_pretrained`` of both gives (``pipeline``, ``diffusers``, ``transformers``);
 - ``imports``: modules to import before a file of the result is opened; ``trust``: run code inside the checkpoints;
+- ``left``: paths of the source's files and folders that are left behind, as the manifest says;
 - ``available``: bytes of memory that may be used; ``scratch``: an empty folder on disk;
 - ``parts``: name → what the manifest says of a quantized model: ``library``, ``module`` (where its class is),
   ``class_name``, ``auto_class`` (what opens it where its class is code inside the checkpoint, or null),
@@ -79,6 +80,7 @@ def main() -> None:
             for name in request["imports"]:
                 importlib.import_module(name)
             compare_pipelines(comparison) if request["kind"] == "pipeline" else compare_single(comparison)
+            compare_files(comparison)
     except opening.CannotCompare as error:
         say({"skipped": str(error)})
     except Exception as error:
@@ -111,6 +113,18 @@ def compare_single(comparison: Comparison) -> None:
         places = comparison.source / part["source_folder"], comparison.result / part["result_folder"]
         comparison.problems(configs.compare_adapters(*places))
         comparison.problems(configs.compare_beside(*places, trust=part["trust"]))
+
+
+def compare_files(comparison: Comparison) -> None:
+    """What is in the folders beside weights and configs."""
+    request, source, comparison.part = comparison.request, comparison.source, ""
+    chosen = [source / part["source_folder"] for part in request["parts"].values()]
+    whole = request["kind"] == "pipeline"
+    opened = [path for path in source.iterdir() if path.is_dir()] if whole else chosen
+    written = {folder / "config.json" for folder in chosen}
+    written |= {path for folder in opened for path in opening.weights_files(folder, comparison.variant)}
+    left = {Path(path) for path in request["left"]}
+    comparison.problems(configs.compare_files(source if whole else chosen[0], comparison.result, written, left))
 
 
 def open_source(comparison: Comparison, part: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:

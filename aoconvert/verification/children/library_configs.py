@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ _OWN = {
 _SEEN = _OWN | {"chat_template", "vocab", "merges", "added_tokens_decoder"}
 _SEEN |= {"local_files_only", "backend", "is_local", "trust_remote_code", "_from_auto"}
 _PREDICTION_LAYERS = {"num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"}
+_INDEX = re.compile(r".*\.(safetensors|bin)\.(.+\.)?index\.(.+\.)?json")
 _TEXTS = ("The quick brown fox, 12 jumps!", " naïve  café\n\tΩ 漢字 🦊", "<s>[INST] <|im_start|>x</s>")
 _AUTO = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoVideoProcessor", "AutoFeatureExtractor")
 
@@ -65,6 +68,27 @@ def compare_beside(source: Path, result: Path, *, trust: bool) -> Iterator[str]:
             yield f"{name} opens the source, and not the result: {type(second).__name__}: {said}"
         else:
             yield from compare_objects(name, first, second)
+
+
+def compare_files(source: Path, result: Path, written: set[Path], left: set[Path]) -> Iterator[str]:
+    """Files that are taken over as they are, whatever opens them: layers of sentence-transformers, vocabularies, terms.
+
+    Args:
+        source, result: the folders.
+        written: files of the source that are written anew: weights, configs of what is quantized.
+        left: files and folders of the source that the manifest states as left behind.
+    """
+    made = {path.parent for path in source.rglob("aoconvert.json")} - {source}  # results that lie in the source
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if not path.is_file() or any(part.startswith(".") for part in name.parts) or path in written:
+            continue
+        if _INDEX.fullmatch(path.name) or not (left | made).isdisjoint((path, *path.parents)):
+            continue
+        if not (result / name).is_file():
+            yield f"the file {name.as_posix()} is in the source, and not here"
+        elif not filecmp.cmp(path, result / name, shallow=False):
+            yield f"the file {name.as_posix()} is not the source's"
 
 
 def _attempt(auto: Any, folder: Path, trust: bool) -> Any:
