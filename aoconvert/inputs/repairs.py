@@ -16,7 +16,7 @@ from .trial import Attempt
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _UNPACKED = re.compile(r"([\w*]+(?:\s*,\s*[\w*]+)+)\s*=\s*(\w+)\.(?:shape|size\(\))")
 _LONGEST = 32  # items of a list
-_LARGEST = 1 << 23  # elements of one input
+_LARGEST = 1 << 21  # elements of one input
 
 
 def repairs(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:

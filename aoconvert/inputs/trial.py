@@ -73,6 +73,13 @@ class TookTooLong(Exception):
     """A pass was ended before it was over."""
 
 
+class TookTooMuch(Exception):
+    """A pass was ended before it took too much memory."""
+
+
+_MOST = 1 << 28  # elements of one tensor in a trial
+
+
 class _Counter(TorchFunctionMode):
     def __init__(self, until: float) -> None:
         super().__init__()
@@ -82,7 +89,24 @@ class _Counter(TorchFunctionMode):
         self.count += 1
         if time.thread_time() > self.until:
             raise TookTooLong("the pass takes too long")
-        return func(*args, **(kwargs or {}))
+        if _product(func, (*args, *(kwargs or {}).values())[:2]) > _MOST:
+            raise TookTooMuch("the pass takes too much memory")
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.numel() > _MOST:
+            raise TookTooMuch("the pass takes too much memory")
+        return output
+
+
+def _product(func: Any, operands: tuple[Any, ...]) -> int:
+    """How many elements a product of matrices has, or the scores of an attention: known before they are there."""
+    name = getattr(func, "__name__", "")
+    attention = name == "scaled_dot_product_attention"
+    if not attention and name not in ("matmul", "bmm", "__matmul__"):
+        return 0
+    if len(operands) < 2 or not all(isinstance(one, torch.Tensor) and one.dim() > 1 for one in operands):
+        return 0
+    first, second = operands
+    return int(math.prod(first.shape[:-1]) * second.shape[-2 if attention else -1])
 
 
 def attempt(model: nn.Module, inputs: Mapping[str, Any], until: float = math.inf) -> Attempt:

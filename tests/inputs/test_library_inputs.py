@@ -15,7 +15,7 @@ import transformers
 from torch.nn.modules import module as all_modules
 
 from aoconvert.inputs import find_inputs, first_tensors, from_libraries, from_pipeline, processor_folders
-from aoconvert.inputs.trial import TookTooLong, attempt
+from aoconvert.inputs.trial import TookTooLong, TookTooMuch, attempt
 
 _TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 _VISION = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -136,3 +136,12 @@ def test_a_pass_that_takes_too_long_is_ended() -> None:
     inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
     assert attempt(model, inputs).error is None
     assert isinstance(attempt(model, inputs, until=time.thread_time()).error, TookTooLong)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_pass_that_would_take_too_much_memory_is_ended(implementation: str) -> None:
+    """The scores of so long a text would be 2 GB."""
+    config = transformers.BertConfig(**_TEXT, max_position_embeddings=1 << 14, attn_implementation=implementation)
+    model = transformers.BertModel(config).eval()
+    outcome = attempt(model, {"input_ids": torch.ones(1, 1 << 14, dtype=torch.long)})
+    assert isinstance(outcome.error, TookTooMuch)
