@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,15 +236,10 @@ def host_by_default() -> Iterator[None]:
         yield
 
 
-def quiet_imports() -> contextlib.AbstractContextManager[None]:
-    """Drop the known, harmless messages that torchao and diffusers log while they are imported; keep all others."""
-    return without_messages(_NOISE)
-
-
 @contextlib.contextmanager
-def without_messages(noise: Mapping[str, str]) -> Iterator[None]:
-    """Drop what the named loggers say and holds a text (logger → text); keep all other messages."""
-    filters = [(logging.getLogger(name), _Drop(text)) for name, text in noise.items()]
+def quiet_imports() -> Iterator[None]:
+    """Drop the known, harmless messages that torchao and diffusers log while they are imported; keep all others."""
+    filters = [(logging.getLogger(name), _Drop(text)) for name, text in _NOISE.items()]
     for logger, drop in filters:
         logger.addFilter(drop)
     try:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from aoconvert.environment import without_messages
 from aoconvert.errors import HubError, SourceError
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_path
 from aoconvert.sources.folder import list_folder
@@ -23,9 +22,6 @@ SMALL_SUFFIXES = frozenset({".json", ".txt", ".md", ".model", ".jinja", ".tiktok
 SMALL_NAMES = re.compile(r"(LICENSE|LICENCE|NOTICE|USE_POLICY)\b.*", re.IGNORECASE)
 # Tokenizers reach 35 MB; what is larger is no config, whatever its name says.
 SMALL_BYTES = 64_000_000
-
-# The client would go on with the commit that the branch meant last time, and says so; then we ask for its files.
-_FALLS_BACK = {"huggingface_hub.hf_api": "Could not reach the Hub"}
 
 
 class HubSource(Source):
@@ -189,7 +185,7 @@ def _pin(
     """The commit hash a revision means now, and every file of that commit."""
     from huggingface_hub import HfApi
 
-    with translated(repo_id, revision), without_messages(_FALLS_BACK):
+    with translated(repo_id, revision):
         api = HfApi(token=token)
         # resolve_revision also notes in the cache what the branch means, for a later run without the network.
         commit = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
 import ssl
 from collections.abc import Iterator
@@ -32,11 +33,30 @@ Doing = Literal["read", "write"]
 def translated(repo_id: str, revision: str | None, *, doing: Doing = "read") -> Iterator[None]:
     """Turn whatever the Hub client raises into a :class:`HubError`; put nothing but calls to the client inside."""
     try:
-        yield
+        with _unlogged():
+            yield
     except AoconvertError:
         raise
     except Exception as error:
         raise hub_error(error, repo_id, revision, doing=doing) from error
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep what the client logs off stderr: its retries hold signed addresses, and what fails is raised as well.
+
+    A handler that writes to no stream stays, such as one that shows on a progress bar that the client waits.
+    """
+    import huggingface_hub.utils  # which gives the client's logger a handler
+
+    logger = logging.getLogger(huggingface_hub.__name__)
+    before = logger.handlers, logger.propagate
+    kept = [handler for handler in logger.handlers if not isinstance(handler, logging.StreamHandler)]
+    logger.handlers, logger.propagate = [*kept, logging.NullHandler()], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before
 
 
 def hub_error(error: BaseException, repo_id: str, revision: str | None, *, doing: Doing = "read") -> HubError:

@@ -103,6 +103,7 @@ def test_fetch_recovers_from_a_cut_connection(client: HubClient) -> None:
     client.hub.faults.append(Fault("^/lfs/", method="GET", cut_after=11 << 20, times=1))
     assert client.run(FETCH) == {"value": None}
     assert [entry.range for entry in client.hub.requests("^/lfs/")] == [None, f"bytes={10 << 20}-"]
+    assert "signature" not in client.stderr, "the client logs the address that it resumes, and that is signed"
 
 
 def test_reset_during_a_fetch(client: HubClient) -> None:
