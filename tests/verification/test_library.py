@@ -475,6 +475,15 @@ def test_what_lies_beside_the_weights_is_data(tmp_path: Path) -> None:
     assert [path.name for path in find(tmp_path, None)] == ["1.safetensors", "2.safetensors"]
 
 
+def test_a_tensor_without_values_is_named() -> None:
+    """diffusers leaves what no file holds without values, and says nothing."""
+    compare = library_child.tensors.compare_values
+    here, gone = torch.ones(2), torch.ones(2, device="meta")
+    assert compare("a.weight", here, gone) == "a.weight has values only in the source: no file of the other holds it"
+    assert compare("a.weight", gone, here) == "a.weight has values only in the result: no file of the other holds it"
+    assert compare("a.weight", gone, gone) is None
+
+
 def test_an_old_name_is_not_ignored() -> None:
     """A class in it ignores ``decoder``, but the library renames these before."""
     text = {"model_type": "t5", "vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
