@@ -67,7 +67,6 @@ class Stage:
             self._lock = self._hold(output)
             try:
                 self._mend()
-                self._known = listed_files(self.root)
             except BaseException:
                 os.close(self._lock)
                 raise
@@ -124,8 +123,12 @@ class Stage:
         self._known |= frozenset(paths)
         place = self.root / FILES_NAME
         with writing(place):
-            write_whole(place, file_list(self._known))
+            write_whole(place, file_list(self._ours()))
             _sync(place)
+
+    def _ours(self) -> frozenset[str]:
+        """Files that this run, or the one before it, may have written."""
+        return self._known | listed_files(self.root)
 
     def clear(self, keep: Collection[str] = ()) -> None:
         """Remove what an earlier run left, but for these files; a link never stays.
@@ -138,7 +141,7 @@ class Stage:
         """
         kept = {*keep, LOCK_NAME, FILES_NAME}
         with writing(self.root):
-            ours, others = split_files(self.root, self._known | frozenset(keep))
+            ours, others = split_files(self.root, self._ours() | frozenset(keep))
         if others:
             raise WriteError(others_problem(self.root, others), hint=_AWAY)
         with writing(self.root):
@@ -224,7 +227,7 @@ class Stage:
     def discard(self) -> None:
         """Remove the unfinished folder, and the folders above it that were made for it; what others put there stays."""
         with contextlib.suppress(OSError):
-            self._remove(split_files(self.root, self._known)[0])
+            self._remove(split_files(self.root, self._ours())[0])
             self.root.rmdir()
         with contextlib.suppress(OSError):
             os.close(self._lock)
