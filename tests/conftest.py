@@ -28,6 +28,7 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000)  # models are built all the time, and few of their objects refer to each other
         gc.enable()
 
 
