@@ -64,7 +64,7 @@ def read_limited(path: Path, most: int, *, follow: bool = True) -> bytes:
     return content
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | bytearray) -> None:
     """Put a file in place of what is there, at once: a reader sees the old content or the new.
 
     A link is replaced, not followed. Anything else that is not a regular file is left alone.

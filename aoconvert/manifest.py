@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
 from weakref import WeakValueDictionary
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from aoconvert.entries import Entry, RelativePath, inside
+from aoconvert.entries import Sha256 as Sha256
+from aoconvert.entries import StoredEntry as StoredEntry
+from aoconvert.entries import TensorEntry as TensorEntry
 from aoconvert.errors import CHECK_PERMISSIONS, SourceError
 from aoconvert.files import read_limited
-from aoconvert.json_text import parse_json
+from aoconvert.json_text import JsonStream
 
 MANIFEST_NAME = "aoconvert.json"
 REPORT_NAME = "aoconvert.verify.json"
@@ -26,35 +32,17 @@ CARD_BYTES = 8 << 20
 CARD_NAME = "README.md"
 PICTURE_NAME = "sqnr.svg"
 SCHEMA_VERSION = 1
-_MOST_BYTES = 512 << 20  # a manifest of 300,000 tensors has some 200 MB
+MOST_BYTES = 512 << 20  # a manifest of 300,000 tensors has some 200 MB
 _BLANK = "0" * 64
 _DIGEST_KEY = '"digest": "'
 SCHEMA_PATH = Path("manifests") / "manifest.v1.schema.json"
 
 
-def _inside(path: str) -> str:
-    """Refuse a path that could leave the folder, before anything is opened."""
-    parts = PurePosixPath(path).parts
-    if (
-        not path
-        or "\\" in path
-        or "\0" in path
-        or path.startswith("/")
-        or ".." in parts
-        or re.match(r"^[A-Za-z]:", path)
-    ):
-        raise ValueError(f"{path!r} is not a path inside the folder")
-    return path
-
-
 def _folder(path: str) -> str:
-    return path and _inside(path)
+    return path and inside(path)
 
 
-RelativePath = Annotated[str, AfterValidator(_inside), Field(description="relative, '/'-separated, inside the folder")]
 RelativeFolder = Annotated[str, AfterValidator(_folder), Field(description="its folder, '' for the root")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Action = Literal["quantize", "cast", "keep", "tied", "carry"]
 
 
 class _Model(BaseModel):
@@ -149,46 +137,6 @@ class LoadEntry(_Model):
     kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
-_FIELDS: dict[frozenset[str], set[str]] = {}
-
-
-class TensorEntry(_Model):
-    """One state-dict entry, as it was written.
-
-    ``action`` is ``carry`` for a tensor that the model class does not know: its name and its bytes are the source's.
-    ``sha256`` is over the bytes of the inner tensors in ``data_names`` order (a plain tensor: its own bytes).
-    ``sqnr_db`` is 20·log10(‖w‖ / ‖w − dequantized‖), against the source's weight. ``scheme`` is what it was quantized
-    to, ``kind`` what it belongs to. ``repaired_rows`` counts rows of zeros for which torchao gives no scale, so that
-    they would become NaN, and which were given one. ``device``: the type of device that quantized it, or a part of it,
-    where that is not ``environment.device``: a GPU had no memory for it, or torchao does it on a CPU only.
-    """
-
-    name: str
-    shape: list[int]
-    dtype: str
-    action: Action
-    reason: str | None = None
-    scheme: str | None = None
-    kind: Literal["linear", "embedding", "experts", "other"] | None = None
-    class_name: str
-    data_names: list[str] = Field(default_factory=list)
-    bytes_in: int
-    bytes_out: int
-    sqnr_db: float | None = None
-    max_abs_error: float | None = None
-    repaired_rows: int = Field(default=0, ge=0)
-    device: str | None = None
-    file: RelativePath | None = None
-    sha256: Sha256 | None = None
-
-    @model_validator(mode="after")
-    def _share(self) -> Self:
-        """One set of names for all entries that have the same fields: of its own it takes most of an entry's memory."""
-        names = frozenset(self.__pydantic_fields_set__)
-        object.__setattr__(self, "__pydantic_fields_set__", _FIELDS.setdefault(names, set(names)))
-        return self
-
-
 class LeftOutEntry(_Model):
     """A tensor that was not written, and why."""
 
@@ -241,16 +189,6 @@ class ComponentEntry(_Model):
     )
     tensors: list[TensorEntry]
     totals: Totals
-
-
-class StoredEntry(_Model):
-    """A tensor that is as it was in the source. ``sha256`` is of its elements in row-major order."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-    sha256: Sha256
-    file: RelativePath
 
 
 class UnquantizedEntry(_Model):
@@ -329,12 +267,29 @@ class Manifest(_Model):
         }
 
 
+def encode(manifest: Manifest) -> bytearray:
+    """The manifest as JSON text (UTF-8) with its digest, the same for the same values."""
+    run = manifest.run.model_copy(update={"digest": _BLANK})
+    encoder = json.JSONEncoder(indent=1, ensure_ascii=False, allow_nan=False, default=_members)
+    chunks = encoder.iterencode(manifest.model_copy(update={"run": run}))
+    raw = bytearray()
+    while batch := "".join(islice(chunks, 1 << 14)):  # no list of all: a few characters each, they are millions
+        raw += batch.encode()
+    raw += b"\n"
+    digest = hashlib.sha256(raw).hexdigest()
+    at = raw.rindex(f"{_DIGEST_KEY}{_BLANK}".encode()) + len(_DIGEST_KEY)
+    raw[at : at + len(digest)] = digest.encode()
+    return raw
+
+
 def dump(manifest: Manifest) -> str:
-    """The manifest as JSON text with its digest, the same for the same values."""
-    values = manifest.model_dump(mode="json")
-    values["run"]["digest"] = _BLANK
-    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    return text.replace(_DIGEST_KEY + _BLANK, _DIGEST_KEY + hashlib.sha256(text.encode()).hexdigest())
+    """The text that ``encode`` gives."""
+    return encode(manifest).decode()
+
+
+def _members(value: Any) -> dict[str, Any]:
+    """One level of what JSON does not know: an entry or a model, with the keys that nobody here knows."""
+    return value.to_dict() if isinstance(value, Entry) else dict(value)
 
 
 # by the SHA-256 of their text, as long as somebody uses them: push and card read the same one
@@ -353,20 +308,72 @@ def _digest_is_right(raw: bytes, digest: str) -> bool:
     return found.hexdigest() == digest
 
 
-def _explained(raw: bytes, path: Path, error: ValidationError) -> SourceError:
-    """What is wrong with a manifest that could not be read."""
-    try:
-        values = parse_json(raw, constants=False)
-    except ValueError as wrong:
-        return SourceError(f"{path} cannot be read: it is {wrong}", hint="make the checkpoint again")
+def parse(raw: bytes | bytearray, *, constants: bool = False) -> Any:
+    """The value of a manifest's text, for ``Manifest.model_validate``; its tensors' entries are checked already.
+
+    Args:
+        raw: UTF-8, or a JSON text that may turn out to be something else.
+        constants: as for ``parse_json``.
+
+    Raises:
+        ValueError: what is wrong, in a few words that follow "is": no JSON.
+    """
+    stream = JsonStream(raw, constants=constants)
+    values = _read(stream, {key: partial(_models, TypeAdapter(entry)) for key, entry in _ENTRIES.items()})
+    stream.finish()
+    return values
+
+
+_ENTRIES: dict[str, type[Entry]] = {"components": TensorEntry, "unquantized": StoredEntry}
+
+
+def _read(stream: JsonStream, lists: Mapping[str, Callable[[JsonStream], list[Any]]]) -> Any:
+    """What comes next; where that is an object, its lists of these keys by these functions."""
+    if stream.peek() != "{":
+        return stream.value()
+    values = {}
+    for key in stream.members():
+        read_list = lists.get(key) if stream.peek() == "[" else None
+        values[key] = stream.value() if read_list is None else read_list(stream)
+    return values
+
+
+def _models(entries: TypeAdapter[Entry], stream: JsonStream) -> list[Any]:
+    return [_read(stream, {"tensors": partial(_tensors, entries)}) for _ in stream.items()]
+
+
+def _tensors(entries: TypeAdapter[Entry], stream: JsonStream) -> list[Any]:
+    """The entries; the first that is wrong as it stands there, and none after it."""
+    found: list[Any] = []
+    is_right = True
+    for _ in stream.items():
+        value = stream.value()
+        if is_right:
+            with suppress(ValidationError):
+                found.append(entries.validate_python(value))
+                continue
+            is_right = False
+            found.append(value)
+    return found
+
+
+def _checked(values: Any, path: Path) -> Manifest:
+    """What ``parse`` gave, as a manifest.
+
+    Raises:
+        SourceError: it is not valid, or of a newer schema.
+    """
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
-        return SourceError(
+        raise SourceError(
             f"{path} has schema_version {version!r}; this aoconvert reads {SCHEMA_VERSION}", hint="upgrade aoconvert"
         )
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return SourceError(f"{path} is not a valid manifest: {where}: {first['msg']}")
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SourceError(f"{path} is not a valid manifest: {where}: {first['msg']}") from error
 
 
 def read(folder: Path) -> bytes:
@@ -375,7 +382,7 @@ def read(folder: Path) -> bytes:
     Raises:
         OSError: there is none, or it cannot be read.
     """
-    return read_limited(folder / MANIFEST_NAME, _MOST_BYTES)
+    return read_limited(folder / MANIFEST_NAME, MOST_BYTES)
 
 
 def load(folder: Path) -> Manifest:
@@ -399,13 +406,10 @@ def load(folder: Path) -> Manifest:
     if (known := _LOADED.get(digest)) is not None:
         return known
     try:
-        if b"NaN" in raw or b"Infinity" in raw:  # in a name, or as a number, which is not JSON
-            parse_json(raw, constants=False)
-        found = Manifest.model_validate_json(raw)  # at once: as a tree of dicts, 300,000 tensors take half a gigabyte
-    except ValidationError as error:
-        raise _explained(raw, path, error) from error
+        values = parse(raw)
     except ValueError as error:
         raise SourceError(f"{path} cannot be read: it is {error}", hint="make the checkpoint again") from error
+    found = _checked(values, path)
     if found.run.digest is not None and not _digest_is_right(raw, found.run.digest):
         raise SourceError(f"{path} was edited or damaged: its digest is wrong", hint="make the checkpoint again")
     _LOADED[digest] = found

@@ -102,4 +102,4 @@ def test_what_is_let_through_ends():
 @pytest.mark.parametrize("text", ["{", "[" * 5000, '{"a": ' + "9" * 5000 + "}", '"\\ud800"'])
 def test_a_recipe_that_is_no_json(text):
     with pytest.raises(UsageError, match=r"^recipe x\.json is not "):
-        from_json(text, "x.json")
+        from_json(text.encode(), "x.json")

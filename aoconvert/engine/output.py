@@ -166,7 +166,7 @@ class Stage:
         if self.output.is_dir() and any(self.output.iterdir()) and (problem := overwrite_problem(self.output)):
             raise WriteError(problem, hint=_AWAY)
 
-    def place(self, manifest: str) -> None:
+    def place(self, manifest: bytes | bytearray) -> None:
         """Flush everything, write the manifest, and move the folder to the output's name, replacing what is there.
 
         The journal goes last, and comes back where something fails. An earlier result is set aside first and removed
@@ -185,11 +185,11 @@ class Stage:
                 with contextlib.suppress(OSError):
                     self._journal_aside.unlink(missing_ok=True)
 
-    def _place(self, manifest: str) -> None:
+    def _place(self, manifest: bytes | bytearray) -> None:
         draft, journal = self.root / DRAFT_NAME, self.root / JOURNAL_NAME
         with writing(self.output):
             _sync_tree(self.root)
-            write_whole(draft, manifest.encode())
+            write_whole(draft, manifest)
             _sync(draft)
             with _undisturbed():
                 if journal.exists():

@@ -167,7 +167,7 @@ def run(
             ),
         )
         stage.check_output()
-        stage.place(manifest.dump(result))
+        stage.place(manifest.encode(result))
     except KeyboardInterrupt:
         raise _interrupted(stage, journal) from None
     except (WriteError, ReadError, SourceError, DeviceError) as error:
@@ -294,7 +294,7 @@ def _unquantized_entry(part: UnquantizedPlan, done: ComponentResult, files: list
             manifest.StoredEntry(
                 name=tensor.name,
                 dtype=tensor.dtype,
-                shape=list(tensor.shape),
+                shape=tensor.shape,
                 sha256=done.tensors[tensor.same_as or tensor.name].written.sha256,
                 file=tensor.file or "",
             )
@@ -319,14 +319,14 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         tensors.append(
             manifest.TensorEntry(
                 name=tensor.name,
-                shape=list(tensor.shape),
+                shape=tensor.shape,
                 dtype=tensor.dtype,
                 action=tensor.action,
                 reason=tensor.reason,
                 scheme=tensor.scheme.name if tensor.scheme is not None else None,
                 kind=kinds.get(tensor.name),
                 class_name=result.written.class_name if result else "torch.Tensor",
-                data_names=list(result.written.data_names) if result else [],
+                data_names=tuple(result.written.data_names) if result else (),
                 bytes_in=tensor.bytes_in,
                 bytes_out=result.written.nbytes if result else 0,
                 sqnr_db=result.sqnr_db if result else None,

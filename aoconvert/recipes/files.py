@@ -20,6 +20,7 @@ fully, the first that matches the module's, the default (torchao's ``FqnToConfig
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import tomllib
@@ -30,13 +31,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from aoconvert.errors import UsageError
+from aoconvert.manifest import MOST_BYTES
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section, at
 from aoconvert.recipes.recorded import from_json
 from aoconvert.schemes.names import find
 
 SKIP = "skip"
 _REGEX = "re:"
-_LIMIT = 64 << 20  # bytes; a manifest of the largest models has a few megabytes
+_LIMIT = 64 << 20  # bytes; a manifest can be larger
+_STEP = 1 << 20
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -70,24 +73,34 @@ def load(path: Path) -> Recipe:
     Raises:
         UsageError: the file cannot be read, or something in it is wrong.
     """
+    is_json = path.suffix.lower() == ".json"
+    content = _read(path, MOST_BYTES if is_json else _LIMIT)
+    if is_json:
+        return from_json(content, path.name)
     try:
-        with path.open("rb") as file:
-            content = file.read(_LIMIT + 1)
-        if len(content) > _LIMIT:
-            raise UsageError(f"recipe {path} is larger than {_LIMIT >> 20} MiB", hint="it holds rules, not weights")
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        hint = "name a .toml, a config.json or an aoconvert.json" if path.is_dir() else None
-        raise UsageError(f"recipe {path}: {error.strerror or error}", hint=hint) from error
+        values = tomllib.loads(content.decode().replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise UsageError(f"recipe {path} is not UTF-8 (byte {error.start})") from error
-    if path.suffix.lower() == ".json":
-        return from_json(text, path.name)
-    try:
-        values = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"recipe {path} is not TOML: {error}", hint="strings and patterns stand in quotes") from error
     return _recipe(values, path.name)
+
+
+def _read(path: Path, most: int) -> bytearray:
+    """The content, without the byte order mark that some editors write."""
+    content = bytearray()
+    try:
+        with path.open("rb") as file:
+            while len(content) <= most and (more := file.read(_STEP)):  # a pipe does not say how much it has
+                content += more
+    except OSError as error:
+        hint = "name a .toml, a config.json or an aoconvert.json" if path.is_dir() else None
+        raise UsageError(f"recipe {path}: {error.strerror or error}", hint=hint) from error
+    if len(content) > most:
+        raise UsageError(f"recipe {path} is larger than {most >> 20} MiB", hint="it holds rules, not weights")
+    if content.startswith(codecs.BOM_UTF8):
+        del content[: len(codecs.BOM_UTF8)]
+    return content
 
 
 def _recipe(values: Mapping[str, Any], origin: str) -> Recipe:

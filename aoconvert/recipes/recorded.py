@@ -16,8 +16,7 @@ from pydantic import ValidationError
 
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import AoconvertError, UsageError
-from aoconvert.json_text import parse_json
-from aoconvert.manifest import ComponentEntry, Manifest
+from aoconvert.manifest import ComponentEntry, Manifest, parse
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section
 from aoconvert.recipes.known import check_quantization
 from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
@@ -31,14 +30,14 @@ _NO_RECIPE = "take the config.json or the aoconvert.json of a checkpoint that to
 _INT4_DEVICES = {"TILE_PACKED_TO_4D": "cuda", "PLAIN_INT32": "xpu", "PLAIN": "cpu"}
 
 
-def from_json(text: str, origin: str) -> Recipe:
+def from_json(raw: bytes | bytearray, origin: str) -> Recipe:
     """A recipe from the text of a ``config.json`` or a manifest.
 
     Raises:
         UsageError: it is neither, or its torchao config is not one that aoconvert can make.
     """
     try:
-        values = parse_json(text.encode())
+        values = parse(raw, constants=True)
     except ValueError as error:
         raise UsageError(f"recipe {origin} is {error}", hint=_NO_RECIPE) from None
     if isinstance(values, dict) and isinstance(values.get("quantization_config"), dict):

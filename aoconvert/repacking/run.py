@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def repack(folder: Path, device: str, output: Path, *, overwrite: bool, progress
             }
         )
         stage.check_output()
-        stage.place(manifests.dump(new))
+        stage.place(manifests.encode(new))
     except KeyboardInterrupt:
         if stage.placed:
             raise Interrupted("interrupted; the output is whole") from None
@@ -227,13 +227,13 @@ class _Part:
     def _tensor(self, tensor: TensorEntry) -> TensorEntry:
         if (made := self.written.get(tensor.name)) is None:  # tied: not written
             return tensor
-        update = {
-            "class_name": made.class_name,
-            "data_names": list(made.data_names),
-            "bytes_out": made.nbytes,
-            "sha256": made.sha256,
-        }
-        return tensor.model_copy(update=update)
+        return replace(
+            tensor,
+            class_name=made.class_name,
+            data_names=tuple(made.data_names),
+            bytes_out=made.nbytes,
+            sha256=made.sha256,
+        )
 
     def _index(self, path: str, tensors: list[TensorEntry]) -> FileEntry:
         where = {tensor.name: Path(tensor.file).name for tensor in tensors if tensor.file is not None}
