@@ -1,7 +1,12 @@
 import getpass
+import hashlib
 import json
+import os
+import shutil
 import socket
+import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -70,8 +75,6 @@ def test_a_real_manifest_is_valid(outputs: tuple[Path, Path]) -> None:
 
 
 def test_it_says_what_is_in_the_folder(outputs: tuple[Path, Path]) -> None:
-    import hashlib
-
     written = manifest.load(outputs[0])
     for entry in [*written.components[0].files, *written.copied]:
         content = (outputs[0] / entry.path).read_bytes()
@@ -99,6 +102,105 @@ def test_unknown_keys_are_kept(edited: Callable[[Callable[[Any], None]], Path]) 
     assert again["later"] == {"a": [1, 2]}
     assert again["components"][0]["tensors"][0]["later"] == "x"
     assert "later" in again["run"]
+
+
+def test_unknown_keys_of_a_tensor_are_its_own(edited: Callable[[Callable[[Any], None]], Path]) -> None:
+    """Whatever they are called, and through every way of writing."""
+    later = {"unknown": 1, "__class__": "x", "__dict__": {"name": "y"}, "to_dict": None, "é": [{"a": 2.5}], "": 0}
+
+    def change(values: Any) -> None:
+        values["components"][0]["tensors"][0] |= later
+        values["run"]["digest"] = None
+
+    folder = edited(change)
+    found = manifest.load(folder)
+    entry = found.components[0].tensors[0]
+    assert entry.unknown == later
+    assert entry.to_dict()["name"] == entry.name != "y"
+    for written in (manifest.dump(found), found.model_dump_json()):
+        [first, *rest] = json.loads(written)["components"][0]["tensors"]
+        assert {key: first[key] for key in later} == later
+        assert not any(later.keys() & other.keys() for other in rest)
+    assert Manifest.model_validate(json.loads(manifest.dump(found))).components == found.components
+
+
+def test_a_wrong_tensor_is_named_by_its_place(edited: Callable[[Callable[[Any], None]], Path]) -> None:
+    def change(values: Any) -> None:
+        for at in (3, 7):
+            values["components"][0]["tensors"][at]["sha256"] = "no digest"
+
+    with pytest.raises(SourceError, match=r"valid manifest: components\.0\.tensors\.3\.sha256: String should"):
+        manifest.load(edited(change))
+
+
+def enlarge(folder: Path, count: int) -> int:
+    """The manifest with the experts of as many tensors as a large model has. How many bytes it has then."""
+    values = json.loads((folder / "aoconvert.json").read_text())
+    tensors = values["components"][0]["tensors"]
+    pattern = next(tensor for tensor in tensors if tensor["action"] == "quantize")
+    for at in range(count):
+        name = f"model.layers.{at // 1536}.mlp.experts.{at // 3 % 512}.{('gate', 'up', 'down')[at % 3]}_proj.weight"
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        tensors.append(
+            {**pattern, "name": name, "sqnr_db": 40 + at / count, "max_abs_error": at / count, "sha256": digest}
+        )
+    values["run"]["digest"] = None
+    return (folder / "aoconvert.json").write_text(json.dumps(values, indent=1))
+
+
+def test_what_a_tensor_takes(edited: Callable[[Callable[[Any], None]], Path]) -> None:
+    """In memory, bytes for each: held, and on the way there and back beside the text."""
+    folder, count = edited(lambda values: None), 5_000
+    size = enlarge(folder, count)
+    tracemalloc.start()
+    try:
+        found = manifest.load(folder)
+        held, peak = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        text = manifest.encode(found)
+        written = tracemalloc.get_traced_memory()[1] - held
+    finally:
+        tracemalloc.stop()
+    assert (
+        json.loads(text)["components"][0]["tensors"]
+        == json.loads((folder / "aoconvert.json").read_text())["components"][0]["tensors"]
+    )
+    assert held < 550 * count  # a pydantic model takes 2,300
+    assert peak < size + held + (6 << 20)
+    assert written < 1.2 * len(text) + (2 << 20)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("command", ["card", "push", "verify", "inspect", "quantize", "recipe", "written"])
+def test_commands_with_300_000_tensors_stay_below_a_gigabyte(
+    command: str, outputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(outputs[0], folder)
+    assert enlarge(folder, 300_000) > 180_000_000
+    source, recipe = str(outputs[0].parent / "tiny-llama"), str(folder / "aoconvert.json")
+    arguments = {
+        "card": ["card", str(folder), "--write"],
+        "push": ["push", "me/model", str(folder), "--dry-run", "--allow-unverified"],
+        "verify": ["verify", str(folder)],  # it fails: the tensors are not there
+        "inspect": ["inspect", str(folder)],
+        "quantize": ["quantize", source, "--scheme", "int8wo", "-o", str(folder), "--overwrite"],
+        "recipe": ["quantize", source, "--recipe", recipe, "-o", str(tmp_path / "again")],
+    }
+    run = "import sys\nfrom aoconvert.cli.main import main\nsys.argv = ['aoconvert', *arguments]\nmain()\n"
+    write = "from aoconvert import manifest\nmanifest.encode(manifest.load(Path(folder)))\n"
+    code = (
+        "import atexit\nfrom pathlib import Path\n"
+        "def peak():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        f"    Path({str(tmp_path / 'peak')!r}).write_text(next(line.split()[1] for line in lines if 'VmHWM' in line))\n"
+        f"atexit.register(peak)\nfolder, arguments = {str(folder)!r}, {arguments.get(command)!r}\n"
+    ) + (write if command == "written" else run)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == (4 if command == "verify" else 0), done.stderr
+    assert int((tmp_path / "peak").read_text()) * 1024 < 1_000_000_000
 
 
 def test_the_digest_covers_unknown_keys(edited: Callable[[Callable[[Any], None]], Path]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import VerificationError
-from aoconvert.manifest import UnquantizedEntry
+from aoconvert.manifest import StoredEntry, TensorEntry, UnquantizedEntry
 from aoconvert.sources import Source
 from aoconvert.verification.pickles import read_bin
 from aoconvert.verification.process import Children, Ended
@@ -110,42 +110,34 @@ def _of(found: dict[str, dict[str, dict[str, Any]]], files: Sequence[str]) -> di
 def _differences(part: Part, tensors: dict[str, dict[str, Any]]) -> list[str]:
     if part.tensors is None:
         return []
-    return _against_manifest(
-        {
-            name: {
-                "class": entry.class_name,
-                "shape": entry.shape,
-                "dtype": entry.dtype,
-                "data_names": entry.data_names,
-                "sha256": entry.sha256,
-            }
-            for name, entry in part.tensors.items()
-            if entry.action != "tied"
-        },
-        tensors,
-    )
+    written = {name: entry for name, entry in part.tensors.items() if entry.action != "tied"}
+    return _against_manifest(written, tensors)
 
 
 def _stored_differences(entry: UnquantizedEntry, tensors: dict[str, dict[str, Any]]) -> list[str]:
-    wanted = {
-        tensor.name: {
-            "class": "torch.Tensor",
-            "shape": tensor.shape,
-            "dtype": tensor.dtype,
-            "data_names": [],
-            "sha256": tensor.sha256,
-        }
-        for tensor in entry.tensors
+    lines = _against_manifest({tensor.name: tensor for tensor in entry.tensors}, tensors)
+    return [f"{entry.name}: {line}" for line in lines]
+
+
+def _facts(entry: TensorEntry | StoredEntry) -> dict[str, Any]:
+    """What the child says of a tensor, as the manifest has it."""
+    return {
+        "class": entry.class_name if isinstance(entry, TensorEntry) else "torch.Tensor",
+        "shape": list(entry.shape),
+        "dtype": entry.dtype,
+        "data_names": list(entry.data_names) if isinstance(entry, TensorEntry) else [],
+        "sha256": entry.sha256,
     }
-    return [f"{entry.name}: {line}" for line in _against_manifest(wanted, tensors)]
 
 
-def _against_manifest(wanted: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> list[str]:
+def _against_manifest(
+    wanted: Mapping[str, TensorEntry] | Mapping[str, StoredEntry], found: dict[str, dict[str, Any]]
+) -> list[str]:
     """What is wrong with the tensors that were found, one line each."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not in the manifest" for name in found if name not in wanted]
     for name in wanted.keys() & found.keys():
-        for key, value in wanted[name].items():
+        for key, value in _facts(wanted[name]).items():
             if found[name][key] != value:
                 problems.append(f"{name}: its {key} is {found[name][key]}, the manifest says {value}")
                 break
