@@ -46,6 +46,8 @@ def explain_unknown(source: Source, folder: str) -> SourceError:
             hint="a single file in its authors' layout? Open it with from_single_file of its diffusers class, save it "
             "with save_pretrained, and give that folder",
         )
+    if inner := _models_below(source, folder):
+        return SourceError(missing, hint=f"there are models in folders of it: --subfolder {', '.join(inner[:3])}")
     return SourceError(
         missing, hint="give the folder of a diffusers pipeline, a diffusers model or a transformers model"
     )
@@ -93,6 +95,21 @@ def _names(source: Source, folder: str) -> list[str]:
     prefix = f"{folder}/" if folder else ""
     rest = (path.removeprefix(prefix) for path in source.files() if path.startswith(prefix))
     return [name for name in rest if "/" not in name]
+
+
+def _models_below(source: Source, folder: str) -> list[str]:
+    """Folders in a folder that hold a config beside weights, or a pipeline."""
+    files = source.files()
+    places = {posixpath.dirname(path) for path in files if path.endswith(("/config.json", "/model_index.json"))}
+    return sorted(
+        place
+        for place in places
+        if posixpath.dirname(place) == folder
+        and any(
+            posixpath.dirname(path) == place and path.endswith((".safetensors", ".bin", "_index.json"))
+            for path in files
+        )
+    )
 
 
 def _some(names: list[str], suffix: str) -> str:

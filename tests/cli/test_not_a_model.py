@@ -31,6 +31,16 @@ def save(folder: Path, name: str) -> None:
     save_file({"x.lora_A.weight": torch.zeros(2, 2)}, str(folder / name))
 
 
+def test_models_in_folders(call: Call, tmp_path: Path) -> None:
+    """As sentence-transformers once saved them."""
+    build_llama(tmp_path / "model" / "0_Transformer")
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text("{}")
+    error, hint = said(call, tmp_path / "model", tmp_path)
+    assert error == "model has no config.json and no model_index.json"
+    assert hint == "there are models in folders of it: --subfolder 0_Transformer"
+
+
 def test_an_adapter(call: Call, tmp_path: Path) -> None:
     save(tmp_path / "peft", "adapter_model.safetensors")
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
