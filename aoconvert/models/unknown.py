@@ -98,18 +98,17 @@ def _names(source: Source, folder: str) -> list[str]:
 
 
 def _models_below(source: Source, folder: str) -> list[str]:
-    """Folders in a folder that hold a config beside weights, or a pipeline."""
-    files = source.files()
-    places = {posixpath.dirname(path) for path in files if path.endswith(("/config.json", "/model_index.json"))}
-    return sorted(
-        place
-        for place in places
-        if posixpath.dirname(place) == folder
-        and any(
-            posixpath.dirname(path) == place and path.endswith((".safetensors", ".bin", "_index.json"))
-            for path in files
-        )
-    )
+    """Folders in a folder that hold a pipeline, or a config that names a model's class."""
+    found = []
+    for path in sorted(source.files()):
+        place, name = posixpath.split(path)
+        if place and posixpath.dirname(place) == folder and name in ("config.json", "model_index.json"):
+            config = {}
+            with contextlib.suppress(SourceError):
+                config = source.read_json(path)
+            if isinstance(config, dict) and not {"_class_name", "architectures"}.isdisjoint(config):
+                found.append(place)
+    return found
 
 
 def _some(names: list[str], suffix: str) -> str:
