@@ -14,7 +14,7 @@ ORDER = (
     *("__main__", "cli", "documents", "demo", "__init__", "api"),
     *("hub", "cards", "inspection", "verification", "repacking", "searching", "engine"),
     *("planning", "recipes", "rules", "models", "inputs", "schemes", "readers", "writers", "sources"),
-    *("staging", "manifest", "options", "hashing", "environment", "cache", "json_text", "files"),
+    *("staging", "manifest", "entries", "options", "hashing", "environment", "cache", "json_text", "files"),
     *("seals", "words", "accelerators", "memory", "progress", "version", "errors"),
 )
 
