@@ -39,6 +39,11 @@ class Left(Rule):
         """The reason."""
         return self.why
 
+    @property
+    def reason(self) -> str:
+        """No recipe says it: the search found it out."""
+        return self.why
+
 
 @dataclass
 class Survey:
