@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from aoconvert.environment import check_device_names, host_by_default
 from aoconvert.errors import SourceError
-from aoconvert.options import QuantizeKwargs, QuantizeOptions, parse_size
+from aoconvert.options import QuantizeKwargs, QuantizeOptions, make_options
 from aoconvert.progress import Progress, Silent
 from aoconvert.words import argument
 
@@ -331,24 +331,6 @@ def _checkpoint(
     total = sum(file.size for file in source.files().values())
     asked = revision or parse_repo(str(checkpoint))[1]
     return source.root, Published(source.repo_id, source.revision, asked, total, token)
-
-
-def make_options(scheme: str | None, options: Mapping[str, Any]) -> QuantizeOptions:
-    """Typed options out of keyword arguments."""
-    values = dict(options)
-    for name in ("output", "cache_dir", "recipe"):
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
-    for name in ("max_shard_size", "target_size"):
-        if isinstance(values.get(name), str):
-            values[name] = parse_size(values[name])
-    for name in ("skip", "candidates", "allow_missing"):
-        if name in values:
-            values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
-    if isinstance(values.get("components"), Sequence):
-        names = [values["components"]] if isinstance(values["components"], str) else values["components"]
-        values["components"] = dict.fromkeys(names)
-    return QuantizeOptions(scheme=scheme, **values)
 
 
 @host_by_default()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from aoconvert.environment import check_device_names
 from aoconvert.errors import UsageError
@@ -207,3 +207,21 @@ def parse_size(text: str) -> int:
     if not match or match[2].upper() not in _UNITS:
         raise UsageError(f"{text!r} is not a size", hint="write 5GB, 500MB or 2GiB")
     return int(Fraction(match[1]) * _UNITS[match[2].upper()])
+
+
+def make_options(scheme: str | None, options: Mapping[str, Any]) -> QuantizeOptions:
+    """Typed options out of keyword arguments."""
+    values = dict(options)
+    for name in ("output", "cache_dir", "recipe"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
+    for name in ("max_shard_size", "target_size"):
+        if isinstance(values.get(name), str):
+            values[name] = parse_size(values[name])
+    for name in ("skip", "candidates", "allow_missing"):
+        if name in values:
+            values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
+    if isinstance(values.get("components"), Sequence):
+        names = [values["components"]] if isinstance(values["components"], str) else values["components"]
+        values["components"] = dict.fromkeys(names)
+    return QuantizeOptions(scheme=scheme, **values)

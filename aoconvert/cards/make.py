@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert import manifest as manifests
-from aoconvert.cards import PICTURE_NAME, CardOptions, template
+from aoconvert.cards import template
 from aoconvert.cards.again import make_again, needed, pinned
 from aoconvert.cards.apart import FOLDED_FROM, apart
+from aoconvert.cards.card import Card, CardOptions
 from aoconvert.cards.components import describe
 from aoconvert.cards.layers import layers
 from aoconvert.cards.licenses import shown_license
@@ -21,8 +22,10 @@ from aoconvert.cards.metadata import front_matter, is_repo_id, to_yaml
 from aoconvert.cards.picture import draw
 from aoconvert.cards.proof import Proof, prove
 from aoconvert.errors import UsageError
-from aoconvert.manifest import FileEntry, Manifest
+from aoconvert.manifest import PICTURE_NAME, FileEntry, Manifest
 from aoconvert.models import identify
+from aoconvert.planning.overwriting import tidy
+from aoconvert.seals import seal
 from aoconvert.sources.folder import FolderSource
 from aoconvert.verification.code import Strategy, code_device, load_code
 from aoconvert.verification.target import Target, from_manifest
@@ -34,10 +37,20 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
 
 
-def make(
-    folder: Path, options: CardOptions, repo_id: str | None, revision: str | None
-) -> tuple[str, str | None, tuple[str, ...]]:
-    """See ``cards.render``: the text, the picture, the warnings."""
+def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, revision: str | None = None) -> Card:
+    """The card of a checkpoint: the same manifest, report and options give the same bytes.
+
+    Args:
+        folder: the checkpoint.
+        options: what the user decides.
+        repo_id: where it will be published; without it the code on the card opens the folder.
+        revision: the branch, where it is not the default one.
+
+    Raises:
+        UsageError: metadata that the Hub does not know, a repo id that is none, or a template that fails.
+        SourceError: no manifest, or not a valid one.
+    """
+    tidy(folder)
     if repo_id is not None and not is_repo_id(repo_id):
         raise UsageError(f"{repo_id!r} is no name of a repo on the Hub", hint="it is user/name")
     manifest = manifests.load(folder)
@@ -65,7 +78,8 @@ def make(
         ),
         **_origin(manifest),
     }
-    return f"{header}\n{template.render(options.template, values).strip()}\n", picture, warnings
+    text = f"{header}\n{template.render(options.template, values).strip()}\n"
+    return Card(seal(text), picture, warnings)
 
 
 def _what(target: Target, folder: Path, repo_id: str | None) -> dict[str, Any]:

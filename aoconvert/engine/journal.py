@@ -20,7 +20,7 @@ from aoconvert.engine.journal_file import (
     read_journal,
     signature_of,
 )
-from aoconvert.engine.stream import TensorResult
+from aoconvert.engine.results import TensorResult
 from aoconvert.errors import ReadError
 from aoconvert.files import writing
 from aoconvert.hashing import Prefix, matching

@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from aoconvert import __version__, manifest
+from aoconvert import manifest
 from aoconvert.engine.journal import Journal
 from aoconvert.engine.memory import peak_device_bytes, peak_host_bytes, steady_allocator
 from aoconvert.engine.model_config import model_config, quantization_config
 from aoconvert.engine.output import Stage
 from aoconvert.engine.reading import ComponentReading
+from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
 from aoconvert.engine.source_card import read_card
-from aoconvert.engine.stream import ComponentResult, Seconds, TensorResult, run_component
+from aoconvert.engine.stream import run_component
 from aoconvert.environment import device_facts, platform_name, versions
 from aoconvert.errors import (
     DeviceError,
@@ -43,6 +44,7 @@ from aoconvert.readers.digest import FileDigest
 from aoconvert.recipes import rule_schemes
 from aoconvert.schemes.imports import imports
 from aoconvert.staging import JOURNAL_NAME
+from aoconvert.version import __version__
 from aoconvert.words import size
 from aoconvert.writers.index import write_index
 

@@ -15,10 +15,10 @@ import torch
 from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
 from aoconvert.engine.eager import threads
-from aoconvert.engine.figures import Error
 from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import Lanes, open_devices
 from aoconvert.engine.process import Begin, End, Message, Piece, Processor, Rows, Whole
+from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
 from aoconvert.environment import available_cores
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
@@ -39,46 +39,6 @@ class Reading(Protocol):
 
     def marks(self, name: str) -> Mapping[str, Mark]:
         """What was read of which weights file until this tensor was read."""
-
-
-@dataclass(frozen=True)
-class TensorResult:
-    """What was written for one tensor of the plan.
-
-    ``repaired``: rows of zeros that were given a scale; ``device``: the type of the one that quantized it.
-    """
-
-    written: WrittenTensor
-    sqnr_db: float | None = None
-    max_abs_error: float | None = None
-    repaired: int = 0
-    device: str | None = None
-
-    @classmethod
-    def of(cls, written: WrittenTensor, error: Error | None, device: str | None) -> TensorResult:
-        """With the error of a quantized weight."""
-        return cls(written) if error is None else cls(written, error.sqnr_db, error.largest, error.repaired, device)
-
-
-@dataclass
-class Seconds:
-    """Time each stage was at work, waiting not counted."""
-
-    reader: float = 0.0
-    quantize: float = 0.0
-    writer: float = 0.0
-
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(self.reader + other.reader, self.quantize + other.quantize, self.writer + other.writer)
-
-
-@dataclass(frozen=True)
-class ComponentResult:
-    """A component's tensors by name, its sealed files by output path, and where the time went."""
-
-    tensors: Mapping[str, TensorResult]
-    files: Mapping[str, SealedFile]
-    seconds: Seconds
 
 
 def run_component(

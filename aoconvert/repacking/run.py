@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from aoconvert import __version__
 from aoconvert import manifest as manifests
 from aoconvert.engine.memory import peak_host_bytes, steady_allocator
 from aoconvert.engine.output import Stage
@@ -30,6 +29,7 @@ from aoconvert.schemes.imports import imports
 from aoconvert.schemes.int4_parts import take_apart
 from aoconvert.sources.folder import FolderSource
 from aoconvert.verification.target import validate
+from aoconvert.version import __version__
 from aoconvert.writers.content import content_sha256
 from aoconvert.writers.index import write_index
 from aoconvert.writers.torch_bin import TorchBinWriter, WrittenTensor

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from aoconvert.api import make_options
 from aoconvert.engine.figures import Error
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.environment import import_torchao
 from aoconvert.errors import SourceError
 from aoconvert.manifest import ComponentEntry
+from aoconvert.options import make_options
 from aoconvert.planning import Plan
 from aoconvert.planning.make import make
 from aoconvert.schemes import int4
