@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import aoconvert
-from aoconvert.hashing import advise, forget, hash_on
+from aoconvert.formats.hashing import advise, forget, hash_on
 
 
 def test_advice_that_the_kernel_refuses() -> None:

@@ -20,14 +20,14 @@ ORDER = (
 
 # what is not so yet. An entry that is no longer true has to go
 UPWARD = [
-    ("aoconvert.engine.journal", "aoconvert.verification.safe_names"),
-    ("aoconvert.readers.torch_bin", "aoconvert.verification.contents"),
-    ("aoconvert.readers.torch_bin", "aoconvert.verification.pickles"),
-    ("aoconvert.recipes.known", "aoconvert.verification.safe_names"),
-    ("aoconvert.repacking.prepare", "aoconvert.verification.pickles"),
+    ("aoconvert.engine.journal", "aoconvert.formats.torch_bin.safe_names"),
+    ("aoconvert.formats.torch_bin.reader", "aoconvert.formats.torch_bin.contents"),
+    ("aoconvert.formats.torch_bin.reader", "aoconvert.formats.torch_bin.header"),
+    ("aoconvert.recipes.known", "aoconvert.formats.torch_bin.safe_names"),
+    ("aoconvert.repacking.prepare", "aoconvert.formats.torch_bin.header"),
     ("aoconvert.repacking.run", "aoconvert.verification.target"),
-    ("aoconvert.repacking.stored", "aoconvert.verification.contents"),
-    ("aoconvert.repacking.stored", "aoconvert.verification.pickles"),
+    ("aoconvert.repacking.stored", "aoconvert.formats.torch_bin.contents"),
+    ("aoconvert.repacking.stored", "aoconvert.formats.torch_bin.header"),
     ("aoconvert.verification.place", "aoconvert.inspection.compat"),
     ("aoconvert.verification.place", "aoconvert.inspection.demands"),
 ]

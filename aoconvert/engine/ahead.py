@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from aoconvert.readers.digest import FileDigest
+from aoconvert.formats.digest import FileDigest
 
 _SHARE = 4  # of the memory that is available, a fourth may be page cache of what is read twice
 

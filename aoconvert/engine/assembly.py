@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from aoconvert import accelerators
+from aoconvert.formats.torch_bin.pickle_tree import is_wrapper
 from aoconvert.schemes.apply import flatten, quantize_weight, unflatten
-from aoconvert.writers.pickle_tree import is_wrapper
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme

@@ -23,14 +23,14 @@ from aoconvert.engine.journal_file import (
 from aoconvert.engine.results import TensorResult
 from aoconvert.errors import ReadError
 from aoconvert.files import writing
-from aoconvert.hashing import Prefix, matching
-from aoconvert.readers.digest import FileDigest, Mark
+from aoconvert.formats.digest import FileDigest, Mark
+from aoconvert.formats.hashing import Prefix, matching
+from aoconvert.formats.torch_bin.pickle_json import decode, encode
+from aoconvert.formats.torch_bin.pickle_tree import globals_of, storages_of
+from aoconvert.formats.torch_bin.safe_names import lookup
+from aoconvert.formats.torch_bin.writer import SealedFile, StoredTensor, TorchBinWriter, WrittenTensor
+from aoconvert.formats.torch_bin.zip_writer import Entry, end_of
 from aoconvert.staging import JOURNAL_NAME
-from aoconvert.verification.safe_names import lookup
-from aoconvert.writers.pickle_json import decode, encode
-from aoconvert.writers.pickle_tree import globals_of, storages_of
-from aoconvert.writers.torch_bin import SealedFile, StoredTensor, TorchBinWriter, WrittenTensor
-from aoconvert.writers.zip_stream import Entry, end_of
 
 if TYPE_CHECKING:
     from aoconvert.engine.output import Stage

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from aoconvert.errors import AoconvertError, ReadError
+from aoconvert.formats.safetensors import SafetensorsReader
 from aoconvert.models import transformers as transformers_models
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import BLOCK_BYTES, Load, Recipe, Rows, build
 from aoconvert.planning.types import ComponentPlan, StreamedPlan, TensorPlan
-from aoconvert.readers.safetensors import SafetensorsReader
 
 if TYPE_CHECKING:
     from aoconvert.planning.types import Plan

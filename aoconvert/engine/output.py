@@ -18,12 +18,12 @@ from typing import Any
 
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.files import open_regular, read_limited, write_whole, writing
+from aoconvert.formats.digest import FileDigest, damaged_in_cache
 from aoconvert.json_text import INDEX_BYTES
 from aoconvert.manifest import MANIFEST_NAME, FileEntry
 from aoconvert.planning.overwriting import others_problem, overwrite_problem, remove_result
 from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Progress
-from aoconvert.readers.digest import FileDigest, damaged_in_cache
 from aoconvert.sources import Source
 from aoconvert.staging import (
     DRAFT_NAME,

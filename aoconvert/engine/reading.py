@@ -11,11 +11,11 @@ import torch
 
 from aoconvert.engine.merging import Merging, open_merging
 from aoconvert.errors import ReadError, SourceError
+from aoconvert.formats.digest import FileDigest, Mark, damaged_in_cache
+from aoconvert.formats.sharded import CheckpointReader
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import Rows
 from aoconvert.planning.types import ComponentPlan, StreamedPlan, TensorPlan
-from aoconvert.readers.digest import FileDigest, Mark, damaged_in_cache
-from aoconvert.readers.multi import CheckpointReader
 from aoconvert.sources import Source
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aoconvert.engine.figures import Error
-from aoconvert.writers.torch_bin import SealedFile, WrittenTensor
+from aoconvert.formats.torch_bin.writer import SealedFile, WrittenTensor
 
 
 @dataclass(frozen=True)

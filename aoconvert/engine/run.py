@@ -30,6 +30,8 @@ from aoconvert.errors import (
     WriteError,
     is_out_of_memory,
 )
+from aoconvert.formats.digest import FileDigest
+from aoconvert.formats.index import write_index
 from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry, UnquantizedEntry
 from aoconvert.models import Component, ModelLayout, join
 from aoconvert.models.calls import call_parameters
@@ -40,13 +42,11 @@ from aoconvert.planning.copying import unread_pickles
 from aoconvert.planning.files import index_name
 from aoconvert.planning.types import StreamedPlan, UnquantizedPlan, config_dict, layout_dict, vars_of
 from aoconvert.progress import Progress
-from aoconvert.readers.digest import FileDigest
 from aoconvert.recipes import rule_schemes
 from aoconvert.schemes.imports import imports
 from aoconvert.staging import JOURNAL_NAME
 from aoconvert.version import __version__
 from aoconvert.words import size
-from aoconvert.writers.index import write_index
 
 
 @dataclass(frozen=True)

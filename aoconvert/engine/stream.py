@@ -20,12 +20,12 @@ from aoconvert.engine.lanes import Lanes, open_devices
 from aoconvert.engine.process import Begin, End, Message, Piece, Processor, Rows, Whole
 from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
 from aoconvert.environment import available_cores
+from aoconvert.formats.digest import Mark
+from aoconvert.formats.torch_bin.writer import SealedFile, TensorSink, TorchBinWriter, WrittenTensor
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
 from aoconvert.planning.types import StreamedPlan, TensorPlan
 from aoconvert.progress import Progress
-from aoconvert.readers.digest import Mark
-from aoconvert.writers.torch_bin import SealedFile, TensorSink, TorchBinWriter, WrittenTensor
 
 if TYPE_CHECKING:
     from aoconvert.engine.journal import Journal

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from packaging.version import Version
 
+from aoconvert.formats.torch_bin.contents import Instance, TensorEntry
 from aoconvert.inspection.release_names import RELEASES, TABLE
 from aoconvert.inspection.types import Loading
-from aoconvert.verification.contents import Instance, TensorEntry
 
 Range = tuple[int, int]
 """Places in ``RELEASES``, both included."""

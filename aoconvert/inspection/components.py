@@ -8,6 +8,7 @@ from typing import Any
 
 from aoconvert.environment import version_at_least, version_of
 from aoconvert.errors import UsageError
+from aoconvert.formats.torch_bin.contents import TensorEntry
 from aoconvert.inspection import compat
 from aoconvert.inspection.demands import demand_of, signs
 from aoconvert.inspection.foreign import PACKAGES, scheme_of_kind
@@ -15,7 +16,6 @@ from aoconvert.inspection.types import Component, FileFacts, Loading
 from aoconvert.inspection.writer import written_by
 from aoconvert.manifest import Manifest
 from aoconvert.schemes import int4
-from aoconvert.verification.contents import TensorEntry
 
 # It reads only torchao configs there; which release first refused a name is not known (shared facts).
 _NO_NAMES = "0.42"

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from aoconvert.formats.torch_bin.contents import Instance, TensorEntry
 from aoconvert.inspection.compat import Layout, layout_of_classes, parts
 from aoconvert.inspection.scheme import scheme_of
 from aoconvert.inspection.types import FileFacts, TensorFact
 from aoconvert.schemes.table import catalogue
-from aoconvert.verification.contents import Instance, TensorEntry
 
 _EMULATED = "emulated"
 # One name for several layouts; LAYOUTS knows them by class.

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aoconvert.errors import UnsafeFileError
+from aoconvert.formats.byte_source import ByteSource
+from aoconvert.formats.headers import GGUF_MAGIC, read_gguf, read_safetensors
+from aoconvert.formats.torch_bin.contents import TensorEntry
+from aoconvert.formats.torch_bin.header import read_source
 from aoconvert.inspection.foreign import classify
-from aoconvert.inspection.headers import GGUF_MAGIC, read_gguf, read_safetensors
 from aoconvert.inspection.scheme import scheme_of, scheme_of_flat
 from aoconvert.inspection.types import FileFacts, TensorFact
-from aoconvert.verification.byte_source import ByteSource
-from aoconvert.verification.contents import TensorEntry
-from aoconvert.verification.pickles import read_source
 
 SAFETENSORS_DTYPES: Mapping[str, str] = {
     "F64": "float64",

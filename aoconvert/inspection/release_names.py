@@ -2,7 +2,7 @@
 
 Measured by importing the released wheels named in ``RELEASES`` (the last patch release of each minor) under torch 2.13,
 one process each, two modules that torch has since moved put back: every torchao name that a checkpoint's pickle may
-hold (``verification.safe_names``) was looked up in its module. A line of ``TABLE`` without indent is a module; an
+hold (``formats.torch_bin.safe_names``) was looked up in its module. A line of ``TABLE`` without indent is a module; an
 indented one is ``present written registered imported names``, four ranges ``first:last`` (both included, ``-``: never):
 
 - present: the name can be looked up in the module;

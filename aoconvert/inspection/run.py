@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import AoconvertError, SourceError
+from aoconvert.formats.byte_source import ByteSource, LocalFile
 from aoconvert.inspection.components import component, quantization_config
 from aoconvert.inspection.files import read_file
 from aoconvert.inspection.types import Component, FileFacts, Inspection
@@ -21,7 +22,6 @@ from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.hub_errors import not_cached
 from aoconvert.sources.remote import RemoteFile
 from aoconvert.sources.weights import Library
-from aoconvert.verification.byte_source import ByteSource, LocalFile
 
 _PIPELINE = "model_index.json"
 _CONFIG = "config.json"

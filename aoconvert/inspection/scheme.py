@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from aoconvert.formats.torch_bin.contents import Instance, Symbol, TensorEntry, Value
 from aoconvert.inspection.compat import parts
-from aoconvert.verification.contents import Instance, Symbol, TensorEntry, Value
 
 _INT8_TENSOR = 8
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aoconvert.verification.contents import TensorEntry
+from aoconvert.formats.torch_bin.contents import TensorEntry
 
 
 @dataclass(frozen=True)

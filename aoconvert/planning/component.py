@@ -265,7 +265,7 @@ def lay_out(
     Returns:
         The tensors with their files, names in the order they are written, and the files.
     """
-    from aoconvert.writers.torch_bin import predict_size
+    from aoconvert.formats.torch_bin.writer import predict_size
 
     default = (
         plan_files.DIFFUSERS_FILE_BYTES if component.library == "diffusers" else plan_files.TRANSFORMERS_FILE_BYTES

@@ -245,7 +245,7 @@ def _modules(source: Source, folder: str) -> list[str]:
 
 def unread_pickles(source: Source, copied: Sequence[CopyPlan]) -> Iterator[str]:
     """What is wrong with torch files that are taken over: nobody else has looked into them."""
-    from aoconvert.readers.torch_bin import TorchBinReader
+    from aoconvert.formats.torch_bin.reader import TorchBinReader
 
     for item in copied:
         if item.source.endswith(".bin") and source.is_local(item.source):

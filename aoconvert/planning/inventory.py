@@ -98,7 +98,7 @@ def _check_twice(source: Source, weights: WeightFiles, name: str, first: str, la
 
 
 def _safetensors(source: Source, path: str) -> tuple[list[SourceTensor], dict[str, str]]:
-    from aoconvert.readers.safetensors import DTYPES, OTHER_DTYPES, read_header
+    from aoconvert.formats.safetensors import DTYPES, OTHER_DTYPES, read_header
 
     if source.is_local(path):
         others: dict[str, str] = {}
@@ -118,7 +118,7 @@ def _safetensors(source: Source, path: str) -> tuple[list[SourceTensor], dict[st
 
 
 def _torch_bin(source: Source, path: str) -> tuple[list[SourceTensor], dict[str, str]]:
-    from aoconvert.readers.torch_bin import TorchBinReader
+    from aoconvert.formats.torch_bin.reader import TorchBinReader
 
     reader = TorchBinReader(source.local(path))
     try:

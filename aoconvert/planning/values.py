@@ -12,7 +12,7 @@ from aoconvert.models.base import SourceTensor
 if TYPE_CHECKING:
     import torch
 
-    from aoconvert.readers.base import TensorReader
+    from aoconvert.formats.base import TensorReader
     from aoconvert.sources import Source
 
 _FIRST, _GROWTH, _MOST = 1 << 16, 8, 1 << 24
@@ -51,7 +51,7 @@ class Values:
         return True
 
     def _reader(self, file: str) -> TensorReader:
-        from aoconvert.readers.multi import open_reader
+        from aoconvert.formats.sharded import open_reader
 
         if file not in self._readers:
             self._readers[file] = open_reader(self._source.local(file))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from aoconvert.verification.safe_names import ITEMSIZE, Kind, known_names
+from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, Kind, known_names
 
 _CONFIGS = re.compile(r"\w*Weight(?:Only)?Config|(?:Module)?FqnToConfig")
 # what their fields hold, beside what pickles may hold: granularities, packing formats, choices

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
+from aoconvert.formats.content import own_bytes
 from aoconvert.schemes import int4
 from aoconvert.schemes.int4_parts import Parts, opaque, padded, parameters, plain_int32, tile_packed
-from aoconvert.writers.content import own_bytes
 
 CLASSES = ("Int4TilePackedTo4dTensor", "Int4OpaqueTensor", "Int4PlainInt32Tensor", "Int4Tensor")
 

@@ -13,6 +13,7 @@ from packaging.version import Version
 from aoconvert import schemes
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import PlanError, SourceError, UsageError
+from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.manifest import ComponentEntry, Manifest
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.make import output_problems, space_problems
@@ -24,7 +25,6 @@ from aoconvert.schemes.base import Layout, Scheme
 from aoconvert.schemes.imports import imports
 from aoconvert.schemes.layouts import merged
 from aoconvert.sources.folder import FolderSource
-from aoconvert.verification.pickles import read_loadable
 
 DEVICES = ("cpu", "cuda", "xpu")
 _CONFIG = "Int4WeightOnlyConfig"

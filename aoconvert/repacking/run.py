@@ -18,6 +18,9 @@ from aoconvert.engine.memory import peak_host_bytes, steady_allocator
 from aoconvert.engine.output import Stage
 from aoconvert.errors import Interrupted, QuantizeError, SourceError
 from aoconvert.files import read_limited
+from aoconvert.formats.content import content_sha256
+from aoconvert.formats.index import write_index
+from aoconvert.formats.torch_bin.writer import TorchBinWriter, WrittenTensor
 from aoconvert.json_text import INDEX_BYTES, parse_json
 from aoconvert.manifest import MANIFEST_NAME, ComponentEntry, FileEntry, Manifest, TensorEntry
 from aoconvert.planning.types import CopyPlan, layout_dict
@@ -30,9 +33,6 @@ from aoconvert.schemes.int4_parts import take_apart
 from aoconvert.sources.folder import FolderSource
 from aoconvert.verification.target import validate
 from aoconvert.version import __version__
-from aoconvert.writers.content import content_sha256
-from aoconvert.writers.index import write_index
-from aoconvert.writers.torch_bin import TorchBinWriter, WrittenTensor
 
 
 @dataclass(frozen=True)

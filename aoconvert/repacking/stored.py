@@ -13,11 +13,11 @@ from typing import Self
 
 import torch
 
-from aoconvert.readers.base import open_file, read_bytes
+from aoconvert.formats.base import open_file, read_bytes
+from aoconvert.formats.content import data_names
+from aoconvert.formats.torch_bin.contents import TensorEntry
+from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.schemes.apply import unflatten
-from aoconvert.verification.contents import TensorEntry
-from aoconvert.verification.pickles import read_loadable
-from aoconvert.writers.content import data_names
 
 
 class StoredFile:

@@ -29,11 +29,11 @@ from aoconvert.engine.process import Piece
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.environment import available_cores
 from aoconvert.errors import DeviceError, QuantizeError
+from aoconvert.formats.digest import Buffer, FileDigest, Mark
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
 from aoconvert.planning.types import ComponentPlan, Plan, TensorPlan
 from aoconvert.progress import Progress
-from aoconvert.readers.digest import Buffer, FileDigest, Mark
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme

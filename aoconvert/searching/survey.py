@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from aoconvert.formats.torch_bin.writer import predict_size
 from aoconvert.models import TensorSpec
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.choices import Choice, Wishes, choose
@@ -14,7 +15,6 @@ from aoconvert.planning.component import lay_out
 from aoconvert.planning.decide import meta_output, nbytes
 from aoconvert.planning.types import ComponentPlan
 from aoconvert.rules import Rule, Rules, skipping
-from aoconvert.writers.torch_bin import predict_size
 
 if TYPE_CHECKING:
     import torch

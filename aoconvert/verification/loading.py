@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.errors import VerificationError
+from aoconvert.formats.torch_bin.header import read_bin
 from aoconvert.manifest import StoredEntry, TensorEntry, UnquantizedEntry
 from aoconvert.sources import Source
-from aoconvert.verification.pickles import read_bin
 from aoconvert.verification.process import Children, Ended
 from aoconvert.verification.published import Published
 from aoconvert.verification.report import ForwardPass, Status, some

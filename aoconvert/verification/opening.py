@@ -11,11 +11,11 @@ from typing import Any
 from aoconvert import manifest as manifests
 from aoconvert.environment import import_diffusers, import_torchao
 from aoconvert.errors import VerificationError
+from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.schemes import int4
 from aoconvert.verification.code import Strategy, load_code
 from aoconvert.verification.files import file_sha256, shadows
-from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.report import read_report
 from aoconvert.verification.target import CODE_INSIDE, Target, from_folder, from_manifest, with_imports
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from aoconvert.environment import choose_device, device_facts
 from aoconvert.errors import PlanError
+from aoconvert.formats.torch_bin.header import read_bin
 from aoconvert.inspection.compat import Layout
 from aoconvert.inspection.demands import demand_of_entries
 from aoconvert.schemes import int4
 from aoconvert.schemes.describe import capability
-from aoconvert.verification.pickles import read_bin
 from aoconvert.verification.target import Target
 
 

@@ -15,6 +15,7 @@ from aoconvert import manifest as manifests
 from aoconvert.environment import choose_device, versions
 from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.files import check_replaceable, is_there, read_limited, write_whole, writing
+from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
 from aoconvert.models.bounds import Held, check_config
 from aoconvert.planning.overwriting import tidy
@@ -34,7 +35,6 @@ from aoconvert.verification.loading import (
     check_reload,
 )
 from aoconvert.verification.original import check_source
-from aoconvert.verification.pickles import read_loadable
 from aoconvert.verification.place import Place, choose_place
 from aoconvert.verification.process import Children
 from aoconvert.verification.published import Published

@@ -23,7 +23,7 @@ from pathlib import Path
 import aoconvert
 from aoconvert import manifest
 from aoconvert.engine.run import run
-from aoconvert.hashing import hash_on
+from aoconvert.formats.hashing import hash_on
 from aoconvert.options import make_options
 from aoconvert.planning.make import make
 from aoconvert.progress import Silent

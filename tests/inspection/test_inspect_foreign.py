@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from aoconvert.errors import AoconvertError, SourceError
-from aoconvert.inspection.headers import read_gguf, read_safetensors
+from aoconvert.formats.headers import read_gguf, read_safetensors
 from aoconvert.inspection.run import inspect
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 import aoconvert
 from aoconvert.errors import PlanError
+from aoconvert.formats.sharded import open_reader
 from aoconvert.planning.types import ComponentPlan
-from aoconvert.readers.multi import open_reader
 
 T: Any = tiny.transformers
 State = dict[str, torch.Tensor]

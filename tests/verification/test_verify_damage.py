@@ -184,7 +184,7 @@ def test_what_is_not_what_the_manifest_says(copy: Path) -> None:
 
 def test_bad_scales(copy: Path) -> None:
     """A checkpoint that was broken when it was made: every hash is right, the numbers are not."""
-    from aoconvert.writers.torch_bin import content_sha256
+    from aoconvert.formats.torch_bin.writer import content_sha256
 
     bad = {"model.layers.0.self_attn.q_proj.weight": float("nan"), "model.layers.0.self_attn.v_proj.weight": 0.0}
     hashes = {}

@@ -1,0 +1,115 @@
+"""Headers of safetensors and GGUF files, read from any ``ByteSource``.
+
+Formats: https://huggingface.co/docs/safetensors/index#format and
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aoconvert.errors import SourceError
+from aoconvert.formats.byte_source import ByteSource
+from aoconvert.sources.headers import MAX_HEADER_BYTES, REPLACE_HINT, check_entries
+
+GGUF_MAGIC = b"GGUF"
+_GGUF_FIRST = 1 << 16  # the scalars that matter stand before the tokenizer, which can have megabytes
+_GGUF_STRING = 8
+_GGUF_ARRAY = 9
+_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def read_safetensors(source: ByteSource, label: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Tensors and metadata of a safetensors header.
+
+    Returns:
+        ``{tensor: {"dtype", "shape", "data_offsets"}}`` and ``__metadata__``.
+
+    Raises:
+        SourceError: truncated, or not a safetensors file.
+    """
+    if source.size < 8:
+        raise SourceError(f"{label} is truncated or not a safetensors file", hint=REPLACE_HINT)
+    length = int.from_bytes(source.read(0, 8), "little")
+    if length > source.size - 8:
+        raise SourceError(f"{label} is truncated or not a safetensors file", hint=REPLACE_HINT)
+    if length > MAX_HEADER_BYTES:
+        raise SourceError(f"{label} is not a safetensors file: its header would be {length:,} bytes long")
+    try:
+        entries = json.loads(source.read(8, length))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{label} is not a safetensors file: its header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise SourceError(f"{label} is not a safetensors file: its header is not a JSON object")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, Mapping):
+        raise SourceError(f"{label} is not a safetensors file: its metadata is not a JSON object")
+    check_entries(entries, source.size - 8 - length, label)
+    return entries, {str(key): value for key, value in metadata.items() if isinstance(value, str)}
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """The start of a GGUF file.
+
+    Attributes:
+        version: of the format.
+        tensors: how many there are.
+        values: the scalars and strings before the first array (``general.architecture``, ``general.file_type``).
+    """
+
+    version: int
+    tensors: int
+    values: Mapping[str, str]
+
+
+def read_gguf(source: ByteSource, label: str) -> GgufHeader:
+    """The header of a GGUF file, little- or big-endian.
+
+    Raises:
+        SourceError: truncated, or not a GGUF file.
+    """
+    head = source.read(0, min(source.size, _GGUF_FIRST))
+    if len(head) < 24 or head[:4] != GGUF_MAGIC:
+        raise SourceError(f"{label} is truncated or not a GGUF file", hint=REPLACE_HINT)
+    order = "<" if head[4:6] != b"\0\0" else ">"
+    version, tensors, count = struct.unpack_from(f"{order}IQQ", head, 4)
+    if version not in (2, 3):
+        raise SourceError(f"{label} is GGUF of version {version}, which is not known here")
+    return GgufHeader(version, tensors, _gguf_values(head, order, count))
+
+
+def _gguf_values(head: bytes, order: str, count: int) -> dict[str, str]:
+    """Key-value pairs up to the first array, or to where ``head`` ends."""
+    values: dict[str, str] = {}
+    place = 24
+
+    def text() -> str:
+        nonlocal place
+        (length,) = struct.unpack_from(f"{order}Q", head, place)
+        raw = head[place + 8 : place + 8 + length]
+        if len(raw) != length:
+            raise struct.error
+        place += 8 + length
+        return raw.decode("utf-8", "replace")
+
+    try:
+        for _ in range(count):
+            key = text()
+            (kind,) = struct.unpack_from(f"{order}I", head, place)
+            place += 4
+            if kind == _GGUF_STRING:
+                values[key] = text()
+            elif kind in _GGUF_SCALARS:
+                code = order + _GGUF_SCALARS[kind]
+                values[key] = str(struct.unpack_from(code, head, place)[0])
+                place += struct.calcsize(code)
+            else:
+                break
+    except struct.error:
+        pass
+    return values

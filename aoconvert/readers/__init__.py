@@ -1,1 +1,0 @@
-"""Files -> one tensor at a time."""

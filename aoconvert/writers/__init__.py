@@ -1,1 +1,0 @@
-"""One tensor at a time -> files and their index."""
