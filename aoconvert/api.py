@@ -16,14 +16,14 @@ from aoconvert.words import argument
 
 if TYPE_CHECKING:
     from aoconvert.cards import Card
+    from aoconvert.checkpoint.published import Published
+    from aoconvert.checkpoint.report import Report
     from aoconvert.engine.run import QuantizeResult
     from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
     from aoconvert.planning import Plan
     from aoconvert.repacking import Repacked
     from aoconvert.sources import Source
-    from aoconvert.verification.published import Published
-    from aoconvert.verification.report import Report
 
 
 def plan(source: str | Path, scheme: str | None = None, **options: Unpack[QuantizeKwargs]) -> Plan:
@@ -194,7 +194,7 @@ def load(
         VerificationError: its pickles are not safe to load, or nothing opens it.
         SourceError: it is no torchao checkpoint.
     """
-    from aoconvert.verification.opening import open_checkpoint
+    from aoconvert.checkpoint.opening import open_checkpoint
 
     return open_checkpoint(_checkpoint(checkpoint, revision, token, cache_dir, local_files_only)[0], kwargs)
 
@@ -226,7 +226,7 @@ def repack(
         QuantizeError: a weight whose scales or zero points the layout cannot hold exactly.
         WriteError: disk full, or no permission.
     """
-    from aoconvert import manifest as manifests
+    from aoconvert.checkpoint import manifest as manifests
     from aoconvert.planning.make import refuse_output
     from aoconvert.sources.folder import FolderSource
 
@@ -310,9 +310,9 @@ def _checkpoint(
     """The checkpoint's folder, and where it is on the Hub, from which it was fetched; ``None`` without the network."""
     from huggingface_hub import is_offline_mode
 
+    from aoconvert.checkpoint.published import Published
     from aoconvert.sources import resolve
     from aoconvert.sources.references import parse_repo
-    from aoconvert.verification.published import Published
 
     source = resolve(
         str(checkpoint), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only

@@ -16,8 +16,8 @@ from aoconvert.sources.folder import FolderSource
 from aoconvert.words import first
 
 if TYPE_CHECKING:
+    from aoconvert.checkpoint.report import Report
     from aoconvert.engine.run import QuantizeResult
-    from aoconvert.verification.report import Report
 
 _ANOTHER = "name another folder"
 _PROMPT = "a panda plays a guitar in a bamboo forest"

@@ -25,7 +25,7 @@ UPWARD = [
     ("aoconvert.formats.torch_bin.reader", "aoconvert.formats.torch_bin.header"),
     ("aoconvert.recipes.known", "aoconvert.formats.torch_bin.safe_names"),
     ("aoconvert.repacking.prepare", "aoconvert.formats.torch_bin.header"),
-    ("aoconvert.repacking.run", "aoconvert.verification.target"),
+    ("aoconvert.repacking.run", "aoconvert.checkpoint.checkpoint"),
     ("aoconvert.repacking.stored", "aoconvert.formats.torch_bin.contents"),
     ("aoconvert.repacking.stored", "aoconvert.formats.torch_bin.header"),
     ("aoconvert.verification.place", "aoconvert.inspection.compat"),

@@ -2,6 +2,6 @@
 
 from aoconvert.cards.card import Card, CardOptions, edited, has_text, write
 from aoconvert.cards.make import render
-from aoconvert.manifest import CARD_NAME, PICTURE_NAME
+from aoconvert.checkpoint.manifest import CARD_NAME, PICTURE_NAME
 
 __all__ = ["CARD_NAME", "PICTURE_NAME", "Card", "CardOptions", "edited", "has_text", "render", "write"]

@@ -16,7 +16,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from aoconvert.cards.metadata import is_repo_id
-from aoconvert.manifest import MANIFEST_NAME, ComponentEntry, Manifest
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, ComponentEntry, Manifest
 from aoconvert.verification.versions import known_packages
 
 _NUMBER = r"\d{1,12}(\.\d{1,12})?"

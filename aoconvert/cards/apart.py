@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from aoconvert.cards.layers import patterns
-from aoconvert.manifest import Manifest
+from aoconvert.checkpoint.manifest import Manifest
 
 FOLDED_FROM = 12  # rows; a longer list is folded
 _MOST = 200  # rows of a kind

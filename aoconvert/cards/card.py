@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, PICTURE_NAME
+from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.errors import WriteError
 from aoconvert.files import read_limited, write_whole
-from aoconvert.manifest import CARD_BYTES, CARD_NAME, PICTURE_NAME
-from aoconvert.seals import is_sealed
 
 
 @dataclass(frozen=True)

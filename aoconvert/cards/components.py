@@ -7,7 +7,7 @@ from typing import Any
 
 from aoconvert.cards import layers, schemes
 from aoconvert.cards.again import ranges
-from aoconvert.manifest import ComponentEntry
+from aoconvert.checkpoint.manifest import ComponentEntry
 
 
 def describe(entry: ComponentEntry) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aoconvert.manifest import ComponentEntry, TensorEntry
+from aoconvert.checkpoint.manifest import ComponentEntry, TensorEntry
 
 _PLAIN = re.compile(r"(\w+): not the weight of a linear layer")
 

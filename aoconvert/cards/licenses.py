@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aoconvert.cards.hub_names import LICENSES
+from aoconvert.checkpoint.manifest import Manifest, SourceCard
 from aoconvert.errors import PlanError
-from aoconvert.manifest import Manifest, SourceCard
 
 _HUB = "https://huggingface.co"
 _NAME = re.compile(r"[a-z0-9-.]+")  # the Hub's own pattern

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from aoconvert.cards.again import ranges
 from aoconvert.cards.layers import role
 from aoconvert.cards.markdown import Md, code, text
+from aoconvert.checkpoint.checkpoint import Target
+from aoconvert.checkpoint.load_code import Strategy
+from aoconvert.checkpoint.manifest import ComponentEntry, TensorEntry
 from aoconvert.inspection.compat import short
 from aoconvert.inspection.release_names import RELEASES
-from aoconvert.manifest import ComponentEntry, TensorEntry
 from aoconvert.schemes import int4
-from aoconvert.verification.code import Strategy
-from aoconvert.verification.target import Target
 
 _DTYPE = (
     "keep `torch_dtype`: without it diffusers opens everything that is not quantized in float32, and the first forward "

@@ -8,7 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from aoconvert import manifest as manifests
 from aoconvert.cards import template
 from aoconvert.cards.again import make_again, needed, pinned
 from aoconvert.cards.apart import FOLDED_FROM, apart
@@ -21,15 +20,16 @@ from aoconvert.cards.markdown import is_page
 from aoconvert.cards.metadata import front_matter, is_repo_id, to_yaml
 from aoconvert.cards.picture import draw
 from aoconvert.cards.proof import Proof, prove
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import Target, from_manifest
+from aoconvert.checkpoint.load_code import Strategy, code_device, load_code
+from aoconvert.checkpoint.manifest import PICTURE_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.seals import seal
+from aoconvert.checkpoint.usage import usage_code, usage_packages
 from aoconvert.errors import UsageError
-from aoconvert.manifest import PICTURE_NAME, FileEntry, Manifest
 from aoconvert.models import identify
 from aoconvert.planning.overwriting import tidy
-from aoconvert.seals import seal
 from aoconvert.sources.folder import FolderSource
-from aoconvert.verification.code import Strategy, code_device, load_code
-from aoconvert.verification.target import Target, from_manifest
-from aoconvert.verification.usage import usage_code, usage_packages
 from aoconvert.words import argument
 
 _HUB = "https://huggingface.co"

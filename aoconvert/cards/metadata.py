@@ -9,8 +9,8 @@ from typing import Any
 
 from aoconvert.cards import licenses
 from aoconvert.cards.hub_names import FORMAT_TAGS, KEYS, LICENSES, RELATIONS, TASKS
+from aoconvert.checkpoint.manifest import Manifest, SourceCard
 from aoconvert.errors import UsageError
-from aoconvert.manifest import Manifest, SourceCard
 from aoconvert.schemes.names import normalize
 from aoconvert.schemes.table import catalogue
 

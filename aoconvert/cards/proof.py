@@ -12,12 +12,12 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from aoconvert.manifest import MANIFEST_NAME
-from aoconvert.verification.code import Strategy, code_device, code_sha256
-from aoconvert.verification.files import file_sha256
-from aoconvert.verification.report import CheckName, Status, read_report
-from aoconvert.verification.target import Target
-from aoconvert.verification.usage import usage_sha256
+from aoconvert.checkpoint.checkpoint import Target
+from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.load_code import Strategy, code_device, code_sha256
+from aoconvert.checkpoint.manifest import MANIFEST_NAME
+from aoconvert.checkpoint.report import CheckName, Status, read_report
+from aoconvert.checkpoint.usage import usage_sha256
 
 
 class _Check(BaseModel):

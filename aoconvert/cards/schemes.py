@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from aoconvert.cards.layers import count
+from aoconvert.checkpoint.manifest import ComponentEntry, TensorEntry
 from aoconvert.errors import UsageError
-from aoconvert.manifest import ComponentEntry, TensorEntry
 from aoconvert.recipes import patterns, scheme_of_config
 from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
 

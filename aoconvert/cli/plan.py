@@ -15,7 +15,7 @@ from aoconvert.words import first, size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from aoconvert.manifest import LeftBehindEntry
+    from aoconvert.checkpoint.manifest import LeftBehindEntry
     from aoconvert.planning import ComponentPlan, FilePlan, Plan, TensorPlan
     from aoconvert.planning.types import LeftBehind
 

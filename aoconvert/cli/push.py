@@ -14,8 +14,8 @@ from aoconvert.words import size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from aoconvert.checkpoint.report import Report
     from aoconvert.hub.types import Pushed
-    from aoconvert.verification.report import Report
 
 EXAMPLES = """\b
 Examples:

@@ -16,9 +16,9 @@ from aoconvert.words import first, number, size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from aoconvert.checkpoint.manifest import Totals
+    from aoconvert.checkpoint.report import Report
     from aoconvert.engine.run import QuantizeResult
-    from aoconvert.manifest import Totals
-    from aoconvert.verification.report import Report
 
 EXAMPLES = """\b
 Examples:

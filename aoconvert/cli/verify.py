@@ -14,7 +14,7 @@ from aoconvert.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from aoconvert.verification.report import Report
+    from aoconvert.checkpoint.report import Report
 
 EXAMPLES = """\b
 Examples:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from aoconvert.checkpoint.manifest import LayoutEntry, LeftOutEntry, Totals
 from aoconvert.documents.base import Document, SizedFile
 from aoconvert.documents.publishing import VerifyDocument
-from aoconvert.manifest import LayoutEntry, LeftOutEntry, Totals
 
 
 class PlanSource(Document):

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from aoconvert.checkpoint.unfinished import JOURNAL_NAME
 from aoconvert.engine.journal_file import (
     FileLine,
     JournalFile,
@@ -30,7 +31,6 @@ from aoconvert.formats.torch_bin.pickle_tree import globals_of, storages_of
 from aoconvert.formats.torch_bin.safe_names import lookup
 from aoconvert.formats.torch_bin.writer import SealedFile, StoredTensor, TorchBinWriter, WrittenTensor
 from aoconvert.formats.torch_bin.zip_writer import Entry, end_of
-from aoconvert.staging import JOURNAL_NAME
 
 if TYPE_CHECKING:
     from aoconvert.engine.output import Stage

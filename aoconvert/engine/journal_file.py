@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from aoconvert.checkpoint.manifest import Sha256
 from aoconvert.environment import device_facts, versions
 from aoconvert.files import read_limited, writing
-from aoconvert.manifest import Sha256
 from aoconvert.planning.types import ComponentPlan
 
 if TYPE_CHECKING:

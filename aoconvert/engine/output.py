@@ -16,16 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aoconvert.errors import PlanError, WriteError
-from aoconvert.files import open_regular, read_limited, write_whole, writing
-from aoconvert.formats.digest import FileDigest, damaged_in_cache
-from aoconvert.json_text import INDEX_BYTES
-from aoconvert.manifest import MANIFEST_NAME, FileEntry
-from aoconvert.planning.overwriting import others_problem, overwrite_problem, remove_result
-from aoconvert.planning.types import CopyPlan
-from aoconvert.progress import Progress
-from aoconvert.sources import Source
-from aoconvert.staging import (
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, FileEntry
+from aoconvert.checkpoint.unfinished import (
     DRAFT_NAME,
     FILES_NAME,
     JOURNAL_NAME,
@@ -37,6 +29,14 @@ from aoconvert.staging import (
     replaced_folder,
     split_files,
 )
+from aoconvert.errors import PlanError, WriteError
+from aoconvert.files import open_regular, read_limited, write_whole, writing
+from aoconvert.formats.digest import FileDigest, damaged_in_cache
+from aoconvert.json_text import INDEX_BYTES
+from aoconvert.planning.overwriting import others_problem, overwrite_problem, remove_result
+from aoconvert.planning.types import CopyPlan
+from aoconvert.progress import Progress
+from aoconvert.sources import Source
 
 _FICLONE = 0x40049409
 _CHUNK = 1 << 22

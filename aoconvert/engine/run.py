@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from aoconvert import manifest
+from aoconvert.checkpoint import manifest
+from aoconvert.checkpoint.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry, UnquantizedEntry
+from aoconvert.checkpoint.unfinished import JOURNAL_NAME
 from aoconvert.engine.journal import Journal
 from aoconvert.engine.memory import peak_device_bytes, peak_host_bytes, steady_allocator
 from aoconvert.engine.model_config import model_config, quantization_config
@@ -32,7 +34,6 @@ from aoconvert.errors import (
 )
 from aoconvert.formats.digest import FileDigest
 from aoconvert.formats.index import write_index
-from aoconvert.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry, UnquantizedEntry
 from aoconvert.models import Component, ModelLayout, join
 from aoconvert.models.calls import call_parameters
 from aoconvert.models.own_classes import is_pipeline_module
@@ -44,7 +45,6 @@ from aoconvert.planning.types import StreamedPlan, UnquantizedPlan, config_dict,
 from aoconvert.progress import Progress
 from aoconvert.recipes import rule_schemes
 from aoconvert.schemes.imports import imports
-from aoconvert.staging import JOURNAL_NAME
 from aoconvert.version import __version__
 from aoconvert.words import size
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aoconvert.manifest import SourceCard
+from aoconvert.checkpoint.manifest import SourceCard
 from aoconvert.sources import Source
 
 _MOST = 200  # characters of a value; entries of a list

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aoconvert.checkpoint.report import some
 from aoconvert.errors import HubError, HubRefusal
 from aoconvert.hub.ownership import Held
 from aoconvert.hub.remote import Changes, Job, Tip, changes, find_tip, refusals
 from aoconvert.sources.hub_errors import LOGIN_HINT, WRITE_HINT, failed_status, translated
-from aoconvert.verification.report import some
 
 if TYPE_CHECKING:
     from huggingface_hub import GitRefs, HfApi, ModelInfo

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from aoconvert import cards
 from aoconvert.cards import CARD_NAME, PICTURE_NAME
+from aoconvert.checkpoint.manifest import CARD_BYTES
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.files import read_limited
 from aoconvert.hub.types import PushOptions, Sent
-from aoconvert.manifest import CARD_BYTES
 from aoconvert.sources.folder import stays_inside
 
 

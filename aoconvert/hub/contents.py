@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from aoconvert import manifest as manifests
 from aoconvert.cards import CARD_NAME, PICTURE_NAME
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.files import content_problem, file_sha256, shadows
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.report import REPORT_NAME, read_report, some
 from aoconvert.hub.types import PushOptions, Sent
-from aoconvert.manifest import MANIFEST_NAME, FileEntry, Manifest
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
 from aoconvert.sources.folder import list_folder, stays_inside
-from aoconvert.verification.files import content_problem, file_sha256, shadows
-from aoconvert.verification.report import REPORT_NAME, read_report, some
 
 # https://huggingface.co/docs/hub/storage-limits
 FILE_LIMIT = 50_000_000_000

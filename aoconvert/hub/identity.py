@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from aoconvert.manifest import ComponentEntry, Manifest
+from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoconvert import cards
-from aoconvert import manifest as manifests
 from aoconvert.cards import CARD_NAME, PICTURE_NAME
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.report import REPORT_NAME
 from aoconvert.errors import AoconvertError
 from aoconvert.hub.identity import other_config, other_model, other_schemes
 from aoconvert.hub.types import RemoteFile, Sent
-from aoconvert.manifest import MANIFEST_NAME, FileEntry, Manifest
 from aoconvert.sources.hub_errors import translated
-from aoconvert.verification.files import file_sha256
-from aoconvert.verification.report import REPORT_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from aoconvert.checkpoint.files import LOADED
+from aoconvert.checkpoint.manifest import Manifest
+from aoconvert.checkpoint.report import some
 from aoconvert.hub.ownership import Branch, Held, look
 from aoconvert.hub.types import MARKER, PushOptions, RemoteFile, Sent
-from aoconvert.manifest import Manifest
 from aoconvert.sources.hub_errors import translated
-from aoconvert.verification.files import LOADED
-from aoconvert.verification.report import some
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from aoconvert.checkpoint.report import Report, some
 from aoconvert.errors import HubError, Interrupted, PlanError, UsageError
 from aoconvert.hub.access import Standing, check_access, no_token, ref_problem, whoami
 from aoconvert.hub.card import CardFiles, own_card, render_card, write_card
@@ -20,7 +21,6 @@ from aoconvert.hub.types import Pushed, PushOptions
 from aoconvert.hub.upload import Arrived, Sending, again, hash_files, send
 from aoconvert.progress import Progress
 from aoconvert.sources.hub_errors import AGAIN_HINT, check_token, failed_status, never_answered, translated
-from aoconvert.verification.report import Report, some
 from aoconvert.version import __version__
 
 
@@ -182,9 +182,9 @@ def _open_again(folder: Path, job: Job, commit: str, progress: Progress) -> Repo
     The card's example runs where the card claims that it ran.
     """
     from aoconvert.cards.proof import prove
-    from aoconvert.verification.published import Published
+    from aoconvert.checkpoint.checkpoint import from_manifest
+    from aoconvert.checkpoint.published import Published
     from aoconvert.verification.run import VerifyOptions, verify
-    from aoconvert.verification.target import from_manifest
 
     total = sum(file.size for file in job.files)
     published = Published(job.repo_id, commit, job.options.branch, total, job.options.token)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from aoconvert.files import open_regular
 
 if TYPE_CHECKING:
-    from aoconvert.verification.report import Report
+    from aoconvert.checkpoint.report import Report
 
 MARKER = "aoconvert manifest: sha256:"
 _CHUNK = 1 << 22

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aoconvert.checkpoint.files import other_content
+from aoconvert.checkpoint.report import some
 from aoconvert.errors import HubError, HubRefusal, PlanError
 from aoconvert.hub.remote import Changes, Job, Tip, changes, conflict, find_tip, refusals
 from aoconvert.hub.types import Sent
 from aoconvert.hub.watching import FileWatch
 from aoconvert.progress import Progress
 from aoconvert.sources.hub_errors import AGAIN_HINT, failed_status, never_answered, retry_after, translated
-from aoconvert.verification.files import other_content
-from aoconvert.verification.report import some
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete

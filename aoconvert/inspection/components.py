@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.environment import version_at_least, version_of
 from aoconvert.errors import UsageError
 from aoconvert.formats.torch_bin.contents import TensorEntry
@@ -14,7 +15,6 @@ from aoconvert.inspection.demands import demand_of, signs
 from aoconvert.inspection.foreign import PACKAGES, scheme_of_kind
 from aoconvert.inspection.types import Component, FileFacts, Loading
 from aoconvert.inspection.writer import written_by
-from aoconvert.manifest import Manifest
 from aoconvert.schemes import int4
 
 # It reads only torchao configs there; which release first refused a name is not known (shared facts).

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, Manifest
+from aoconvert.checkpoint.manifest import load as load_manifest
 from aoconvert.errors import AoconvertError, SourceError
 from aoconvert.formats.byte_source import ByteSource, LocalFile
 from aoconvert.inspection.components import component, quantization_config
 from aoconvert.inspection.files import read_file
 from aoconvert.inspection.types import Component, FileFacts, Inspection
-from aoconvert.manifest import MANIFEST_NAME, Manifest
-from aoconvert.manifest import load as load_manifest
 from aoconvert.planning.overwriting import tidy
 from aoconvert.sources import WEIGHT_SUFFIXES, Source, find_weights, resolve
 from aoconvert.sources.base import is_safe_path

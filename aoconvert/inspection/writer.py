@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.inspection.compat import short, written
 from aoconvert.inspection.types import FileFacts
-from aoconvert.manifest import Manifest
 
 _PACKAGES = ("torchao", "torch", "python", "diffusers", "transformers")
 

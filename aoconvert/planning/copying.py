@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, PICTURE_NAME, REPORT_NAME
 from aoconvert.errors import SourceError
-from aoconvert.manifest import MANIFEST_NAME, PICTURE_NAME, REPORT_NAME
 from aoconvert.models import Component, ModelLayout, join
 from aoconvert.planning.types import CopyPlan, LeftBehind
 from aoconvert.planning.unquantized import ONNX

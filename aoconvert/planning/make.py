@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aoconvert import recipes, schemes
+from aoconvert.checkpoint.manifest import MANIFEST_NAME
+from aoconvert.checkpoint.unfinished import partial_folder
 from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError, SourceError
-from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.models import Component, identify
 from aoconvert.models.fused import CannotFuse
 from aoconvert.models.pipeline import refuse_quantized
@@ -27,7 +28,6 @@ from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
 from aoconvert.rules import Rules, allowing, skipping, unmatched
-from aoconvert.staging import partial_folder
 from aoconvert.words import first, size
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, MANIFEST_NAME, PICTURE_NAME, REPORT_NAME, FileEntry
+from aoconvert.checkpoint.seals import is_sealed
+from aoconvert.checkpoint.unfinished import journal_aside, listed_files, partial_folder, replaced_folder, split_files
 from aoconvert.errors import SourceError
 from aoconvert.files import read_limited
-from aoconvert.manifest import CARD_BYTES, CARD_NAME, MANIFEST_NAME, PICTURE_NAME, REPORT_NAME, FileEntry
-from aoconvert.seals import is_sealed
-from aoconvert.staging import journal_aside, listed_files, partial_folder, replaced_folder, split_files
 from aoconvert.words import first
 
 _OWN = frozenset({MANIFEST_NAME, REPORT_NAME, PICTURE_NAME})

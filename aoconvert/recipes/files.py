@@ -30,8 +30,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
+from aoconvert.checkpoint.manifest import MOST_BYTES
 from aoconvert.errors import UsageError
-from aoconvert.manifest import MOST_BYTES
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section, at
 from aoconvert.recipes.recorded import from_json
 from aoconvert.schemes.names import find

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from aoconvert.checkpoint.manifest import ComponentEntry, Manifest, parse
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import AoconvertError, UsageError
-from aoconvert.manifest import ComponentEntry, Manifest, parse
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section
 from aoconvert.recipes.known import check_quantization
 from aoconvert.schemes.table import INT4, SchemeEntry, catalogue

@@ -11,10 +11,10 @@ from typing import Any
 from packaging.version import Version
 
 from aoconvert import schemes
+from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import PlanError, SourceError, UsageError
 from aoconvert.formats.torch_bin.header import read_loadable
-from aoconvert.manifest import ComponentEntry, Manifest
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.make import output_problems, space_problems
 from aoconvert.planning.types import Needs

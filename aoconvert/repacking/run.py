@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import validate
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, ComponentEntry, FileEntry, Manifest, TensorEntry
 from aoconvert.engine.memory import peak_host_bytes, steady_allocator
 from aoconvert.engine.output import Stage
 from aoconvert.errors import Interrupted, QuantizeError, SourceError
@@ -22,7 +24,6 @@ from aoconvert.formats.content import content_sha256
 from aoconvert.formats.index import write_index
 from aoconvert.formats.torch_bin.writer import TorchBinWriter, WrittenTensor
 from aoconvert.json_text import INDEX_BYTES, parse_json
-from aoconvert.manifest import MANIFEST_NAME, ComponentEntry, FileEntry, Manifest, TensorEntry
 from aoconvert.planning.types import CopyPlan, layout_dict
 from aoconvert.progress import Progress
 from aoconvert.repacking.convert import CannotCarry, carry, digest, pack
@@ -31,7 +32,6 @@ from aoconvert.repacking.stored import StoredFile
 from aoconvert.schemes.imports import imports
 from aoconvert.schemes.int4_parts import take_apart
 from aoconvert.sources.folder import FolderSource
-from aoconvert.verification.target import validate
 from aoconvert.version import __version__
 
 

@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from aoconvert.checkpoint.checkpoint import Part, Target
+from aoconvert.checkpoint.load_code import load_code
+from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
+from aoconvert.checkpoint.report import Status, some
 from aoconvert.errors import SourceError
-from aoconvert.manifest import ComponentEntry, Manifest
 from aoconvert.memory import available_bytes
 from aoconvert.models import identify
 from aoconvert.sources import Source
-from aoconvert.verification.code import load_code
 from aoconvert.verification.process import Children, Ended
-from aoconvert.verification.report import Status, some
-from aoconvert.verification.target import Part, Target
 
 _VARIANT = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.([^.]+))?"

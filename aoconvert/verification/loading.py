@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aoconvert.checkpoint.checkpoint import Part, Target
+from aoconvert.checkpoint.manifest import StoredEntry, TensorEntry, UnquantizedEntry
+from aoconvert.checkpoint.published import Published
+from aoconvert.checkpoint.report import ForwardPass, Status, some
 from aoconvert.errors import VerificationError
 from aoconvert.formats.torch_bin.header import read_bin
-from aoconvert.manifest import StoredEntry, TensorEntry, UnquantizedEntry
 from aoconvert.sources import Source
 from aoconvert.verification.process import Children, Ended
-from aoconvert.verification.published import Published
-from aoconvert.verification.report import ForwardPass, Status, some
-from aoconvert.verification.target import Part, Target
 
 
 @dataclass

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
+from aoconvert.checkpoint.checkpoint import Part, Target
+from aoconvert.checkpoint.manifest import ComponentEntry
+from aoconvert.checkpoint.opening import allowed
 from aoconvert.engine.figures import Error
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.environment import import_torchao
 from aoconvert.errors import SourceError
-from aoconvert.manifest import ComponentEntry
 from aoconvert.options import make_options
 from aoconvert.planning import Plan
 from aoconvert.planning.make import make
 from aoconvert.schemes import int4
 from aoconvert.schemes.dequantize import dequantize
 from aoconvert.sources import Source
-from aoconvert.verification.opening import allowed
-from aoconvert.verification.target import Part, Target
 
 _TOLERANCE_DB = 0.05
 

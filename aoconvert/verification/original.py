@@ -6,13 +6,13 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.manifest import FileEntry, SourceEntry
+from aoconvert.checkpoint.report import Status, some
 from aoconvert.errors import SourceError, UsageError
-from aoconvert.manifest import FileEntry, SourceEntry
 from aoconvert.sources import Source, resolve
 from aoconvert.sources.references import parse_repo
-from aoconvert.verification.files import file_sha256
-from aoconvert.verification.report import Status, some
 
 
 def check_reference(reference: str) -> None:

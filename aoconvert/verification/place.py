@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from aoconvert.checkpoint.checkpoint import Target
 from aoconvert.environment import choose_device, device_facts
 from aoconvert.errors import PlanError
 from aoconvert.formats.torch_bin.header import read_bin
@@ -15,7 +16,6 @@ from aoconvert.inspection.compat import Layout
 from aoconvert.inspection.demands import demand_of_entries
 from aoconvert.schemes import int4
 from aoconvert.schemes.describe import capability
-from aoconvert.verification.target import Target
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import (
+    CODE_INSIDE,
+    Target,
+    config_path,
+    from_folder,
+    from_manifest,
+    validate,
+    with_imports,
+)
+from aoconvert.checkpoint.files import check_files, file_sha256, notes, shadows
+from aoconvert.checkpoint.load_code import Strategy, card_strategy, code_sha256, load_code
+from aoconvert.checkpoint.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
+from aoconvert.checkpoint.published import Published
+from aoconvert.checkpoint.report import CARD_NAME, REPORT_NAME, Check, CheckName, ForwardPass, Ran, Report, Status, some
+from aoconvert.checkpoint.usage import usage_code, usage_sha256
 from aoconvert.environment import choose_device, versions
 from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.files import check_replaceable, is_there, read_limited, write_whole, writing
 from aoconvert.formats.torch_bin.header import read_loadable
-from aoconvert.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
 from aoconvert.models.bounds import Held, check_config
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
 from aoconvert.recipes.known import check_quantization
 from aoconvert.sources import Source
-from aoconvert.verification.code import Strategy, card_strategy, code_sha256, load_code
-from aoconvert.verification.files import check_files, file_sha256, notes, shadows
 from aoconvert.verification.library import LibraryFindings, compare_by_library, originals
 from aoconvert.verification.loading import (
     Loaded,
@@ -37,28 +49,6 @@ from aoconvert.verification.loading import (
 from aoconvert.verification.original import check_source
 from aoconvert.verification.place import Place, choose_place
 from aoconvert.verification.process import Children
-from aoconvert.verification.published import Published
-from aoconvert.verification.report import (
-    CARD_NAME,
-    REPORT_NAME,
-    Check,
-    CheckName,
-    ForwardPass,
-    Ran,
-    Report,
-    Status,
-    some,
-)
-from aoconvert.verification.target import (
-    CODE_INSIDE,
-    Target,
-    config_path,
-    from_folder,
-    from_manifest,
-    validate,
-    with_imports,
-)
-from aoconvert.verification.usage import usage_code, usage_sha256
 from aoconvert.verification.versions import version_problems
 from aoconvert.words import size
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
+from aoconvert.checkpoint.manifest import ComponentEntry
 from aoconvert.environment import version_of
-from aoconvert.manifest import ComponentEntry
 from aoconvert.schemes.table import INT4, catalogue
 
 if TYPE_CHECKING:

@@ -207,8 +207,8 @@ def test_wrong_use(pipeline: Path, tmp_path: Path, call: Call) -> None:
 
 
 def test_a_written_card_does_not_disturb_verify(pipeline: Path, call: Call) -> None:
-    from aoconvert.manifest import load
-    from aoconvert.verification.files import check_files
+    from aoconvert.checkpoint.files import check_files
+    from aoconvert.checkpoint.manifest import load
 
     assert call(pipeline, "--write", "-q")[0] == 0
     assert check_files(pipeline, load(pipeline))[0] == []

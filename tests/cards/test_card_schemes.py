@@ -14,9 +14,9 @@ import pytest
 from reading import Page, read
 
 import aoconvert
-from aoconvert import manifest as manifests
 from aoconvert.cards import CardOptions, render
 from aoconvert.cards import schemes as card_schemes
+from aoconvert.checkpoint import manifest as manifests
 from aoconvert.schemes import int4
 
 RECIPE = """
@@ -200,10 +200,10 @@ def test_fused_projections_and_two_components(made: Callable[[str], Path]) -> No
 def test_no_forward_pass_is_claimed(made: Callable[[str], Path], tmp_path: Path) -> None:
     """What verify writes on a machine without the device; here of its real report, the passes taken back."""
     folder = Path(shutil.copytree(made("cuda"), tmp_path / "out"))
-    from aoconvert.verification.code import code_sha256
-    from aoconvert.verification.files import file_sha256
-    from aoconvert.verification.report import Check, Report
-    from aoconvert.verification.target import from_manifest
+    from aoconvert.checkpoint.checkpoint import from_manifest
+    from aoconvert.checkpoint.files import file_sha256
+    from aoconvert.checkpoint.load_code import code_sha256
+    from aoconvert.checkpoint.report import Check, Report
 
     why = "its layout is for cuda, and there is no such device here"
     target = from_manifest(folder, manifests.load(folder))

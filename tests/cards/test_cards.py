@@ -14,12 +14,12 @@ from reading import read
 
 import aoconvert
 from aoconvert import cards
-from aoconvert import manifest as manifests
 from aoconvert.cards import CardOptions, render
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import from_manifest
+from aoconvert.checkpoint.load_code import load_code
+from aoconvert.checkpoint.usage import usage_code
 from aoconvert.errors import SourceError, UsageError
-from aoconvert.verification.code import load_code
-from aoconvert.verification.target import from_manifest
-from aoconvert.verification.usage import usage_code
 
 REPO = "someone/tiny-int8wo"
 # family → what its example makes

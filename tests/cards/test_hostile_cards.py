@@ -109,7 +109,7 @@ def test_nothing_breaks_out(bad: str, pipeline: Path) -> None:
 
 
 def write_report(folder: Path, bad: str) -> None:
-    from aoconvert.verification.files import file_sha256
+    from aoconvert.checkpoint.files import file_sha256
 
     check = {"name": "reload", "status": "passed", "detail": bad, "seconds": 0.0}
     values = {
@@ -240,7 +240,7 @@ def test_versions_that_aoconvert_does_not_run_with_are_no_pins(pipeline: Path) -
 
 
 def test_other_packages_are_not_asked_for(pipeline: Path) -> None:
-    from aoconvert.manifest import load
+    from aoconvert.checkpoint.manifest import load
     from aoconvert.verification.versions import version_problems
 
     edit(pipeline, lambda values: values["components"][0]["loads_with"].update({"evil-package": ">=1"}))

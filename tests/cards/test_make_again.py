@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 from reading import read
 
-from aoconvert import manifest as manifests
 from aoconvert.cards import CardOptions, render
+from aoconvert.checkpoint import manifest as manifests
 from aoconvert.cli.main import cli
 
 LAYERS = """

@@ -9,7 +9,7 @@ import pytest
 
 from aoconvert.cards.layers import KINDS, Layer, kind_of, patterns
 from aoconvert.cards.picture import draw
-from aoconvert.manifest import TensorEntry
+from aoconvert.checkpoint.manifest import TensorEntry
 
 
 def layer(place: int, sqnr: float | None, kind: str = "attention") -> Layer:

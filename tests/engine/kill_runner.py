@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 
 import aoconvert
-from aoconvert import manifest
+from aoconvert.checkpoint import manifest
 from aoconvert.engine.run import run
 from aoconvert.formats.hashing import hash_on
 from aoconvert.options import make_options

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import aoconvert
-from aoconvert import manifest
+from aoconvert.checkpoint import manifest
+from aoconvert.checkpoint.checkpoint import from_manifest
+from aoconvert.checkpoint.load_code import load_code
 from aoconvert.cli.main import cli
-from aoconvert.verification.code import load_code
-from aoconvert.verification.target import from_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "planning"))
 from test_plan_as_library import UNKNOWN, built, differ, save

@@ -20,8 +20,8 @@ from table.reference import assert_same, bits, expected
 
 import aoconvert
 from aoconvert import schemes
+from aoconvert.checkpoint.manifest import ComponentEntry
 from aoconvert.errors import PlanError, QuantizeError
-from aoconvert.manifest import ComponentEntry
 from aoconvert.schemes.dequantize import dequantize
 
 LAYER = "encoder.layer.0."

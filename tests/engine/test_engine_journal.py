@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_engine_resume import StopAfter, convert
 
+from aoconvert.checkpoint.unfinished import JOURNAL_NAME
 from aoconvert.engine.journal import Journal
 from aoconvert.engine.journal_file import FileLine, JournalFile, TensorLine, differences, read_journal, signature_of
 from aoconvert.engine.output import Stage
@@ -22,7 +23,6 @@ from aoconvert.planning import Plan
 from aoconvert.planning.make import make
 from aoconvert.progress import Silent
 from aoconvert.sources import resolve
-from aoconvert.staging import JOURNAL_NAME
 
 LINES = [FileLine(file=f"{number}.bin", size=number, sha256="0" * 64) for number in range(5)]
 

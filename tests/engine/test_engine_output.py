@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import aoconvert
+from aoconvert.checkpoint.unfinished import JOURNAL_NAME
 from aoconvert.engine.output import Stage
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.hub.contents import read_contents
@@ -23,7 +24,6 @@ from aoconvert.planning.make import output_problems
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Silent
 from aoconvert.sources.folder import FolderSource
-from aoconvert.staging import JOURNAL_NAME
 
 
 @pytest.fixture(scope="module")

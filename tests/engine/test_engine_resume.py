@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import aoconvert
+from aoconvert.checkpoint.unfinished import JOURNAL_NAME
 from aoconvert.engine.journal_file import JournalFile, TensorLine, read_journal
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.errors import Interrupted, ReadError
 from aoconvert.progress import Silent
-from aoconvert.staging import JOURNAL_NAME
 
 HERE = Path(__file__).parent
 SHARDS: dict[str, Any] = {"max_shard_size": "12KB"}

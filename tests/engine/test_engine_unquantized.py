@@ -16,11 +16,11 @@ from diffusers.pipelines import pipeline_loading_utils as diffusers_rules
 from safetensors.torch import load_file
 
 import aoconvert
-from aoconvert import manifest as manifests
-from aoconvert.manifest import Manifest
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import from_manifest
+from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.verification.loading import Loaded, check_load
 from aoconvert.verification.process import Children
-from aoconvert.verification.target import from_manifest
 
 PARTS = ("text_encoder", "vae")
 

@@ -181,7 +181,7 @@ def test_secrets_in_files_that_are_sent(fresh: Fresh) -> None:
     path.write_bytes(new)
     from hashlib import sha256
 
-    from aoconvert import manifest as manifests
+    from aoconvert.checkpoint import manifest as manifests
 
     values = json.loads(manifest.read_text())
     [entry] = [entry for entry in values["copied"] if entry["path"] == path.name]

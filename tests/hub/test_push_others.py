@@ -12,10 +12,10 @@ import pytest
 from hub.pushing import Pusher, entries, problem
 
 from aoconvert import cards
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.files import check_files
+from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.hub.identity import other_config, other_model, other_schemes
-from aoconvert.manifest import Manifest
-from aoconvert.verification.files import check_files
 
 Fresh = Callable[..., Path]
 Values = dict[str, Any]

@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 import aoconvert
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.models.conversions import BLOCK_BYTES
 from aoconvert.options import QuantizeOptions

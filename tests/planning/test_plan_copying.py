@@ -15,8 +15,8 @@ from checkpoints import build_llama
 from tiny import clip_tokenizer, t5_tokenizer, transformers
 
 import aoconvert
-from aoconvert import manifest as manifests
 from aoconvert.cards import CardOptions, render
+from aoconvert.checkpoint import manifest as manifests
 from aoconvert.planning.copying import sort_files
 from aoconvert.sources.folder import FolderSource
 

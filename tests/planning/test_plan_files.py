@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aoconvert
-from aoconvert import manifest
+from aoconvert.checkpoint import manifest
 from aoconvert.planning.files import assign
 from aoconvert.planning.types import TensorPlan
 

@@ -12,11 +12,11 @@ from checkpoints import build_llama
 
 import aoconvert
 from aoconvert.cards import CardOptions, render, write
+from aoconvert.checkpoint.files import check_files, notes
 from aoconvert.engine.output import Stage
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.planning.overwriting import foreign_files
 from aoconvert.progress import Silent
-from aoconvert.verification.files import check_files, notes
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def replace(out: Path, made: Path) -> None:
 def test_a_result_with_its_card_is_replaced(out: Path, made: Path) -> None:
     assert foreign_files(out) == []
     replace(out, made)
-    assert aoconvert.manifest.load(out).components[0].scheme == "float8wo"
+    assert aoconvert.checkpoint.manifest.load(out).components[0].scheme == "float8wo"
     assert not (out / "README.md").exists()
 
 
@@ -114,7 +114,7 @@ def test_what_came_while_it_ran(out: Path, made: Path) -> None:
             made.parent / "model", "float8wo", output=out, device="cpu", overwrite=True, progress=Visit()
         )
     assert (out / "notes.txt").read_text() == "mine"
-    assert aoconvert.manifest.load(out).components[0].scheme == "int8wo"
+    assert aoconvert.checkpoint.manifest.load(out).components[0].scheme == "int8wo"
 
 
 def test_the_folder_beside_it(tmp_path: Path, made: Path) -> None:
@@ -130,7 +130,7 @@ def test_the_folder_beside_it(tmp_path: Path, made: Path) -> None:
 
 def test_verify_says_the_same(out: Path) -> None:
     """An edited card does not hinder anybody, and is said; another file that nobody lists fails."""
-    found = aoconvert.manifest.load(out)
+    found = aoconvert.checkpoint.manifest.load(out)
     assert check_files(out, found)[0] == notes(out) == []
     card(out)
     assert check_files(out, found)[0] == []

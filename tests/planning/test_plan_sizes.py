@@ -10,7 +10,7 @@ import torch
 from checkpoints import build_llama, shard
 
 import aoconvert
-from aoconvert import manifest
+from aoconvert.checkpoint import manifest
 from aoconvert.planning.types import Plan
 from aoconvert.words import size
 

@@ -16,14 +16,14 @@ from repacking.conftest import quantize_for
 from safetensors.torch import load_file, save_file
 
 import aoconvert
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import from_manifest
 from aoconvert.errors import Interrupted, PlanError, QuantizeError, SourceError, UsageError, VerificationError
 from aoconvert.progress import Silent
 from aoconvert.schemes import cpu_packing
 from aoconvert.schemes import int4 as layouts
 from aoconvert.schemes.int4_parts import take_apart
 from aoconvert.verification.place import choose_place
-from aoconvert.verification.target import from_manifest
 
 OTHER = {"cpu": "cuda", "cuda": "cpu"}
 HQQ = {"settings": {"int4_choose_qparams_algorithm": "hqq"}}

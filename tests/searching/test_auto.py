@@ -12,8 +12,8 @@ from checkpoints import build_llama
 from measuring import Weights, choice, size_of, size_on_disk
 
 import aoconvert
+from aoconvert.checkpoint.manifest import ComponentEntry
 from aoconvert.errors import Interrupted
-from aoconvert.manifest import ComponentEntry
 from aoconvert.progress import Silent
 from aoconvert.rules import Rules
 from aoconvert.searching.survey import Survey

@@ -14,8 +14,8 @@ from table.reference import assert_same, expected
 
 import aoconvert
 from aoconvert import schemes
+from aoconvert.checkpoint.manifest import ComponentEntry, LayoutEntry
 from aoconvert.errors import PlanError
-from aoconvert.manifest import ComponentEntry, LayoutEntry
 
 Cell = dict[str, Any]
 

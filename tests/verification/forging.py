@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from aoconvert import manifest as manifests
-from aoconvert.manifest import Manifest
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.verification.children.load_child import describe
-from aoconvert.verification.files import file_sha256
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

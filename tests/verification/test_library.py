@@ -23,13 +23,13 @@ from forging import edit, forge, rewrite
 from safetensors.torch import load_file, save_file
 
 import aoconvert
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import from_manifest
 from aoconvert.sources import resolve
 from aoconvert.verification import children
 from aoconvert.verification.children import library_child
 from aoconvert.verification.library import _request, compare_by_library, judge
 from aoconvert.verification.process import Children
-from aoconvert.verification.target import from_manifest
 
 CHILDREN = Path(children.__file__).parent
 

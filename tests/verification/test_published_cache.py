@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from aoconvert.checkpoint.published import Published
 from aoconvert.errors import VerificationError
-from aoconvert.verification.published import Published
 
 COMMIT = "0" * 40
 

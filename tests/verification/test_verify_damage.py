@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import aoconvert
-from aoconvert import manifest as manifests
-from aoconvert.manifest import Manifest
-from aoconvert.verification.files import file_sha256
-from aoconvert.verification.report import Report
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.manifest import Manifest
+from aoconvert.checkpoint.report import Report
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,16 @@ from hub.fixtures import HubClient
 from safetensors.torch import save_file
 
 import aoconvert
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import from_folder, from_manifest
+from aoconvert.checkpoint.files import notes
+from aoconvert.checkpoint.load_code import load_code
+from aoconvert.checkpoint.report import REPORT_NAME, Report
 from aoconvert.cli.main import cli
 from aoconvert.verification import loading, process
 from aoconvert.verification.children import load_child, reload_child
-from aoconvert.verification.code import load_code
-from aoconvert.verification.files import notes
 from aoconvert.verification.original import resolve_original
-from aoconvert.verification.report import REPORT_NAME, Report
 from aoconvert.verification.run import _write
-from aoconvert.verification.target import from_folder, from_manifest
 
 
 @pytest.fixture(scope="module")

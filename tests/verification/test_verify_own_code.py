@@ -12,13 +12,13 @@ import tiny
 from hub.fixtures import HubClient
 
 import aoconvert
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import from_manifest
+from aoconvert.checkpoint.load_code import load_code
 from aoconvert.errors import SourceError, VerificationError
 from aoconvert.sources import resolve
 from aoconvert.verification.children import library_opening
-from aoconvert.verification.code import load_code
 from aoconvert.verification.library import originals
-from aoconvert.verification.target import from_manifest
 
 
 @pytest.fixture

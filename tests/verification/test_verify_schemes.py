@@ -13,16 +13,16 @@ import torch
 import transformers
 
 import aoconvert
-from aoconvert import manifest as manifests
 from aoconvert import schemes
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import Target, from_manifest
+from aoconvert.checkpoint.load_code import load_code
+from aoconvert.checkpoint.report import Report
 from aoconvert.schemes import int4, int4_parts
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.verification.children import load_child
-from aoconvert.verification.code import load_code
 from aoconvert.verification.numbers import _values
 from aoconvert.verification.place import choose_place
-from aoconvert.verification.report import Report
-from aoconvert.verification.target import Target, from_manifest
 
 CELLS = [*((entry.name, None) for entry in schemes.catalogue()), ("int4wo", "cuda"), ("int4wo", "xpu")]
 RECIPE = """

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import aoconvert
-from aoconvert import manifest as manifests
-from aoconvert.manifest import Manifest
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.sources import resolve
 from aoconvert.verification.original import check_source
 

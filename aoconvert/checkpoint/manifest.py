@@ -1,7 +1,7 @@
 """The manifest, ``aoconvert.json``: the contract between the one who quantized and everyone who comes after.
 
 The JSON Schema in ``manifests/manifest.v1.schema.json`` is generated from these models (``python -m
-aoconvert.manifest``). Unknown keys are kept on reading, so that a newer writer does not break an older reader.
+aoconvert.checkpoint.manifest``). Unknown keys are kept on reading, so that a newer writer does not break an older reader.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from weakref import WeakValueDictionary
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from aoconvert.entries import Entry, RelativePath, inside
-from aoconvert.entries import Sha256 as Sha256
-from aoconvert.entries import StoredEntry as StoredEntry
-from aoconvert.entries import TensorEntry as TensorEntry
+from aoconvert.checkpoint.entries import Entry, RelativePath, inside
+from aoconvert.checkpoint.entries import Sha256 as Sha256
+from aoconvert.checkpoint.entries import StoredEntry as StoredEntry
+from aoconvert.checkpoint.entries import TensorEntry as TensorEntry
 from aoconvert.errors import CHECK_PERMISSIONS, SourceError
 from aoconvert.files import read_limited
 from aoconvert.json_text import JsonStream

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from aoconvert.checkpoint.checkpoint import Part, Target
 from aoconvert.files import read_limited
 from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.models.calls import Default
-from aoconvert.verification.target import Part, Target
 
 PROMPT = "A red panda reads a book beside a window on a rainy day"
 _QUESTION = "Why is the sky blue?"

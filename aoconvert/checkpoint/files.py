@@ -9,10 +9,10 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.files import open_regular, read_limited
 from aoconvert.json_text import CONFIG_BYTES, parse_json
-from aoconvert.manifest import CARD_BYTES, CARD_NAME, FileEntry, Manifest
-from aoconvert.seals import is_sealed
 from aoconvert.sources.folder import list_folder, stays_inside
 
 _CHUNK = 1 << 22

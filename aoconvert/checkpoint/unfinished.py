@@ -8,9 +8,9 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from aoconvert.checkpoint.manifest import MANIFEST_NAME
 from aoconvert.files import read_limited
 from aoconvert.json_text import INDEX_BYTES, parse_json
-from aoconvert.manifest import MANIFEST_NAME
 
 JOURNAL_NAME = "aoconvert.journal"
 LOCK_NAME = "aoconvert.lock"

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from aoconvert.checkpoint.files import LOADED
+from aoconvert.checkpoint.manifest import ComponentEntry, Manifest, TensorEntry
 from aoconvert.errors import SourceError
 from aoconvert.formats.torch_bin.safe_names import known_names
-from aoconvert.manifest import ComponentEntry, Manifest, TensorEntry
 from aoconvert.models import Component, ModelLayout, identify, join
 from aoconvert.schemes.imports import imports
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.weights import find_weights
-from aoconvert.verification.files import LOADED
 
 DTYPES = ("bfloat16", "float16", "float32")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from aoconvert.checkpoint.manifest import CARD_NAME as CARD_NAME
+from aoconvert.checkpoint.manifest import REPORT_NAME as REPORT_NAME
+from aoconvert.checkpoint.published import Published
 from aoconvert.errors import VerificationError
 from aoconvert.files import read_limited
 from aoconvert.json_text import CONFIG_BYTES, parse_json
-from aoconvert.manifest import CARD_NAME as CARD_NAME
-from aoconvert.manifest import REPORT_NAME as REPORT_NAME
-from aoconvert.verification.published import Published
 
 CheckName = Literal[
     "manifest", "files", "pickle", "versions", "load", "reload", "source", "library", "numbers", "forward"

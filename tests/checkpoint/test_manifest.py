@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent / "planning"))
 from checkpoints import build_llama
 
 import aoconvert
-from aoconvert import manifest
+from aoconvert.checkpoint import manifest
+from aoconvert.checkpoint.manifest import FileEntry, Manifest
 from aoconvert.errors import SourceError
-from aoconvert.manifest import FileEntry, Manifest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / manifest.SCHEMA_PATH
 TOKEN = "hf_secretSECRETsecretSECRETsecret0000"
 
@@ -61,7 +61,7 @@ def edited(outputs: tuple[Path, Path], tmp_path: Path) -> Callable[[Callable[[An
 
 
 def test_the_published_schema_is_the_models_own() -> None:
-    assert SCHEMA.read_text(encoding="utf-8") == manifest.json_schema(), "run: python -m aoconvert.manifest"
+    assert SCHEMA.read_text(encoding="utf-8") == manifest.json_schema(), "run: python -m aoconvert.checkpoint.manifest"
     jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text()))
 
 

@@ -9,11 +9,11 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aoconvert.manifest import MANIFEST_NAME
+from aoconvert.checkpoint.checkpoint import Part, Target
+from aoconvert.checkpoint.files import LOADED, file_sha256
+from aoconvert.checkpoint.manifest import MANIFEST_NAME
+from aoconvert.checkpoint.report import read_report
 from aoconvert.models.fused import FUSED
-from aoconvert.verification.files import LOADED, file_sha256
-from aoconvert.verification.report import read_report
-from aoconvert.verification.target import Part, Target
 
 Strategy = Literal["from-pretrained", "assign"]
 

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aoconvert import manifest as manifests
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import CODE_INSIDE, Target, from_folder, from_manifest, with_imports
+from aoconvert.checkpoint.files import file_sha256, shadows
+from aoconvert.checkpoint.load_code import Strategy, load_code
+from aoconvert.checkpoint.manifest import MANIFEST_NAME
+from aoconvert.checkpoint.report import read_report
 from aoconvert.environment import import_diffusers, import_torchao
 from aoconvert.errors import VerificationError
 from aoconvert.formats.torch_bin.header import read_loadable
-from aoconvert.manifest import MANIFEST_NAME
 from aoconvert.schemes import int4
-from aoconvert.verification.code import Strategy, load_code
-from aoconvert.verification.files import file_sha256, shadows
-from aoconvert.verification.report import read_report
-from aoconvert.verification.target import CODE_INSIDE, Target, from_folder, from_manifest, with_imports
 
 
 def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
