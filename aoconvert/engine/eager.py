@@ -13,9 +13,9 @@ import torch
 
 from aoconvert.engine.assembly import Assembly, quantized_on_meta
 from aoconvert.engine.blocks import Blocks, cut, quantize_block, torchao_at_work
-from aoconvert.engine.figures import Error
 from aoconvert.planning.slices import at_once
 from aoconvert.schemes.apply import flatten, unflatten
+from aoconvert.schemes.error_stats import Error
 from aoconvert.schemes.repair import repair
 
 if TYPE_CHECKING:

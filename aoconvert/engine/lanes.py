@@ -15,11 +15,11 @@ import torch
 from aoconvert import accelerators
 from aoconvert.engine.assembly import Assembly, quantized_on_meta
 from aoconvert.engine.blocks import Blocks, cut, quantize_block, torchao_at_work
-from aoconvert.engine.figures import Error, differences, squares
-from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.quantize import not_finite, quantize_rows
 from aoconvert.errors import DeviceError, DeviceMemoryError
+from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.slices import BUFFERS, DEVICE_BLOCK, PER_DEVICE, SLICE_BYTES
+from aoconvert.schemes.error_stats import Error, differences, squares
 from aoconvert.schemes.repair import repair
 
 if TYPE_CHECKING:

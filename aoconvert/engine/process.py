@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 
 from aoconvert.engine.assembly import Assembly, quantized_on_meta
-from aoconvert.engine.figures import Error
 from aoconvert.engine.lanes import Lanes, Pending
 from aoconvert.errors import QuantizeError
 from aoconvert.formats.torch_bin.pickle_tree import is_wrapper
 from aoconvert.planning.slices import is_streamed
 from aoconvert.planning.types import TensorPlan
 from aoconvert.schemes.apply import flatten
+from aoconvert.schemes.error_stats import Error
 
 Release = Callable[[], None]
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from aoconvert.engine.eager import Eager, stacked
-from aoconvert.engine.figures import Error
 from aoconvert.errors import QuantizeError
 from aoconvert.planning.slices import CPU_BLOCK, DEVICE_BLOCK
+from aoconvert.schemes.error_stats import Error
 
 if TYPE_CHECKING:
-    from aoconvert.engine.kernels import Checked
+    from aoconvert.kernels.checked import Checked
     from aoconvert.schemes import Scheme
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aoconvert.engine.figures import Error
 from aoconvert.formats.torch_bin.writer import SealedFile, WrittenTensor
+from aoconvert.schemes.error_stats import Error
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
 from aoconvert.engine.eager import threads
-from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import Lanes, open_devices
 from aoconvert.engine.process import Begin, End, Message, Piece, Processor, Rows, Whole
 from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
 from aoconvert.environment import available_cores
 from aoconvert.formats.digest import Mark
 from aoconvert.formats.torch_bin.writer import SealedFile, TensorSink, TorchBinWriter, WrittenTensor
+from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
 from aoconvert.planning.types import StreamedPlan, TensorPlan

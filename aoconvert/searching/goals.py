@@ -14,8 +14,8 @@ from aoconvert.searching.survey import Survey
 from aoconvert.words import size
 
 if TYPE_CHECKING:
-    from aoconvert.engine.figures import Error
     from aoconvert.schemes import Scheme
+    from aoconvert.schemes.error_stats import Error
 
 _WITHIN = 0.01
 _DIGITS = 9

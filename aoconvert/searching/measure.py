@@ -21,8 +21,6 @@ import torch
 from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
 from aoconvert.engine.eager import threads
-from aoconvert.engine.figures import Error
-from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import Lanes, open_devices
 from aoconvert.engine.memory import steady_allocator
 from aoconvert.engine.process import Piece
@@ -30,10 +28,12 @@ from aoconvert.engine.reading import ComponentReading
 from aoconvert.environment import available_cores
 from aoconvert.errors import DeviceError, QuantizeError
 from aoconvert.formats.digest import Buffer, FileDigest, Mark
+from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
 from aoconvert.planning.types import ComponentPlan, Plan, TensorPlan
 from aoconvert.progress import Progress
+from aoconvert.schemes.error_stats import Error
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme

@@ -13,7 +13,6 @@ import torch
 from aoconvert.checkpoint.checkpoint import Part, Target
 from aoconvert.checkpoint.manifest import ComponentEntry
 from aoconvert.checkpoint.opening import allowed
-from aoconvert.engine.figures import Error
 from aoconvert.engine.reading import ComponentReading
 from aoconvert.environment import import_torchao
 from aoconvert.errors import SourceError
@@ -22,6 +21,7 @@ from aoconvert.planning import Plan
 from aoconvert.planning.make import make
 from aoconvert.schemes import int4
 from aoconvert.schemes.dequantize import dequantize
+from aoconvert.schemes.error_stats import Error
 from aoconvert.sources import Source
 
 _TOLERANCE_DB = 0.05

@@ -15,12 +15,12 @@ from aoconvert import schemes
 from aoconvert.engine import blocks
 from aoconvert.engine.assembly import Assembly
 from aoconvert.engine.eager import threads
-from aoconvert.engine.figures import Error
 from aoconvert.engine.lanes import Lane
 from aoconvert.engine.quantize import quantize_rows, quantize_tensor
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.apply import quantize_weight
+from aoconvert.schemes.error_stats import Error
 
 BF16 = torch.bfloat16
 INT4 = [

@@ -13,10 +13,10 @@ from torchao.quantization import quantize_
 import aoconvert
 from aoconvert import accelerators, schemes
 from aoconvert.engine.blocks import Blocks, cut
-from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import QuantizeError, UsageError
+from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.slices import SLICE_BYTES
 from aoconvert.schemes.apply import flatten
 

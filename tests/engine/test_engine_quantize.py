@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torchao.quantization import quantize_
 
 from aoconvert import schemes
-from aoconvert.engine.figures import Error, squares
 from aoconvert.engine.quantize import quantize_rows, quantize_tensor
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes.apply import quantize_weight
+from aoconvert.schemes.error_stats import Error, squares
 
 CASES = [
     ("int8wo", None), ("int8wo", 32), ("int8dq", None), ("float8wo", None), ("float8wo", 64), ("float8wo_e5m2", None),

@@ -21,12 +21,12 @@ import aoconvert
 from aoconvert import accelerators, schemes
 from aoconvert.engine import lanes, stream
 from aoconvert.engine.blocks import cut
-from aoconvert.engine.kernels import Kernels
 from aoconvert.engine.lanes import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.environment import choose_device
 from aoconvert.errors import AoconvertError, DeviceError, DeviceMemoryError, PlanError, QuantizeError
 from aoconvert.inspection.compat import Layout
+from aoconvert.kernels.checked import Kernels
 from aoconvert.planning import needs, slices
 from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme, int4

@@ -12,7 +12,6 @@ import torch
 from checkpoints import LLAMA, build_llama, llama_tensors
 
 from aoconvert import schemes
-from aoconvert.engine.figures import Error
 from aoconvert.engine.lanes import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import AoconvertError, QuantizeError
@@ -21,6 +20,7 @@ from aoconvert.planning import Plan, slices
 from aoconvert.planning.make import make
 from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme
+from aoconvert.schemes.error_stats import Error
 from aoconvert.searching import measure as measuring
 from aoconvert.searching.measure import measure
 from aoconvert.sources import resolve

@@ -1,4 +1,4 @@
-"""The program that compiles a kernel (``python -m aoconvert.engine.kernel_child FOLDER KEY < request.json``).
+"""The program that compiles a kernel (``python -m aoconvert.kernels.compile FOLDER KEY < request.json``).
 
 It runs as a child process, so that the compiler's memory and seconds never burden the converting process: torchao's own
 quantization of a block of rows is traced with symbolic sizes, together with the error figures, and AOTInductor makes a

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aoconvert.engine import kernel_cache
-from aoconvert.engine.figures import Error
-from aoconvert.engine.kernel_cache import Building, Kernel
+from aoconvert.kernels import library
+from aoconvert.kernels.library import Building, Kernel
 from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.schemes.error_stats import Error
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -58,7 +58,7 @@ class Checked:
         Args:
             weight: (rows, in_features) in the source's dtype, on the CPU.
         """
-        if self._kernel is None or not kernel_cache.fits(weight, self._scheme):
+        if self._kernel is None or not library.fits(weight, self._scheme):
             return None
         try:
             done = self._kernel.rows(weight)
@@ -76,7 +76,7 @@ class Checked:
         tensor: torch.Tensor = kind.__tensor_unflatten__(parts, context, shape, stride)
         return tensor, Error(done.signal, done.noise, done.largest)
 
-    def _check(self, weight: torch.Tensor, done: kernel_cache.Rows) -> None:
+    def _check(self, weight: torch.Tensor, done: library.Rows) -> None:
         """Compare with eager, block by block."""
         rows, columns = weight.shape
         step = self._scheme.block(max(2, _CHECK // columns))
@@ -108,7 +108,7 @@ def _compare(name: str, ours: torch.Tensor, expected: torch.Tensor) -> None:
         raise _DifferenceError(f"its {name} is not torchao's")
 
 
-def _compare_figures(eager: Error, done: kernel_cache.Rows) -> None:
+def _compare_figures(eager: Error, done: library.Rows) -> None:
     """Sums in another order differ by some 1e-15 of themselves."""
     pairs = ((eager.signal, done.signal), (eager.noise, done.noise))
     if eager.largest != done.largest or not all(math.isclose(*pair, rel_tol=1e-12) for pair in pairs):
@@ -138,9 +138,9 @@ class Kernels:
             return None
         key = scheme.key, source, base
         if key not in self._found:
-            kernel = kernel_cache.get(scheme, source, base)
+            kernel = library.get(scheme, source, base)
             build = self._wait or self._bytes.get(scheme.key, 0) >= _WORTH_BYTES
-            building = None if kernel or not build else kernel_cache.start(scheme, source, base)
+            building = None if kernel or not build else library.start(scheme, source, base)
             self._found[key] = Checked(kernel, scheme, base) if kernel else building
         found = self._found[key]
         if isinstance(found, Building):

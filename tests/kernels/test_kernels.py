@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 import aoconvert
 from aoconvert import schemes
-from aoconvert.engine import kernel_cache
-from aoconvert.engine.figures import Error
-from aoconvert.engine.kernels import Checked, Kernels
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import QuantizeError
+from aoconvert.kernels import library as kernel_cache
+from aoconvert.kernels.checked import Checked, Kernels
 from aoconvert.schemes.apply import flatten, quantize_weight
+from aoconvert.schemes.error_stats import Error
 
 # scheme, group size, settings, source dtype, base dtype
 Case = tuple[str, int | None, tuple[tuple[str, str], ...], torch.dtype, torch.dtype]

@@ -1,6 +1,6 @@
 """Compiled kernels: torchao's own quantization of a block of rows, with its error figures, in one pass on the CPU.
 
-A kernel is a shared library that AOTInductor made in a child process (:mod:`.kernel_child`) and that lies in a cache
+A kernel is a shared library that AOTInductor made in a child process (:mod:`.compile`) and that lies in a cache
 on disk. It is called through the C interface that every such library exports (torch's ``aoti_runtime/interface.h``),
 by ctypes, because that releases the interpreter's lock: torch's own loader does not, and would stall the reader and
 the writer. It needs no import of dynamo or inductor. Whatever goes wrong here, there is just no kernel.
@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aoconvert import cache
-from aoconvert.engine.kernel_child import GRAPH_VERSION
 from aoconvert.environment import version_of
+from aoconvert.kernels.compile import GRAPH_VERSION
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -200,7 +200,7 @@ class Building:
             standard_input.seek(0)
             self._process = subprocess.Popen(
                 # -P: no module of the current folder is imported
-                [sys.executable, "-P", "-m", "aoconvert.engine.kernel_child", str(self._folder), self._key],
+                [sys.executable, "-P", "-m", "aoconvert.kernels.compile", str(self._folder), self._key],
                 stdin=standard_input,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

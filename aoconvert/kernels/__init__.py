@@ -1,0 +1,1 @@
+"""An optional accelerator: torchao's own quantization compiled for this CPU. Without it everything works."""
