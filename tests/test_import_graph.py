@@ -23,7 +23,7 @@ UPWARD = [
     ("aoconvert.engine.journal", "aoconvert.formats.torch_bin.safe_names"),
     ("aoconvert.formats.torch_bin.reader", "aoconvert.formats.torch_bin.contents"),
     ("aoconvert.formats.torch_bin.reader", "aoconvert.formats.torch_bin.header"),
-    ("aoconvert.recipes.known", "aoconvert.formats.torch_bin.safe_names"),
+    ("aoconvert.recipes.foreign_configs", "aoconvert.formats.torch_bin.safe_names"),
     ("aoconvert.repacking.prepare", "aoconvert.formats.torch_bin.header"),
     ("aoconvert.repacking.run", "aoconvert.checkpoint.checkpoint"),
     ("aoconvert.repacking.stored", "aoconvert.formats.torch_bin.contents"),

@@ -15,7 +15,7 @@ from aoconvert.models.ties import settled
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.inventory import Contents, Inventory, match
 from aoconvert.planning.values import Values
-from aoconvert.rules import Rules, allowing
+from aoconvert.recipes.rules import Rules, allowing
 
 if TYPE_CHECKING:
     import torch

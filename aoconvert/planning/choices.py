@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from aoconvert.models import Skeleton, TensorSpec
 from aoconvert.models.experts import Settled, settle
 from aoconvert.models.trial import Trial, trial_of
-from aoconvert.rules import Rule, Rules
+from aoconvert.recipes.rules import Rule, Rules
 from aoconvert.schemes import Scheme, blocker
 from aoconvert.schemes.apply import quantize_weight
 

@@ -23,7 +23,7 @@ from aoconvert.planning.inventory import Contents, read_contents
 from aoconvert.planning.types import ComponentPlan, FilePlan, LeftOut, TensorPlan
 from aoconvert.planning.weights import chosen_weights, is_only
 from aoconvert.recipes import fqn_to_config
-from aoconvert.rules import Rules
+from aoconvert.recipes.rules import Rules
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.sources.adapters import ADAPTER_CONFIG, adapter_files
 from aoconvert.words import size

@@ -13,7 +13,7 @@ from aoconvert.models.conversions import Recipe
 from aoconvert.planning.checkpoint import Found
 from aoconvert.planning.choices import Choices, Wishes, choose
 from aoconvert.planning.types import Action, LeftOut, TensorPlan
-from aoconvert.rules import Rules
+from aoconvert.recipes.rules import Rules
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.apply import quantize_weight
 

@@ -27,7 +27,7 @@ from aoconvert.planning.overwriting import overwrite_problem, unfinished_problem
 from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
-from aoconvert.rules import Rules, allowing, skipping, unmatched
+from aoconvert.recipes.rules import Rules, allowing, skipping, unmatched
 from aoconvert.words import first, size
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from aoconvert.models import Component, ModelLayout, Skeleton
     from aoconvert.models.conversions import Recipe
-    from aoconvert.rules import Rules
+    from aoconvert.recipes.rules import Rules
     from aoconvert.schemes import Scheme
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import AoconvertError, PlanError, UsageError
-from aoconvert.rules import Rule, Rules
+from aoconvert.recipes.rules import Rule, Rules
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme

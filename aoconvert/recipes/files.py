@@ -15,7 +15,7 @@
     default = { scheme = "float8wo" }
 
 Which rule is for a tensor: an exact tensor name, an exact module name, the first ``re:`` that matches the tensor's name
-fully, the first that matches the module's, the default (torchao's ``FqnToConfig``, see :mod:`aoconvert.rules`).
+fully, the first that matches the module's, the default (torchao's ``FqnToConfig``, see :mod:`aoconvert.recipes.rules`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from aoconvert.environment import import_torchao
-from aoconvert.rules import Rules
+from aoconvert.recipes.rules import Rules
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig

@@ -18,7 +18,7 @@ from aoconvert.checkpoint.manifest import ComponentEntry, Manifest, parse
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import AoconvertError, UsageError
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section
-from aoconvert.recipes.known import check_quantization
+from aoconvert.recipes.foreign_configs import check_quantization
 from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from aoconvert.planning.make import make, resolve_rules
 from aoconvert.planning.types import ComponentPlan, Plan
 from aoconvert.planning.weights import choose
 from aoconvert.progress import Progress
-from aoconvert.rules import Rules, skipping
+from aoconvert.recipes.rules import Rules, skipping
 from aoconvert.searching.candidates import resolve
 from aoconvert.searching.goals import Outcome, Tensor, reach
 from aoconvert.searching.measure import measure

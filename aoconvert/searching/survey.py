@@ -14,7 +14,7 @@ from aoconvert.planning.choices import Choice, Wishes, choose
 from aoconvert.planning.component import lay_out
 from aoconvert.planning.decide import meta_output, nbytes
 from aoconvert.planning.types import ComponentPlan
-from aoconvert.rules import Rule, Rules, skipping
+from aoconvert.recipes.rules import Rule, Rules, skipping
 
 if TYPE_CHECKING:
     import torch

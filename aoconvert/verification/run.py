@@ -34,7 +34,7 @@ from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.models.bounds import Held, check_config
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
-from aoconvert.recipes.known import check_quantization
+from aoconvert.recipes.foreign_configs import check_quantization
 from aoconvert.sources import Source
 from aoconvert.verification.library import LibraryFindings, compare_by_library, originals
 from aoconvert.verification.loading import (

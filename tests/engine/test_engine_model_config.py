@@ -18,7 +18,7 @@ from torchao.quantization import FqnToConfig, quantize_
 from aoconvert import schemes
 from aoconvert.engine.model_config import model_config, quantization_config
 from aoconvert.recipes import fqn_to_config
-from aoconvert.rules import Rules
+from aoconvert.recipes.rules import Rules
 
 LIBRARIES = ("diffusers", "transformers")
 

@@ -15,7 +15,7 @@ import aoconvert
 from aoconvert.checkpoint.manifest import ComponentEntry
 from aoconvert.errors import Interrupted
 from aoconvert.progress import Silent
-from aoconvert.rules import Rules
+from aoconvert.recipes.rules import Rules
 from aoconvert.searching.survey import Survey
 
 

@@ -9,7 +9,7 @@ from torchao.quantization import FqnToConfig
 
 from aoconvert import schemes
 from aoconvert.errors import UsageError
-from aoconvert.recipes.known import check_quantization, is_costly
+from aoconvert.recipes.foreign_configs import check_quantization, is_costly
 from aoconvert.recipes.recorded import from_json, from_quantization_config
 from aoconvert.schemes.table import catalogue
 

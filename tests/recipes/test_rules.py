@@ -12,7 +12,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, PerGroup, quantize_
 
 from aoconvert import schemes
-from aoconvert.rules import Rule, Rules, skipping, unmatched
+from aoconvert.recipes.rules import Rule, Rules, skipping, unmatched
 
 NAMES = st.text("ab.1", min_size=1, max_size=6)
 
