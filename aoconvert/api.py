@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from aoconvert.cards import Card
     from aoconvert.checkpoint.published import Published
     from aoconvert.checkpoint.report import Report
-    from aoconvert.engine.run import QuantizeResult
+    from aoconvert.engine.convert import QuantizeResult
     from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
     from aoconvert.planning import Plan
@@ -379,11 +379,11 @@ def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: 
     tidy(options.output)
     resolved = _resolved(source, options)
     refuse_early(resolved, options)
-    from aoconvert.engine.ahead import HashingAhead
+    from aoconvert.engine.prehash import HashingAhead
     from aoconvert.planning.weights import local_weights, unreadable_headers
 
     with HashingAhead(local_weights(resolved, options)) as ahead:
-        from aoconvert.engine.run import run
+        from aoconvert.engine.convert import run
 
         _download(resolved, unreadable_headers(resolved, options), progress)
         made = _made(resolved, options, progress, need_weights=True)

@@ -17,7 +17,7 @@ from aoconvert.words import first
 
 if TYPE_CHECKING:
     from aoconvert.checkpoint.report import Report
-    from aoconvert.engine.run import QuantizeResult
+    from aoconvert.engine.convert import QuantizeResult
 
 _ANOTHER = "name another folder"
 _PROMPT = "a panda plays a guitar in a bamboo forest"

@@ -14,9 +14,9 @@ import torch
 
 from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
+from aoconvert.engine.device_streams import Lanes, open_devices
 from aoconvert.engine.eager import threads
-from aoconvert.engine.lanes import Lanes, open_devices
-from aoconvert.engine.process import Begin, End, Message, Piece, Processor, Rows, Whole
+from aoconvert.engine.quantize_stage import Begin, End, Message, Piece, Processor, Rows, Whole
 from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
 from aoconvert.environment import available_cores
 from aoconvert.formats.digest import Mark
@@ -28,7 +28,7 @@ from aoconvert.planning.types import StreamedPlan, TensorPlan
 from aoconvert.progress import Progress
 
 if TYPE_CHECKING:
-    from aoconvert.engine.journal import Journal
+    from aoconvert.engine.resume import Journal
 
 
 class Reading(Protocol):

@@ -17,7 +17,7 @@ from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import validate
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, ComponentEntry, FileEntry, Manifest, TensorEntry
 from aoconvert.engine.memory import peak_host_bytes, steady_allocator
-from aoconvert.engine.output import Stage
+from aoconvert.engine.staging import Stage
 from aoconvert.errors import Interrupted, QuantizeError, SourceError
 from aoconvert.files import read_limited
 from aoconvert.formats.content import content_sha256

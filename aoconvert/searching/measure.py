@@ -20,11 +20,11 @@ import torch
 
 from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
+from aoconvert.engine.device_streams import Lanes, open_devices
 from aoconvert.engine.eager import threads
-from aoconvert.engine.lanes import Lanes, open_devices
 from aoconvert.engine.memory import steady_allocator
-from aoconvert.engine.process import Piece
-from aoconvert.engine.reading import ComponentReading
+from aoconvert.engine.quantize_stage import Piece
+from aoconvert.engine.read import ComponentReading
 from aoconvert.environment import available_cores
 from aoconvert.errors import DeviceError, QuantizeError
 from aoconvert.formats.digest import Buffer, FileDigest, Mark

@@ -13,7 +13,7 @@ import torch
 from aoconvert.checkpoint.checkpoint import Part, Target
 from aoconvert.checkpoint.manifest import ComponentEntry
 from aoconvert.checkpoint.opening import allowed
-from aoconvert.engine.reading import ComponentReading
+from aoconvert.engine.read import ComponentReading
 from aoconvert.environment import import_torchao
 from aoconvert.errors import SourceError
 from aoconvert.options import make_options

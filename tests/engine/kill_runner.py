@@ -22,7 +22,7 @@ from pathlib import Path
 
 import aoconvert
 from aoconvert.checkpoint import manifest
-from aoconvert.engine.run import run
+from aoconvert.engine.convert import run
 from aoconvert.formats.hashing import hash_on
 from aoconvert.options import make_options
 from aoconvert.planning.make import make

@@ -14,8 +14,8 @@ from schemes.scheme_table import VARIANTS, attributes, get, inner, variant_id, w
 from aoconvert import schemes
 from aoconvert.engine import blocks
 from aoconvert.engine.assembly import Assembly
+from aoconvert.engine.device_streams import Lane
 from aoconvert.engine.eager import threads
-from aoconvert.engine.lanes import Lane
 from aoconvert.engine.quantize import quantize_rows, quantize_tensor
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes import Scheme

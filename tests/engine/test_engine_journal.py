@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_engine_resume import StopAfter, convert
 
 from aoconvert.checkpoint.unfinished import JOURNAL_NAME
-from aoconvert.engine.journal import Journal
-from aoconvert.engine.journal_file import FileLine, JournalFile, TensorLine, differences, read_journal, signature_of
-from aoconvert.engine.output import Stage
+from aoconvert.engine.resume import Journal
+from aoconvert.engine.resume_file import FileLine, JournalFile, TensorLine, differences, read_journal, signature_of
+from aoconvert.engine.staging import Stage
 from aoconvert.errors import Interrupted, WriteError
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan

@@ -17,7 +17,7 @@ SCRIPT = """
 import json, resource, sys
 from pathlib import Path
 import aoconvert
-from aoconvert.engine.run import run
+from aoconvert.engine.convert import run
 from aoconvert.errors import AoconvertError
 from aoconvert.progress import Silent
 source, output, megabytes = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

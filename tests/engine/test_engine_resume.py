@@ -15,8 +15,8 @@ import pytest
 
 import aoconvert
 from aoconvert.checkpoint.unfinished import JOURNAL_NAME
-from aoconvert.engine.journal_file import JournalFile, TensorLine, read_journal
-from aoconvert.engine.reading import ComponentReading
+from aoconvert.engine.read import ComponentReading
+from aoconvert.engine.resume_file import JournalFile, TensorLine, read_journal
 from aoconvert.errors import Interrupted, ReadError
 from aoconvert.progress import Silent
 

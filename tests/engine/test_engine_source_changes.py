@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import aoconvert
-from aoconvert.engine.output import Stage
-from aoconvert.engine.run import run
+from aoconvert.engine.convert import run
+from aoconvert.engine.staging import Stage
 from aoconvert.errors import AoconvertError, Interrupted, ReadError
 from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Silent

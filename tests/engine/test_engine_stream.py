@@ -147,7 +147,7 @@ def test_nan_stops_everything(tmp_path: Path) -> None:
 def test_a_source_that_shrinks_after_the_plan(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     import shutil
 
-    from aoconvert.engine.run import run
+    from aoconvert.engine.convert import run
     from aoconvert.progress import Silent
 
     source = tmp_path / "source"

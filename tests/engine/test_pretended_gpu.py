@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import aoconvert
 from aoconvert import accelerators, schemes
-from aoconvert.engine import lanes, stream
+from aoconvert.engine import device_streams, stream
 from aoconvert.engine.blocks import cut
-from aoconvert.engine.lanes import Lane, Lanes
+from aoconvert.engine.device_streams import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.environment import choose_device
 from aoconvert.errors import AoconvertError, DeviceError, DeviceMemoryError, PlanError, QuantizeError
@@ -65,11 +65,11 @@ def gpu() -> Iterator[World]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many slices and blocks of a tiny model."""
-    for module in (slices, stream, needs, lanes, measuring):
+    for module in (slices, stream, needs, device_streams, measuring):
         monkeypatch.setattr(module, "SLICE_BYTES", 1 << 13)
     monkeypatch.setattr(stream, "READ_AHEAD_BYTES", 1 << 14)
     monkeypatch.setattr(slices, "WHOLE_BYTES", 1 << 14)
-    monkeypatch.setattr(lanes, "DEVICE_BLOCK", 1 << 11)
+    monkeypatch.setattr(device_streams, "DEVICE_BLOCK", 1 << 11)
 
 
 @pytest.fixture(scope="module")
@@ -334,13 +334,13 @@ def test_a_gpu_that_was_taken_after_the_plan(
 ) -> None:
     """Between the choice and the first weight."""
     with pretended(count=2) as world:
-        assert lanes.open_devices(("cuda:0", "cuda:1"), allow_cpu=False) == ("cuda:0", "cuda:1")
+        assert device_streams.open_devices(("cuda:0", "cuda:1"), allow_cpu=False) == ("cuda:0", "cuda:1")
         world.broken[torch.device("cuda:0")] = BUSY
-        assert lanes.open_devices(("cuda:0", "cuda:1"), allow_cpu=True) == ("cuda:1",)
-        assert lanes.open_devices(("cuda:0",), allow_cpu=True) == ("cpu",)
+        assert device_streams.open_devices(("cuda:0", "cuda:1"), allow_cpu=True) == ("cuda:1",)
+        assert device_streams.open_devices(("cuda:0",), allow_cpu=True) == ("cpu",)
         assert "cuda:0 cannot be used: CUDA error: all CUDA-capable devices are busy" in caplog.text
         with pytest.raises(DeviceError):
-            lanes.open_devices(("cuda:1", "cuda:0"), allow_cpu=False)
+            device_streams.open_devices(("cuda:1", "cuda:0"), allow_cpu=False)
 
     class Taken(Silent):
         def start(self, stage: str, total_bytes: int) -> None:
@@ -407,14 +407,14 @@ def test_the_plan_promises_what_a_gpu_takes(
     name: str, layout: str | None, gpu: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of tensors, exactly counted; what torch's allocator keeps beside them is not."""
-    monkeypatch.setattr(lanes, "DEVICE_BLOCK", 1 << 18)
+    monkeypatch.setattr(device_streams, "DEVICE_BLOCK", 1 << 18)
     scheme = schemes.get(name, layout_device=layout)
     weight = locked(torch.randn(1024, 1024).bfloat16())
     pool = Lanes(("cuda:0",), Kernels("cuda", {}))
     for finish in [pool.start("w", weight, BRAIN, scheme) for _ in range(slices.PER_DEVICE)]:
         finish()
     peak = gpu.memory[torch.device("cuda:0")].peak
-    promised = lanes.DEVICE_BLOCK * needs.device_block_bytes(scheme)
+    promised = device_streams.DEVICE_BLOCK * needs.device_block_bytes(scheme)
     assert 0.7 * promised < peak <= promised
 
 
@@ -481,14 +481,14 @@ def test_a_buffer_that_is_overwritten_early_is_seen(gpu: World) -> None:
 
 
 def test_a_wrong_stream_is_seen(gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = lanes._count
+    count = device_streams._count
 
     def elsewhere(figures: torch.Tensor, *arguments: Any) -> None:
         other: AbstractContextManager[Any] = accelerators.new_stream(figures.device)
         with other:
             count(figures, *arguments)
 
-    monkeypatch.setattr(lanes, "_count", elsewhere)
+    monkeypatch.setattr(device_streams, "_count", elsewhere)
     with pytest.raises(Mistake, match="used on another"):
         begun(schemes.get("int8wo"), locked(weight_of(64, 256)))
 

@@ -23,7 +23,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 import aoconvert
 from aoconvert.checkpoint import manifest as manifests
-from aoconvert.engine.reading import ComponentReading
+from aoconvert.engine.read import ComponentReading
 from aoconvert.models.conversions import BLOCK_BYTES
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan

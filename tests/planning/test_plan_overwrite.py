@@ -13,7 +13,7 @@ from checkpoints import build_llama
 import aoconvert
 from aoconvert.cards import CardOptions, render, write
 from aoconvert.checkpoint.files import check_files, notes
-from aoconvert.engine.output import Stage
+from aoconvert.engine.staging import Stage
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.planning.overwriting import foreign_files
 from aoconvert.progress import Silent

@@ -12,7 +12,7 @@ import torch
 from checkpoints import LLAMA, build_llama, llama_tensors
 
 from aoconvert import schemes
-from aoconvert.engine.lanes import Lane, Lanes
+from aoconvert.engine.device_streams import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import AoconvertError, QuantizeError
 from aoconvert.options import QuantizeOptions

@@ -2,7 +2,7 @@
 
 One line of JSON for the run's signature, then one for each finished tensor and each sealed file. Every line ends with
 the SHA-256 of itself and of all lines before it, so that a torn, edited or missing line is the journal's end. What the
-lines say is checked against the plan and the files before it is used (``aoconvert.engine.journal``).
+lines say is checked against the plan and the files before it is used (``aoconvert.engine.resume``).
 
 Lines are not flushed to the disk one by one: a killed process loses nothing, and after a power cut the digests tell how
 much is left.

@@ -13,7 +13,7 @@ from torchao.quantization import quantize_
 import aoconvert
 from aoconvert import accelerators, schemes
 from aoconvert.engine.blocks import Blocks, cut
-from aoconvert.engine.lanes import Lane, Lanes
+from aoconvert.engine.device_streams import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import QuantizeError, UsageError
 from aoconvert.kernels.checked import Kernels

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from aoconvert.engine.assembly import Assembly, quantized_on_meta
-from aoconvert.engine.lanes import Lanes, Pending
+from aoconvert.engine.device_streams import Lanes, Pending
 from aoconvert.errors import QuantizeError
 from aoconvert.formats.torch_bin.pickle_tree import is_wrapper
 from aoconvert.planning.slices import is_streamed

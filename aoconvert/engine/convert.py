@@ -14,13 +14,13 @@ from typing import Any, Literal
 from aoconvert.checkpoint import manifest
 from aoconvert.checkpoint.manifest import ComponentEntry, FileEntry, Manifest, SourceEntry, UnquantizedEntry
 from aoconvert.checkpoint.unfinished import JOURNAL_NAME
-from aoconvert.engine.journal import Journal
 from aoconvert.engine.memory import peak_device_bytes, peak_host_bytes, steady_allocator
 from aoconvert.engine.model_config import model_config, quantization_config
-from aoconvert.engine.output import Stage
-from aoconvert.engine.reading import ComponentReading
+from aoconvert.engine.read import ComponentReading
 from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
+from aoconvert.engine.resume import Journal
 from aoconvert.engine.source_card import read_card
+from aoconvert.engine.staging import Stage
 from aoconvert.engine.stream import run_component
 from aoconvert.environment import device_facts, platform_name, versions
 from aoconvert.errors import (

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.checkpoint.unfinished import JOURNAL_NAME
-from aoconvert.engine.journal_file import (
+from aoconvert.engine.results import TensorResult
+from aoconvert.engine.resume_file import (
     FileLine,
     JournalFile,
     Line,
@@ -21,7 +22,6 @@ from aoconvert.engine.journal_file import (
     read_journal,
     signature_of,
 )
-from aoconvert.engine.results import TensorResult
 from aoconvert.errors import ReadError
 from aoconvert.files import writing
 from aoconvert.formats.digest import FileDigest, Mark
@@ -33,7 +33,7 @@ from aoconvert.formats.torch_bin.writer import SealedFile, StoredTensor, TorchBi
 from aoconvert.formats.torch_bin.zip_writer import Entry, end_of
 
 if TYPE_CHECKING:
-    from aoconvert.engine.output import Stage
+    from aoconvert.engine.staging import Stage
     from aoconvert.planning import Plan
     from aoconvert.planning.types import StreamedPlan, TensorPlan
     from aoconvert.progress import Progress

@@ -16,7 +16,7 @@ import torch
 
 import aoconvert
 from aoconvert.checkpoint.unfinished import JOURNAL_NAME
-from aoconvert.engine.output import Stage
+from aoconvert.engine.staging import Stage
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.hub.contents import read_contents
 from aoconvert.hub.types import PushOptions
