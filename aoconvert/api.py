@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
     from aoconvert.planning import Plan
-    from aoconvert.repacking import Repacked
+    from aoconvert.rewriting import Repacked
     from aoconvert.sources import Source
 
 
@@ -95,7 +95,7 @@ def inspect(
         SourceError: nothing there, no weights in it, or a header that cannot be read.
         HubError: the Hub said no.
     """
-    from aoconvert.inspection.run import inspect as run
+    from aoconvert.inspection.inspect import inspect as run
 
     return run(str(checkpoint), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
 
@@ -162,8 +162,8 @@ def verify(
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
         )
-    from aoconvert.verification.run import VerifyOptions
-    from aoconvert.verification.run import verify as run
+    from aoconvert.verification.verify import VerifyOptions
+    from aoconvert.verification.verify import verify as run
 
     options = VerifyOptions(
         strategy, reload, forward, require_device, device, example, original, published, trust_remote_code
@@ -235,7 +235,7 @@ def repack(
     place = Path(output) if output is not None else named.with_name(f"{named.name}-{layout_device}")
     manifests.load(folder)
     refuse_output(FolderSource(folder), place, overwrite=overwrite)  # before torch is imported
-    from aoconvert.repacking import repack as run
+    from aoconvert.rewriting import repack as run
 
     words = ["aoconvert", "repack", argument(named.name), "--layout-device", layout_device]
     return run(
@@ -298,7 +298,7 @@ def push(
         HubError: the Hub said no, or cannot be reached.
         UsageError: options that exclude each other.
     """
-    from aoconvert.hub.run import push as run
+    from aoconvert.hub.push import push as run
     from aoconvert.hub.types import PushOptions
 
     return run(Path(checkpoint), repo_id, PushOptions(**options), progress or Silent())

@@ -68,7 +68,7 @@ def command(*, repo_id: str, checkpoint: Path, out: Output, settings: tuple[str,
     """
     with out.watch(f"push {checkpoint} to {repo_id}") as progress:
         from aoconvert.cards.metadata import parse_metadata
-        from aoconvert.hub.run import push
+        from aoconvert.hub.push import push
         from aoconvert.hub.types import PushOptions
 
         options = PushOptions(metadata=parse_metadata(settings), **choices)

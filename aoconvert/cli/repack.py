@@ -14,7 +14,7 @@ from aoconvert.words import size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from aoconvert.repacking import Repacked
+    from aoconvert.rewriting import Repacked
 
 EXAMPLES = """\b
 Examples:

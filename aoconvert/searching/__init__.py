@@ -1,5 +1,5 @@
 """``--scheme auto``: measure what each candidate does to each weight, and choose by what the user wants to spend."""
 
-from aoconvert.searching.run import Searched, search
+from aoconvert.searching.search import Searched, search
 
 __all__ = ["Searched", "search"]

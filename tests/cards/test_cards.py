@@ -89,7 +89,7 @@ def test_the_code_on_the_card_is_what_verify_ran(
     monkeypatch.setattr(process.Children, "ask", record)
     copy = Path(shutil.copytree(folder, tmp_path / "out"))
     target = from_manifest(copy, manifests.load(copy))
-    from aoconvert.verification.run import VerifyOptions, _reload, _Run  # what verify does, without the process
+    from aoconvert.verification.verify import VerifyOptions, _reload, _Run  # what verify does, without the process
 
     run = _Run(copy, "", VerifyOptions(example=True), aoconvert.progress.Silent())
     _reload(run, target, loading.Loaded(), process.Children())

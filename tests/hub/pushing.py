@@ -23,7 +23,7 @@ _DRIVER = """
 import json, sys, traceback
 from pathlib import Path
 from aoconvert.errors import AoconvertError
-from aoconvert.hub.run import push
+from aoconvert.hub.push import push
 from aoconvert.hub.types import PushOptions
 from aoconvert.progress import Silent
 

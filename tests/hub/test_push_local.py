@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from aoconvert.errors import AoconvertError, HubError, PlanError, UsageError
 from aoconvert.hub import contents
 from aoconvert.hub.access import ref_problem
-from aoconvert.hub.run import push
+from aoconvert.hub.push import push
 from aoconvert.hub.secrets import secrets_in
 from aoconvert.hub.types import PushOptions
 from aoconvert.hub.watching import FileWatch

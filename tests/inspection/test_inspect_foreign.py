@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from aoconvert.errors import AoconvertError, SourceError
 from aoconvert.formats.headers import read_gguf, read_safetensors
-from aoconvert.inspection.run import inspect
+from aoconvert.inspection.inspect import inspect
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> str:

@@ -21,7 +21,7 @@ import aoconvert
 from aoconvert.environment import import_torchao
 
 SCRIPT = """
-from aoconvert.inspection.run import inspect
+from aoconvert.inspection.inspect import inspect
 result = attempt(lambda: inspect('user/model').to_dict())
 result['torch'] = 'torch' in sys.modules
 """

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from aoconvert.inspection.compat import RELEASES, fits
-from aoconvert.inspection.run import inspect
+from aoconvert.inspection.inspect import inspect
 
 LEGACY = Path(__file__).parents[1] / "fixtures" / "legacy"
 MEASURED: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "measured.json").read_text())

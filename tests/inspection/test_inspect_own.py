@@ -14,7 +14,7 @@ import aoconvert
 from aoconvert.environment import import_torchao, version_of
 from aoconvert.formats.torch_bin.header import read_bin
 from aoconvert.inspection.compat import RELEASES, fates, fits, loading
-from aoconvert.inspection.run import inspect
+from aoconvert.inspection.inspect import inspect
 
 MEASURED: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "measured.json").read_text())
 # What a release before these reads without an error and then computes wrongly or misses fields.

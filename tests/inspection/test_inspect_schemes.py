@@ -13,7 +13,7 @@ import torch
 
 from aoconvert import schemes
 from aoconvert.environment import import_torchao
-from aoconvert.inspection.run import inspect
+from aoconvert.inspection.inspect import inspect
 from aoconvert.schemes.apply import quantize_weight
 
 NAMES = [entry.name for entry in schemes.catalogue()]
@@ -134,7 +134,7 @@ def test_int4_of_mslk(tmp_path: Path) -> None:
 def test_no_torch_is_needed(tmp_path: Path) -> None:
     write(tmp_path, "float8dq_row")
     script = (
-        "import sys\nfrom aoconvert.inspection.run import inspect\n"
+        "import sys\nfrom aoconvert.inspection.inspect import inspect\n"
         "print(inspect(sys.argv[1]).scheme, 'torch' in sys.modules, 'torchao' in sys.modules)"
     )
     done = subprocess.run(

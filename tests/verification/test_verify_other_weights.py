@@ -31,7 +31,7 @@ from aoconvert.cli.main import cli
 from aoconvert.verification import loading, process
 from aoconvert.verification.children import load_child, reload_child
 from aoconvert.verification.original import resolve_original
-from aoconvert.verification.run import _write
+from aoconvert.verification.verify import _write
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def _open_again(folder: Path, job: Job, commit: str, progress: Progress) -> Repo
     from aoconvert.cards.proof import prove
     from aoconvert.checkpoint.checkpoint import from_manifest
     from aoconvert.checkpoint.published import Published
-    from aoconvert.verification.run import VerifyOptions, verify
+    from aoconvert.verification.verify import VerifyOptions, verify
 
     total = sum(file.size for file in job.files)
     published = Published(job.repo_id, commit, job.options.branch, total, job.options.token)

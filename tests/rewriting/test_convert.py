@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aoconvert.repacking.convert import CannotCarry, carry, pack
+from aoconvert.rewriting.int4_weights import CannotCarry, carry, pack
 from aoconvert.schemes import int4
 from aoconvert.schemes.int4_parts import Parts, take_apart
 

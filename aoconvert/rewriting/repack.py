@@ -26,9 +26,9 @@ from aoconvert.formats.torch_bin.writer import TorchBinWriter, WrittenTensor
 from aoconvert.json_text import INDEX_BYTES, parse_json
 from aoconvert.planning.types import CopyPlan, layout_dict
 from aoconvert.progress import Progress
-from aoconvert.repacking.convert import CannotCarry, carry, digest, pack
-from aoconvert.repacking.prepare import PartPlan, prepare
-from aoconvert.repacking.stored import StoredFile
+from aoconvert.rewriting.int4_weights import CannotCarry, carry, digest, pack
+from aoconvert.rewriting.repack_plan import PartPlan, prepare
+from aoconvert.rewriting.stored import StoredFile
 from aoconvert.schemes.imports import imports
 from aoconvert.schemes.int4_parts import take_apart
 from aoconvert.sources.folder import FolderSource

@@ -18,7 +18,7 @@ from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.make import output_problems, space_problems
 from aoconvert.planning.types import Needs
-from aoconvert.repacking.convert import CLASSES
+from aoconvert.rewriting.int4_weights import CLASSES
 from aoconvert.schemes import int4
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.schemes.base import Layout, Scheme
