@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from aoconvert.environment import check_device_names, host_by_default
 from aoconvert.errors import SourceError
+from aoconvert.humanize import argument
 from aoconvert.options import QuantizeKwargs, QuantizeOptions, make_options
 from aoconvert.progress import Progress, Silent
-from aoconvert.words import argument
 
 if TYPE_CHECKING:
     from aoconvert.cards import Card

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from aoconvert.environment import import_diffusers
 from aoconvert.errors import PlanError, VerificationError
+from aoconvert.humanize import first
 from aoconvert.options import make_options
 from aoconvert.planning.make import refuse_output
 from aoconvert.progress import Progress
 from aoconvert.sources.folder import FolderSource
-from aoconvert.words import first
 
 if TYPE_CHECKING:
     from aoconvert.checkpoint.report import Report

@@ -28,8 +28,8 @@ UPWARD = [
     ("aoconvert.rewriting.repack", "aoconvert.checkpoint.checkpoint"),
     ("aoconvert.rewriting.stored", "aoconvert.formats.torch_bin.contents"),
     ("aoconvert.rewriting.stored", "aoconvert.formats.torch_bin.header"),
-    ("aoconvert.verification.place", "aoconvert.inspection.compat"),
-    ("aoconvert.verification.place", "aoconvert.inspection.demands"),
+    ("aoconvert.verification.load_device", "aoconvert.inspection.compat"),
+    ("aoconvert.verification.load_device", "aoconvert.inspection.demands"),
 ]
 
 

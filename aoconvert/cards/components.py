@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from aoconvert.cards import layers, schemes
-from aoconvert.cards.again import ranges
+from aoconvert.cards.reproduce import ranges
 from aoconvert.checkpoint.manifest import ComponentEntry
 
 

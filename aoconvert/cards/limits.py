@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from aoconvert.cards.again import ranges
 from aoconvert.cards.layers import role
 from aoconvert.cards.markdown import Md, code, text
+from aoconvert.cards.reproduce import ranges
 from aoconvert.checkpoint.checkpoint import Target
 from aoconvert.checkpoint.load_code import Strategy
 from aoconvert.checkpoint.manifest import ComponentEntry, TensorEntry

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.cards import template
-from aoconvert.cards.again import make_again, needed, pinned
-from aoconvert.cards.apart import FOLDED_FROM, apart
 from aoconvert.cards.card import Card, CardOptions
 from aoconvert.cards.components import describe
+from aoconvert.cards.exceptions import FOLDED_FROM, apart
 from aoconvert.cards.layers import layers
 from aoconvert.cards.licenses import shown_license
 from aoconvert.cards.limits import hardware, limits
@@ -20,6 +19,7 @@ from aoconvert.cards.markdown import is_page
 from aoconvert.cards.metadata import front_matter, is_repo_id, to_yaml
 from aoconvert.cards.picture import draw
 from aoconvert.cards.proof import Proof, prove
+from aoconvert.cards.reproduce import make_again, needed, pinned
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import Target, from_manifest
 from aoconvert.checkpoint.load_code import Strategy, code_device, load_code
@@ -27,10 +27,10 @@ from aoconvert.checkpoint.manifest import PICTURE_NAME, FileEntry, Manifest
 from aoconvert.checkpoint.seals import seal
 from aoconvert.checkpoint.usage import usage_code, usage_packages
 from aoconvert.errors import UsageError
+from aoconvert.humanize import argument
 from aoconvert.models import identify
 from aoconvert.planning.overwriting import tidy
 from aoconvert.sources.folder import FolderSource
-from aoconvert.words import argument
 
 _HUB = "https://huggingface.co"
 _COMMIT = re.compile(r"[0-9a-f]{40}")

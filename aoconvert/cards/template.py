@@ -41,7 +41,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from aoconvert import words
+from aoconvert import humanize
 from aoconvert.cards import markdown
 from aoconvert.errors import UsageError
 
@@ -76,10 +76,10 @@ def render(template: Path | None, values: dict[str, Any]) -> str:
         code=markdown.code,
         block=markdown.block,
         link=markdown.link,
-        size=words.size,
-        number=words.number,
-        percent=words.percent,
-        plural=words.plural,
+        size=humanize.size,
+        number=humanize.number,
+        percent=humanize.percent,
+        plural=humanize.plural,
     )
     try:
         compiled = environment.compile(source, filename=_NAME)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aoconvert.errors import VerificationError
-from aoconvert.words import size
+from aoconvert.humanize import size
 
 # what says where a cache is, or that the Hub is not to be asked: https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables
 _CACHES = (

@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from aoconvert.cli.streams import write_stderr
-from aoconvert.words import escaped
+from aoconvert.humanize import escaped
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -8,7 +8,7 @@ import click
 
 from aoconvert.cli.options import common
 from aoconvert.cli.output import Output
-from aoconvert.words import plural, size
+from aoconvert.humanize import plural, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -45,7 +45,7 @@ def _table(found: dict[str, Any]) -> RenderableType:
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    from aoconvert.words import size
+    from aoconvert.humanize import size
 
     rows = [(name, version or "not installed") for name, version in found["versions"].items()]
     rows += [("platform", found["platform"]), ("cores", str(found["cores"])), ("memory", size(found["memory_bytes"]))]

@@ -19,8 +19,8 @@ import click
 from aoconvert.cli.output import Output
 from aoconvert.cli.streams import give_up_stdout, write_stderr
 from aoconvert.errors import CHECK_PERMISSIONS, AoconvertError, HostMemoryError, Interrupted, is_out_of_memory
+from aoconvert.humanize import escaped
 from aoconvert.version import __version__
-from aoconvert.words import escaped
 
 # name → one-line help; the module of the same name in this package holds the command
 _COMMANDS = {

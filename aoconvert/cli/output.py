@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from aoconvert.cli.streams import is_terminal, shows_color, write_stderr, write_stdout
+from aoconvert.humanize import escaped
 from aoconvert.progress import Progress, Silent
-from aoconvert.words import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType

@@ -9,8 +9,8 @@ import click
 
 from aoconvert.cli.options import common, conversion
 from aoconvert.cli.output import Output
+from aoconvert.humanize import first, size
 from aoconvert.options import QuantizeOptions
-from aoconvert.words import first, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

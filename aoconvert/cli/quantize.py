@@ -10,8 +10,8 @@ from aoconvert.cli import plan as plan_command
 from aoconvert.cli import verify as verify_command
 from aoconvert.cli.options import common, conversion
 from aoconvert.cli.output import Output
+from aoconvert.humanize import first, number, size
 from aoconvert.options import QuantizeOptions
-from aoconvert.words import first, number, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,7 +9,7 @@ import click
 
 from aoconvert.cli.options import common
 from aoconvert.cli.output import Output
-from aoconvert.words import size
+from aoconvert.humanize import size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

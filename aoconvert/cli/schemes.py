@@ -86,7 +86,7 @@ def _data(entry: SchemeEntry) -> dict[str, Any]:
 
 def _cannot_run(entry: SchemeEntry, why_not_quantized: str | None) -> str | None:
     """Why it does not run here; what cannot quantize for want of a package cannot run either."""
-    from aoconvert.schemes.here import cannot_run
+    from aoconvert.schemes.hardware import cannot_run
 
     return why_not_quantized or cannot_run(entry.device, entry.min_capability)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from aoconvert.documents.base import Document, ErrorDocument
 from aoconvert.documents.conversion import DemoDocument, PlanDocument, QuantizeDocument, RepackDocument
-from aoconvert.documents.looking import CacheDocument, EnvDocument, InspectDocument, SchemeDocument
 from aoconvert.documents.publishing import CardDocument, PushDocument, VerifyDocument
+from aoconvert.documents.reading import CacheDocument, EnvDocument, InspectDocument, SchemeDocument
 
 FOLDER = Path("manifests")
 

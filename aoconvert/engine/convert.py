@@ -34,6 +34,7 @@ from aoconvert.errors import (
 )
 from aoconvert.formats.digest import FileDigest
 from aoconvert.formats.index import write_index
+from aoconvert.humanize import size
 from aoconvert.models import Component, ModelLayout, join
 from aoconvert.models.calls import call_parameters
 from aoconvert.models.own_classes import is_pipeline_module
@@ -46,7 +47,6 @@ from aoconvert.progress import Progress
 from aoconvert.recipes import rule_schemes
 from aoconvert.schemes.imports import imports
 from aoconvert.version import __version__
-from aoconvert.words import size
 
 
 @dataclass(frozen=True)

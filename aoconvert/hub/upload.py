@@ -14,7 +14,7 @@ from aoconvert.checkpoint.report import some
 from aoconvert.errors import HubError, HubRefusal, PlanError
 from aoconvert.hub.remote import Changes, Job, Tip, changes, conflict, find_tip, refusals
 from aoconvert.hub.types import Sent
-from aoconvert.hub.watching import FileWatch
+from aoconvert.hub.upload_progress import FileWatch
 from aoconvert.progress import Progress
 from aoconvert.sources.hub_errors import AGAIN_HINT, failed_status, never_answered, retry_after, translated
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from aoconvert.inputs import Found
-    from aoconvert.models.watch import Watch
+    from aoconvert.models.forward_watch import Watch
 
 # What was found must not depend on how busy the machine is: these are far off
 _SECONDS = 120.0
@@ -241,8 +241,8 @@ class Trial:
         import torch
 
         from aoconvert.models.deadline import TookTooMuch, deadline
+        from aoconvert.models.forward_watch import Watch
         from aoconvert.models.repeats import run_once, spread
-        from aoconvert.models.watch import Watch
 
         found = given or self._given
         assert found is not None

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aoconvert import schemes
+from aoconvert.humanize import size
 from aoconvert.models import Component, ModelLayout, Skeleton, build_skeleton, join
 from aoconvert.models.bounds import Held, bounded, check_config
 from aoconvert.models.pipeline import refuse_quantized
@@ -16,23 +17,22 @@ from aoconvert.models.ties import untied
 from aoconvert.models.unknown import other_weights
 from aoconvert.options import DEFAULT_DTYPE, QuantizeOptions
 from aoconvert.planning import files as plan_files
-from aoconvert.planning.checkpoint import read_checkpoint
 from aoconvert.planning.choices import Wishes
 from aoconvert.planning.decide import Decisions, decide, nbytes
 from aoconvert.planning.inventory import Contents, read_contents
+from aoconvert.planning.source_checkpoint import read_checkpoint
 from aoconvert.planning.types import ComponentPlan, FilePlan, LeftOut, TensorPlan
 from aoconvert.planning.weights import chosen_weights, is_only
 from aoconvert.recipes import fqn_to_config
 from aoconvert.recipes.rules import Rules
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.sources.adapters import ADAPTER_CONFIG, adapter_files
-from aoconvert.words import size
 
 if TYPE_CHECKING:
     import torch
     from torchao.core.config import AOBaseConfig
 
-    from aoconvert.planning.checkpoint import Found
+    from aoconvert.planning.source_checkpoint import Found
     from aoconvert.sources import Source
 
 

@@ -10,8 +10,8 @@ from aoconvert.errors import QuantizeError
 from aoconvert.models import Skeleton, TensorSpec
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import Recipe
-from aoconvert.planning.checkpoint import Found
 from aoconvert.planning.choices import Choices, Wishes, choose
+from aoconvert.planning.source_checkpoint import Found
 from aoconvert.planning.types import Action, LeftOut, TensorPlan
 from aoconvert.recipes.rules import Rules
 from aoconvert.schemes import Scheme

@@ -16,6 +16,7 @@ from aoconvert.checkpoint.manifest import MANIFEST_NAME
 from aoconvert.checkpoint.unfinished import partial_folder
 from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError, SourceError
+from aoconvert.humanize import first, size
 from aoconvert.models import Component, identify
 from aoconvert.models.fused import CannotFuse
 from aoconvert.models.pipeline import refuse_quantized
@@ -28,7 +29,6 @@ from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose, is_only, load_recipe
 from aoconvert.recipes.rules import Rules, allowing, skipping, unmatched
-from aoconvert.words import first, size
 
 if TYPE_CHECKING:
     from aoconvert.models import ModelLayout

@@ -15,7 +15,7 @@ from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.checkpoint.unfinished import journal_aside, listed_files, partial_folder, replaced_folder, split_files
 from aoconvert.errors import SourceError
 from aoconvert.files import read_limited
-from aoconvert.words import first
+from aoconvert.humanize import first
 
 _OWN = frozenset({MANIFEST_NAME, REPORT_NAME, PICTURE_NAME})
 # what a process that was killed leaves of a card or a report

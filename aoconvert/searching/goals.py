@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import PlanError
+from aoconvert.humanize import size
 from aoconvert.options import QuantizeOptions
 from aoconvert.searching.allocate import Option, Selection, cheapest, error_of, fit
-from aoconvert.searching.survey import Survey
-from aoconvert.words import size
+from aoconvert.searching.tensor_options import Survey
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme

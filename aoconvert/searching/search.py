@@ -18,7 +18,7 @@ from aoconvert.recipes.rules import Rules, skipping
 from aoconvert.searching.candidates import resolve
 from aoconvert.searching.goals import Outcome, Tensor, reach
 from aoconvert.searching.measure import measure
-from aoconvert.searching.survey import Survey
+from aoconvert.searching.tensor_options import Survey
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme

@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 from aoconvert.errors import VerificationError
+from aoconvert.humanize import size
 from aoconvert.memory import anonymous_bytes, available_bytes
 from aoconvert.verification.limits import MEMORY, SECONDS, Limits, reserve
-from aoconvert.words import size
 
 _CHILDREN = Path(__file__).parent / "children"
 _LOOK = 0.1  # seconds between two looks at a child

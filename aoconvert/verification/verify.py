@@ -31,12 +31,14 @@ from aoconvert.environment import choose_device, versions
 from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.files import check_replaceable, is_there, read_limited, write_whole, writing
 from aoconvert.formats.torch_bin.header import read_loadable
+from aoconvert.humanize import size
 from aoconvert.models.bounds import Held, check_config
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
 from aoconvert.recipes.foreign_configs import check_quantization
 from aoconvert.sources import Source
 from aoconvert.verification.library import LibraryFindings, compare_by_library, originals
+from aoconvert.verification.load_device import Place, choose_place
 from aoconvert.verification.loading import (
     Loaded,
     OtherWeights,
@@ -47,10 +49,8 @@ from aoconvert.verification.loading import (
     check_reload,
 )
 from aoconvert.verification.original import check_source
-from aoconvert.verification.place import Place, choose_place
 from aoconvert.verification.process import Children
 from aoconvert.verification.versions import version_problems
-from aoconvert.words import size
 
 Choice = Literal["auto", "from-pretrained", "assign"]
 

@@ -203,7 +203,7 @@ def test_a_command_names_the_source_that_the_card_names(pipeline: Path) -> None:
 
 def test_every_option_that_is_written_is_known() -> None:
     """A command with an option that the card does not know would not be shown."""
-    from aoconvert.cards.again import OPTIONS
+    from aoconvert.cards.reproduce import OPTIONS
     from aoconvert.options import QuantizeOptions
 
     run_only = {"output", "overwrite", "resume", "token", "cache_dir", "local_files_only", "scheme"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aoconvert import schemes
-from aoconvert.schemes import here
+from aoconvert.schemes import hardware
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,11 @@ def test_one_scheme_in_words(call: Callable[..., Any]) -> None:
     assert call("schemes", "auto").code == 2
 
 
-OLD, HOPPER, BLACKWELL = here.Gpu("an old GPU", (8, 6)), here.Gpu("a Hopper", (9, 0)), here.Gpu("a Blackwell", (10, 0))
+OLD, HOPPER, BLACKWELL = (
+    hardware.Gpu("an old GPU", (8, 6)),
+    hardware.Gpu("a Hopper", (9, 0)),
+    hardware.Gpu("a Blackwell", (10, 0)),
+)
 
 
 @pytest.mark.parametrize(
@@ -66,17 +70,17 @@ OLD, HOPPER, BLACKWELL = here.Gpu("an old GPU", (8, 6)), here.Gpu("a Hopper", (9
 def test_what_runs_on_which_device(
     device: str,
     capability: tuple[int, int] | None,
-    gpus: tuple[here.Gpu, ...],
+    gpus: tuple[hardware.Gpu, ...],
     reason: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(here, "gpus", lambda: gpus)
-    assert here.cannot_run(device, capability) == reason
+    monkeypatch.setattr(hardware, "gpus", lambda: gpus)
+    assert hardware.cannot_run(device, capability) == reason
 
 
 def test_what_the_driver_says() -> None:
     text = "9.0, NVIDIA H100 80GB HBM3\n10.0, NVIDIA B200\n[N/A], unknown\nFailed to initialize NVML\n"
-    assert here.parse(text) == (here.Gpu("NVIDIA H100 80GB HBM3", (9, 0)), here.Gpu("NVIDIA B200", (10, 0)))
+    assert hardware.parse(text) == (hardware.Gpu("NVIDIA H100 80GB HBM3", (9, 0)), hardware.Gpu("NVIDIA B200", (10, 0)))
 
 
 @pytest.mark.gpu
@@ -85,7 +89,7 @@ def test_the_driver_and_torch_see_the_same_gpu() -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    assert torch.cuda.get_device_capability() in [gpu.capability for gpu in here.gpus()]
+    assert torch.cuda.get_device_capability() in [gpu.capability for gpu in hardware.gpus()]
 
 
 def test_the_list_fits_a_screen(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

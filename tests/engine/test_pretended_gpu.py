@@ -32,7 +32,7 @@ from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme, int4
 from aoconvert.schemes.apply import flatten
 from aoconvert.searching import measure as measuring
-from aoconvert.verification import place
+from aoconvert.verification import load_device
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="a torch built for CUDA looks for a driver first"),
@@ -443,10 +443,10 @@ def test_the_plan_counts_a_gpus_share_of_memory(checkpoints: Checkpoints, tmp_pa
 def test_amds_gpus_do_not_read_nvidias_layout(gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch calls them ``cuda`` as well, and (9, 0) is no compute capability of theirs."""
     layouts = [Layout("cuda", (8, 0)), Layout("any", (8, 9))]
-    assert [place._obstacle(layout, "cuda") for layout in layouts] == [None, None]
+    assert [load_device._obstacle(layout, "cuda") for layout in layouts] == [None, None]
     monkeypatch.setattr(accelerators, "capability", lambda device: None)
     for layout in layouts:
-        assert "for NVIDIA's GPUs" in (place._obstacle(layout, "cuda") or "")
+        assert "for NVIDIA's GPUs" in (load_device._obstacle(layout, "cuda") or "")
     assert int4.unavailable("cuda") is None
     monkeypatch.setattr(int4, "torch_build", lambda: "rocm6.4")
     with pytest.raises(PlanError, match=r"int4wo does not run here: .*AMD"):

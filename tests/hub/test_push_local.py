@@ -20,7 +20,7 @@ from aoconvert.hub.access import ref_problem
 from aoconvert.hub.push import push
 from aoconvert.hub.secrets import secrets_in
 from aoconvert.hub.types import PushOptions
-from aoconvert.hub.watching import FileWatch
+from aoconvert.hub.upload_progress import FileWatch
 from aoconvert.progress import Silent
 
 Fresh = Callable[..., Path]

@@ -21,9 +21,9 @@ from aoconvert.errors import PlanError
 from aoconvert.inputs import find_inputs, first_tensors
 from aoconvert.models import Skeleton, build_skeleton
 from aoconvert.models.base import Component
+from aoconvert.models.forward_watch import Watch
 from aoconvert.models.repeats import run_once, spread
 from aoconvert.models.trial import Trial
-from aoconvert.models.watch import Watch
 from aoconvert.schemes import blocker
 from aoconvert.schemes.apply import quantize_weight
 

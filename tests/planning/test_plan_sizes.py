@@ -11,8 +11,8 @@ from checkpoints import build_llama, shard
 
 import aoconvert
 from aoconvert.checkpoint import manifest
+from aoconvert.humanize import size
 from aoconvert.planning.types import Plan
-from aoconvert.words import size
 
 
 def convert(source: Path, output: Path, scheme: str = "int8wo", **options: object) -> tuple[Plan, manifest.Manifest]:

@@ -23,7 +23,7 @@ from aoconvert.progress import Silent
 from aoconvert.schemes import cpu_packing
 from aoconvert.schemes import int4 as layouts
 from aoconvert.schemes.int4_parts import take_apart
-from aoconvert.verification.place import choose_place
+from aoconvert.verification.load_device import choose_place
 
 OTHER = {"cpu": "cuda", "cuda": "cpu"}
 HQQ = {"settings": {"int4_choose_qparams_algorithm": "hqq"}}

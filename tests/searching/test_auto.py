@@ -16,7 +16,7 @@ from aoconvert.checkpoint.manifest import ComponentEntry
 from aoconvert.errors import Interrupted
 from aoconvert.progress import Silent
 from aoconvert.recipes.rules import Rules
-from aoconvert.searching.survey import Survey
+from aoconvert.searching.tensor_options import Survey
 
 
 @pytest.fixture(scope="session")

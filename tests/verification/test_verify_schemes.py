@@ -21,8 +21,8 @@ from aoconvert.checkpoint.report import Report
 from aoconvert.schemes import int4, int4_parts
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.verification.children import load_child
+from aoconvert.verification.load_device import choose_place
 from aoconvert.verification.numbers import _values
-from aoconvert.verification.place import choose_place
 
 CELLS = [*((entry.name, None) for entry in schemes.catalogue()), ("int4wo", "cuda"), ("int4wo", "xpu")]
 RECIPE = """
