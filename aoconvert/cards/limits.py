@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from aoconvert.cards.layers import role
 from aoconvert.cards.markdown import Md, code, text
 from aoconvert.cards.reproduce import ranges
-from aoconvert.checkpoint.checkpoint import Target
+from aoconvert.checkpoint.checkpoint import Checkpoint
 from aoconvert.checkpoint.load_code import Strategy
 from aoconvert.checkpoint.manifest import ComponentEntry, TensorEntry
 from aoconvert.inspection.compat import short
@@ -71,12 +71,12 @@ _CODE = (
 _BOT = "a bot of the Hub may offer a safetensors variant of these weights. It loses the quantization: do not merge it."
 
 
-def limits(target: Target, strategy: Strategy) -> list[dict[str, Md]]:
+def limits(target: Checkpoint, strategy: Strategy) -> list[dict[str, Md]]:
     """``title`` and ``text`` of each."""
     return [{"title": Md(title), "text": Md(line)} for title, line in _limits(target, strategy)]
 
 
-def _limits(target: Target, strategy: Strategy) -> Iterable[tuple[str, str]]:
+def _limits(target: Checkpoint, strategy: Strategy) -> Iterable[tuple[str, str]]:
     assert target.manifest is not None
     components = target.manifest.components
     tensors = [tensor for entry in components for tensor in entry.tensors if tensor.action == "quantize"]
@@ -110,7 +110,7 @@ def _limits(target: Target, strategy: Strategy) -> Iterable[tuple[str, str]]:
         yield "offload", _OFFLOAD_DIFFUSERS
 
 
-def _of_layout(target: Target) -> Iterable[tuple[str, str]]:
+def _of_layout(target: Checkpoint) -> Iterable[tuple[str, str]]:
     assert target.manifest is not None
     for layout in [entry.layout for entry in target.manifest.components]:
         if layout.unconfirmed is not None:
@@ -119,7 +119,7 @@ def _of_layout(target: Target) -> Iterable[tuple[str, str]]:
             yield "one kind of CPU", _ONE_CPU.format(layout=code(cpu))
 
 
-def _of_layers(target: Target, tensors: Sequence[TensorEntry]) -> Iterable[tuple[str, str]]:
+def _of_layers(target: Checkpoint, tensors: Sequence[TensorEntry]) -> Iterable[tuple[str, str]]:
     assert target.manifest is not None
     if repaired := sum(tensor.repaired_rows for tensor in tensors):
         yield "zeros", _ZEROS.format(count=repaired, rows="row was" if repaired == 1 else "rows were")
@@ -168,7 +168,7 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(code(name) for name in names[:3]) + more
 
 
-def hardware(target: Target) -> Md:
+def hardware(target: Checkpoint) -> Md:
     """What the packed weights are made for."""
     assert target.manifest is not None
     lines = []

@@ -21,7 +21,7 @@ from aoconvert.cards.picture import draw
 from aoconvert.cards.proof import Proof, prove
 from aoconvert.cards.reproduce import make_again, needed, pinned
 from aoconvert.checkpoint import manifest as manifests
-from aoconvert.checkpoint.checkpoint import Target, from_manifest
+from aoconvert.checkpoint.checkpoint import Checkpoint, from_manifest
 from aoconvert.checkpoint.load_code import Strategy, code_device, load_code
 from aoconvert.checkpoint.manifest import PICTURE_NAME, FileEntry, Manifest
 from aoconvert.checkpoint.seals import seal
@@ -82,7 +82,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     return Card(seal(text), picture, warnings)
 
 
-def _what(target: Target, folder: Path, repo_id: str | None) -> dict[str, Any]:
+def _what(target: Checkpoint, folder: Path, repo_id: str | None) -> dict[str, Any]:
     manifest = target.manifest
     assert manifest is not None
     schemes = list(dict.fromkeys(name for entry in manifest.components for name in entry.scheme.split("+")))
@@ -98,7 +98,7 @@ def _what(target: Target, folder: Path, repo_id: str | None) -> dict[str, Any]:
     }
 
 
-def _code(target: Target, proof: Proof, place: str, *, hub: bool, revision: str | None) -> dict[str, Any]:
+def _code(target: Checkpoint, proof: Proof, place: str, *, hub: bool, revision: str | None) -> dict[str, Any]:
     usage = usage_code(target, place, revision=revision)
     names = _packages(target, proof.strategy)
     return {
@@ -111,7 +111,7 @@ def _code(target: Target, proof: Proof, place: str, *, hub: bool, revision: str 
     }
 
 
-def _packages(target: Target, strategy: Strategy) -> list[str]:
+def _packages(target: Checkpoint, strategy: Strategy) -> list[str]:
     """What the code imports, and what the libraries need for it."""
     libraries = {part.library for part in target.parts}
     if target.kind == "pipeline":
@@ -122,7 +122,7 @@ def _packages(target: Target, strategy: Strategy) -> list[str]:
     return names
 
 
-def _install(target: Target, names: list[str], proof: Proof, more: tuple[str, ...]) -> str:
+def _install(target: Checkpoint, names: list[str], proof: Proof, more: tuple[str, ...]) -> str:
     """``pip install`` for a shell, with the versions that opened the checkpoint, or else wrote it; ``more`` without."""
     manifest = target.manifest
     assert manifest is not None

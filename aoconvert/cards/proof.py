@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from aoconvert.checkpoint.checkpoint import Target
+from aoconvert.checkpoint.checkpoint import Checkpoint
 from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.load_code import Strategy, code_device, code_sha256
 from aoconvert.checkpoint.manifest import MANIFEST_NAME
@@ -76,7 +76,7 @@ class Proof:
     not_run: str | None = None
 
 
-def prove(folder: Path, target: Target) -> Proof:
+def prove(folder: Path, target: Checkpoint) -> Proof:
     """What the report in the folder says of its checkpoint."""
     assert target.manifest is not None
     ways = {entry.load.strategy for entry in target.manifest.components}
@@ -105,13 +105,13 @@ def prove(folder: Path, target: Target) -> Proof:
     )
 
 
-def _not_run(target: Target, device: str | None) -> str | None:
+def _not_run(target: Checkpoint, device: str | None) -> str | None:
     """The device that the code names and that it did not run on."""
     named = code_device(target)
     return named if named is not None and (device or "").partition(":")[0] != named else None
 
 
-def _doubt(report: _Report, target: Target, strategy: Strategy) -> str:
+def _doubt(report: _Report, target: Checkpoint, strategy: Strategy) -> str:
     failed = [check.name for check in report.checks if check.status == "failed"]
     if failed or not report.ok:
         return f"The verification failed: {', '.join(failed) or 'its report says so'}."

@@ -17,7 +17,7 @@ from aoconvert.checkpoint.files import LOADED
 from aoconvert.checkpoint.manifest import ComponentEntry, Manifest, TensorEntry
 from aoconvert.errors import SourceError
 from aoconvert.formats.torch_bin.safe_names import known_names
-from aoconvert.models import Component, ModelLayout, identify, join
+from aoconvert.models import ModelLayout, ModelPart, identify, join
 from aoconvert.schemes.imports import imports
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.weights import find_weights
@@ -70,7 +70,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Target:
+class Checkpoint:
     """A checkpoint to verify. ``kind`` says what ``from_pretrained`` of the folder gives."""
 
     folder: Path
@@ -140,7 +140,7 @@ def validate(manifest: Manifest) -> None:
                 raise SourceError(f"the manifest asks for {name!r}, which is not on the list of safe names")
 
 
-def from_manifest(folder: Path, manifest: Manifest) -> Target:
+def from_manifest(folder: Path, manifest: Manifest) -> Checkpoint:
     """What the manifest says is there.
 
     Raises:
@@ -150,7 +150,7 @@ def from_manifest(folder: Path, manifest: Manifest) -> Target:
     layout = identify(FolderSource(folder))
     parts = tuple(_part(folder, layout, entry) for entry in manifest.components)
     imports = {name for entry in manifest.components for name in entry.imports}
-    return Target(folder, layout.kind, _identifier(layout.class_name), parts, tuple(sorted(imports)), manifest)
+    return Checkpoint(folder, layout.kind, _identifier(layout.class_name), parts, tuple(sorted(imports)), manifest)
 
 
 def _part(folder: Path, layout: ModelLayout, entry: ComponentEntry) -> Part:
@@ -180,7 +180,7 @@ def _part(folder: Path, layout: ModelLayout, entry: ComponentEntry) -> Part:
     )
 
 
-def _needs_code(folder: Path, layout: ModelLayout, component: Component, entry: ComponentEntry) -> bool:
+def _needs_code(folder: Path, layout: ModelLayout, component: ModelPart, entry: ComponentEntry) -> bool:
     """Whether the library needs code inside the checkpoint to open a model, or the pipeline around it.
 
     A manifest may ask for trust that nothing needs: nobody is asked for it then, and it is not given. diffusers looks
@@ -194,7 +194,7 @@ def _needs_code(folder: Path, layout: ModelLayout, component: Component, entry: 
     return layout.own_code or any((folder / part.name / f"{part.library}.py").is_file() for part in layout.parts)
 
 
-def from_folder(folder: Path, label: str | None = None) -> Target:
+def from_folder(folder: Path, label: str | None = None) -> Checkpoint:
     """A torchao checkpoint by somebody else: what its configs say.
 
     Args:
@@ -234,10 +234,10 @@ def from_folder(folder: Path, label: str | None = None) -> Target:
             f"{source.label} holds no torchao model: no config.json with a torchao quantization_config",
             hint="aoconvert inspect says what it is",
         )
-    return Target(folder, layout.kind, _identifier(layout.class_name), tuple(parts), ("torchao",), None)
+    return Checkpoint(folder, layout.kind, _identifier(layout.class_name), tuple(parts), ("torchao",), None)
 
 
-def with_imports(target: Target, names: Iterable[str]) -> Target:
+def with_imports(target: Checkpoint, names: Iterable[str]) -> Checkpoint:
     """A checkpoint without a manifest, and the modules that register the names in its pickles."""
     return replace(target, imports=tuple(imports(names)))
 

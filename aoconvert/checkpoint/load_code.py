@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aoconvert.checkpoint.checkpoint import Part, Target
+from aoconvert.checkpoint.checkpoint import Checkpoint, Part
 from aoconvert.checkpoint.files import LOADED, file_sha256
 from aoconvert.checkpoint.manifest import MANIFEST_NAME
 from aoconvert.checkpoint.report import read_report
@@ -30,7 +30,7 @@ class _Program:
 
 
 def load_code(
-    target: Target,
+    target: Checkpoint,
     place: str,
     strategy: Strategy,
     *,
@@ -67,7 +67,7 @@ def load_code(
     return program.text()
 
 
-def two_formats(target: Target) -> bool:
+def two_formats(target: Checkpoint) -> bool:
     """Whether a pipeline's weights are in safetensors and in ``.bin`` files.
 
     diffusers (``pipeline_loading_utils.is_safetensors_compatible``) then fetches only one kind from the Hub.
@@ -82,7 +82,7 @@ def two_formats(target: Target) -> bool:
     return {"safetensors", "bin"} <= kinds
 
 
-def card_strategy(target: Target) -> Strategy:
+def card_strategy(target: Checkpoint) -> Strategy:
     """The way of loading that a card shows: the one that the last verification of this manifest proved, if any."""
     manifest = target.manifest
     ways = {entry.load.strategy for entry in manifest.components} if manifest is not None else set()
@@ -97,18 +97,18 @@ def card_strategy(target: Target) -> Strategy:
     return proven if proven in ("from-pretrained", "assign") else usual
 
 
-def code_sha256(target: Target, strategy: Strategy) -> str:
+def code_sha256(target: Checkpoint, strategy: Strategy) -> str:
     """SHA-256 (hex) of the load code before place and device are filled in: by it a card knows that it was proven."""
     return hashlib.sha256(load_code(target, "", strategy).encode()).hexdigest()
 
 
-def code_device(target: Target) -> str | None:
+def code_device(target: Checkpoint) -> str | None:
     """The device that the code names: the one that weights are packed for; ``None`` where it takes what is there."""
     layouts = [entry.layout for entry in target.manifest.components] if target.manifest is not None else []
     return next((layout.device for layout in layouts if layout.device != "any"), None)
 
 
-def _device(target: Target, device: str | None) -> str:
+def _device(target: Checkpoint, device: str | None) -> str:
     """The device as Python: the one that the weights are packed for, or a GPU that they can run on."""
     layouts = [entry.layout for entry in target.manifest.components] if target.manifest is not None else []
     device = device or code_device(target)
@@ -119,7 +119,7 @@ def _device(target: Target, device: str | None) -> str:
     return f'"cuda" if torch.cuda.is_available(){able} else "cpu"'
 
 
-def _from_pretrained(program: _Program, target: Target, opened: str) -> None:
+def _from_pretrained(program: _Program, target: Checkpoint, opened: str) -> None:
     if target.kind == "pipeline":
         program.imports.append("from diffusers import DiffusionPipeline")
         arguments = "".join(f", {item}" for item in (*_dtype(target), *_file_format(target), *_trust(target)))
@@ -136,7 +136,7 @@ def _import(part: Part) -> str:
     return f"from {module} import {part.auto_class or part.class_name}"
 
 
-def _assign(program: _Program, target: Target, folder: str) -> None:
+def _assign(program: _Program, target: Checkpoint, folder: str) -> None:
     program.imports.append("from accelerate import init_empty_weights")
     program.imports += sorted({_import(part) for part in target.parts})
     if any(part.library == "transformers" and part.module is None for part in target.parts):
@@ -207,18 +207,18 @@ def _fuse(variable: str) -> list[str]:
     ]
 
 
-def _dtype(target: Target) -> list[str]:
+def _dtype(target: Checkpoint) -> list[str]:
     dtypes = {str(part.kwargs["torch_dtype"]) for part in target.parts if "torch_dtype" in part.kwargs}
     dtypes |= {part.dtype for part in target.parts if part.dtype is not None}
     return [f"torch_dtype=torch.{dtypes.pop()}"] if len(dtypes) == 1 else []
 
 
-def _trust(target: Target) -> list[str]:
+def _trust(target: Checkpoint) -> list[str]:
     """Code inside the checkpoint runs only where somebody says so."""
     return ["trust_remote_code=True"] if target.runs_code else []
 
 
-def _file_format(target: Target) -> list[str]:
+def _file_format(target: Checkpoint) -> list[str]:
     """diffusers finds a sharded .bin only when it is told to look for one, in any of a pipeline's parts."""
     return ["use_safetensors=False"] if any("use_safetensors" in part.kwargs for part in target.parts) else []
 

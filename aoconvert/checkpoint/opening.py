@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.checkpoint import manifest as manifests
-from aoconvert.checkpoint.checkpoint import CODE_INSIDE, Target, from_folder, from_manifest, with_imports
+from aoconvert.checkpoint.checkpoint import CODE_INSIDE, Checkpoint, from_folder, from_manifest, with_imports
 from aoconvert.checkpoint.files import file_sha256, shadows
 from aoconvert.checkpoint.load_code import Strategy, load_code
 from aoconvert.checkpoint.manifest import MANIFEST_NAME
@@ -45,7 +45,7 @@ def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
     raise VerificationError(f"{folder} cannot be opened: {'; '.join(failures)}", hint="aoconvert verify says more")
 
 
-def _strategies(target: Target) -> tuple[Strategy, ...]:
+def _strategies(target: Checkpoint) -> tuple[Strategy, ...]:
     """The way that the last verification of this manifest proved, or both in turn."""
     if target.fused:
         return ("assign",)
@@ -58,7 +58,7 @@ def _strategies(target: Target) -> tuple[Strategy, ...]:
 
 
 @contextlib.contextmanager
-def allowed(target: Target) -> Iterator[None]:
+def allowed(target: Checkpoint) -> Iterator[None]:
     """Have ``torch.load(weights_only=True)`` accept what a checkpoint's pickles name."""
     import torch
 
@@ -73,7 +73,7 @@ def allowed(target: Target) -> Iterator[None]:
         yield
 
 
-def _open(target: Target, strategy: Strategy, kwargs: dict[str, Any]) -> Any:
+def _open(target: Checkpoint, strategy: Strategy, kwargs: dict[str, Any]) -> Any:
     import_diffusers()
     with allowed(target):
         if strategy == "from-pretrained":
@@ -86,7 +86,7 @@ def _open(target: Target, strategy: Strategy, kwargs: dict[str, Any]) -> Any:
         return names.get("pipe", names.get("model"))
 
 
-def _from_pretrained(target: Target, kwargs: dict[str, Any]) -> Any:
+def _from_pretrained(target: Checkpoint, kwargs: dict[str, Any]) -> Any:
     import torch
 
     defaults: dict[str, Any] = {}

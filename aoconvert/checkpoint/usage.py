@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from aoconvert.checkpoint.checkpoint import Part, Target
+from aoconvert.checkpoint.checkpoint import Checkpoint, Part
 from aoconvert.files import read_limited
 from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.models.calls import Default
@@ -28,7 +28,7 @@ _OTHER_INPUTS = re.compile(
 _HALVES = re.compile(r"Prior|Decoder|LDM3D")
 
 
-def usage_code(target: Target, place: str, *, small: bool = False, revision: str | None = None) -> str | None:
+def usage_code(target: Checkpoint, place: str, *, small: bool = False, revision: str | None = None) -> str | None:
     """Python that uses ``pipe`` or ``model`` after the load code; ``None`` for a kind that has no plain example.
 
     Args:
@@ -47,7 +47,7 @@ def usage_code(target: Target, place: str, *, small: bool = False, revision: str
     return "\n".join(lines) + "\n" if lines else None
 
 
-def usage_sha256(target: Target) -> str | None:
+def usage_sha256(target: Checkpoint) -> str | None:
     """SHA-256 (hex) of the example before place and sizes are filled in: by it a card knows that it was run."""
     usage = usage_code(target, "")
     return hashlib.sha256(usage.encode()).hexdigest() if usage is not None else None
@@ -58,7 +58,7 @@ def usage_packages(usage: str | None) -> tuple[str, ...]:
     return ("imageio", "imageio-ffmpeg") if usage is not None and "export_to_video" in usage else ()
 
 
-def _pipeline(target: Target, *, small: bool) -> list[str] | None:
+def _pipeline(target: Checkpoint, *, small: bool) -> list[str] | None:
     parameters = _parameters(target)
     if parameters is None or "prompt" not in parameters or any(_OTHER_INPUTS.fullmatch(name) for name in parameters):
         return None
@@ -80,7 +80,7 @@ def _pipeline(target: Target, *, small: bool) -> list[str] | None:
     return [*lines, f"image = pipe({call}).images[0]", 'image.save("image.png")']
 
 
-def _parameters(target: Target) -> Mapping[str, Default] | None:
+def _parameters(target: Checkpoint) -> Mapping[str, Default] | None:
     """What the pipeline's ``__call__`` takes: as the manifest has it, else as diffusers does."""
     recorded = target.manifest.pipeline if target.manifest is not None else None
     if recorded is not None and recorded.class_name == target.class_name:
@@ -90,7 +90,7 @@ def _parameters(target: Target) -> Mapping[str, Default] | None:
     return call_parameters(target.class_name)
 
 
-def _arguments(target: Target, parameters: Mapping[str, Default], *, small: bool) -> dict[str, Any]:
+def _arguments(target: Checkpoint, parameters: Mapping[str, Default], *, small: bool) -> dict[str, Any]:
     """What the call needs beyond the prompt: a text length that the model was built for, and small sizes."""
     arguments: dict[str, Any] = {}
     lengths = {part.config.get("max_text_seq_length") for part in target.parts} - {None}
@@ -102,7 +102,7 @@ def _arguments(target: Target, parameters: Mapping[str, Default], *, small: bool
     return arguments
 
 
-def _transformers(target: Target, part: Part, opened: str, *, small: bool) -> list[str] | None:
+def _transformers(target: Checkpoint, part: Part, opened: str, *, small: bool) -> list[str] | None:
     if not any((target.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     limit = 2 if small else 100
@@ -149,7 +149,7 @@ def _causal(chat: bool, limit: int) -> list[str]:
     ]
 
 
-def _has_chat_template(target: Target) -> bool:
+def _has_chat_template(target: Checkpoint) -> bool:
     if (target.folder / "chat_template.jinja").is_file():
         return True
     config = target.folder / "tokenizer_config.json"

@@ -35,7 +35,7 @@ from aoconvert.errors import (
 from aoconvert.formats.digest import FileDigest
 from aoconvert.formats.index import write_index
 from aoconvert.humanize import size
-from aoconvert.models import Component, ModelLayout, join
+from aoconvert.models import ModelLayout, ModelPart, join
 from aoconvert.models.calls import call_parameters
 from aoconvert.models.own_classes import is_pipeline_module
 from aoconvert.models.transformers import auto_class
@@ -386,7 +386,7 @@ def _load(plan: ComponentPlan, whole: Plan) -> manifest.LoadEntry:
     return manifest.LoadEntry(strategy=strategy, class_name=opener, kwargs=kwargs)
 
 
-def _runs_code(layout: ModelLayout, component: Component) -> bool:
+def _runs_code(layout: ModelLayout, component: ModelPart) -> bool:
     """Whether diffusers needs code inside the checkpoint to open a component, or the pipeline around it."""
     modules = {part.library for part in layout.parts} | {component.module or component.library}
     return layout.own_code or not all(

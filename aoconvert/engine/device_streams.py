@@ -19,7 +19,7 @@ from aoconvert.engine.quantize import not_finite, quantize_rows
 from aoconvert.errors import DeviceError, DeviceMemoryError
 from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.slices import BUFFERS, DEVICE_BLOCK, PER_DEVICE, SLICE_BYTES
-from aoconvert.schemes.error_stats import Error, differences, squares
+from aoconvert.schemes.error_stats import ErrorStats, differences, squares
 from aoconvert.schemes.repair import repair
 
 if TYPE_CHECKING:
@@ -29,15 +29,15 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Outcome(NamedTuple):
+class PieceResult(NamedTuple):
     """Rows that were quantized, in host memory, their figures, and the type of the device that did it."""
 
     tensor: torch.Tensor
-    error: Error
+    error: ErrorStats
     device: str
 
 
-Pending = Callable[[], Outcome]
+Pending = Callable[[], PieceResult]
 
 
 def open_devices(devices: Sequence[str], *, allow_cpu: bool) -> tuple[str, ...]:
@@ -119,16 +119,16 @@ class Lanes:
             outcome = self._on_cpu(name, data, dtype, scheme)
             return lambda: outcome
         lane, finish = begun
-        return lambda: Outcome(*finish(), lane.device.type)
+        return lambda: PieceResult(*finish(), lane.device.type)
 
-    def measure(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> Callable[[], Error]:
+    def measure(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> Callable[[], ErrorStats]:
         """As ``start``, for the figures alone: what torchao makes is not copied back."""
         begun = self._begun(name, data, scheme, lambda lane, blocks: lane.measure(name, data, dtype, scheme, blocks))
         if begun is None:
             done = self._on_cpu(name, data, dtype, scheme).error
             return lambda: done
 
-        def wait() -> Error:
+        def wait() -> ErrorStats:
             error = begun()
             # rows of zeros are repaired in the result, which is not here; anything else is named
             return error if error.finite else self._on_cpu(name, data, dtype, scheme).error
@@ -160,11 +160,11 @@ class Lanes:
         _log.warning("%s has no memory left for %s: it is quantized on the CPU", lane.device, name)
         return None
 
-    def _on_cpu(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> Outcome:
-        error = Error()
+    def _on_cpu(self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme) -> PieceResult:
+        error = ErrorStats()
         kernel = self.kernels.for_tensor(scheme, data.dtype, dtype)
         rows = quantize_rows(name, data, dtype, scheme, "cpu", error, kernel=kernel, pool=self.pool)
-        return Outcome(rows, error, "cpu")
+        return PieceResult(rows, error, "cpu")
 
 
 def _smaller_and_smaller(data: torch.Tensor, scheme: Scheme) -> Iterator[Blocks]:
@@ -191,7 +191,7 @@ class Lane:
 
     def start(
         self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme, blocks: Blocks
-    ) -> Callable[[], tuple[torch.Tensor, Error]]:
+    ) -> Callable[[], tuple[torch.Tensor, ErrorStats]]:
         """Copy rows to the device, quantize them there block by block, and copy the result back.
 
         What is returned waits for it, and repairs rows of zeros in the result.
@@ -205,7 +205,7 @@ class Lane:
             assembly = Assembly(quantized_on_meta(data.shape, dtype, scheme), scheme, self._stream is not None)
         figures = self._run(name, data, dtype, scheme, blocks, assembly)
 
-        def wait() -> tuple[torch.Tensor, Error]:
+        def wait() -> tuple[torch.Tensor, ErrorStats]:
             error, result = figures(), assembly.result()
             return result, error if error.finite else _repaired(name, data, dtype, scheme, result, error)
 
@@ -213,7 +213,7 @@ class Lane:
 
     def measure(
         self, name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme, blocks: Blocks
-    ) -> Callable[[], Error]:
+    ) -> Callable[[], ErrorStats]:
         """As ``start``, for the figures alone, which rows of zeros may make NaN."""
         return self._run(name, data, dtype, scheme, blocks, None)
 
@@ -225,7 +225,7 @@ class Lane:
         scheme: Scheme,
         blocks: Blocks,
         assembly: Assembly | None,
-    ) -> Callable[[], Error]:
+    ) -> Callable[[], ErrorStats]:
         # what is copied from stays until it has been waited for, as it is: no temporary that nobody holds
         data, near = data.contiguous(), blocks.to("cpu", dtype)
         with self._failing(), self._current():
@@ -242,11 +242,11 @@ class Lane:
             host = self._host_figures(figures)
             done = self._stream.record_event() if self._stream is not None else None
 
-        def wait(_: object = (data, near)) -> Error:
+        def wait(_: object = (data, near)) -> ErrorStats:
             if done is not None:
                 with self._failing():
                     done.synchronize()
-            return Error(*host.tolist())
+            return ErrorStats(*host.tolist())
 
         return wait
 
@@ -285,15 +285,15 @@ def _count(figures: torch.Tensor, original: torch.Tensor, quantized: torch.Tenso
 
 
 def _repaired(
-    name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme, result: torch.Tensor, error: Error
-) -> Error:
+    name: str, data: torch.Tensor, dtype: torch.dtype, scheme: Scheme, result: torch.Tensor, error: ErrorStats
+) -> ErrorStats:
     """Repair rows of zeros that have become NaN, in place, and measure again; on the host, which has memory for it.
 
     Raises:
         QuantizeError: NaN or infinity that comes from elsewhere.
     """
     if math.isfinite(error.signal) and (rows := repair(result)):
-        error = Error(repaired=rows)
+        error = ErrorStats(repaired=rows)
         error.add(data, result)
     if not error.finite:
         raise not_finite(name, data, dtype, error, scheme)

@@ -15,14 +15,14 @@ from aoconvert.engine.assembly import Assembly, quantized_on_meta
 from aoconvert.engine.blocks import Blocks, cut, quantize_block, torchao_at_work
 from aoconvert.planning.slices import at_once
 from aoconvert.schemes.apply import flatten, unflatten
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 from aoconvert.schemes.repair import repair
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
 
 # What torchao made of a block, how many rows of it are before the block's own, and the figures of these
-Made = tuple[torch.Tensor, int, Error]
+Made = tuple[torch.Tensor, int, ErrorStats]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -52,7 +52,7 @@ class Eager:
     elements: int
     pool: Executor | None = None
 
-    def matrix(self, weight: torch.Tensor) -> tuple[torch.Tensor, Error]:
+    def matrix(self, weight: torch.Tensor) -> tuple[torch.Tensor, ErrorStats]:
         """Quantize a weight that is a matrix, or stacked experts that torchao takes together.
 
         Raises:
@@ -64,7 +64,7 @@ class Eager:
             quantized, _, figures = self._block(weight, blocks, 0)
             return quantized, figures  # not through torchao's .to(), which casts scales as well
         assembly = None
-        error = Error()
+        error = ErrorStats()
         for start, (quantized, ahead, figures) in zip(starts, self._all(weight, blocks, starts), strict=True):
             error.merge(figures)
             assembly = assembly or Assembly(quantized_on_meta(weight.shape, self.dtype, self.scheme), self.scheme)
@@ -74,9 +74,9 @@ class Eager:
             error.repaired = min(error.repaired, 1)
         return assembly.result(), error
 
-    def experts(self, weight: torch.Tensor) -> tuple[torch.Tensor, Error]:
+    def experts(self, weight: torch.Tensor) -> tuple[torch.Tensor, ErrorStats]:
         """Quantize stacked matrices one by one: each has a scale of its own; as ``matrix``."""
-        error = Error()
+        error = ErrorStats()
         made = []
         for at, one in enumerate(weight):
             quantized, figures = replace(self, name=f"{self.name}[{at}]").matrix(one)
@@ -111,12 +111,12 @@ def stacked(pieces: Sequence[torch.Tensor], weight: torch.Tensor, dtype: torch.d
     return unflatten(like, parts)
 
 
-def _measured(original: torch.Tensor, quantized: torch.Tensor, ahead: int) -> Error:
+def _measured(original: torch.Tensor, quantized: torch.Tensor, ahead: int) -> ErrorStats:
     """The error of a block; rows of zeros that have become NaN are repaired in place."""
-    error = Error()
+    error = ErrorStats()
     error.add(original, quantized, ahead)
     if math.isfinite(error.signal) and not error.finite and (rows := repair(quantized)):
-        error = Error(repaired=rows)
+        error = ErrorStats(repaired=rows)
         error.add(original, quantized, ahead)
     return error
 

@@ -16,7 +16,7 @@ from aoconvert.errors import AoconvertError, ReadError
 from aoconvert.formats.safetensors import SafetensorsReader
 from aoconvert.models import transformers as transformers_models
 from aoconvert.models.base import SourceTensor
-from aoconvert.models.conversions import BLOCK_BYTES, Load, Recipe, Rows, build
+from aoconvert.models.conversions import BLOCK_BYTES, Load, MergeRecipe, Rows, build
 from aoconvert.planning.types import ComponentPlan, StreamedPlan, TensorPlan
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class _Made:
             result[first - start : last - start].copy_(made[tensor.name])
         return result
 
-    def _stack(self, recipe: Recipe, name: str, row: int, result: torch.Tensor) -> None:
+    def _stack(self, recipe: MergeRecipe, name: str, row: int, result: torch.Tensor) -> None:
         """One row of a stack, such as an expert, a few rows of its parts at a time."""
         loaded: dict[str, torch.Tensor] = {}
         for at, sources in enumerate(recipe.sources.values()):
@@ -119,7 +119,7 @@ class _Made:
             made = self._build(recipe, (row, row + 1), load)[name]
             parts[:, first : first + step].copy_(made.view(recipe.parts, -1, *result.shape[1:]))
 
-    def _whole(self, recipe: Recipe, name: str) -> dict[str, torch.Tensor]:
+    def _whole(self, recipe: MergeRecipe, name: str) -> dict[str, torch.Tensor]:
         """Everything of a conversion, ``name`` among it."""
         if self._kept is None or self._kept[0] != recipe.layer or name not in self._kept[1]:
             self._kept = None  # before the next is made
@@ -129,7 +129,7 @@ class _Made:
     def _cast(self, dtype: torch.dtype, source: SourceTensor, rows: Rows | None) -> torch.Tensor:
         return self._load(source, rows).to(dtype)
 
-    def _build(self, recipe: Recipe, rows: Rows | None, load: Load) -> dict[str, torch.Tensor]:
+    def _build(self, recipe: MergeRecipe, rows: Rows | None, load: Load) -> dict[str, torch.Tensor]:
         try:
             return build(recipe, self._model, rows, load)
         except AoconvertError:

@@ -12,7 +12,7 @@ import torch
 from aoconvert.engine.eager import Eager, stacked
 from aoconvert.errors import QuantizeError
 from aoconvert.planning.slices import CPU_BLOCK, DEVICE_BLOCK
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 
 if TYPE_CHECKING:
     from aoconvert.kernels.checked import Checked
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedTensor:
     """A quantized weight in host memory and its error against the source's weight.
 
     Attributes:
@@ -44,15 +44,15 @@ def quantize_tensor(
     kernel: Checked | None = None,
     block: int | None = None,
     pool: Executor | None = None,
-) -> Quantized:
+) -> QuantizedTensor:
     """Quantize one weight; the arguments are those of :func:`quantize_rows`.
 
     Raises:
         QuantizeError: NaN or infinity in the weight, or torchao failed on it.
     """
-    error = Error()
+    error = ErrorStats()
     result = quantize_rows(name, weight, dtype, scheme, device, error, kernel=kernel, block=block, pool=pool)
-    return Quantized(result, error.sqnr_db, error.largest)
+    return QuantizedTensor(result, error.sqnr_db, error.largest)
 
 
 def quantize_rows(
@@ -61,7 +61,7 @@ def quantize_rows(
     dtype: torch.dtype,
     scheme: Scheme,
     device: str,
-    error: Error,
+    error: ErrorStats,
     *,
     kernel: Checked | None = None,
     block: int | None = None,
@@ -100,7 +100,7 @@ def quantize_rows(
     return result if result.shape == weight.shape else stacked([result], weight, dtype, scheme)
 
 
-def not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: Error, scheme: Scheme) -> QuantizeError:
+def not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: ErrorStats, scheme: Scheme) -> QuantizeError:
     """Say where the NaN or infinity comes from: the source, the cast, or the scheme."""
     if not math.isfinite(error.signal):
         return QuantizeError(f"{name} holds NaN or infinity", hint="repair the source, or leave it out with --skip")

@@ -15,7 +15,7 @@ from aoconvert.formats.torch_bin.pickle_tree import is_wrapper
 from aoconvert.planning.slices import is_streamed
 from aoconvert.planning.types import TensorPlan
 from aoconvert.schemes.apply import flatten
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 
 Release = Callable[[], None]
 
@@ -42,7 +42,7 @@ class Whole:
 
     plan: TensorPlan
     tensor: torch.Tensor
-    error: Error | None
+    error: ErrorStats | None
     device: str | None
     release: Release
 
@@ -70,7 +70,7 @@ class End:
 
     plan: TensorPlan
     rest: Mapping[str, torch.Tensor]
-    error: Error | None
+    error: ErrorStats | None
     device: str | None
 
 
@@ -102,7 +102,7 @@ class _Work:
 
     plan: TensorPlan
     streamed: bool
-    error: Error | None
+    error: ErrorStats | None
     assembly: Assembly | None = None
     devices: set[str] = field(default_factory=set)
 
@@ -150,7 +150,7 @@ class Processor:
         plan = piece.plan
         if self._work is None:
             streamed = is_streamed(plan)
-            self._work = _Work(plan, streamed, Error() if plan.scheme is not None else None)
+            self._work = _Work(plan, streamed, ErrorStats() if plan.scheme is not None else None)
             if streamed:
                 self._send(Begin(plan, self._like(plan)), 0)
         work = self._work

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aoconvert.formats.torch_bin.writer import SealedFile, WrittenTensor
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TensorResult:
     device: str | None = None
 
     @classmethod
-    def of(cls, written: WrittenTensor, error: Error | None, device: str | None) -> TensorResult:
+    def of(cls, written: WrittenTensor, error: ErrorStats | None, device: str | None) -> TensorResult:
         """With the error of a quantized weight."""
         return cls(written) if error is None else cls(written, error.sqnr_db, error.largest, error.repaired, device)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert.checkpoint.report import some
 from aoconvert.errors import HubError, HubRefusal
-from aoconvert.hub.ownership import Held
+from aoconvert.hub.ownership import BranchFile
 from aoconvert.hub.remote import Changes, Job, Tip, changes, find_tip, refusals
 from aoconvert.sources.hub_errors import LOGIN_HINT, WRITE_HINT, failed_status, translated
 
@@ -66,7 +66,7 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Standing:
     problems += _collection_problems(job)
     if info is None:
         problems += _namespace_problems(job, me)
-        tip = Tip(job.branch, None, {}, Held(), exists=False)
+        tip = Tip(job.branch, None, {}, BranchFile(), exists=False)
         found = changes(job, tip)
     else:
         problems += _repo_problems(job, info, asked=role != "read")

@@ -28,7 +28,7 @@ VERIFY_HINT = "run aoconvert verify, or publish it as it is with --allow-unverif
 
 
 @dataclass(frozen=True)
-class Contents:
+class UploadContents:
     """What the folder holds that is to be sent, without the card.
 
     Attributes:
@@ -48,7 +48,7 @@ class Contents:
     warnings: tuple[str, ...]
 
 
-def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Progress) -> Contents:
+def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Progress) -> UploadContents:
     """Look at a folder that is to be published.
 
     Raises:
@@ -75,7 +75,7 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
         files.append(Sent.from_bytes(REPORT_NAME, public_report(report, folder, repo_id)))
         warnings += _weak_spots(report)
     warnings += _large(files) + _left_out(folder, {file.path for file in files})
-    return Contents(manifest, manifest_sha256, tuple(files), hashed, tuple(problems), tuple(warnings))
+    return UploadContents(manifest, manifest_sha256, tuple(files), hashed, tuple(problems), tuple(warnings))
 
 
 def _file_problems(folder: Path, entry: FileEntry) -> Iterator[str]:

@@ -28,7 +28,7 @@ _CONFIGS = ("model_index.json", "config.json")  # at the root; the first that is
 
 
 @dataclass(frozen=True)
-class Held:
+class BranchFile:
     """What a branch holds.
 
     Attributes:
@@ -69,7 +69,7 @@ class Branch:
         return path in self.files and self.files[path].size <= _SMALL
 
 
-def look(branch: Branch, sent: Mapping[str, Sent], manifest: Manifest, *, card_by_hand: bool) -> Held:
+def look(branch: Branch, sent: Mapping[str, Sent], manifest: Manifest, *, card_by_hand: bool) -> BranchFile:
     """Compare what a branch holds with what is to be sent.
 
     Args:
@@ -87,12 +87,12 @@ def look(branch: Branch, sent: Mapping[str, Sent], manifest: Manifest, *, card_b
         same = there is not None and there.holds(sent[MANIFEST_NAME])
         theirs = manifest if same else _manifest(branch, folder)
         if theirs is None:
-            return Held(frozenset(card), _another_config(branch, sent, folder), tuple(notes))
+            return BranchFile(frozenset(card), _another_config(branch, sent, folder), tuple(notes))
         listed = {entry.path: entry for entry in theirs.files()}
         ours = {path for path, entry in listed.items() if _as_pushed(branch, entry, sent.get(path), folder)}
     own = {MANIFEST_NAME, REPORT_NAME, PICTURE_NAME}
     notes += [line] if (line := other_schemes(manifest, theirs)) is not None else []
-    return Held(frozenset({*ours, *own, *card}), other_model(manifest, theirs), tuple(notes))
+    return BranchFile(frozenset({*ours, *own, *card}), other_model(manifest, theirs), tuple(notes))
 
 
 def _manifest(branch: Branch, folder: Path) -> Manifest | None:

@@ -14,7 +14,7 @@ from aoconvert.checkpoint.report import Report, some
 from aoconvert.errors import HubError, Interrupted, PlanError, UsageError
 from aoconvert.hub.access import Standing, check_access, no_token, ref_problem, whoami
 from aoconvert.hub.card import CardFiles, own_card, render_card, write_card
-from aoconvert.hub.contents import VERIFY_HINT, Contents, read_contents
+from aoconvert.hub.contents import VERIFY_HINT, UploadContents, read_contents
 from aoconvert.hub.remote import Job, Tip, differences, find_tip, list_files, pull_request_url
 from aoconvert.hub.secrets import find_secrets, secrets_in
 from aoconvert.hub.types import Pushed, PushOptions
@@ -75,7 +75,9 @@ def _check_usage(options: PushOptions) -> None:
         raise UsageError("--tag names a commit of a branch, not of a pull request", hint="tag it once it is merged")
 
 
-def _local(folder: Path, repo_id: str, options: PushOptions, progress: Progress) -> tuple[Contents, CardFiles | None]:
+def _local(
+    folder: Path, repo_id: str, options: PushOptions, progress: Progress
+) -> tuple[UploadContents, CardFiles | None]:
     """Everything that can be wrong before the network is asked, and the folder's own card.
 
     Raises:
@@ -129,7 +131,7 @@ def _publish(
     folder: Path,
     repo_id: str,
     options: PushOptions,
-    contents: Contents,
+    contents: UploadContents,
     card: CardFiles,
     progress: Progress,
 ) -> Pushed:
@@ -296,7 +298,7 @@ def _label(job: Job, commit: str) -> None:
             job.api.add_collection_item(job.options.collection, job.repo_id, "model", exists_ok=True)
 
 
-def _unasked(repo_id: str, contents: Contents, card: CardFiles, why: str) -> Pushed:
+def _unasked(repo_id: str, contents: UploadContents, card: CardFiles, why: str) -> Pushed:
     """A dry run that knows nothing about the Hub."""
     from huggingface_hub import constants
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aoconvert.checkpoint.files import LOADED
 from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.checkpoint.report import some
-from aoconvert.hub.ownership import Branch, Held, look
+from aoconvert.hub.ownership import Branch, BranchFile, look
 from aoconvert.hub.types import MARKER, PushOptions, RemoteFile, Sent
 from aoconvert.sources.hub_errors import translated
 
@@ -89,7 +89,7 @@ class Tip:
     revision: str
     commit: str | None
     files: Mapping[str, RemoteFile]
-    held: Held
+    held: BranchFile
     exists: bool = True
     pull_request: int | None = None
 
@@ -152,7 +152,7 @@ def _read_tip(job: Job, revision: str, pull_request: int | None) -> Tip:
         base = _read_tip(job, "main", None)
         return Tip(revision, base.commit, base.files, base.held, exists=False)
     if not exists or commit is None:
-        return Tip(revision, None, {}, Held(), exists=False)
+        return Tip(revision, None, {}, BranchFile(), exists=False)
     files = list_files(job, commit)
     branch = Branch(job.api, job.repo_id, commit, files)
     sent = {file.path: file for file in job.files}

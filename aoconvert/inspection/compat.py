@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from packaging.version import Version
 
-from aoconvert.formats.torch_bin.contents import Instance, TensorEntry
+from aoconvert.formats.torch_bin.contents import BinTensor, Instance
 from aoconvert.inspection.release_names import RELEASES, TABLE
 from aoconvert.inspection.types import Loading
 
@@ -25,7 +25,7 @@ _NOWHERE: Range = (len(RELEASES), -1)
 
 
 @dataclass(frozen=True)
-class Fate:
+class ReleaseSupport:
     """The columns of ``release_names.TABLE``; ``None`` is never."""
 
     present: Range | None
@@ -35,7 +35,7 @@ class Fate:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """What packed weights are made for.
 
     Attributes:
@@ -51,7 +51,7 @@ class Layout:
     packed: bool = True
 
 
-_CUDA_8 = Layout("cuda", (8, 0))
+_CUDA_8 = PackedLayout("cuda", (8, 0))
 _MACHINE = (
     "the packing depends on the machine that packed it (AVX512, AVX2 or neither), and the file does not say which"
 )
@@ -59,27 +59,27 @@ _MACHINE = (
 # Sources: `get_device_capability()[0] >= 8` in marlin_sparse_layout, marlin_qqq_tensor, int4_tile_packed_to_4d_tensor;
 # the device asserts of float8_opaque_tensor; shared facts "legacy-checkpoints" (int4 packing, HQQ) and "ecosystem"
 # (tile_packed_to_4d, plain_int32, da8w4). Where torchao asserts no capability, none is claimed.
-LAYOUTS: Mapping[str, Layout] = {
+LAYOUTS: Mapping[str, PackedLayout] = {
     "TensorCoreTiledAQTLayout": _CUDA_8,
     "TensorCoreTiledAQTTensorImpl": _CUDA_8,
     "Int4TilePackedTo4dTensor": _CUDA_8,
     "MarlinSparseAQTLayout": _CUDA_8,
     "MarlinSparseAQTTensorImpl": _CUDA_8,
     "MarlinQQQAQTTensorImpl": _CUDA_8,
-    "SemiSparseAQTLayout": Layout("cuda"),
-    "SemiSparseAQTTensorImpl": Layout("cuda"),
-    "CutlassSemiSparseTensorImpl": Layout("cuda"),
-    "Int4PackedTensorImpl": Layout("cuda"),
-    "Int4PreshuffledTensor": Layout("cuda"),
-    "Int4Tensor": Layout("cuda", note="torchao 0.18 runs it with the package mslk"),
-    "Int4CPUAQTTensorImpl": Layout(
+    "SemiSparseAQTLayout": PackedLayout("cuda"),
+    "SemiSparseAQTTensorImpl": PackedLayout("cuda"),
+    "CutlassSemiSparseTensorImpl": PackedLayout("cuda"),
+    "Int4PackedTensorImpl": PackedLayout("cuda"),
+    "Int4PreshuffledTensor": PackedLayout("cuda"),
+    "Int4Tensor": PackedLayout("cuda", note="torchao 0.18 runs it with the package mslk"),
+    "Int4CPUAQTTensorImpl": PackedLayout(
         "cpu", note=f"{_MACHINE}; torchao 0.8 and 0.9 wrote broken weights in this layout when HQQ was on"
     ),
-    "Int4OpaqueTensor": Layout("cpu", note=_MACHINE),
-    "DA8W4CPUAQTTensorImpl": Layout("cpu", note="its kernels are not in the wheels on PyPI"),
-    "Float8OpaqueTensor": Layout("cpu"),
-    "Int4XPUAQTTensorImpl": Layout("xpu"),
-    "Int4PlainInt32Tensor": Layout("xpu", note="for XPU, or NPU"),
+    "Int4OpaqueTensor": PackedLayout("cpu", note=_MACHINE),
+    "DA8W4CPUAQTTensorImpl": PackedLayout("cpu", note="its kernels are not in the wheels on PyPI"),
+    "Float8OpaqueTensor": PackedLayout("cpu"),
+    "Int4XPUAQTTensorImpl": PackedLayout("xpu"),
+    "Int4PlainInt32Tensor": PackedLayout("xpu", note="for XPU, or NPU"),
 }
 """By the last component of a tensor class's name; every other layout can be used on any device."""
 
@@ -170,21 +170,21 @@ SAFETENSORS_SINCE: Mapping[str, str] = {
 
 
 @functools.cache
-def fates() -> Mapping[str, Fate]:
+def fates() -> Mapping[str, ReleaseSupport]:
     """``release_names.TABLE`` by dotted name."""
-    found: dict[str, Fate] = {}
+    found: dict[str, ReleaseSupport] = {}
     module = ""
     for line in TABLE.strip("\n").splitlines():
         if not line.startswith(" "):
             module = line
             continue
         present, written, registered, imported, *names = line.split()
-        fate = Fate(_range(present), _range(written), _range(registered), _range(imported))
+        fate = ReleaseSupport(_range(present), _range(written), _range(registered), _range(imported))
         found |= {f"{module}.{name}": fate for name in names}
     return found
 
 
-def loading(names: Iterable[str], tensors: Iterable[TensorEntry]) -> Loading:
+def loading(names: Iterable[str], tensors: Iterable[BinTensor]) -> Loading:
     """Which torchao loads a ``.bin`` and computes the right values.
 
     Args:
@@ -247,7 +247,7 @@ def loading_safetensors(classes: Iterable[str]) -> Loading:
     return Loading(short(first), None, tuple(why))
 
 
-def written(names: Iterable[str], tensors: Iterable[TensorEntry]) -> Range | None:
+def written(names: Iterable[str], tensors: Iterable[BinTensor]) -> Range | None:
     """The releases that can have written such a pickle; ``None`` where none can (or no torchao name is in it)."""
     ours = [name for name in names if name.startswith("torchao.")]
     low, high = ALL
@@ -261,7 +261,7 @@ def written(names: Iterable[str], tensors: Iterable[TensorEntry]) -> Range | Non
     return (low, high) if ours and low <= high else None
 
 
-def parts(tensor: TensorEntry) -> Iterable[TensorEntry]:
+def parts(tensor: BinTensor) -> Iterable[BinTensor]:
     """The tensor and the torchao tensors within it, outermost first."""
     if tensor.class_name.startswith("torchao."):
         yield tensor
@@ -269,7 +269,7 @@ def parts(tensor: TensorEntry) -> Iterable[TensorEntry]:
             yield from parts(inner)
 
 
-def layout_of_classes(classes: Iterable[str]) -> Layout | None:
+def layout_of_classes(classes: Iterable[str]) -> PackedLayout | None:
     """The first layout that only one device can use, by the last components of class names."""
     return next((LAYOUTS[name] for name in sorted(classes) if name in LAYOUTS), None)
 
@@ -312,7 +312,7 @@ def _sentence(reason: str, outcome: str) -> str:
     return reason if " " in reason else f"{reason} {outcome}"
 
 
-def _signature(tensor: TensorEntry) -> Range | None:
+def _signature(tensor: BinTensor) -> Range | None:
     """The releases whose class holds exactly what this tensor holds; ``None`` where that is not known."""
     held = (set(tensor.inner) | set(tensor.attributes)) - {"dtype", "shape"}
     known = SIGNATURES.get(tensor.class_name.rpartition(".")[2], ())
@@ -322,7 +322,7 @@ def _signature(tensor: TensorEntry) -> Range | None:
     return spans[0] if spans else None
 
 
-def _limits(tensor: TensorEntry) -> Iterable[tuple[str, Range]]:
+def _limits(tensor: BinTensor) -> Iterable[tuple[str, Range]]:
     """What a tensor's own fields demand, beyond its class being there."""
     for part in parts(tensor):
         name = part.class_name.rpartition(".")[2]
@@ -335,7 +335,7 @@ def _limits(tensor: TensorEntry) -> Iterable[tuple[str, Range]]:
             yield f"{name} with one scale a row loads in torchao 0.12 and later, but not its values", span
 
 
-def _needs_017(tensor: TensorEntry) -> str | None:
+def _needs_017(tensor: BinTensor) -> str | None:
     """Measured by aoconvert: 0.15 and 0.16 load these Int8Tensors without an error."""
     block = tensor.attributes.get("block_size")
     kwargs = tensor.attributes.get("act_quant_kwargs")
@@ -353,7 +353,7 @@ def _needs_017(tensor: TensorEntry) -> str | None:
     return None
 
 
-def _row_scale(tensor: TensorEntry) -> bool:
+def _row_scale(tensor: BinTensor) -> bool:
     """One dimension: torchao expects two since 0.12 (measured: dequantize fails, or mixes rows and columns)."""
     scale = tensor.inner.get("scale")
     return scale is not None and len(scale.shape) == 1

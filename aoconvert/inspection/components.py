@@ -9,7 +9,7 @@ from typing import Any
 from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.environment import version_at_least, version_of
 from aoconvert.errors import UsageError
-from aoconvert.formats.torch_bin.contents import TensorEntry
+from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.inspection import compat
 from aoconvert.inspection.demands import demand_of, signs
 from aoconvert.inspection.foreign import PACKAGES, scheme_of_kind
@@ -109,9 +109,7 @@ def _scheme(kind: str, files: Sequence[FileFacts], config: Mapping[str, Any]) ->
     return next((found for file in files if (found := scheme_of_kind(kind, config, file.metadata))), None)
 
 
-def _loading(
-    kind: str, files: Sequence[FileFacts], entries: Sequence[TensorEntry], classes: set[str]
-) -> Loading | None:
+def _loading(kind: str, files: Sequence[FileFacts], entries: Sequence[BinTensor], classes: set[str]) -> Loading | None:
     if kind == "torchao":
         return compat.loading({name for file in files for name in file.globals}, entries)
     if kind == "torchao-safetensors":
@@ -123,7 +121,7 @@ def _problems(
     kind: str,
     files: Sequence[FileFacts],
     loading: Loading | None,
-    layout: compat.Layout | None,
+    layout: compat.PackedLayout | None,
     needs: Sequence[str],
     library: str | None,
     config: Mapping[str, Any],
@@ -164,7 +162,7 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def _device_here(layout: compat.Layout) -> bool | None:
+def _device_here(layout: compat.PackedLayout) -> bool | None:
     """Whether the layout's device is here; ``None`` where torch cannot be asked. Only asked for packed layouts."""
     if layout.device == "cpu":
         return None if layout.note else True
@@ -208,10 +206,10 @@ def _advice(
     scheme: str | None,
     files: Sequence[FileFacts],
     loading: Loading | None,
-    layout: compat.Layout | None,
+    layout: compat.PackedLayout | None,
     blocked: bool,
     config: Mapping[str, Any],
-    entries: Sequence[TensorEntry],
+    entries: Sequence[BinTensor],
 ) -> list[str]:
     advice: list[str] = []
     unsafe = [file for file in files if file.unsafe]

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from aoconvert.formats.torch_bin.contents import Instance, TensorEntry
-from aoconvert.inspection.compat import Layout, layout_of_classes, parts
+from aoconvert.formats.torch_bin.contents import BinTensor, Instance
+from aoconvert.inspection.compat import PackedLayout, layout_of_classes, parts
 from aoconvert.inspection.scheme import scheme_of
 from aoconvert.inspection.types import FileFacts, TensorFact
 from aoconvert.schemes.table import catalogue
@@ -23,20 +23,20 @@ _EMULATED = "emulated"
 _BY_CLASS = frozenset({"int4wo"})
 
 
-def demand_of(files: Sequence[FileFacts]) -> Layout | None:
+def demand_of(files: Sequence[FileFacts]) -> PackedLayout | None:
     """What the weights of a component need to run; ``None``: any device will do."""
     tensors = [tensor for file in files for tensor in file.tensors if tensor.scheme is not None]
     return _first(_of_classes(tensors), ((fact.scheme, fact.entry) for fact in tensors))
 
 
-def demand_of_entries(entries: Iterable[TensorEntry]) -> Layout | None:
+def demand_of_entries(entries: Iterable[BinTensor]) -> PackedLayout | None:
     """As :func:`demand_of`, for the tensors of a ``.bin``."""
     quantized = [entry for entry in entries if entry.inner]
     classes = {part.class_name.rpartition(".")[2] for entry in quantized for part in parts(entry)}
     return _first(layout_of_classes(classes), ((scheme_of(entry), entry) for entry in quantized))
 
 
-def _of_classes(tensors: Sequence[TensorFact]) -> Layout | None:
+def _of_classes(tensors: Sequence[TensorFact]) -> PackedLayout | None:
     classes = {tensor.class_name.rpartition(".")[2] for tensor in tensors}
     classes |= {
         part.class_name.rpartition(".")[2] for fact in tensors if fact.entry is not None for part in parts(fact.entry)
@@ -44,7 +44,9 @@ def _of_classes(tensors: Sequence[TensorFact]) -> Layout | None:
     return layout_of_classes(classes)
 
 
-def _first(by_class: Layout | None, tensors: Iterable[tuple[str | None, TensorEntry | None]]) -> Layout | None:
+def _first(
+    by_class: PackedLayout | None, tensors: Iterable[tuple[str | None, BinTensor | None]]
+) -> PackedLayout | None:
     """The layout of a packed class, else the narrowest demand of a scheme."""
     if by_class is not None:
         return by_class
@@ -55,15 +57,15 @@ def _first(by_class: Layout | None, tensors: Iterable[tuple[str | None, TensorEn
 
 
 @functools.cache
-def _demands() -> Mapping[str, Layout]:
+def _demands() -> Mapping[str, PackedLayout]:
     return {
-        entry.name: Layout(entry.device, entry.min_capability, packed=False)
+        entry.name: PackedLayout(entry.device, entry.min_capability, packed=False)
         for entry in catalogue()
         if entry.name not in _BY_CLASS and (entry.device != "any" or entry.min_capability is not None)
     }
 
 
-def _emulated(entry: TensorEntry | None) -> bool:
+def _emulated(entry: BinTensor | None) -> bool:
     """Whether the tensor itself asks for products in its original dtype, which every device has."""
     if entry is None:
         return False

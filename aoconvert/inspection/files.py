@@ -10,7 +10,7 @@ from typing import Any
 from aoconvert.errors import UnsafeFileError
 from aoconvert.formats.byte_source import ByteSource
 from aoconvert.formats.headers import GGUF_MAGIC, read_gguf, read_safetensors
-from aoconvert.formats.torch_bin.contents import TensorEntry
+from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.formats.torch_bin.header import read_source
 from aoconvert.inspection.foreign import classify
 from aoconvert.inspection.scheme import scheme_of, scheme_of_flat
@@ -76,7 +76,7 @@ def _bin(source: ByteSource, path: str, label: str, *, local: bool, config: Mapp
     return FileFacts(path, source.size, "bin", len(entries), facts, kind, names)
 
 
-def _torchao_fact(name: str, entry: TensorEntry) -> TensorFact:
+def _torchao_fact(name: str, entry: BinTensor) -> TensorFact:
     if entry.data is not None:
         return TensorFact(name, "torch.Tensor", entry.dtype, math.prod(entry.shape))
     return TensorFact(
@@ -84,17 +84,17 @@ def _torchao_fact(name: str, entry: TensorEntry) -> TensorFact:
     )
 
 
-def _stored(entry: TensorEntry) -> str:
+def _stored(entry: BinTensor) -> str:
     """The dtype of the largest plain tensor within."""
     leaves = [leaf for _, leaf in entry.leaves() if leaf.data is not None]
     return max(leaves, key=lambda leaf: leaf.nbytes).dtype if leaves else entry.dtype
 
 
-def _nested(others: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> dict[str, TensorEntry]:
+def _nested(others: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> dict[str, BinTensor]:
     """Tensors one or two dicts down: ``{"state_dict": {…}}``, ``{"model": …, "optimizer": …}``."""
-    found: dict[str, TensorEntry] = {}
+    found: dict[str, BinTensor] = {}
     for key, value in others.items():
-        if isinstance(value, TensorEntry):
+        if isinstance(value, BinTensor):
             found[f"{prefix}{key}"] = value
         elif isinstance(value, Mapping) and depth < 2:
             found |= _nested(value, f"{prefix}{key}.", depth + 1)

@@ -20,7 +20,7 @@ from aoconvert.sources import WEIGHT_SUFFIXES, Source, find_weights, resolve
 from aoconvert.sources.base import is_safe_path
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.hub_errors import not_cached
-from aoconvert.sources.remote import RemoteFile
+from aoconvert.sources.remote import RangedFile
 from aoconvert.sources.weights import Library
 
 _PIPELINE = "model_index.json"
@@ -180,7 +180,7 @@ class _Reader:
     def _facts(self, path: str, config: Mapping[str, Any]) -> FileFacts:
         with self._open(path) as (source, local):
             facts = read_file(source, path, f"{self._source.label}: {path}", local=local, config=config)
-            if isinstance(source, RemoteFile):
+            if isinstance(source, RangedFile):
                 self.fetched += source.fetched
         return facts
 
@@ -193,7 +193,7 @@ class _Reader:
             return
         if self._offline or self._source.repo_id is None or self._source.revision is None:
             raise not_cached(f"{self._source.label}: {path}")
-        yield RemoteFile(self._source.repo_id, self._source.revision, path, entry.size, self._token), False
+        yield RangedFile(self._source.repo_id, self._source.revision, path, entry.size, self._token), False
 
     def _json(self, path: str) -> dict[str, Any]:
         """A JSON object of the source, fetched; empty where there is none.

@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from aoconvert.formats.torch_bin.contents import Instance, Symbol, TensorEntry, Value
+from aoconvert.formats.torch_bin.contents import BinTensor, Instance, Symbol, Value
 from aoconvert.inspection.compat import parts
 
 _INT8_TENSOR = 8
 
 
-def scheme_of(tensor: TensorEntry) -> str | None:
+def scheme_of(tensor: BinTensor) -> str | None:
     """The scheme of a tensor of a torchao class; ``None`` where its class is not known well enough."""
     chain = list(parts(tensor))
     by_name = {part.class_name.rpartition(".")[2]: part for part in chain}
@@ -26,7 +26,7 @@ def scheme_of(tensor: TensorEntry) -> str | None:
     return None
 
 
-def _of_class(name: str, part: TensorEntry, dynamic: bool, by_name: Mapping[str, TensorEntry]) -> str | None:
+def _of_class(name: str, part: BinTensor, dynamic: bool, by_name: Mapping[str, BinTensor]) -> str | None:
     attributes = part.attributes
     if name == "AffineQuantizedTensor":
         return _affine(part, dynamic, by_name)
@@ -82,7 +82,7 @@ _FIXED = {
 }
 
 
-def _affine(part: TensorEntry, dynamic: bool, by_name: Mapping[str, TensorEntry]) -> str | None:
+def _affine(part: BinTensor, dynamic: bool, by_name: Mapping[str, BinTensor]) -> str | None:
     """``AffineQuantizedTensor``: the layout says how it is packed, the limits and dtypes what it holds."""
     names = " ".join(by_name)
     low, high = part.attributes.get("quant_min"), part.attributes.get("quant_max")
@@ -106,7 +106,7 @@ def _affine(part: TensorEntry, dynamic: bool, by_name: Mapping[str, TensorEntry]
     return None
 
 
-def _integers(by_name: Mapping[str, TensorEntry], low: Value, high: Value, dynamic: bool) -> str | None:
+def _integers(by_name: Mapping[str, BinTensor], low: Value, high: Value, dynamic: bool) -> str | None:
     """One integer in a byte: the limits say how many bits it means."""
     stored = next((entry.inner["int_data"] for entry in by_name.values() if "int_data" in entry.inner), None)
     if stored is None:
@@ -117,7 +117,7 @@ def _integers(by_name: Mapping[str, TensorEntry], low: Value, high: Value, dynam
     return ("int8dq" if dynamic else "int8wo") if bits == _INT8_TENSOR else _intx(bits, dynamic)
 
 
-def _floatx(by_name: Mapping[str, TensorEntry]) -> str | None:
+def _floatx(by_name: Mapping[str, BinTensor]) -> str | None:
     for entry in by_name.values():
         for field in ("layout_type", "_layout"):
             layout = entry.attributes.get(field)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aoconvert.formats.torch_bin.contents import TensorEntry
+from aoconvert.formats.torch_bin.contents import BinTensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TensorFact:
     dtype: str
     numel: int
     scheme: str | None = None
-    entry: TensorEntry | None = None
+    entry: BinTensor | None = None
 
 
 @dataclass(frozen=True)

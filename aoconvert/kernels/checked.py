@@ -21,7 +21,7 @@ import torch
 from aoconvert.kernels import library
 from aoconvert.kernels.library import Building, Kernel
 from aoconvert.schemes.apply import flatten, quantize_weight
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -52,7 +52,7 @@ class Checked:
         """It has failed, or has given something else than eager."""
         return self._kernel is None
 
-    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, Error] | None:
+    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, ErrorStats] | None:
         """Quantize rows of a weight; ``None`` where the kernel may not be used, or just was dropped.
 
         Args:
@@ -62,7 +62,7 @@ class Checked:
             return None
         try:
             done = self._kernel.rows(weight)
-            if not Error(done.signal, done.noise, done.largest).finite:
+            if not ErrorStats(done.signal, done.noise, done.largest).finite:
                 return None  # what becomes of NaN is nobody's promise; eager will say where it comes from
             if weight.shape[1] not in self._built:
                 self._check(weight, done)
@@ -74,14 +74,14 @@ class Checked:
         parts = dict(zip(names, done.parts, strict=True))
         shape, stride = weight.shape, (weight.shape[1], 1)
         tensor: torch.Tensor = kind.__tensor_unflatten__(parts, context, shape, stride)
-        return tensor, Error(done.signal, done.noise, done.largest)
+        return tensor, ErrorStats(done.signal, done.noise, done.largest)
 
     def _check(self, weight: torch.Tensor, done: library.Rows) -> None:
         """Compare with eager, block by block."""
         rows, columns = weight.shape
         step = self._scheme.block(max(2, _CHECK // columns))
         checked = rows if not self._built else min(step, rows)
-        figures = Error()
+        figures = ErrorStats()
         for start in range(0, checked, step):
             block = weight[start : min(start + step, checked)]
             quantized = quantize_weight(block.to(self._base), self._scheme)
@@ -108,7 +108,7 @@ def _compare(name: str, ours: torch.Tensor, expected: torch.Tensor) -> None:
         raise _DifferenceError(f"its {name} is not torchao's")
 
 
-def _compare_figures(eager: Error, done: library.Rows) -> None:
+def _compare_figures(eager: ErrorStats, done: library.Rows) -> None:
     """Sums in another order differ by some 1e-15 of themselves."""
     pairs = ((eager.signal, done.signal), (eager.noise, done.noise))
     if eager.largest != done.largest or not all(math.isclose(*pair, rel_tol=1e-12) for pair in pairs):

@@ -19,7 +19,7 @@ Kind = Literal["linear", "embedding", "experts", "other"]
 
 
 @dataclass(frozen=True)
-class Component:
+class ModelPart:
     """One model of a checkpoint: the whole of it, or one part of a diffusers pipeline.
 
     Attributes:
@@ -122,7 +122,7 @@ class Skeleton:
     own code, where that may be run.
     """
 
-    component: Component
+    component: ModelPart
     model: nn.Module | None = field(repr=False)
     tensors: tuple[TensorSpec, ...] = field(repr=False)
     fused: frozenset[str] = field(default=frozenset(), repr=False)
@@ -155,7 +155,7 @@ def from_json(values: Any) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def build_empty(component: Component, build: Callable[[], nn.Module], *, buffers: bool = False) -> nn.Module:
+def build_empty(component: ModelPart, build: Callable[[], nn.Module], *, buffers: bool = False) -> nn.Module:
     """Run ``build`` so that the model has everything on ``meta``.
 
     Buffers too: the position tables of a video model are larger than its largest weight. A class whose ``__init__``

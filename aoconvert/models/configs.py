@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aoconvert.models.base import Component
+from aoconvert.models.base import ModelPart
 
 FILE = "config.json"
 
@@ -52,7 +52,7 @@ def read(config: Mapping[str, Any], config_class: Any) -> Any:
         return config_class.from_pretrained(folder, local_files_only=True)
 
 
-def own(component: Component, config_class: Any) -> Component:
+def own(component: ModelPart, config_class: Any) -> ModelPart:
     """The component with a config that the class reads as a whole.
 
     A class that is a part of another model (``CLIPTextModel``) takes its part out of that model's config, and does not

@@ -56,7 +56,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeRecipe:
     """How one or several tensors of the model are made.
 
     Attributes:
@@ -115,7 +115,9 @@ class Recipe:
         return 3 * made * self.block_rows // max(1, self.targets[target][0])
 
 
-def follow(skeleton: Skeleton, conversions: Sequence[Conversion], found: Mapping[str, SourceTensor]) -> list[Recipe]:
+def follow(
+    skeleton: Skeleton, conversions: Sequence[Conversion], found: Mapping[str, SourceTensor]
+) -> list[MergeRecipe]:
     """Try every conversion on meta tensors.
 
     Args:
@@ -130,7 +132,7 @@ def follow(skeleton: Skeleton, conversions: Sequence[Conversion], found: Mapping
     recipes, made = [], set[str]()
     for item in conversions:
         sources = {pattern: tuple(found[name] for name in names) for pattern, names in item.sources.items()}
-        recipe = Recipe(item.layer, item.converter, sources, {})
+        recipe = MergeRecipe(item.layer, item.converter, sources, {})
         try:
             results = build(recipe, skeleton.model, None, _empty)
         except Exception as error:  # an operation may fail in its own way
@@ -145,7 +147,7 @@ def follow(skeleton: Skeleton, conversions: Sequence[Conversion], found: Mapping
     return recipes
 
 
-def build(recipe: Recipe, model: Any, rows: Rows | None, load: Load) -> dict[str, torch.Tensor]:
+def build(recipe: MergeRecipe, model: Any, rows: Rows | None, load: Load) -> dict[str, torch.Tensor]:
     """Run transformers' own converter.
 
     Args:
@@ -195,7 +197,7 @@ def _empty(source: SourceTensor, rows: Rows | None) -> torch.Tensor:
     return torch.empty(shape, dtype=source.dtype, device="meta")
 
 
-def _wanted(recipe: Recipe, rows: Rows | None) -> Iterator[tuple[str, SourceTensor, Rows | None]]:
+def _wanted(recipe: MergeRecipe, rows: Rows | None) -> Iterator[tuple[str, SourceTensor, Rows | None]]:
     """The sources (pattern, tensor, rows of it) that take part in the rows to make."""
     if rows is None or recipe.along == "stacked":
         for pattern, tensors in recipe.sources.items():
@@ -211,7 +213,7 @@ def _wanted(recipe: Recipe, rows: Rows | None) -> Iterator[tuple[str, SourceTens
             before += tensor.shape[0]
 
 
-def _with_rows(recipe: Recipe, model: Any) -> Recipe:
+def _with_rows(recipe: MergeRecipe, model: Any) -> MergeRecipe:
     """The recipe with ``along``, where a single row comes out as one row of the target."""
     try:
         along = _along(recipe)
@@ -229,7 +231,7 @@ def _with_rows(recipe: Recipe, model: Any) -> Recipe:
     return able
 
 
-def _makes(recipe: Recipe, model: Any, row: int, load: Load, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _makes(recipe: MergeRecipe, model: Any, row: int, load: Load, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     try:
         made = build(recipe, model, (row, row + 1), load)
     except Exception:  # as above; then it is made in another way
@@ -237,7 +239,7 @@ def _makes(recipe: Recipe, model: Any, row: int, load: Load, shapes: Mapping[str
     return {name: tuple(tensor.shape) for name, tensor in made.items()} == shapes
 
 
-def _along(recipe: Recipe) -> Literal["stacked", "concatenated", "mapped"] | None:
+def _along(recipe: MergeRecipe) -> Literal["stacked", "concatenated", "mapped"] | None:
     """What the operations do to dimension 0. Only classes that are known, not classes made from them."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
@@ -259,7 +261,7 @@ def _along(recipe: Recipe) -> Literal["stacked", "concatenated", "mapped"] | Non
     return None
 
 
-def _parts(recipe: Recipe) -> int:
+def _parts(recipe: MergeRecipe) -> int:
     """See ``Recipe.parts``."""
     from transformers.core_model_loading import Concatenate
 

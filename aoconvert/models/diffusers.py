@@ -11,7 +11,7 @@ from aoconvert.cache import remembered
 from aoconvert.environment import import_diffusers, version_of
 from aoconvert.errors import SourceError
 from aoconvert.models import base
-from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors, from_json, to_json
+from aoconvert.models.base import ModelPart, Skeleton, build_empty, describe_tensors, from_json, to_json
 from aoconvert.models.own_classes import is_pipeline_module, located, own_class
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("diffusers", "transformers", "accelerate", "torch")
 
 
-def model_class(component: Component, *, code_root: Path | None = None) -> Any:
+def model_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
     """The class named in ``_class_name``, or in a pipeline's ``model_index.json``.
 
     Args:
@@ -51,7 +51,7 @@ def model_class(component: Component, *, code_root: Path | None = None) -> Any:
 
 
 def empty_model(
-    component: Component,
+    component: ModelPart,
     dtype: torch.dtype | None = None,
     *,
     code_root: Path | None = None,
@@ -89,7 +89,7 @@ def kept_in_float32(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name in model.state_dict() if wanted & set(name.split(".")))
 
 
-def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
+def skeleton(component: ModelPart, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
     """The empty model and its tensors. ``dtype`` is what floating tensors will be cast to."""
     built: Skeleton | None = None
     component = located(component)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
-from aoconvert.models.base import Component, Skeleton, describe_tensors
+from aoconvert.models.base import ModelPart, Skeleton, describe_tensors
 from aoconvert.models.conversions import Conversion
 from aoconvert.models.diffusers import empty_model, kept_in_float32
 
@@ -52,7 +52,7 @@ def fuse(model: nn.Module) -> frozenset[str]:
     return names
 
 
-def skeleton(component: Component) -> Skeleton:
+def skeleton(component: ModelPart) -> Skeleton:
     """The empty model with fused projections, and its tensors.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from aoconvert.cache import remembered
 from aoconvert.environment import import_diffusers, quiet_imports, version_of
 from aoconvert.models import configs
-from aoconvert.models.base import Component, SourceTensor
+from aoconvert.models.base import ModelPart, SourceTensor
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ class Opening:
 
 
 def ask(
-    component: Component,
+    component: ModelPart,
     dtype: torch.dtype,
     found: Mapping[str, SourceTensor],
     *,
@@ -110,7 +110,7 @@ def _from_json(values: Any) -> Opening:
 
 
 def _open(
-    component: Component,
+    component: ModelPart,
     dtype: torch.dtype,
     found: Mapping[str, SourceTensor],
     *,
@@ -136,7 +136,7 @@ def _save(found: Mapping[str, SourceTensor], file: Path, *, sharded: bool) -> No
 
 
 def _open_diffusers(
-    component: Component,
+    component: ModelPart,
     dtype: torch.dtype,
     found: Mapping[str, SourceTensor],
     folder: Path,
@@ -180,7 +180,7 @@ def _open_diffusers(
 
 
 def _open_transformers(
-    component: Component,
+    component: ModelPart,
     dtype: torch.dtype,
     found: Mapping[str, SourceTensor],
     folder: Path,

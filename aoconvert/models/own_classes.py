@@ -11,7 +11,7 @@ from typing import Any
 from aoconvert.cache import remembered
 from aoconvert.environment import import_diffusers, version_of
 from aoconvert.errors import SourceError
-from aoconvert.models.base import Component
+from aoconvert.models.base import ModelPart
 
 
 def is_pipeline_module(name: str) -> bool:
@@ -22,7 +22,7 @@ def is_pipeline_module(name: str) -> bool:
     return hasattr(pipelines, name)
 
 
-def located(component: Component) -> Component:
+def located(component: ModelPart) -> ModelPart:
     """The component with the pipeline module that its class is in, where nobody has named one.
 
     A part that is a source of its own has no model_index.json to name it.
@@ -34,7 +34,7 @@ def located(component: Component) -> Component:
     return replace(component, module=module)
 
 
-def _module(component: Component) -> str | None:
+def _module(component: ModelPart) -> str | None:
     """The pipeline module that a class is in; ``None`` where it is in its library's top level, or nowhere."""
     if hasattr(_library(component), component.class_name):
         return None
@@ -48,7 +48,7 @@ def _module(component: Component) -> str | None:
     return None
 
 
-def _library(component: Component) -> Any:
+def _library(component: ModelPart) -> Any:
     """The library of a component alone: a model of transformers does not wait for diffusers to be imported."""
     if component.library == "diffusers":
         return import_diffusers()
@@ -57,7 +57,7 @@ def _library(component: Component) -> Any:
     return transformers
 
 
-def own_class(component: Component, *, code_root: Path | None = None) -> Any:
+def own_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
     """The class that ``component.module`` stands for, found by diffusers itself.
 
     Args:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from aoconvert.environment import quiet_imports
 from aoconvert.errors import SourceError
-from aoconvert.models.base import Component, Library, Skeleton
+from aoconvert.models.base import Library, ModelPart, Skeleton
 from aoconvert.models.unknown import check_class_keys, explain_unknown
 from aoconvert.sources.base import is_safe_path
 
@@ -73,16 +73,16 @@ class ModelLayout:
     kind: Literal["pipeline", "diffusers", "transformers"]
     folder: str
     class_name: str
-    components: tuple[Component, ...]
+    components: tuple[ModelPart, ...]
     parts: tuple[PipelinePart, ...] = field(default=())
     own_code: bool = False
 
-    def component(self, name: str) -> Component | None:
+    def component(self, name: str) -> ModelPart | None:
         """The component of that name, or ``None``."""
         return next((item for item in self.components if item.name == name), None)
 
     @property
-    def default_components(self) -> tuple[Component, ...]:
+    def default_components(self) -> tuple[ModelPart, ...]:
         """What is quantized when nobody says otherwise: the denoiser of a pipeline, or the model."""
         if self.kind != "pipeline":
             return self.components
@@ -96,14 +96,14 @@ def join(folder: str, path: str) -> str:
     return f"{folder}/{path}" if folder else path
 
 
-def _single(source: Source, folder: str, config: Mapping[str, Any], name: str = "") -> Component | None:
+def _single(source: Source, folder: str, config: Mapping[str, Any], name: str = "") -> ModelPart | None:
     where = join(folder, "config.json")
     declared = config.get("_class_name")
     if isinstance(declared, str):
-        return Component(name, folder, "diffusers", declared, config)
+        return ModelPart(name, folder, "diffusers", declared, config)
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
-        return Component(name, folder, "transformers", architectures[0], config)
+        return ModelPart(name, folder, "transformers", architectures[0], config)
     if "model_type" in config:
         raise SourceError(
             f"{source.label}: {where} names no architectures, so the model class is unknown",
@@ -171,7 +171,7 @@ def _further_folders(source: Source, part: PipelinePart, index: Mapping[str, Any
         yield more
 
 
-def _component(source: Source, part: PipelinePart) -> Component | None:
+def _component(source: Source, part: PipelinePart) -> ModelPart | None:
     """The model that a part is; ``None`` where it is a scheduler, a tokenizer, or whatever else has no weights.
 
     A model of diffusers says its class in its config; any other class of a pipeline's own has a base class of
@@ -187,7 +187,7 @@ def _component(source: Source, part: PipelinePart) -> Component | None:
         library, module = part.library, None
     else:
         library, module = "diffusers" if "_class_name" in values else "transformers", part.library
-    return Component(part.name, part.folder, cast(Library, library), part.class_name, values, module)
+    return ModelPart(part.name, part.folder, cast(Library, library), part.class_name, values, module)
 
 
 def identify(source: Source, subfolder: str | None = None) -> ModelLayout:
@@ -235,7 +235,7 @@ def _mapping(source: Source, path: str) -> Mapping[str, Any]:
     return values
 
 
-def refuse_quantized(component: Component) -> None:
+def refuse_quantized(component: ModelPart) -> None:
     """Refuse a model whose config says that its weights are quantized.
 
     Raises:
@@ -250,7 +250,7 @@ def refuse_quantized(component: Component) -> None:
 
 
 def build_skeleton(
-    component: Component, dtype: torch.dtype, *, code_root: Path | None = None, fuse_qkv: bool = False
+    component: ModelPart, dtype: torch.dtype, *, code_root: Path | None = None, fuse_qkv: bool = False
 ) -> Skeleton:
     """The empty model of a component, by its library.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
 from aoconvert.models import configs
-from aoconvert.models.base import Component, Skeleton, build_empty, describe_tensors
+from aoconvert.models.base import ModelPart, Skeleton, build_empty, describe_tensors
 from aoconvert.models.conversions import Conversion
 from aoconvert.models.own_classes import located, own_class
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def model_class(component: Component, *, code_root: Path | None = None) -> Any:
+def model_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
     """The class named in ``architectures`` (or in a pipeline's ``model_index.json``).
 
     As with the auto classes, code inside the checkpoint goes before transformers' own where it may be run.
@@ -61,7 +61,7 @@ def model_class(component: Component, *, code_root: Path | None = None) -> Any:
     )
 
 
-def auto_class(component: Component) -> str | None:
+def auto_class(component: ModelPart) -> str | None:
     """The auto class that opens a component by the code inside its checkpoint; ``None`` where it has none."""
     reference = _own_code(component) if component.module is None else None
     if reference is None:
@@ -69,7 +69,7 @@ def auto_class(component: Component) -> str | None:
     return next(str(name) for name, found in component.config["auto_map"].items() if found == reference)
 
 
-def _own_code(component: Component) -> str | None:
+def _own_code(component: ModelPart) -> str | None:
     """Where ``auto_map`` says that the model class is: ``file.Class``, or ``org/repo--file.Class``.
 
     Some name another class there than in ``architectures``; the auto classes take that of ``auto_map``.
@@ -88,7 +88,7 @@ def _own_code(component: Component) -> str | None:
     return None if hasattr(transformers, component.class_name) else next(iter(models.values()))
 
 
-def _dynamic_class(component: Component, reference: str, code_root: Path) -> Any:
+def _dynamic_class(component: ModelPart, reference: str, code_root: Path) -> Any:
     """A class out of the checkpoint's own code, or that of another repo.
 
     Raises:
@@ -106,7 +106,7 @@ def _dynamic_class(component: Component, reference: str, code_root: Path) -> Any
         ) from error
 
 
-def config_class(component: Component, cls: Any, *, code_root: Path | None = None) -> Any:
+def config_class(component: ModelPart, cls: Any, *, code_root: Path | None = None) -> Any:
     """What reads the component's ``config.json``: the model class's own config class, as in its ``from_pretrained``.
 
     Raises:
@@ -123,7 +123,7 @@ def config_class(component: Component, cls: Any, *, code_root: Path | None = Non
 
 
 def empty_model(
-    component: Component, dtype: torch.dtype, *, code_root: Path | None = None, buffers: bool = False
+    component: ModelPart, dtype: torch.dtype, *, code_root: Path | None = None, buffers: bool = False
 ) -> nn.Module:
     """Build the model on ``meta``, as ``from_pretrained`` does: ``dtype`` is what a class that names none gets.
 
@@ -142,7 +142,7 @@ def empty_model(
         )
 
 
-def skeleton(component: Component, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
+def skeleton(component: ModelPart, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
     """The empty model and its tensors. ``dtype`` is what floating tensors will be cast to.
 
     transformers keeps ``_keep_in_fp32_modules_strict`` in float32 below float32, and ``_keep_in_fp32_modules`` only
@@ -295,7 +295,7 @@ def quiet() -> Iterator[None]:
 
 
 def merged_reader_index(
-    component: Component,
+    component: ModelPart,
     folder: Path,
     scratch: Path,
     dtype: torch.dtype,

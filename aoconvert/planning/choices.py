@@ -31,7 +31,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SchemeChoice:
     """The scheme for a tensor, or why there is none; ``rule`` is the one that asked for a scheme."""
 
     scheme: Scheme | None
@@ -50,15 +50,15 @@ class Choices:
             knows.
     """
 
-    tensors: Mapping[str, Choice] = field(default_factory=dict)
+    tensors: Mapping[str, SchemeChoice] = field(default_factory=dict)
     implementation: str | None = None
     problems: tuple[str, ...] = ()
     cannot_run: str | None = None
 
-    def of(self, spec: TensorSpec) -> Choice:
+    def of(self, spec: TensorSpec) -> SchemeChoice:
         """The choice for a tensor; one that shares its memory has none of its own."""
         if spec.tied_to:
-            return Choice(None, f"the same tensor as {spec.tied_to}")
+            return SchemeChoice(None, f"the same tensor as {spec.tied_to}")
         return self.tensors[spec.name]
 
 
@@ -95,7 +95,9 @@ def _with_rows(skeleton: Skeleton, rows: Mapping[str, int]) -> Skeleton:
     return replace(skeleton, tensors=tensors)
 
 
-def _tried(skeleton: Skeleton, found: Mapping[str, Choice], trial: Trial) -> tuple[dict[str, Choice], str | None]:
+def _tried(
+    skeleton: Skeleton, found: Mapping[str, SchemeChoice], trial: Trial
+) -> tuple[dict[str, SchemeChoice], str | None]:
     """Leave out what the model cannot use quantized so; how its experts have to be multiplied."""
     experts: dict[str, Scheme] = {}
     layers: dict[str, Scheme] = {}
@@ -104,23 +106,25 @@ def _tried(skeleton: Skeleton, found: Mapping[str, Choice], trial: Trial) -> tup
             (experts if spec.kind == "experts" else layers)[spec.name] = scheme
     settled = settle(skeleton, experts, quantize_weight) if experts else Settled(None, {})
     refused = {**settled.refused, **trial.faults(layers, quantize_weight, lambda scheme: scheme.key)}
-    left = {name: Choice(None, why, found[name].rule) for name, why in refused.items()}
+    left = {name: SchemeChoice(None, why, found[name].rule) for name, why in refused.items()}
     return {**found, **left}, settled.implementation
 
 
-def _choose(spec: TensorSpec, dtype: torch.dtype, rules: Rules, wishes: Wishes, twins: list[TensorSpec]) -> Choice:
+def _choose(
+    spec: TensorSpec, dtype: torch.dtype, rules: Rules, wishes: Wishes, twins: list[TensorSpec]
+) -> SchemeChoice:
     rule = rules.match(spec.name, spec.module)
     asked = rule if rule is not None and rule.scheme is not None else None
     if (why := _unquantizable(spec, wishes, asked)) is not None:
-        return Choice(None, why, asked)
+        return SchemeChoice(None, why, asked)
     scheme = rule.scheme if rule is not None else rules.default
     if scheme is None:
-        return Choice(None, rule.reason if rule is not None else "no rule is for it")
+        return SchemeChoice(None, rule.reason if rule is not None else "no rule is for it")
     why = "the model class keeps it in float32" if spec.keep_fp32 else None
     if why is None and asked is None and wishes.default_skips:
         why = _taste(spec, scheme, twins)
     why = why or _unfit(spec, scheme, twins) or blocker(spec.shape, dtype, scheme)
-    return Choice(scheme if why is None else None, why, asked)
+    return SchemeChoice(scheme if why is None else None, why, asked)
 
 
 def _unquantizable(spec: TensorSpec, wishes: Wishes, rule: Rule | None) -> str | None:
@@ -161,7 +165,7 @@ def _unfit(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | N
     return None
 
 
-def _refused(skeleton: Skeleton, found: Mapping[str, Choice]) -> list[str]:
+def _refused(skeleton: Skeleton, found: Mapping[str, SchemeChoice]) -> list[str]:
     """One line for every rule that asked for a scheme, and got it for no tensor at all."""
     got = {choice.rule for choice in found.values() if choice.rule is not None and choice.scheme is not None}
     blocked: dict[Rule, list[tuple[str, str]]] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert import schemes
 from aoconvert.humanize import size
-from aoconvert.models import Component, ModelLayout, Skeleton, build_skeleton, join
+from aoconvert.models import ModelLayout, ModelPart, Skeleton, build_skeleton, join
 from aoconvert.models.bounds import Held, bounded, check_config
 from aoconvert.models.pipeline import refuse_quantized
 from aoconvert.models.ties import untied
@@ -19,7 +19,7 @@ from aoconvert.options import DEFAULT_DTYPE, QuantizeOptions
 from aoconvert.planning import files as plan_files
 from aoconvert.planning.choices import Wishes
 from aoconvert.planning.decide import Decisions, decide, nbytes
-from aoconvert.planning.inventory import Contents, read_contents
+from aoconvert.planning.inventory import SourceTensors, read_contents
 from aoconvert.planning.source_checkpoint import read_checkpoint
 from aoconvert.planning.types import ComponentPlan, FilePlan, LeftOut, TensorPlan
 from aoconvert.planning.weights import chosen_weights, is_only
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torchao.core.config import AOBaseConfig
 
-    from aoconvert.planning.source_checkpoint import Found
+    from aoconvert.planning.source_checkpoint import SourceCheckpoint
     from aoconvert.sources import Source
 
 
@@ -45,7 +45,7 @@ def _dtype(name: str) -> torch.dtype | None:
 def plan_component(
     source: Source,
     layout: ModelLayout,
-    component: Component,
+    component: ModelPart,
     rules: Rules,
     options: QuantizeOptions,
     *,
@@ -139,17 +139,17 @@ class _Draft:
     """What was decided about a model's tensors, for one dtype."""
 
     skeleton: Skeleton
-    found: Found | None
+    found: SourceCheckpoint | None
     decisions: Decisions
     problems: tuple[str, ...]
 
 
 def _draft(
     source: Source,
-    component: Component,
+    component: ModelPart,
     rules: Rules,
     options: QuantizeOptions,
-    checkpoint: tuple[Contents, bool] | None,
+    checkpoint: tuple[SourceTensors, bool] | None,
     held: Held | None,
     dtype_name: str,
     *,
@@ -162,10 +162,10 @@ def _draft(
 
 def _drafted(
     source: Source,
-    component: Component,
+    component: ModelPart,
     rules: Rules,
     options: QuantizeOptions,
-    checkpoint: tuple[Contents, bool] | None,
+    checkpoint: tuple[SourceTensors, bool] | None,
     dtype_name: str,
     *,
     fuse_qkv: bool,
@@ -193,7 +193,7 @@ def _drafted(
     return _Draft(skeleton, found, decide(skeleton, rules, wishes, dtype, found, free), tuple(problems))
 
 
-def _most_common_dtype(found: Found | None) -> str:
+def _most_common_dtype(found: SourceCheckpoint | None) -> str:
     """What most of the checkpoint's floating values are in; float32 where nobody knows."""
     counts: Counter[str] = Counter()
     for tensor in found.inventory.direct.values() if found is not None else ():
@@ -206,7 +206,7 @@ def _most_common_dtype(found: Found | None) -> str:
 _PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 
 
-def _with_config(component: Component, decisions: Decisions, *, drop_unknown: bool) -> Component:
+def _with_config(component: ModelPart, decisions: Decisions, *, drop_unknown: bool) -> ModelPart:
     """The model with what its ``config.json`` has to say so that it can be loaded and used."""
     changes: dict[str, Any] = {}
     if decisions.implementation is not None:
@@ -245,7 +245,7 @@ def _reasons(skipped: Sequence[TensorPlan]) -> str:
 
 
 def lay_out(
-    component: Component,
+    component: ModelPart,
     folder: str,
     planned: Sequence[TensorPlan],
     outputs: Mapping[str, torch.Tensor],
@@ -286,7 +286,7 @@ def lay_out(
     return tensors, tuple(name for names in dealt for name in names), tuple(files)
 
 
-def _skip_modules(component: Component, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+def _skip_modules(component: ModelPart, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
     """``modules_to_not_convert``: linear modules that stay as they are.
 
     diffusers matches an entry as a substring of a parameter's name; an entry that would also catch a quantized
@@ -309,7 +309,7 @@ def _missing_modules(skeleton: Skeleton, decisions: Decisions) -> list[str]:
     return [spec.module for spec in skeleton if spec.name in left and spec.kind == "linear"]
 
 
-def _adapter_warnings(source: Source, component: Component) -> list[str]:
+def _adapter_warnings(source: Source, component: ModelPart) -> list[str]:
     if component.library != "transformers":
         return []
     if found := adapter_files(source, component.folder):

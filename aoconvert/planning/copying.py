@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, PICTURE_NAME, REPORT_NAME
 from aoconvert.errors import SourceError
-from aoconvert.models import Component, ModelLayout, join
+from aoconvert.models import ModelLayout, ModelPart, join
 from aoconvert.planning.types import CopyPlan, LeftBehind
 from aoconvert.planning.unquantized import ONNX
 from aoconvert.planning.weights import weights_of
@@ -137,7 +137,7 @@ class _Sorting:
 def sort_files(
     source: Source,
     layout: ModelLayout,
-    chosen: Sequence[Component],
+    chosen: Sequence[ModelPart],
     read: Sequence[str],
     *,
     only: bool,
@@ -190,7 +190,7 @@ def sort_files(
 
 
 def _take_weights(
-    sorting: _Sorting, layout: ModelLayout, chosen: Sequence[Component], variant: str | None
+    sorting: _Sorting, layout: ModelLayout, chosen: Sequence[ModelPart], variant: str | None
 ) -> frozenset[str]:
     """Take the weights of the parts that were not chosen over; gives their paths."""
     folders = {component.folder for component in chosen}

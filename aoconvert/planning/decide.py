@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from aoconvert.errors import QuantizeError
 from aoconvert.models import Skeleton, TensorSpec
 from aoconvert.models.base import SourceTensor
-from aoconvert.models.conversions import Recipe
+from aoconvert.models.conversions import MergeRecipe
 from aoconvert.planning.choices import Choices, Wishes, choose
-from aoconvert.planning.source_checkpoint import Found
+from aoconvert.planning.source_checkpoint import SourceCheckpoint
 from aoconvert.planning.types import Action, LeftOut, TensorPlan
 from aoconvert.recipes.rules import Rules
 from aoconvert.schemes import Scheme
@@ -74,7 +74,7 @@ def decide(
     rules: Rules,
     wishes: Wishes,
     dtype: torch.dtype | None,
-    found: Found | None,
+    found: SourceCheckpoint | None,
     free: Mapping[str, str] | None = None,
 ) -> Decisions:
     """Decide for every tensor of a model.
@@ -108,7 +108,7 @@ class _Decider:
 
     skeleton: Skeleton
     dtype: torch.dtype | None
-    found: Found | None
+    found: SourceCheckpoint | None
     free: Mapping[str, str]
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -180,7 +180,7 @@ class _Decider:
         names += [self.free[spec.name]] if spec.name in self.free else []
         return next((self.inventory.direct[name] for name in names if name in self.inventory.direct), None)
 
-    def _is_usable(self, spec: TensorSpec, origin: SourceTensor | None, recipe: Recipe | None) -> bool:
+    def _is_usable(self, spec: TensorSpec, origin: SourceTensor | None, recipe: MergeRecipe | None) -> bool:
         if self.inventory is None or spec.tied_to is not None:
             return True
         if what := self.inventory.unreadable.get(spec.name):

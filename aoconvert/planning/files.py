@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aoconvert.models import Component
+from aoconvert.models import ModelPart
 from aoconvert.planning.types import TensorPlan
 
 # The Hub takes files below 50 GB; diffusers cannot open a sharded .bin without being told (diffusers#14811).
@@ -14,13 +14,13 @@ TRANSFORMERS_FILE_BYTES = 10 * 10**9
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "pytorch_model"}
 
 
-def weights_name(component: Component, number: int, count: int) -> str:
+def weights_name(component: ModelPart, number: int, count: int) -> str:
     """File name the component's library looks for; ``number`` counts from 1."""
     stem = _STEMS[component.library]
     return f"{stem}.bin" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.bin"
 
 
-def index_name(component: Component) -> str:
+def index_name(component: ModelPart) -> str:
     """Name of the index beside sharded weights."""
     return f"{_STEMS[component.library]}.bin.index.json"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aoconvert.errors import SourceError
 from aoconvert.models import Skeleton
 from aoconvert.models.base import SourceTensor
-from aoconvert.models.conversions import CannotFollow, Recipe, follow
+from aoconvert.models.conversions import CannotFollow, MergeRecipe, follow
 from aoconvert.models.fused import conversions
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Contents:
+class SourceTensors:
     """What the weights files hold.
 
     Attributes:
@@ -51,7 +51,7 @@ class Inventory:
 
     direct: Mapping[str, SourceTensor]
     merged: frozenset[str]
-    recipes: Mapping[str, Recipe]
+    recipes: Mapping[str, MergeRecipe]
     obstacle: str | None
     for_want_of_data: bool = False
     unknown: tuple[SourceTensor, ...] = ()
@@ -61,7 +61,7 @@ class Inventory:
     order: tuple[str, ...] = ()
 
 
-def read_contents(source: Source, weights: WeightFiles) -> Contents | None:
+def read_contents(source: Source, weights: WeightFiles) -> SourceTensors | None:
     """Read every header; ``None`` where the headers cannot be had without the weights.
 
     Raises:
@@ -81,7 +81,7 @@ def read_contents(source: Source, weights: WeightFiles) -> Contents | None:
             if entry.name in found:
                 _check_twice(source, weights, entry.name, found[entry.name].file, path)
             found[entry.name] = entry
-    return Contents(found, others)
+    return SourceTensors(found, others)
 
 
 def _check_twice(source: Source, weights: WeightFiles, name: str, first: str, last: str) -> None:
@@ -129,7 +129,7 @@ def _torch_bin(source: Source, path: str) -> tuple[list[SourceTensor], dict[str,
         reader.close()
 
 
-def match(skeleton: Skeleton, contents: Contents, *, sharded: bool) -> Inventory:
+def match(skeleton: Skeleton, contents: SourceTensors, *, sharded: bool) -> Inventory:
     """Match the checkpoint's tensors with the model's.
 
     Args:
@@ -167,7 +167,7 @@ def match(skeleton: Skeleton, contents: Contents, *, sharded: bool) -> Inventory
     return finish.inventory(merged=frozenset(recipes), recipes=recipes)
 
 
-def _match_diffusers(skeleton: Skeleton, contents: Contents, *, sharded: bool) -> Inventory:
+def _match_diffusers(skeleton: Skeleton, contents: SourceTensors, *, sharded: bool) -> Inventory:
     from aoconvert.models import diffusers
 
     found = contents.tensors
@@ -189,7 +189,7 @@ class _Finish:
     """Puts together what is known; ``names`` leads from a state-dict key to the checkpoint's name."""
 
     skeleton: Skeleton
-    contents: Contents
+    contents: SourceTensors
     names: Mapping[str, str]
     passed: Mapping[str, str]
     unreadable: Mapping[str, str]
@@ -199,7 +199,7 @@ class _Finish:
         self,
         *,
         merged: frozenset[str] = frozenset(),
-        recipes: Mapping[str, Recipe] | None = None,
+        recipes: Mapping[str, MergeRecipe] | None = None,
         obstacle: str | None = None,
         used: set[str] | None = None,
     ) -> Inventory:

@@ -17,7 +17,7 @@ from aoconvert.checkpoint.unfinished import partial_folder
 from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError, SourceError
 from aoconvert.humanize import first, size
-from aoconvert.models import Component, identify
+from aoconvert.models import ModelPart, identify
 from aoconvert.models.fused import CannotFuse
 from aoconvert.models.pipeline import refuse_quantized
 from aoconvert.options import QuantizeOptions
@@ -151,7 +151,7 @@ def refuse_output(source: Source, output: Path, *, overwrite: bool) -> None:
 def _plans(
     source: Source,
     layout: ModelLayout,
-    chosen: Sequence[Component],
+    chosen: Sequence[ModelPart],
     rules: Mapping[str, Rules],
     options: QuantizeOptions,
     *,
@@ -195,7 +195,7 @@ def _unreadable(source: Source, paths: Sequence[str]) -> list[str]:
     return problems
 
 
-def resolve_rules(options: QuantizeOptions, component: Component, device: str, recipe: Recipe | None = None) -> Rules:
+def resolve_rules(options: QuantizeOptions, component: ModelPart, device: str, recipe: Recipe | None = None) -> Rules:
     """Which scheme is for which tensor of a component, by what the user said.
 
     Args:

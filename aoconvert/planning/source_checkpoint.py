@@ -13,7 +13,7 @@ from aoconvert.models.base import SourceTensor
 from aoconvert.models.opening import Opening, ask
 from aoconvert.models.ties import settled
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning.inventory import Contents, Inventory, match
+from aoconvert.planning.inventory import Inventory, SourceTensors, match
 from aoconvert.planning.values import Values
 from aoconvert.recipes.rules import Rules, allowing
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceCheckpoint:
     """What a model finds in its checkpoint.
 
     Attributes:
@@ -45,13 +45,13 @@ class Found:
 def read_checkpoint(
     source: Source,
     skeleton: Skeleton,
-    contents: Contents,
+    contents: SourceTensors,
     options: QuantizeOptions,
     dtype: torch.dtype,
     *,
     sharded: bool,
     code_root: Path | None,
-) -> tuple[Skeleton, Found]:
+) -> tuple[Skeleton, SourceCheckpoint]:
     """Ask the library what it makes of the headers, and compare what is declared one and is there twice.
 
     Args:
@@ -74,7 +74,7 @@ def read_checkpoint(
     tensors = {name: tensor for name, tensor in contents.tensors.items() if name not in inventory.needs_data}
     opening = ask(skeleton.component, dtype, tensors, sharded=sharded, code_root=code_root)
     opening = replace(opening, missing=opening.missing - inventory.merged if inventory.needs_data else opening.missing)
-    found = Found(inventory, opening, Rules((), None, allowing(options.allow_missing)), options.drop_unknown)
+    found = SourceCheckpoint(inventory, opening, Rules((), None, allowing(options.allow_missing)), options.drop_unknown)
     if not opening.shared and not opening.contested:
         return skeleton, found
     cast = None if options.dtype == "auto" else dtype

@@ -15,8 +15,8 @@ from aoconvert.schemes.layouts import merged
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
 
-    from aoconvert.models import Component, ModelLayout, Skeleton
-    from aoconvert.models.conversions import Recipe
+    from aoconvert.models import ModelLayout, ModelPart, Skeleton
+    from aoconvert.models.conversions import MergeRecipe
     from aoconvert.recipes.rules import Rules
     from aoconvert.schemes import Scheme
     from aoconvert.sources import Source
@@ -151,7 +151,7 @@ class ComponentPlan:
             output's disk (they have neither ``origin`` nor ``sources``). ``None`` where it need not.
     """
 
-    component: Component
+    component: ModelPart
     rules: Rules
     config: AOBaseConfig
     folder: str
@@ -166,7 +166,7 @@ class ComponentPlan:
     copied: str | None
     weights: WeightFiles | None
     skeleton: Skeleton = field(repr=False, compare=False)
-    recipes: Mapping[str, Recipe] = field(default_factory=dict, repr=False, compare=False)
+    recipes: Mapping[str, MergeRecipe] = field(default_factory=dict, repr=False, compare=False)
     cannot_run: tuple[str, str] | None = None
 
     @property
@@ -243,7 +243,7 @@ class UnquantizedPlan:
         dropped: what its files hold that is not a tensor.
     """
 
-    component: Component
+    component: ModelPart
     folder: str
     tensors: tuple[TensorPlan, ...]
     order: tuple[str, ...]

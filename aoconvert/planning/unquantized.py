@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import SourceError
-from aoconvert.models import Component, ModelLayout, join
+from aoconvert.models import ModelLayout, ModelPart, join
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.own_classes import is_model
 from aoconvert.options import QuantizeOptions
@@ -32,7 +32,7 @@ _REASON = "not chosen"
 
 
 def plan_unquantized(
-    source: Source, layout: ModelLayout, chosen: Iterable[Component], options: QuantizeOptions
+    source: Source, layout: ModelLayout, chosen: Iterable[ModelPart], options: QuantizeOptions
 ) -> tuple[UnquantizedPlan, ...]:
     """Plan every part of a pipeline that has weights and was not chosen.
 
@@ -49,7 +49,7 @@ def plan_unquantized(
     )
 
 
-def part_problems(source: Source, layout: ModelLayout, chosen: Iterable[Component], variant: str | None) -> list[str]:
+def part_problems(source: Source, layout: ModelLayout, chosen: Iterable[ModelPart], variant: str | None) -> list[str]:
     """Parts of a pipeline that were not chosen and lack what their class cannot be opened without, one line each."""
     models = {component.name: component for component in layout.components}
     names = {component.name for component in chosen}
@@ -74,7 +74,7 @@ def part_problems(source: Source, layout: ModelLayout, chosen: Iterable[Componen
 
 
 def _plan(
-    source: Source, layout: ModelLayout, component: Component, weights: WeightFiles, limit: int | None
+    source: Source, layout: ModelLayout, component: ModelPart, weights: WeightFiles, limit: int | None
 ) -> UnquantizedPlan:
     import torch
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert import recipes
 from aoconvert.errors import AoconvertError, SourceError
-from aoconvert.models import Component, ModelLayout, identify
+from aoconvert.models import ModelLayout, ModelPart, identify
 from aoconvert.options import QuantizeOptions
 from aoconvert.sources.weights import WeightFiles, find_weights
 
@@ -52,7 +52,7 @@ def unreadable_headers(source: Source, options: QuantizeOptions) -> list[str]:
     return [path for path in files if path.endswith(".bin") and not source.is_local(path)]
 
 
-def weights_of(source: Source, component: Component, variant: str | None) -> WeightFiles | None:
+def weights_of(source: Source, component: ModelPart, variant: str | None) -> WeightFiles | None:
     """A part's weights; like diffusers, those without a variant where the part does not have the one asked for.
 
     Raises:
@@ -67,7 +67,7 @@ def weights_of(source: Source, component: Component, variant: str | None) -> Wei
         return find()
 
 
-def chosen_weights(source: Source, component: Component, variant: str | None) -> WeightFiles | None:
+def chosen_weights(source: Source, component: ModelPart, variant: str | None) -> WeightFiles | None:
     """The weights of a component that is quantized.
 
     Raises:
@@ -87,7 +87,7 @@ def load_recipe(options: QuantizeOptions) -> Recipe | None:
 
 def choose(
     layout: ModelLayout, options: QuantizeOptions, recipe: Recipe | None = None
-) -> tuple[list[Component], list[str]]:
+) -> tuple[list[ModelPart], list[str]]:
     """The components to quantize, and what is wrong with what was asked for.
 
     ``--component`` says which; else the recipe's sections do; else it is the denoiser.
@@ -96,7 +96,7 @@ def choose(
     known = [item.name for item in layout.components if item.name]
     named = {name: f"{recipe.origin} [component.{name}]" for name in recipe.components} if recipe is not None else {}
     wanted = {name: f"--component {name}" for name in options.components}
-    chosen: list[Component] = []
+    chosen: list[ModelPart] = []
     for name, origin in {**named, **wanted}.items():
         component = layout.component(name) if name else None
         if component is not None:

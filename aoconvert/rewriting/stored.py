@@ -15,7 +15,7 @@ import torch
 
 from aoconvert.formats.base import open_file, read_bytes
 from aoconvert.formats.content import data_names
-from aoconvert.formats.torch_bin.contents import TensorEntry
+from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.schemes.apply import unflatten
 
@@ -57,7 +57,7 @@ class StoredFile:
             self._tensors = torch.load(self._path, map_location="meta", weights_only=True)
         return self._filled(self._tensors[name], self.contents.tensors[name], name)
 
-    def _filled(self, empty: torch.Tensor, entry: TensorEntry, name: str) -> torch.Tensor:
+    def _filled(self, empty: torch.Tensor, entry: BinTensor, name: str) -> torch.Tensor:
         """A tensor like ``empty``, which is on meta, with its data."""
         if names := data_names(empty):
             parts = {part: self._filled(getattr(empty, part), entry.inner[part], f"{name}.{part}") for part in names}
@@ -69,6 +69,6 @@ class StoredFile:
         return data.view(empty.dtype).as_strided(empty.size(), empty.stride(), 0)
 
 
-def _first(tensor: TensorEntry) -> int:
+def _first(tensor: BinTensor) -> int:
     """Where the data of a tensor begin."""
     return min((leaf.data.offset or 0 for _, leaf in tensor.leaves() if leaf.data is not None), default=0)

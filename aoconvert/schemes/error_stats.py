@@ -16,7 +16,7 @@ _DEVICE_WIDE = 1 << 22
 
 
 @dataclass
-class Error:
+class ErrorStats:
     """‖w‖², ‖w − dequantized‖² and max |w − dequantized|; ``repaired`` counts rows of zeros that were given a scale.
 
     The differences are float32, their squares and sums float64, in which those squares are exact. So block sizes,
@@ -32,9 +32,9 @@ class Error:
         """Count in a block: the source's rows, and what torchao made of them behind ``ahead`` others."""
         for weight, difference in differences(original, quantized, ahead):
             low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
-            self.merge(Error(float(squares(weight)), float(squares(difference)), max(-float(low), float(high))))
+            self.merge(ErrorStats(float(squares(weight)), float(squares(difference)), max(-float(low), float(high))))
 
-    def merge(self, other: Error) -> None:
+    def merge(self, other: ErrorStats) -> None:
         """Count in the figures of other rows."""
         self.signal += other.signal
         self.noise += other.noise

@@ -15,7 +15,7 @@ from aoconvert.searching.tensor_options import Survey
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
-    from aoconvert.schemes.error_stats import Error
+    from aoconvert.schemes.error_stats import ErrorStats
 
 _WITHIN = 0.01
 _DIGITS = 9
@@ -31,7 +31,7 @@ class Tensor:
     survey: Survey
     name: str
     schemes: list[Scheme | None]
-    errors: list[Error | None]
+    errors: list[ErrorStats | None]
 
     def options(self, cost: Callable[[str, Scheme | None], int]) -> list[Option]:
         """What each scheme costs. The last digits of an error hang on how it was computed: they decide nothing."""
@@ -43,7 +43,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchResult:
     """A choice; ``why`` is the reason of a tensor that could take a scheme and has none."""
 
     chosen: Chosen
@@ -51,7 +51,7 @@ class Outcome:
     warnings: tuple[str, ...] = ()
 
 
-def reach(tensors: Sequence[Tensor], options: QuantizeOptions, fixed: int) -> Outcome:
+def reach(tensors: Sequence[Tensor], options: QuantizeOptions, fixed: int) -> SearchResult:
     """Choose by the goal that the options name.
 
     Args:
@@ -65,7 +65,7 @@ def reach(tensors: Sequence[Tensor], options: QuantizeOptions, fixed: int) -> Ou
     if options.min_sqnr is not None:
         limit = options.min_sqnr
         selection = tuple(_least(tensor, limit) for tensor in tensors)
-        return Outcome(_named(tensors, selection), f"auto: no candidate reaches {limit:g} dB")
+        return SearchResult(_named(tensors, selection), f"auto: no candidate reaches {limit:g} dB")
     if options.target_bits is not None:
         return _bits(tensors, options.target_bits)
     assert options.target_size is not None
@@ -112,7 +112,7 @@ class _Goal:
     hint: str
 
 
-def _bits(tensors: Sequence[Tensor], bits: float) -> Outcome:
+def _bits(tensors: Sequence[Tensor], bits: float) -> SearchResult:
     """So many bits a parameter, for each component."""
     chosen: Chosen = {}
     warnings: list[str] = []
@@ -121,7 +121,7 @@ def _bits(tensors: Sequence[Tensor], bits: float) -> Outcome:
         selection, warning = _bits_of(part, bits)
         chosen |= _named(part, selection)
         warnings += warning
-    return Outcome(chosen, f"auto: --target-bits {bits:g} leaves room for it as it is", tuple(warnings))
+    return SearchResult(chosen, f"auto: --target-bits {bits:g} leaves room for it as it is", tuple(warnings))
 
 
 def _bits_of(tensors: Sequence[Tensor], bits: float) -> tuple[Selection, list[str]]:
@@ -139,7 +139,7 @@ def _bits_of(tensors: Sequence[Tensor], bits: float) -> tuple[Selection, list[st
     return _fitted(goal, [tensor.options(survey.data_bytes) for tensor in tensors], exact, _singles(tensors))
 
 
-def _sized(tensors: Sequence[Tensor], target: int, fixed: int) -> Outcome:
+def _sized(tensors: Sequence[Tensor], target: int, fixed: int) -> SearchResult:
     """So many bytes, for all weights files together."""
     surveys = {tensor.survey.component: tensor.survey for tensor in tensors}
 
@@ -153,7 +153,7 @@ def _sized(tensors: Sequence[Tensor], target: int, fixed: int) -> Outcome:
     goal = _Goal(f"--target-size {size(target)}", "", target, nothing, shown, _hint(tensors[0].survey.options))
     items = [tensor.options(tensor.survey.file_bytes) for tensor in tensors]
     selection, warnings = _fitted(goal, items, exact, _singles(tensors))
-    return Outcome(_named(tensors, selection), f"auto: {goal.flag} leaves room for it as it is", tuple(warnings))
+    return SearchResult(_named(tensors, selection), f"auto: {goal.flag} leaves room for it as it is", tuple(warnings))
 
 
 def _fitted(

@@ -33,12 +33,12 @@ from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
 from aoconvert.planning.types import ComponentPlan, Plan, TensorPlan
 from aoconvert.progress import Progress
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
 
-Figures = Callable[[], Error]
+Figures = Callable[[], ErrorStats]
 T = TypeVar("T")
 
 
@@ -51,7 +51,7 @@ class Measured:
         failures: one line for each candidate that a tensor could not take, though its shape allows it.
     """
 
-    errors: dict[str, dict[str, Error]] = field(default_factory=dict)
+    errors: dict[str, dict[str, ErrorStats]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
 
@@ -183,7 +183,7 @@ class _Pass:
         plan = piece.plan
         errors = self.result.errors.setdefault(plan.name, {})
         if piece.start == 0:
-            errors.update({scheme.key: Error() for scheme in self.wanted[plan.name]})
+            errors.update({scheme.key: ErrorStats() for scheme in self.wanted[plan.name]})
         begun: list[tuple[Scheme, Figures]] = []
         for scheme in self.wanted[plan.name]:
             if scheme.key not in errors:  # an earlier piece could not take it

@@ -16,7 +16,7 @@ from aoconvert.planning.weights import choose
 from aoconvert.progress import Progress
 from aoconvert.recipes.rules import Rules, skipping
 from aoconvert.searching.candidates import resolve
-from aoconvert.searching.goals import Outcome, Tensor, reach
+from aoconvert.searching.goals import SearchResult, Tensor, reach
 from aoconvert.searching.measure import measure
 from aoconvert.searching.tensor_options import Survey
 
@@ -131,7 +131,7 @@ def _measure(base: Plan, surveys: Sequence[Survey], progress: Progress) -> tuple
 
 def _settle(
     surveys: Sequence[Survey], tensors: Sequence[Tensor], options: QuantizeOptions, fixed: int
-) -> tuple[dict[str, Rules], Outcome]:
+) -> tuple[dict[str, Rules], SearchResult]:
     """Choose, and again as long as the whole is not what may be written."""
     while True:
         outcome = reach(tensors, options, fixed)
@@ -152,7 +152,7 @@ def _settle(
             return rules, outcome
 
 
-def _force(survey: Survey, tensors: Sequence[Tensor], outcome: Outcome, options: QuantizeOptions) -> bool:
+def _force(survey: Survey, tensors: Sequence[Tensor], outcome: SearchResult, options: QuantizeOptions) -> bool:
     """Take the choice to leave them as they are from tensors, as far as ``--min-quantized`` asks for it.
 
     Those with the least error a parameter first. ``True`` where there were such tensors.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aoconvert.formats.torch_bin.writer import predict_size
 from aoconvert.models import TensorSpec
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning.choices import Choice, Wishes, choose
+from aoconvert.planning.choices import SchemeChoice, Wishes, choose
 from aoconvert.planning.component import lay_out
 from aoconvert.planning.decide import meta_output, nbytes
 from aoconvert.planning.types import ComponentPlan
@@ -88,7 +88,7 @@ class Survey:
         """Its name in the pipeline."""
         return self.plan.component.name
 
-    def _choices(self, rules: Rules) -> Mapping[str, Choice]:
+    def _choices(self, rules: Rules) -> Mapping[str, SchemeChoice]:
         wishes = Wishes(self.options.include_embeddings, self.options.default_skips)
         return choose(self.plan.skeleton, self._dtypes, rules, wishes).tensors
 

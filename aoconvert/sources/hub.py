@@ -15,7 +15,7 @@ from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_pa
 from aoconvert.sources.folder import list_folder
 from aoconvert.sources.headers import REPLACE_HINT, check_entries
 from aoconvert.sources.hub_errors import SPACE_HINT, check_token, not_cached, translated
-from aoconvert.sources.remote import RemoteFile
+from aoconvert.sources.remote import RangedFile
 
 # Fetched when the source is opened: configs, indexes, tokenizers and what the model card needs, never weights.
 SMALL_SUFFIXES = frozenset({".json", ".txt", ".md", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe", ".yaml", ".yml"})
@@ -138,7 +138,7 @@ class HubSource(Source):
             raise SourceError(f"{self.label}: {path} is truncated", hint=REPLACE_HINT)
         if not count:
             return b""
-        file = RemoteFile(self.repo_id, self.revision, path, entry.size, self._token)
+        file = RangedFile(self.repo_id, self.revision, path, entry.size, self._token)
         return file.read_range(offset, offset + count)
 
 

@@ -9,7 +9,7 @@ from aoconvert.sources.hub_errors import translated
 _BLOCK = 1 << 16
 
 
-class RemoteFile:
+class RangedFile:
     """A file of a repo at one commit.
 
     Attributes:

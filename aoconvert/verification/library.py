@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aoconvert.checkpoint.checkpoint import Part, Target
+from aoconvert.checkpoint.checkpoint import Checkpoint, Part
 from aoconvert.checkpoint.load_code import load_code
 from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
 from aoconvert.checkpoint.report import Status, some
@@ -79,7 +79,7 @@ def fetch_for_library(source: Source, variant: str | None, folder: str | None) -
     source.fetch(wanted)
 
 
-def compare_by_library(target: Target, source: Source, children: Children, *, trust: bool) -> LibraryFindings:
+def compare_by_library(target: Checkpoint, source: Source, children: Children, *, trust: bool) -> LibraryFindings:
     """Have the library open both, and compare everything by its own names.
 
     Raises:
@@ -103,7 +103,7 @@ def compare_by_library(target: Target, source: Source, children: Children, *, tr
     return judge(source.label, answers)
 
 
-def originals(target: Target, source: Source | None, *, trust: bool) -> dict[str, dict[str, Any]]:
+def originals(target: Checkpoint, source: Source | None, *, trust: bool) -> dict[str, dict[str, Any]]:
     """How the library opens what each quantized part was made of; nothing where that is not known."""
     manifest = target.manifest
     if manifest is None or source is None or _other_model(target, source, manifest) is not None:
@@ -121,7 +121,7 @@ def originals(target: Target, source: Source | None, *, trust: bool) -> dict[str
     return found
 
 
-def _other_model(target: Target, source: Source, manifest: Manifest) -> str | None:
+def _other_model(target: Checkpoint, source: Source, manifest: Manifest) -> str | None:
     """Why the source cannot be the one that the result was made of, by its configs."""
     try:
         layout = identify(source, manifest.source.subfolder)
@@ -134,7 +134,7 @@ def _other_model(target: Target, source: Source, manifest: Manifest) -> str | No
     return None if same else f"{source.label} is another model: {layout.class_name}, not {target.class_name}"
 
 
-def _request(target: Target, source: Source, manifest: Manifest, scratch: str, *, trust: bool) -> dict[str, Any]:
+def _request(target: Checkpoint, source: Source, manifest: Manifest, scratch: str, *, trust: bool) -> dict[str, Any]:
     root = source.root / (manifest.source.subfolder or "") if target.kind == "pipeline" else source.root
     folder = str(target.folder.resolve())
     return {
@@ -156,7 +156,7 @@ def _request(target: Target, source: Source, manifest: Manifest, scratch: str, *
     }
 
 
-def _part(part: Part, entry: ComponentEntry, source: Source, target: Target, manifest: Manifest) -> dict[str, Any]:
+def _part(part: Part, entry: ComponentEntry, source: Source, target: Checkpoint, manifest: Manifest) -> dict[str, Any]:
     quantized = [tensor for tensor in entry.tensors if tensor.action == "quantize"]
     return {
         "library": part.library,

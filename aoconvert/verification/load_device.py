@@ -8,25 +8,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from aoconvert.checkpoint.checkpoint import Target
+from aoconvert.checkpoint.checkpoint import Checkpoint
 from aoconvert.environment import choose_device, device_facts
 from aoconvert.errors import PlanError
 from aoconvert.formats.torch_bin.header import read_bin
-from aoconvert.inspection.compat import Layout
+from aoconvert.inspection.compat import PackedLayout
 from aoconvert.inspection.demands import demand_of_entries
 from aoconvert.schemes import int4
 from aoconvert.schemes.describe import capability
 
 
 @dataclass(frozen=True)
-class Place:
+class LoadDevice:
     """A device as torch names it, and why the weights cannot run on it (``None``: they can)."""
 
     device: str
     obstacle: str | None
 
 
-def choose_place(target: Target, requested: str) -> Place:
+def choose_load_device(target: Checkpoint, requested: str) -> LoadDevice:
     """Where to open a checkpoint.
 
     Args:
@@ -44,15 +44,15 @@ def choose_place(target: Target, requested: str) -> Place:
         device = next((kind for kind in packed if _is_here(kind)), "cpu")
     obstacles = (_obstacle(layout, device) for layout in layouts)
     misfits = (int4.misfit(entry.layout.packing) for entry in target.manifest.components) if target.manifest else ()
-    return Place(device, next((why for why in (*obstacles, *misfits) if why is not None), None))
+    return LoadDevice(device, next((why for why in (*obstacles, *misfits) if why is not None), None))
 
 
-def _layouts(target: Target) -> Iterable[Layout]:
+def _layouts(target: Checkpoint) -> Iterable[PackedLayout]:
     """What the packed weights of each part demand."""
     if target.manifest is not None:
         for entry in target.manifest.components:
             least = entry.layout.min_capability
-            yield Layout(entry.layout.device, (least[0], least[1]) if least and len(least) == 2 else None)
+            yield PackedLayout(entry.layout.device, (least[0], least[1]) if least and len(least) == 2 else None)
         return
     for part in target.parts:
         for file in part.files:
@@ -60,7 +60,7 @@ def _layouts(target: Target) -> Iterable[Layout]:
                 yield layout
 
 
-def _obstacle(layout: Layout, device: str) -> str | None:
+def _obstacle(layout: PackedLayout, device: str) -> str | None:
     kind = device.partition(":")[0]
     if layout.device not in ("any", kind):
         why = f"it is to be opened on {kind}" if _is_here(layout.device) else "there is no such device here"

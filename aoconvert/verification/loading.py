@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aoconvert.checkpoint.checkpoint import Part, Target
+from aoconvert.checkpoint.checkpoint import Checkpoint, Part
 from aoconvert.checkpoint.manifest import StoredEntry, TensorEntry, UnquantizedEntry
 from aoconvert.checkpoint.published import Published
 from aoconvert.checkpoint.report import ForwardPass, Status, some
@@ -41,7 +41,7 @@ class Loaded:
         passes = [answer["forward"]["status"] for answer in self.forward if not answer.get("example")]
         return bool(passes) and set(passes) == {"passed"}
 
-    def passes(self, target: Target) -> tuple[ForwardPass, ...]:
+    def passes(self, target: Checkpoint) -> tuple[ForwardPass, ...]:
         """The forward pass of each part."""
         classes = {part.name: part.class_name for part in target.parts}
         return tuple(
@@ -55,7 +55,7 @@ class OtherWeights(VerificationError):
     """A checkpoint opens, and what was opened is not what its files hold."""
 
 
-def check_load(target: Target, loaded: Loaded, children: Children) -> tuple[Status, str]:
+def check_load(target: Checkpoint, loaded: Loaded, children: Children) -> tuple[Status, str]:
     """``torch.load(weights_only=True, mmap=True)`` of every quantized file, and what came out against the manifest."""
     problems: list[str] = []
     count = 0
@@ -78,7 +78,9 @@ def check_load(target: Target, loaded: Loaded, children: Children) -> tuple[Stat
     return "passed", f"{count} tensors, weights_only=True, mmap=True{compared}"
 
 
-def _load(target: Target, part: Part, more: Sequence[str], children: Children) -> dict[str, dict[str, dict[str, Any]]]:
+def _load(
+    target: Checkpoint, part: Part, more: Sequence[str], children: Children
+) -> dict[str, dict[str, dict[str, Any]]]:
     """What a fresh interpreter says of each tensor of a part's ``.bin`` files and of ``more``, by file and name.
 
     Raises:
@@ -145,7 +147,7 @@ def _against_manifest(
 
 
 def check_published(
-    target: Target,
+    target: Checkpoint,
     published: Published,
     code: str,
     loaded: Loaded,
@@ -169,7 +171,7 @@ def check_published(
 
 
 def check_reload(
-    target: Target,
+    target: Checkpoint,
     code: str,
     loaded: Loaded,
     children: Children,
@@ -191,7 +193,7 @@ def check_reload(
 
 
 def _request(
-    target: Target, code: str, originals: Mapping[str, Any], *, forward: bool, example: str | None
+    target: Checkpoint, code: str, originals: Mapping[str, Any], *, forward: bool, example: str | None
 ) -> dict[str, Any]:
     folder = target.folder.resolve()
     by_library = "load_state_dict(" not in code  # that is strict, and has no report
@@ -240,7 +242,7 @@ def _unfinished(request: dict[str, Any], error: Ended) -> Iterator[dict[str, Any
         yield {"example": True, "forward": given}
 
 
-def _reloaded(target: Target, open_it: Callable[[], list[dict[str, Any]]], loaded: Loaded) -> tuple[Status, str]:
+def _reloaded(target: Checkpoint, open_it: Callable[[], list[dict[str, Any]]], loaded: Loaded) -> tuple[Status, str]:
     """Whether what was opened is what was written."""
     try:
         first, *answers = open_it()
@@ -272,7 +274,7 @@ def _changed(part: Part, answers: list[dict[str, Any]], loaded: Loaded) -> list[
     ]
 
 
-def _made_anew(target: Target, part: Part, answers: list[dict[str, Any]]) -> list[str]:
+def _made_anew(target: Checkpoint, part: Part, answers: list[dict[str, Any]]) -> list[str]:
     """What the library itself reports as missing; the manifest may leave a tensor to the library."""
     allowed = left_to_library(target, part)
     reports = [answer["report"] for answer in answers if "report" in answer]
@@ -287,13 +289,13 @@ def _made_anew(target: Target, part: Part, answers: list[dict[str, Any]]) -> lis
     ]
 
 
-def left_to_library(target: Target, part: Part) -> frozenset[str]:
+def left_to_library(target: Checkpoint, part: Part) -> frozenset[str]:
     """Tensors that the manifest leaves to the library, which makes them anew as it does for the source."""
     entries = target.manifest.components if target.manifest is not None else []
     return frozenset(item.name for entry in entries if entry.path == part.folder for item in entry.missing)
 
 
-def _foreign(target: Target, opened: list[str]) -> list[str]:
+def _foreign(target: Checkpoint, opened: list[str]) -> list[str]:
     """Files of weights that the library opened although they are not those of the checkpoint."""
     own = {path for part in target.parts for path in part.files}
     folders = {part.folder for part in target.parts}
@@ -305,7 +307,7 @@ def _foreign(target: Target, opened: list[str]) -> list[str]:
     ]
 
 
-def _expected(target: Target, part: Part) -> dict[str, list[str | None]]:
+def _expected(target: Checkpoint, part: Part) -> dict[str, list[str | None]]:
     """Quantized tensor → its class and content hash."""
     if part.tensors is not None:
         return {t.name: [t.class_name, t.sha256] for t in part.tensors.values() if t.action == "quantize"}
@@ -318,7 +320,7 @@ def _expected(target: Target, part: Part) -> dict[str, list[str | None]]:
 
 
 def check_numbers(
-    target: Target, loaded: Loaded, source: Source | None, left: Mapping[str, frozenset[str]] | None
+    target: Checkpoint, loaded: Loaded, source: Source | None, left: Mapping[str, frozenset[str]] | None
 ) -> tuple[Status, str]:
     """NaN, infinity and zero scales; with a source, weights whose values the library cannot give back here.
 

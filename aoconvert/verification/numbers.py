@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aoconvert.checkpoint.checkpoint import Part, Target
+from aoconvert.checkpoint.checkpoint import Checkpoint, Part
 from aoconvert.checkpoint.manifest import ComponentEntry
 from aoconvert.checkpoint.opening import allowed
 from aoconvert.engine.read import ComponentReading
@@ -21,14 +21,14 @@ from aoconvert.planning import Plan
 from aoconvert.planning.make import make
 from aoconvert.schemes import int4
 from aoconvert.schemes.dequantize import dequantize
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 from aoconvert.sources import Source
 
 _TOLERANCE_DB = 0.05
 
 
 def compare_with_source(
-    target: Target, source: Source, only: Mapping[str, frozenset[str]] | None = None
+    target: Checkpoint, source: Source, only: Mapping[str, frozenset[str]] | None = None
 ) -> tuple[float, int, list[str]]:
     """Dequantize every weight and compare it with the source's; the rest must be the source's, cast.
 
@@ -94,7 +94,7 @@ def _reading_plan(source: Source, scratch: Path, part: Part, entry: ComponentEnt
     return make(source, make_options("int8wo", options), need_weights=True)
 
 
-def load_state(target: Target, part: Part) -> dict[str, torch.Tensor]:
+def load_state(target: Checkpoint, part: Part) -> dict[str, torch.Tensor]:
     """A part's state dict, mapped, with ``weights_only=True``.
 
     Its pickles were found safe before.
@@ -113,7 +113,7 @@ def _compare(
     if entry.action != "quantize":
         same = torch.equal(original.to(written.dtype), written)
         return math.inf, None if same else f"{name} is not the source's tensor"
-    error = Error()
+    error = ErrorStats()
     error.add(original, _values(written, packing))
     sqnr = error.sqnr_db if error.sqnr_db is not None else math.inf
     stated = entry.sqnr_db if entry.sqnr_db is not None else math.inf

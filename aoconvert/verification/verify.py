@@ -14,7 +14,7 @@ from typing import Any, Literal
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import (
     CODE_INSIDE,
-    Target,
+    Checkpoint,
     config_path,
     from_folder,
     from_manifest,
@@ -38,7 +38,7 @@ from aoconvert.progress import Progress
 from aoconvert.recipes.foreign_configs import check_quantization
 from aoconvert.sources import Source
 from aoconvert.verification.library import LibraryFindings, compare_by_library, originals
-from aoconvert.verification.load_device import Place, choose_place
+from aoconvert.verification.load_device import LoadDevice, choose_load_device
 from aoconvert.verification.loading import (
     Loaded,
     OtherWeights,
@@ -119,9 +119,9 @@ class _Run:
     example: bool = False
     ran: list[Ran] = field(default_factory=list)
     forward: tuple[ForwardPass, ...] = ()
-    target: Target | None = None
+    target: Checkpoint | None = None
     manifest: Manifest | None = None
-    place: Place | None = None
+    place: LoadDevice | None = None
 
     def check(self, name: CheckName, work: Callable[[], tuple[Status, str]] | Future[_Outcome]) -> Status:
         """Run one check, or wait for one that runs already."""
@@ -207,7 +207,7 @@ def _checks(run: _Run) -> None:
             raise
 
 
-def _checks_side_by_side(run: _Run, target: Target, children: Children, pool: ThreadPoolExecutor) -> None:
+def _checks_side_by_side(run: _Run, target: Checkpoint, children: Children, pool: ThreadPoolExecutor) -> None:
     """The checks that take interpreters of their own, which start together."""
     loaded = Loaded()
     findings: list[LibraryFindings] = []
@@ -233,7 +233,7 @@ def _checks_side_by_side(run: _Run, target: Target, children: Children, pool: Th
     run.ran = list(_ran(run, target, loaded))
 
 
-def _ran(run: _Run, target: Target, loaded: Loaded) -> Iterator[Ran]:
+def _ran(run: _Run, target: Checkpoint, loaded: Loaded) -> Iterator[Ran]:
     """Which code ran, and where: what did not pass, or was not tried, is not among it."""
     if run.strategy is None or run.device is None:
         return
@@ -302,10 +302,10 @@ def _pickle(run: _Run) -> tuple[Status, str]:
     return "passed", f"{len(target.files)} file(s), {len(known)} names, all on the list of safe ones"
 
 
-def _versions(run: _Run, target: Target) -> tuple[Status, str]:
+def _versions(run: _Run, target: Checkpoint) -> tuple[Status, str]:
     """Whether this environment can open it, and whether this machine can run it."""
     with contextlib.suppress(PlanError):  # a device that went away meanwhile: opening it will fail
-        run.place = choose_place(target, run.options.device)
+        run.place = choose_load_device(target, run.options.device)
     entries = target.manifest.components if target.manifest is not None else []
     problems = [line for entry in entries for line in version_problems(entry)]
     if problems:
@@ -318,7 +318,7 @@ def _versions(run: _Run, target: Target) -> tuple[Status, str]:
     return "passed", f"needs {', '.join(wanted)}"
 
 
-def _reload(run: _Run, target: Target, loaded: Loaded, children: Children) -> tuple[Status, str]:
+def _reload(run: _Run, target: Checkpoint, loaded: Loaded, children: Children) -> tuple[Status, str]:
     """Try the ways of loading in turn; the first that opens it is the one to put on a card.
 
     Where the weights cannot run they are opened all the same, and nothing is computed with them.
@@ -327,7 +327,7 @@ def _reload(run: _Run, target: Target, loaded: Loaded, children: Children) -> tu
         return "skipped", "not asked for"
     if target.runs_code and not run.options.trust_remote_code:
         return "skipped", f"{CODE_INSIDE}: read it, then --trust-remote-code"
-    where = run.place or choose_place(target, run.options.device)
+    where = run.place or choose_load_device(target, run.options.device)
     failures: list[str] = []
     for strategy in _strategies(target, run.options):
         try:
@@ -344,7 +344,7 @@ def _reload(run: _Run, target: Target, loaded: Loaded, children: Children) -> tu
 
 
 def _open(
-    run: _Run, target: Target, loaded: Loaded, children: Children, strategy: Strategy, where: Place
+    run: _Run, target: Checkpoint, loaded: Loaded, children: Children, strategy: Strategy, where: LoadDevice
 ) -> tuple[Status, str]:
     """Open the checkpoint by one way, from its folder or from the Hub, and use what was opened where that can run."""
     published = run.options.published
@@ -371,7 +371,7 @@ def _open(
     return status, detail
 
 
-def _library(run: _Run, target: Target, findings: list[LibraryFindings], children: Children) -> tuple[Status, str]:
+def _library(run: _Run, target: Checkpoint, findings: list[LibraryFindings], children: Children) -> tuple[Status, str]:
     """The library's own comparison with the source, where there is one."""
     if run.options.source is None:
         return "skipped", "no source given"
@@ -382,7 +382,7 @@ def _library(run: _Run, target: Target, findings: list[LibraryFindings], childre
     return found.status, found.detail
 
 
-def _card_shows(target: Target, published: Published, strategy: Strategy) -> str:
+def _card_shows(target: Checkpoint, published: Published, strategy: Strategy) -> str:
     """Whether the published card shows the code that ran, but for the commit and the device."""
     card = target.folder / CARD_NAME
     try:
@@ -396,7 +396,7 @@ def _card_shows(target: Target, published: Published, strategy: Strategy) -> str
     return "" if any(code in text for code in codes) else f"; {CARD_NAME} shows other code than this"
 
 
-def _strategies(target: Target, options: VerifyOptions) -> Iterator[Strategy]:
+def _strategies(target: Checkpoint, options: VerifyOptions) -> Iterator[Strategy]:
     """Ways of loading to try; from the Hub only the one that the card shows, where a manifest says which."""
     if options.published is not None and options.strategy == "auto" and target.manifest is not None:
         yield card_strategy(target)

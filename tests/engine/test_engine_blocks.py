@@ -20,7 +20,7 @@ from aoconvert.engine.quantize import quantize_rows, quantize_tensor
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.apply import quantize_weight
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 
 BF16 = torch.bfloat16
 INT4 = [
@@ -68,7 +68,7 @@ def test_blocks_are_the_whole(scheme: Scheme, units: int, groups: int, block: in
     reference = quantize_weight(values, scheme)
     made = quantize_tensor("w", values, BF16, scheme, "cpu", block=elements)
     assert_same(made.tensor, reference)
-    whole = Error()
+    whole = ErrorStats()
     whole.add(values, reference)
     assert (made.sqnr_db, made.max_abs_error) == (whole.sqnr_db, whole.largest)
     with threads(3) as pool:
@@ -91,7 +91,7 @@ def test_blocks_of_experts_are_the_whole(scheme: Scheme, block: int) -> None:
     values = torch.stack([weight(rows, columns, seed) * 10.0**seed for seed in range(3)])
     reference = quantize_weight(values, scheme)
     elements = block * scheme.block(1) * columns
-    assert_same(quantize_rows("w", values, BF16, scheme, "cpu", Error(), block=elements), reference)
+    assert_same(quantize_rows("w", values, BF16, scheme, "cpu", ErrorStats(), block=elements), reference)
     assert_same(Lane("cpu").start("w", values, BF16, scheme, blocks.cut(values, scheme, elements))()[0], reference)
 
 
@@ -116,7 +116,7 @@ def test_a_weight_of_zeros_is_repaired_once(name: str) -> None:
     values = torch.zeros(*shape(scheme, 4, 32), dtype=BF16)
     for value in (0.0, 1e-40):  # the scale of the second is too small for some
         values[3, 3] = value
-        error = Error()
+        error = ErrorStats()
         made = quantize_rows("w", values, BF16, scheme, "cpu", error, block=1)
         whole = quantize_tensor("w", values, BF16, scheme, "cpu", block=1 << 30)
         assert_same(made, whole.tensor)

@@ -14,7 +14,7 @@ from aoconvert import schemes
 from aoconvert.engine.quantize import quantize_rows, quantize_tensor
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes.apply import quantize_weight
-from aoconvert.schemes.error_stats import Error, squares
+from aoconvert.schemes.error_stats import ErrorStats, squares
 
 CASES = [
     ("int8wo", None), ("int8wo", 32), ("int8dq", None), ("float8wo", None), ("float8wo", 64), ("float8wo_e5m2", None),
@@ -146,7 +146,7 @@ def test_rows_of_zeros_are_repaired_and_counted(name: str, block: int | None) ->
     weight[7] = 0
     weight[30:33] = 0
     scheme = schemes.get(name)
-    error = Error()
+    error = ErrorStats()
     ours = quantize_rows("fc.weight", weight, torch.bfloat16, scheme, "cpu", error, block=block)
     assert error.repaired == 4
     theirs = quantize_weight(weight.bfloat16(), scheme)
@@ -163,7 +163,7 @@ def test_rows_of_zeros_are_repaired_and_counted(name: str, block: int | None) ->
 def test_stacked_experts_are_the_whole(name: str, settings: dict[str, str], block: int | None) -> None:
     weight = torch.randn(3, 10, 32)
     scheme = schemes.get(name, settings=settings)
-    ours = quantize_rows("experts.up_proj", weight, torch.bfloat16, scheme, "cpu", Error(), block=block)
+    ours = quantize_rows("experts.up_proj", weight, torch.bfloat16, scheme, "cpu", ErrorStats(), block=block)
     assert_equal(ours, quantize_weight(weight.bfloat16(), scheme))
 
 

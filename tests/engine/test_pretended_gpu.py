@@ -25,7 +25,7 @@ from aoconvert.engine.device_streams import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.environment import choose_device
 from aoconvert.errors import AoconvertError, DeviceError, DeviceMemoryError, PlanError, QuantizeError
-from aoconvert.inspection.compat import Layout
+from aoconvert.inspection.compat import PackedLayout
 from aoconvert.kernels.checked import Kernels
 from aoconvert.planning import needs, slices
 from aoconvert.progress import Silent
@@ -442,7 +442,7 @@ def test_the_plan_counts_a_gpus_share_of_memory(checkpoints: Checkpoints, tmp_pa
 
 def test_amds_gpus_do_not_read_nvidias_layout(gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch calls them ``cuda`` as well, and (9, 0) is no compute capability of theirs."""
-    layouts = [Layout("cuda", (8, 0)), Layout("any", (8, 9))]
+    layouts = [PackedLayout("cuda", (8, 0)), PackedLayout("any", (8, 9))]
     assert [load_device._obstacle(layout, "cuda") for layout in layouts] == [None, None]
     monkeypatch.setattr(accelerators, "capability", lambda device: None)
     for layout in layouts:

@@ -25,7 +25,7 @@ from aoconvert.errors import QuantizeError
 from aoconvert.kernels import library as kernel_cache
 from aoconvert.kernels.checked import Checked, Kernels
 from aoconvert.schemes.apply import flatten, quantize_weight
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 
 # scheme, group size, settings, source dtype, base dtype
 Case = tuple[str, int | None, tuple[tuple[str, str], ...], torch.dtype, torch.dtype]
@@ -122,9 +122,9 @@ def weights(rows: int, columns: int, dtype: torch.dtype, seed: int, scale: float
     return weight.clamp(-limit, limit).to(dtype)
 
 
-def eager(weight: torch.Tensor, case: Case) -> tuple[dict[str, torch.Tensor], Error]:
+def eager(weight: torch.Tensor, case: Case) -> tuple[dict[str, torch.Tensor], ErrorStats]:
     quantized = quantize_weight(weight.to(case[4]), scheme_of(case))
-    error = Error()
+    error = ErrorStats()
     error.add(weight, quantized)
     return {name: getattr(quantized, name) for name in flatten(quantized)[0]}, error
 
@@ -154,7 +154,7 @@ def test_kernels_give_torchaos_bits(case: Case, built: Built) -> None:
         torch.set_num_threads(threads)
         done = kernel.rows(weight)
         parts, error = eager(weight, case)
-        assert Error(done.signal, done.noise).finite == error.finite
+        assert ErrorStats(done.signal, done.noise).finite == error.finite
         if not error.finite:  # the cast overflows, or float8 has no scale for zeros: refused
             return
         for ours, (name, theirs) in zip(done.parts, parts.items(), strict=True):
@@ -163,7 +163,7 @@ def test_kernels_give_torchaos_bits(case: Case, built: Built) -> None:
         assert done.signal == pytest.approx(error.signal, rel=1e-12, abs=0)
         assert done.noise == pytest.approx(error.noise, rel=1e-12, abs=0)
         assert done.largest == error.largest
-        assert Error(done.signal, done.noise).sqnr_db == error.sqnr_db
+        assert ErrorStats(done.signal, done.noise).sqnr_db == error.sqnr_db
 
     try:
         check()

@@ -13,7 +13,7 @@ import torch
 
 from aoconvert.engine.model_config import model_config
 from aoconvert.models import Skeleton, build_skeleton, identify
-from aoconvert.models.base import Component
+from aoconvert.models.base import ModelPart
 from aoconvert.sources import resolve
 
 T: Any = tiny.transformers
@@ -80,7 +80,7 @@ _WHOLE = ("CLIP", "Siglip", "Clap", "Blip", "Bark", "MusicgenForCausalLM")
 PARTS = frozenset(name for name in CONFIGS if name.startswith(_WHOLE))
 
 
-def beside(folder: Path, name: str) -> Component:
+def beside(folder: Path, name: str) -> ModelPart:
     """A folder with the config, and the component that it describes."""
     config = CONFIGS[name]()
     config.architectures = [name]
@@ -145,7 +145,7 @@ def test_infinity_in_either_spelling(infinity: Any, tmp_path: Path) -> None:
 
 def _heads(name: str, config: Any) -> set[str]:
     values = {**json.loads(config.to_json_string()), "architectures": [name]}
-    skeleton: Skeleton = build_skeleton(Component("", "", "transformers", name, values), torch.bfloat16)
+    skeleton: Skeleton = build_skeleton(ModelPart("", "", "transformers", name, values), torch.bfloat16)
     return {spec.name for spec in skeleton if spec.output_head and spec.kind == "linear"}
 
 

@@ -19,7 +19,7 @@ from torchao.quantization import FqnToConfig
 
 from aoconvert import schemes
 from aoconvert.models import Skeleton, build_skeleton, identify
-from aoconvert.models.base import Component, describe_tensors, from_json, to_json
+from aoconvert.models.base import ModelPart, describe_tensors, from_json, to_json
 from aoconvert.models.experts import IMPLEMENTATIONS, Settled, settle
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.sources import resolve
@@ -155,7 +155,7 @@ def test_a_width_that_the_trial_may_not_cut(mixtures: Callable[[str], tuple[Path
     """Groups longer than the trial's usual width; the model itself is left as it was."""
     source, _ = mixtures("mixtral")
     config = json.loads((source / "config.json").read_text()) | {"intermediate_size": 384, "hidden_size": 768}
-    component = Component("", "", "transformers", "MixtralForCausalLM", config)
+    component = ModelPart("", "", "transformers", "MixtralForCausalLM", config)
     skeleton = build_skeleton(component, torch.float16)
     chosen = schemes.get("int8wo", group_size=384)
     wanted = {spec.name: chosen for spec in skeleton if spec.kind == "experts"}
@@ -182,7 +182,7 @@ def test_a_mixture_of_diffusers_is_left_alone(tmp_path: Path, monkeypatch: pytes
     config = {"num_layers": 4, "attention_head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
     config |= {"joint_attention_dim": 32, "moe_enabled": True, "num_experts": 4, "moe_intermediate_dim": 16}
     config |= {"in_channels": 16, "out_channels": 16, "axes_dims_rope": [4, 6, 6], "dense_moe_strategy": "all_moe"}
-    component = Component("transformer", "", "diffusers", "NucleusMoEImageTransformer2DModel", config)
+    component = ModelPart("transformer", "", "diffusers", "NucleusMoEImageTransformer2DModel", config)
     for remembered in (False, True):
         skeleton = build_skeleton(component, torch.bfloat16)
         assert (skeleton.model is None) == remembered
@@ -251,7 +251,7 @@ def test_every_mixture_of_transformers_at_its_real_width() -> None:
         holder = torch.nn.Module()
         holder.experts = module
         tensors = describe_tensors(holder, tied={}, keep_fp32=frozenset(), precise=frozenset())
-        skeleton = Skeleton(Component("", "", "transformers", name, {}), holder, tensors)
+        skeleton = Skeleton(ModelPart("", "", "transformers", name, {}), holder, tensors)
         int8, float8 = settled(skeleton, "int8wo"), settled(skeleton, "float8wo")
         if module.is_transposed:
             assert int8.refused, name

@@ -14,8 +14,8 @@ from accelerate import init_empty_weights
 from aoconvert import schemes
 from aoconvert.errors import SourceError
 from aoconvert.models import Skeleton, build_skeleton
-from aoconvert.models.base import Component, SourceTensor
-from aoconvert.models.conversions import Recipe, Rows, build, follow
+from aoconvert.models.base import ModelPart, SourceTensor
+from aoconvert.models.conversions import MergeRecipe, Rows, build, follow
 from aoconvert.models.fused import FUSED, conversions
 from aoconvert.schemes.apply import flatten, quantize_weight
 
@@ -98,16 +98,16 @@ class Fused:
             for key, value in model.state_dict().items()
         }
         self.config, self.cls = dict(model.config), type(model)
-        component = Component("transformer", "", "diffusers", self.cls.__name__, self.config)
+        component = ModelPart("transformer", "", "diffusers", self.cls.__name__, self.config)
         self.skeleton: Skeleton = build_skeleton(component, torch.bfloat16, fuse_qkv=True)
         found = {
             key: SourceTensor("file", key, value.dtype, tuple(value.shape), value.nbytes)
             for key, value in self.state.items()
         }
-        self.recipes: list[Recipe] = follow(self.skeleton, conversions(self.skeleton), found)
+        self.recipes: list[MergeRecipe] = follow(self.skeleton, conversions(self.skeleton), found)
         self.made = {key: value for recipe in self.recipes for key, value in self.build(recipe, None).items()}
 
-    def build(self, recipe: Recipe, rows: Rows | None) -> dict[str, torch.Tensor]:
+    def build(self, recipe: MergeRecipe, rows: Rows | None) -> dict[str, torch.Tensor]:
         def load(source: SourceTensor, part: Rows | None) -> torch.Tensor:
             return self.state[source.name] if part is None else self.state[source.name][part[0] : part[1]]
 
@@ -220,13 +220,13 @@ def _unet() -> Any:
 )
 def test_models_that_cannot_be_fused(make: Callable[[], Any], why: str) -> None:
     model = make()
-    component = Component("transformer", "", "diffusers", type(model).__name__, dict(model.config))
+    component = ModelPart("transformer", "", "diffusers", type(model).__name__, dict(model.config))
     with pytest.raises(SourceError, match=why) as caught:
         build_skeleton(component, torch.bfloat16, fuse_qkv=True)
     assert caught.value.hint == "leave out --fuse-qkv"
 
 
 def test_models_of_transformers_cannot_be_fused() -> None:
-    component = Component("", "", "transformers", "LlamaForCausalLM", {"model_type": "llama"})
+    component = ModelPart("", "", "transformers", "LlamaForCausalLM", {"model_type": "llama"})
     with pytest.raises(SourceError, match="only models of diffusers"):
         build_skeleton(component, torch.bfloat16, fuse_qkv=True)

@@ -270,9 +270,9 @@ def test_a_part_beside_model_index(broken: Path, tmp_path: Path) -> None:
     ],
 )
 def test_the_denoiser(names: tuple[str, ...], classes: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    from aoconvert.models import Component, ModelLayout
+    from aoconvert.models import ModelLayout, ModelPart
 
-    components = tuple(Component(name, name, "diffusers", cls, {}) for name, cls in zip(names, classes, strict=True))
+    components = tuple(ModelPart(name, name, "diffusers", cls, {}) for name, cls in zip(names, classes, strict=True))
     layout = ModelLayout("pipeline", "", "SomePipeline", components)
     assert tuple(component.name for component in layout.default_components) == expected
 
@@ -286,7 +286,7 @@ def test_every_class_with_weights_is_found() -> None:
     from diffusers import pipelines
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-    from aoconvert.models import Component
+    from aoconvert.models import ModelPart
     from aoconvert.models.own_classes import is_model, located, own_class
 
     bases = (tiny.diffusers.ModelMixin, tiny.transformers.PreTrainedModel)
@@ -305,9 +305,9 @@ def test_every_class_with_weights_is_found() -> None:
             ):
                 continue
             library = "diffusers" if issubclass(cls, bases[0]) else "transformers"
-            assert own_class(Component("part", "part", library, name, {}, info.name)) is cls
+            assert own_class(ModelPart("part", "part", library, name, {}, info.name)) is cls
             assert is_model(info.name, name)
-            alone = located(Component("", "", library, name, {}))
+            alone = located(ModelPart("", "", library, name, {}))
             assert alone.module is None or own_class(alone) is cls
             found.add(info.name)
     assert found >= {

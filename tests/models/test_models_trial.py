@@ -20,7 +20,7 @@ from aoconvert import schemes
 from aoconvert.errors import PlanError
 from aoconvert.inputs import find_inputs, first_tensors
 from aoconvert.models import Skeleton, build_skeleton
-from aoconvert.models.base import Component
+from aoconvert.models.base import ModelPart
 from aoconvert.models.forward_watch import Watch
 from aoconvert.models.repeats import run_once, spread
 from aoconvert.models.trial import Trial
@@ -127,10 +127,10 @@ def built(name: str) -> Any:
     return CASES[name].build().eval()
 
 
-def component_of(model: Any) -> Component:
+def component_of(model: Any) -> ModelPart:
     library = "diffusers" if isinstance(model, D.ModelMixin) else "transformers"
     config = dict(model.config) if library == "diffusers" else json.loads(model.config.to_json_string())
-    return Component("", "", library, type(model).__name__, config)  # type: ignore[arg-type]
+    return ModelPart("", "", library, type(model).__name__, config)  # type: ignore[arg-type]
 
 
 def dtypes_of(skeleton: Skeleton, dtype: torch.dtype) -> dict[str, torch.dtype]:

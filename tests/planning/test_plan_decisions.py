@@ -232,7 +232,7 @@ def test_skip_modules_of_diffusers_are_substrings(pipeline: Path, tmp_path: Path
 
 
 def test_skip_modules_that_clash(tmp_path: Path) -> None:
-    from aoconvert.models import Component
+    from aoconvert.models import ModelPart
     from aoconvert.planning.component import _skip_modules
 
     def tensor(name: str, action: str) -> TensorPlan:
@@ -256,9 +256,9 @@ def test_skip_modules_that_clash(tmp_path: Path) -> None:
         tensor("alone.weight", "keep"),
         tensor("block.alone_too.weight", "quantize"),
     ]
-    diffusers = Component("", "", "diffusers", "X", {})
+    diffusers = ModelPart("", "", "diffusers", "X", {})
     assert _skip_modules(diffusers, tensors) == ("proj.weight", "alone")
-    transformers = Component("", "", "transformers", "X", {})
+    transformers = ModelPart("", "", "transformers", "X", {})
     assert _skip_modules(transformers, tensors) == ("proj", "alone")
 
 

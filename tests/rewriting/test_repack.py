@@ -23,7 +23,7 @@ from aoconvert.progress import Silent
 from aoconvert.schemes import cpu_packing
 from aoconvert.schemes import int4 as layouts
 from aoconvert.schemes.int4_parts import take_apart
-from aoconvert.verification.load_device import choose_place
+from aoconvert.verification.load_device import choose_load_device
 
 OTHER = {"cpu": "cuda", "cuda": "cpu"}
 HQQ = {"settings": {"int4_choose_qparams_algorithm": "hqq"}}
@@ -280,4 +280,4 @@ aoconvert.repack(cuda, "cpu", output=out + "/cpu")
 
 def obstacle(folder: Path) -> str | None:
     """What verify says of running it here."""
-    return choose_place(from_manifest(folder, manifests.load(folder)), "auto").obstacle
+    return choose_load_device(from_manifest(folder, manifests.load(folder)), "auto").obstacle

@@ -20,7 +20,7 @@ from aoconvert.planning import Plan, slices
 from aoconvert.planning.make import make
 from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme
-from aoconvert.schemes.error_stats import Error
+from aoconvert.schemes.error_stats import ErrorStats
 from aoconvert.searching import measure as measuring
 from aoconvert.searching.measure import measure
 from aoconvert.sources import resolve
@@ -39,7 +39,7 @@ def planned(folder: Path) -> tuple[Plan, dict[str, list[Scheme]]]:
     return made, {t.name: candidates for t in made.components[0].tensors if t.scheme is not None}
 
 
-def compare(found: Mapping[str, Mapping[str, Error]], wanted: Mapping[str, list[Scheme]]) -> None:
+def compare(found: Mapping[str, Mapping[str, ErrorStats]], wanted: Mapping[str, list[Scheme]]) -> None:
     weights = llama_tensors(LLAMA)
     assert found.keys() == wanted.keys()
     for name, candidates in wanted.items():

@@ -15,13 +15,13 @@ import transformers
 import aoconvert
 from aoconvert import schemes
 from aoconvert.checkpoint import manifest as manifests
-from aoconvert.checkpoint.checkpoint import Target, from_manifest
+from aoconvert.checkpoint.checkpoint import Checkpoint, from_manifest
 from aoconvert.checkpoint.load_code import load_code
 from aoconvert.checkpoint.report import Report
 from aoconvert.schemes import int4, int4_parts
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.verification.children import load_child
-from aoconvert.verification.load_device import choose_place
+from aoconvert.verification.load_device import choose_load_device
 from aoconvert.verification.numbers import _values
 
 CELLS = [*((entry.name, None) for entry in schemes.catalogue()), ("int4wo", "cuda"), ("int4wo", "xpu")]
@@ -132,7 +132,7 @@ def test_what_is_imported_is_enough_for_a_fresh_torch(mixed: Path) -> None:
 # --- machines that cannot run it
 
 
-def target_of(folder: Path, **layout: Any) -> Target:
+def target_of(folder: Path, **layout: Any) -> Checkpoint:
     """The checkpoint, its layout said to be another."""
     manifest = manifests.load(folder)
     [entry] = manifest.components
@@ -144,14 +144,14 @@ def target_of(folder: Path, **layout: Any) -> Target:
 def test_a_device_that_is_not_here(device: str, packed: Callable[[str], Path]) -> None:
     if getattr(torch, device).is_available():
         pytest.skip("there is such a device here")
-    place = choose_place(target_of(packed(device)), "auto")
+    place = choose_load_device(target_of(packed(device)), "auto")
     assert (place.device, place.obstacle) == ("cpu", f"its layout is for {device}, and there is no such device here")
     with pytest.raises(aoconvert.AoconvertError, match=f"device {device} is not here"):
-        choose_place(target_of(packed(device)), device)
+        choose_load_device(target_of(packed(device)), device)
 
 
 def test_any_device_is_opened_on_the_cpu(mixed: Path) -> None:
-    place = choose_place(target_of(mixed, device="any", min_capability=[99, 0]), "auto")
+    place = choose_load_device(target_of(mixed, device="any", min_capability=[99, 0]), "auto")
     assert (place.device, place.obstacle) == ("cpu", None)
 
 
@@ -159,7 +159,7 @@ def test_any_device_is_opened_on_the_cpu(mixed: Path) -> None:
 def test_a_gpu_that_is_too_old(mixed: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    place = choose_place(target_of(mixed, device="any", min_capability=[99, 0]), "cuda")
+    place = choose_load_device(target_of(mixed, device="any", min_capability=[99, 0]), "cuda")
     assert place.obstacle is not None and "needs CUDA capability 99.0" in place.obstacle
 
 
@@ -169,9 +169,9 @@ def other_layout() -> str:
 
 def test_int4_for_another_cpu(packed: Callable[[str], Path]) -> None:
     """It would load and give wrong numbers without a word."""
-    assert choose_place(target_of(packed("cpu")), "auto").obstacle is None
+    assert choose_load_device(target_of(packed("cpu")), "auto").obstacle is None
     target = target_of(packed("cpu"), packing=f"plain+opaque_{other_layout()}")
-    obstacle = choose_place(target, "auto").obstacle
+    obstacle = choose_load_device(target, "auto").obstacle
     assert obstacle is not None and other_layout() in obstacle and int4.machine_layout() in obstacle
 
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 Value: TypeAlias = (
     "bool | int | float | str | bytes | tuple[Value, ...] | Mapping[str | int, Value]"
-    " | Symbol | Instance | TensorEntry | None"
+    " | Symbol | Instance | BinTensor | None"
 )
 """Plain data from a pickle. Lists, tuples and ``torch.Size`` are tuples; dicts of any class are mappings."""
 
@@ -55,7 +55,7 @@ class StoredData:
 
 
 @dataclass(frozen=True)
-class TensorEntry:
+class BinTensor:
     """A tensor, plain or of a torchao class.
 
     Attributes:
@@ -75,14 +75,14 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     data: StoredData | None
-    inner: Mapping[str, TensorEntry]
+    inner: Mapping[str, BinTensor]
     attributes: Mapping[str, Value]
     requires_grad: bool
     location: str
     values: int = field(default=1, repr=False, compare=False)
     depth: int = field(default=0, repr=False, compare=False)
 
-    def leaves(self, prefix: str = "") -> Iterator[tuple[str, TensorEntry]]:
+    def leaves(self, prefix: str = "") -> Iterator[tuple[str, BinTensor]]:
         """Dotted attribute names and plain tensors within, at any depth; itself, as ``""``, when it is plain."""
         if self.data is not None:
             yield prefix, self
@@ -148,7 +148,7 @@ class BinContents:
         pickle_bytes: size of ``data.pkl``.
     """
 
-    tensors: Mapping[str, TensorEntry]
+    tensors: Mapping[str, BinTensor]
     others: Mapping[str | int, Value]
     globals: tuple[GlobalUse, ...]
     storages: Mapping[str, StorageInfo]

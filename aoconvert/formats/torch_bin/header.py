@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from aoconvert.errors import UnsafeFileError, UnsafePickleError
 from aoconvert.formats.byte_source import ByteSource, LocalFile
-from aoconvert.formats.torch_bin.contents import BinContents, StorageInfo, TensorEntry, Value
+from aoconvert.formats.torch_bin.contents import BinContents, BinTensor, StorageInfo, Value
 from aoconvert.formats.torch_bin.pickle_reader import MAX_PICKLE_BYTES, read_pickle
-from aoconvert.formats.torch_bin.pickle_vm import Pairs, refuse
+from aoconvert.formats.torch_bin.pickle_vm import PickledPairs, refuse
 from aoconvert.formats.torch_bin.rebuild import Rebuilder
 from aoconvert.formats.torch_bin.zip_reader import Record, read_archive, read_record
 
@@ -69,15 +69,15 @@ def read_contents(
     """
     rebuilder = Rebuilder(storages, len(data), expanded=expanded)
     top, protocol = read_pickle(data, rebuilder)
-    if not isinstance(top, Pairs):
+    if not isinstance(top, PickledPairs):
         raise refuse(None, "no dict at its top", hint="a checkpoint is a dict of tensors by name")
-    tensors: dict[str, TensorEntry] = {}
+    tensors: dict[str, BinTensor] = {}
     others: dict[str | int, Value] = {}
     frozen = rebuilder.freeze(top, len(data) - 1)
     if not isinstance(frozen, dict):
         raise TypeError(f"a dict froze to a {type(frozen).__name__}")
     for name, value in frozen.items():
-        if isinstance(name, str) and isinstance(value, TensorEntry):
+        if isinstance(name, str) and isinstance(value, BinTensor):
             tensors[name] = value
         else:
             others[name] = value
@@ -93,7 +93,7 @@ def read_contents(
     )
 
 
-def check_reads(tensors: Iterable[TensorEntry], storages: Mapping[str, StorageInfo]) -> None:
+def check_reads(tensors: Iterable[BinTensor], storages: Mapping[str, StorageInfo]) -> None:
     """Refuse a file of which much more would be read than it holds; the same tensor under many names is read once.
 
     Raises:

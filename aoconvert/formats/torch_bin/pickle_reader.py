@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import TypeAlias
 
-from aoconvert.formats.torch_bin.pickle_vm import Actions, Items, Machine, Members, Pairs, refuse, shown
+from aoconvert.formats.torch_bin.pickle_vm import Actions, Machine, Members, PickledItems, PickledPairs, refuse, shown
 
 MAX_PICKLE_BYTES = 64 << 20
 MAX_OPCODES = 2_000_000  # a torchao tensor takes about 80
@@ -145,7 +145,7 @@ def _append(m: Machine) -> None:
 
 def _extend(m: Machine, values: list[object]) -> None:
     target = m.top()
-    if not isinstance(target, Items) or target.sealed:
+    if not isinstance(target, PickledItems) or target.sealed:
         raise refuse(m.start, "items are appended to something that is no list, or is in use")
     target.values.extend(values)
 
@@ -157,12 +157,12 @@ def _set_item(m: Machine) -> None:
 
 def _set_items(m: Machine, values: list[object]) -> None:
     target = m.top()
-    if not isinstance(target, Pairs) or target.sealed:
+    if not isinstance(target, PickledPairs) or target.sealed:
         raise refuse(m.start, "items are set on something that is no dict, or is in use")
     _fill(m, target, values)
 
 
-def _fill(m: Machine, target: Pairs, values: list[object]) -> None:
+def _fill(m: Machine, target: PickledPairs, values: list[object]) -> None:
     if len(values) % 2:
         raise refuse(m.start, "a key without a value")
     for key, value in zip(values[::2], values[1::2], strict=True):
@@ -181,13 +181,13 @@ def _add_items(m: Machine) -> None:
 
 
 def _list(m: Machine) -> None:
-    made = Items()
+    made = PickledItems()
     made.values = m.to_mark()
     m.contain(made)
 
 
 def _dict(m: Machine) -> None:
-    made, values = Pairs(), m.to_mark()
+    made, values = PickledPairs(), m.to_mark()
     _fill(m, made, values)
     m.contain(made)
 
@@ -287,11 +287,11 @@ _HANDLERS: dict[int, Handler] = {
         b"\x85": lambda m: m.tuple(1),
         b"\x86": lambda m: m.tuple(2),
         b"\x87": lambda m: m.tuple(3),
-        b"]": lambda m: m.contain(Items()),
+        b"]": lambda m: m.contain(PickledItems()),
         b"l": _list,
         b"a": _append,
         b"e": lambda m: _extend(m, m.to_mark()),
-        b"}": lambda m: m.contain(Pairs()),
+        b"}": lambda m: m.contain(PickledPairs()),
         b"d": _dict,
         b"s": _set_item,
         b"u": lambda m: _set_items(m, m.to_mark()),

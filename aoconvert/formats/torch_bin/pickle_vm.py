@@ -14,7 +14,7 @@ MAX_LINE = 4096  # bytes, of the text opcodes of protocol 0
 _NESTED_TEXT = re.compile(r"\x80[\x00-\x05]|\(*[ci][\w.]+\n[\w.]+\n")
 
 
-class Items:
+class PickledItems:
     """A list under construction. ``sealed`` once its content has been used: a change afterwards would be ambiguous."""
 
     __slots__ = ("sealed", "values")
@@ -24,7 +24,7 @@ class Items:
         self.sealed = False
 
 
-class Pairs:
+class PickledPairs:
     """A dict under construction; ``ordered`` when it is an ``OrderedDict``."""
 
     __slots__ = ("ordered", "sealed", "values")

@@ -24,7 +24,7 @@ import torch
 
 from aoconvert.errors import AoconvertError, SourceError, UnsafeFileError
 from aoconvert.formats.base import DAMAGED_HINT, Observe, TensorInfo, open_file, read_bytes
-from aoconvert.formats.torch_bin.contents import Instance, TensorEntry, Value
+from aoconvert.formats.torch_bin.contents import BinTensor, Instance, Value
 from aoconvert.formats.torch_bin.header import read_source
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -46,7 +46,7 @@ def _bad(path: Path, what: str, hint: str = DAMAGED_HINT) -> NoReturn:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _StoragePosition:
     """Where a tensor's elements lie: absolute byte offset of the first, and elements from one index to the next."""
 
     dtype: torch.dtype
@@ -70,7 +70,7 @@ class _Place:
             and torch.empty_strided(self.shape, self.stride, device="meta").is_contiguous()
         )
 
-    def rows(self, start: int, stop: int) -> _Place:
+    def rows(self, start: int, stop: int) -> _StoragePosition:
         """Those of some rows."""
         skip = start * self.stride[0] * self.dtype.itemsize
         return replace(self, shape=(stop - start, *self.shape[1:]), offset=self.offset + skip)
@@ -98,7 +98,7 @@ class TorchBinReader:
     def __init__(self, path: Path, observe: Observe | None = None) -> None:
         self._path = path
         self._observe = observe
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, _StoragePosition] = {}
         self._loaded: dict[str, torch.Tensor] = {}
         self._descriptor = open_file(path)
         try:
@@ -136,7 +136,7 @@ class TorchBinReader:
             return _own(self._loaded[name][start:stop])
         return self._read(name, self._places[name].rows(start, stop), into)
 
-    def _read(self, name: str, place: _Place, into: torch.Tensor | None) -> torch.Tensor:
+    def _read(self, name: str, place: _StoragePosition, into: torch.Tensor | None) -> torch.Tensor:
         if not place.in_order:
             into = None  # what is read is not what is given
         where = f"{self._path}: tensor {name!r}"
@@ -173,7 +173,7 @@ class _Bytes:
         return read_bytes(self.descriptor, offset, count, str(self.path), observe=self.observe).numpy().tobytes()
 
 
-def _places(source: _Bytes, path: Path) -> tuple[dict[str, _Place], dict[str, str]]:
+def _places(source: _Bytes, path: Path) -> tuple[dict[str, _StoragePosition], dict[str, str]]:
     """The tensors by name, and what else there is; one enclosing ``{"state_dict": ...}`` is opened."""
     try:
         contents = read_source(source, str(path), expanded=True)
@@ -188,12 +188,12 @@ def _places(source: _Bytes, path: Path) -> tuple[dict[str, _Place], dict[str, st
     top: dict[str | int, Value] = dict(contents.others)
     top.update(contents.tensors)
     found = inner if isinstance(inner, Mapping) else top
-    tensors: dict[str, _Place] = {}
+    tensors: dict[str, _StoragePosition] = {}
     others: dict[str, str] = {}
     for name, value in found.items():
         if not isinstance(name, str):
             _bad(path, f"the key {name!r} is not a tensor name", _DICT_HINT)
-        if isinstance(value, TensorEntry):
+        if isinstance(value, BinTensor):
             tensors[name] = _place(name, value)
         else:
             others[name] = _other(_kind(value))
@@ -211,10 +211,10 @@ def _require_tensors(tensors: Mapping[str, object], others: Mapping[str, str], p
         _bad(path, f"holds no tensor, but {', '.join(sorted(others)[:3])}", _DICT_HINT)
 
 
-def _place(name: str, value: TensorEntry) -> _Place:
+def _place(name: str, value: BinTensor) -> _StoragePosition:
     if value.class_name not in _PLAIN or value.data is None or value.data.offset is None:
         raise AssertionError(f"{name!r} is a {value.class_name}, but nothing of torchao is in the file")
-    return _Place(getattr(torch, value.dtype), value.shape, value.data.stride, value.data.offset)
+    return _StoragePosition(getattr(torch, value.dtype), value.shape, value.data.stride, value.data.offset)
 
 
 def _kind(value: Value) -> str:
@@ -223,7 +223,7 @@ def _kind(value: Value) -> str:
     return value.class_name.rpartition(".")[2] if isinstance(value, Instance) else type(value).__name__
 
 
-def _info(name: str, place: _Place, path: Path) -> TensorInfo:
+def _info(name: str, place: _StoragePosition, path: Path) -> TensorInfo:
     nbytes = math.prod(place.shape) * place.dtype.itemsize
     return TensorInfo(name, place.dtype, place.shape, nbytes, str(path), place.offset, place.stride)
 

@@ -13,16 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from aoconvert.formats.torch_bin.contents import (
-    GlobalUse,
-    Instance,
-    StorageInfo,
-    StoredData,
-    Symbol,
-    TensorEntry,
-    Value,
-)
-from aoconvert.formats.torch_bin.pickle_vm import Items, Members, Pairs, refuse, shown
+from aoconvert.formats.torch_bin.contents import BinTensor, GlobalUse, Instance, StorageInfo, StoredData, Symbol, Value
+from aoconvert.formats.torch_bin.pickle_vm import Members, PickledItems, PickledPairs, refuse, shown
 from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, STORAGE_DTYPE, Kind, Known, lookup
 from aoconvert.formats.torch_bin.zip_reader import Record
 
@@ -64,14 +56,14 @@ class Name:
 
 
 @dataclass(frozen=True)
-class Storage:
+class StorageRecord:
     """A storage, as a persistent id names it."""
 
     key: str
     info: StorageInfo
 
 
-class Made:
+class Rebuilt:
     """An object under construction; ``sealed`` once it has been used. ``inside``: what its parts froze to."""
 
     __slots__ = ("args", "inside", "name", "sealed", "state")
@@ -143,7 +135,7 @@ class Rebuilder:
         info = StorageInfo(location, dtype, numel, record.offset, record.size)
         if self.storages.setdefault(key, info) != info:
             raise refuse(position, f"storage {key} is named twice in different ways")
-        return Storage(key, info)
+        return StorageRecord(key, info)
 
     def call(self, func: object, args: tuple[object, ...], position: int) -> object:
         """The result of a call that torch.save writes."""
@@ -152,8 +144,8 @@ class Rebuilder:
         self._spend(_CALL, position)
         match func.kind, args:
             case Kind.ORDERED_DICT, ():
-                return Pairs(ordered=True)
-            case Kind.SET, (Items() as items,):
+                return PickledPairs(ordered=True)
+            case Kind.SET, (PickledItems() as items,):
                 items.sealed = True
                 return Instance("builtins.set", tuple(self._primitive(item, position) for item in items.values))
             case Kind.ENUM, (value,):
@@ -167,7 +159,7 @@ class Rebuilder:
             case Kind.DEVICE, (str(device), int(index)) if _LOCATION.fullmatch(device) and 0 <= index < 1000:
                 return Instance(func.dotted, (f"{device}:{index}",))
             case Kind.PARTIAL, (Name() as inner,) if inner.kind is Kind.FUNCTION:
-                return Made(func, (Symbol(inner.dotted),), [])
+                return Rebuilt(func, (Symbol(inner.dotted),), [])
             case Kind.REBUILD, _:
                 return self._dense(func, args, position)
             case Kind.PARAMETER, _:
@@ -183,15 +175,15 @@ class Rebuilder:
         if (cls.kind is Kind.DATA and not args) or (cls.kind is Kind.TUPLE and len(args) <= 16):
             self._spend(_CALL, position)
             inside = [self._frozen(arg, position, 0) for arg in args]
-            return Made(cls, tuple(item.value for item in inside), inside)
+            return Rebuilt(cls, tuple(item.value for item in inside), inside)
         raise refuse(position, f"an object of {cls.dotted} is made in a way that torch.save never writes")
 
     def build(self, target: object, state: object, position: int) -> None:
         """The attributes of a data object, of an ``OrderedDict`` (dropped), or the settings of a ``partial``."""
-        if isinstance(target, Pairs) and target.ordered:
+        if isinstance(target, PickledPairs) and target.ordered:
             self._attributes(state, position)
             return
-        if not isinstance(target, Made) or target.sealed or target.state is not None:
+        if not isinstance(target, Rebuilt) or target.sealed or target.state is not None:
             raise refuse(position, "a state is given to something that has none, or has it already, or is in use")
         if target.name.kind is Kind.PARTIAL:
             frozen = self._partial(target, state, position)
@@ -221,7 +213,7 @@ class Rebuilder:
             return Frozen(value)
         if isinstance(value, Instance):
             return Frozen(value, 1 + len(value.args))
-        if isinstance(value, TensorEntry):
+        if isinstance(value, BinTensor):
             found = Frozen(value, value.values, value.depth)
         elif id(value) in self._known:
             found = self._known[id(value)][1]
@@ -236,20 +228,20 @@ class Rebuilder:
 
     def _opened(self, value: object, position: int, depth: int) -> Frozen:
         """A container, which is sealed, or a name that stands for a value; met for the first time."""
-        if isinstance(value, (Items, Pairs, Members, Made)):
+        if isinstance(value, (PickledItems, PickledPairs, Members, Rebuilt)):
             value.sealed = True
         match value:
-            case Made():
+            case Rebuilt():
                 return self._joined(Instance(value.name.dotted, value.args, value.state or {}), value.inside, position)
             case Members():
                 members = tuple(self._primitive(item, position) for item in value.values)
                 return Frozen(Instance("builtins.set", members), 1 + len(members))
-            case Pairs():
+            case PickledPairs():
                 inside = [self._frozen(item, position, depth + 1) for item in value.values.values()]
                 made = dict(zip(value.values, (item.value for item in inside), strict=True))
                 return self._joined(made, inside, position)
-            case Items() | tuple():
-                items = value.values if isinstance(value, Items) else value
+            case PickledItems() | tuple():
+                items = value.values if isinstance(value, PickledItems) else value
                 inside = [self._frozen(item, position, depth + 1) for item in items]
                 return self._joined(tuple(item.value for item in inside), inside, position)
             case Name(dotted, Known(Kind.DTYPE | Kind.FUNCTION)):
@@ -270,22 +262,22 @@ class Rebuilder:
 
     def _attributes(self, state: object, position: int) -> Frozen:
         """A dict of attributes."""
-        if not isinstance(state, Pairs):
+        if not isinstance(state, PickledPairs):
             raise refuse(position, "a state that is no dict")
         for key in state.values:
             if not isinstance(key, str) or not key.isidentifier() or key.startswith("__"):
                 raise refuse(position, f"an attribute called '{shown(str(key))}'")
         return self._frozen(state, position, 0)
 
-    def _partial(self, target: Made, state: object, position: int) -> Frozen:
+    def _partial(self, target: Rebuilt, state: object, position: int) -> Frozen:
         """``functools.partial.__reduce__``: (function, args, keywords, attributes)."""
         match state:
-            case (Name() as func, (), Pairs() as keywords, None) if (Symbol(func.dotted),) == target.args:
+            case (Name() as func, (), PickledPairs() as keywords, None) if (Symbol(func.dotted),) == target.args:
                 return self._attributes(keywords, position)
         raise refuse(position, "functools.partial over more than keywords")
 
     def _sizes(self, value: object, position: int) -> tuple[int, ...]:
-        if isinstance(value, Items):
+        if isinstance(value, PickledItems):
             value.sealed = True
             value = tuple(value.values)
         if not isinstance(value, tuple) or len(value) > MAX_DIMS or not all(_is_size(item) for item in value):
@@ -294,7 +286,7 @@ class Rebuilder:
 
     # --- tensors
 
-    def _dense(self, func: Name, args: tuple[object, ...], position: int) -> TensorEntry:
+    def _dense(self, func: Name, args: tuple[object, ...], position: int) -> BinTensor:
         """``_rebuild_tensor[_v2|_v3](storage, offset, size, stride[, requires_grad, hooks[, dtype][, metadata]])``."""
         name = func.dotted.rpartition(".")[2]
         rest = args[4:]
@@ -305,7 +297,7 @@ class Rebuilder:
             rest = (*rest[:2], *rest[3:])
         elif name == "_rebuild_tensor_v3":
             shape_ok = False
-        if not shape_ok or len(args) < 4 or not isinstance(args[0], Storage) or len(rest) > 3:
+        if not shape_ok or len(args) < 4 or not isinstance(args[0], StorageRecord) or len(rest) > 3:
             raise refuse(position, f"{func.dotted} is called in a way that torch.save never writes")
         requires_grad = self._grad_and_hooks(rest, position) if rest else False
         if len(rest) == 3 and rest[2] is not None and any(self._metadata(rest[2], position)):
@@ -314,7 +306,7 @@ class Rebuilder:
         data = self._stored(storage, args[1], args[2], args[3], dtype or storage.info.dtype, position)
         shape = self._sizes(args[2], position)
         location = storage.info.location
-        return TensorEntry("torch.Tensor", dtype or storage.info.dtype, shape, data, {}, {}, requires_grad, location)
+        return BinTensor("torch.Tensor", dtype or storage.info.dtype, shape, data, {}, {}, requires_grad, location)
 
     def _metadata(self, value: object, position: int) -> Iterable[Value]:
         """The marks of a dense tensor (``torch._utils.get_tensor_metadata``): ``conj`` and ``neg``."""
@@ -322,13 +314,13 @@ class Rebuilder:
 
     def _grad_and_hooks(self, args: tuple[object, ...], position: int) -> bool:
         requires_grad, hooks = args[0], args[1]
-        if not isinstance(requires_grad, bool) or not isinstance(hooks, Pairs) or hooks.values:
+        if not isinstance(requires_grad, bool) or not isinstance(hooks, PickledPairs) or hooks.values:
             raise refuse(position, "a tensor with hooks, or without a flag for its gradient")
         hooks.sealed = True
         return requires_grad
 
     def _stored(
-        self, storage: Storage, offset: object, size: object, stride: object, dtype: str, position: int
+        self, storage: StorageRecord, offset: object, size: object, stride: object, dtype: str, position: int
     ) -> StoredData:
         """The elements of a dense tensor, which must all lie in its storage, and be no more unless they may repeat."""
         shape, steps = self._sizes(size, position), self._sizes(stride, position)
@@ -348,17 +340,17 @@ class Rebuilder:
         place = None if start is None else start + offset * width
         return StoredData(storage.key, place, count * width, offset, steps)
 
-    def _parameter(self, func: Name, args: tuple[object, ...], position: int) -> TensorEntry:
+    def _parameter(self, func: Name, args: tuple[object, ...], position: int) -> BinTensor:
         """``_rebuild_parameter(data, requires_grad, hooks)``, ``_with_state``: and the attributes."""
         count = 4 if func.dotted.endswith("_with_state") else 3
-        if len(args) != count or not isinstance(args[0], TensorEntry):
+        if len(args) != count or not isinstance(args[0], BinTensor):
             raise refuse(position, f"{func.dotted} is called in a way that torch.save never writes")
         tensor = args[0]
         name = _PARAMETER if tensor.class_name == "torch.Tensor" else tensor.class_name
         tensor = replace(tensor, class_name=name, requires_grad=self._grad_and_hooks(args[1:3], position))
         return self._with_state(tensor, args[3], position) if count == 4 else tensor
 
-    def _with_state(self, tensor: TensorEntry, state: object, position: int) -> TensorEntry:
+    def _with_state(self, tensor: BinTensor, state: object, position: int) -> BinTensor:
         if state is None:
             return tensor
         frozen = self._attributes(state, position)
@@ -369,8 +361,8 @@ class Rebuilder:
             raise refuse(position, _TOO_MUCH)
         for name in _SETTERS.intersection(values):
             raise refuse(position, f"an attribute called '{name}', which would change the tensor itself")
-        inner = {name: value for name, value in values.items() if isinstance(value, TensorEntry)}
-        attributes = {name: value for name, value in values.items() if not isinstance(value, TensorEntry)}
+        inner = {name: value for name, value in values.items() if isinstance(value, BinTensor)}
+        attributes = {name: value for name, value in values.items() if not isinstance(value, BinTensor)}
         return replace(
             tensor,
             inner={**tensor.inner, **inner},
@@ -379,7 +371,7 @@ class Rebuilder:
             depth=depth,
         )
 
-    def _from_type(self, func: Name, cls: Name, args: tuple[object, ...], state: object, position: int) -> TensorEntry:
+    def _from_type(self, func: Name, cls: Name, args: tuple[object, ...], state: object, position: int) -> BinTensor:
         """``_rebuild_from_type_v2(func, type, args, state)``: a subclass, or a tensor with attributes."""
         if func.kind is Kind.REBUILD and cls.kind is Kind.PLAIN_TENSOR:
             tensor = replace(self._dense(func, args, position), class_name=cls.dotted)
@@ -392,7 +384,7 @@ class Rebuilder:
             raise refuse(position, f"a {cls.dotted} of {_number(count)} elements over {tensor.nbytes:,} bytes")
         return tensor
 
-    def _wrapper(self, cls: Name, args: tuple[object, ...], position: int) -> TensorEntry:
+    def _wrapper(self, cls: Name, args: tuple[object, ...], position: int) -> BinTensor:
         """``_rebuild_wrapper_subclass(cls, dtype, size, stride, offset, layout, device, requires_grad)``."""
         match args:
             case (
@@ -402,7 +394,7 @@ class Rebuilder:
                 shape = self._sizes(size, position)
                 if len(self._sizes(stride, position)) == len(shape):
                     name = _dtype(dtype, position)
-                    return TensorEntry(cls.dotted, name, shape, None, {}, {}, requires_grad, device)
+                    return BinTensor(cls.dotted, name, shape, None, {}, {}, requires_grad, device)
         raise refuse(position, f"{cls.dotted} is rebuilt in a way that torch.save never writes")
 
 

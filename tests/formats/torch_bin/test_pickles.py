@@ -30,7 +30,7 @@ from torchao.quantization import (
 from aoconvert import schemes
 from aoconvert.errors import SourceError, UnsafePickleError
 from aoconvert.formats.byte_source import LocalFile
-from aoconvert.formats.torch_bin.contents import Instance, Symbol, TensorEntry
+from aoconvert.formats.torch_bin.contents import BinTensor, Instance, Symbol
 from aoconvert.formats.torch_bin.header import check_bin, read_bin, read_source
 from aoconvert.formats.torch_bin.writer import TorchBinWriter
 from aoconvert.schemes.apply import quantize_weight
@@ -134,7 +134,7 @@ def assert_entry(entry, tensor, content):
 
     A class that is newer than the file adds attributes, which are None.
     """
-    assert isinstance(entry, TensorEntry)
+    assert isinstance(entry, BinTensor)
     assert entry.class_name == dotted(type(tensor))
     assert (entry.dtype, entry.shape) == (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
     assert (entry.requires_grad, entry.location) == (tensor.requires_grad, "cpu")
