@@ -1,7 +1,8 @@
 """The manifest, ``aoconvert.json``: the contract between the one who quantized and everyone who comes after.
 
-The JSON Schema in ``manifests/manifest.v1.schema.json`` is generated from these models (``python -m
-aoconvert.checkpoint.manifest``). Unknown keys are kept on reading, so that a newer writer does not break an older reader.
+The JSON Schema in ``manifests/manifest.v1.schema.json`` is generated from these models
+(``python -m aoconvert.checkpoint.manifest``). Unknown keys are kept on reading, so that a newer writer does not
+break an older reader.
 """
 
 from __future__ import annotations

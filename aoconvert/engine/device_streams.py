@@ -277,7 +277,7 @@ class Lane:
 
 
 def _count(figures: torch.Tensor, original: torch.Tensor, quantized: torch.Tensor, ahead: int) -> None:
-    """As ``Error.add``, with the sums left on the device: reading one would wait for it."""
+    """As ``ErrorStats.add``, with the sums left on the device: reading one would wait for it."""
     for weight, difference in differences(original, quantized, ahead):
         figures[0] += squares(weight)
         figures[1] += squares(difference)

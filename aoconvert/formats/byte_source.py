@@ -1,4 +1,4 @@
-"""Where the bytes of a file come from: a file on this machine, or later a server that answers ranged requests."""
+"""Where the bytes of a file come from: a file on this machine, or a server that answers ranged requests."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ def _along(recipe: MergeRecipe) -> Literal["stacked", "concatenated", "mapped"] 
 
 
 def _parts(recipe: MergeRecipe) -> int:
-    """See ``Recipe.parts``."""
+    """See ``MergeRecipe.parts``."""
     from transformers.core_model_loading import Concatenate
 
     if recipe.along != "stacked" or len({tensor.shape for tensor in recipe}) != 1 or not next(iter(recipe)).shape:

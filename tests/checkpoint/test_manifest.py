@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-sys.path.insert(0, str(Path(__file__).parent / "planning"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "planning"))
 
 from checkpoints import build_llama
 

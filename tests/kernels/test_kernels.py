@@ -22,7 +22,7 @@ import aoconvert
 from aoconvert import schemes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import QuantizeError
-from aoconvert.kernels import library as kernel_cache
+from aoconvert.kernels import library
 from aoconvert.kernels.checked import Checked, Kernels
 from aoconvert.schemes.apply import flatten, quantize_weight
 from aoconvert.schemes.error_stats import ErrorStats
@@ -91,22 +91,22 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def library(folder: Path, case: Case) -> Path:
+def library_of(folder: Path, case: Case) -> Path:
     """The file of a case's kernel."""
-    [path] = (folder / "kernels").glob(f"{kernel_cache._key(scheme_of(case), *case[3:])}.*.so")
+    [path] = (folder / "kernels").glob(f"{library._key(scheme_of(case), *case[3:])}.*.so")
     return path
 
 
 def install(content: bytes, folder: Path, case: Case) -> Path:
     """Put a library into a cache as the kernel of ``case``."""
-    key = kernel_cache._key(scheme_of(case), *case[3:])
+    key = library._key(scheme_of(case), *case[3:])
     path = folder / f"{key}.{hashlib.sha256(content).hexdigest()}.so"
     path.write_bytes(content)
     return path
 
 
-def load(folder: Path, case: Case) -> kernel_cache.Kernel:
-    found = kernel_cache._load(folder / "kernels", kernel_cache._key(scheme_of(case), *case[3:]))
+def load(folder: Path, case: Case) -> library.Kernel:
+    found = library._load(folder / "kernels", library._key(scheme_of(case), *case[3:]))
     assert found is not None
     return found
 
@@ -249,7 +249,7 @@ def test_a_kernel_with_other_bits_is_dropped(
     real: Case, built: Built, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Another scheme's library under a scheme's key: the symmetric one for the asymmetric, and one of other parts."""
-    install(library(built(real), real).read_bytes(), cache, WRONG)
+    install(library_of(built(real), real).read_bytes(), cache, WRONG)
     scheme = scheme_of(WRONG)
     weight = torch.randn(90, 128, generator=torch.Generator().manual_seed(1)).half()
     with Kernels("cpu", {}) as kernels, caplog.at_level(logging.WARNING):
@@ -296,16 +296,16 @@ def test_without_a_compiler_there_is_no_kernel(
 @needs_compiler
 @pytest.mark.parametrize("damage", [lambda content: content[:5000], lambda content: content[:-1], lambda _: b""])
 def test_a_damaged_library_is_removed(damage: Callable[[bytes], bytes], built: Built, cache: Path) -> None:
-    content = library(built(INT8), INT8).read_bytes()
+    content = library_of(built(INT8), INT8).read_bytes()
     path = install(content, cache, INT8)
     path.write_bytes(damage(content))
-    assert kernel_cache.get(scheme_of(INT8), BF16, BF16) is None
+    assert library.get(scheme_of(INT8), BF16, BF16) is None
     assert not path.exists()
 
 
 def test_what_is_no_library_is_removed(cache: Path) -> None:
     path = install(b"not a library", cache, INT8)
-    assert kernel_cache.get(scheme_of(INT8), BF16, BF16) is None
+    assert library.get(scheme_of(INT8), BF16, BF16) is None
     assert not path.exists()
 
 
@@ -314,8 +314,8 @@ def test_what_is_no_library_is_removed(cache: Path) -> None:
 def test_a_folder_that_others_can_write_is_refused(
     how: str, built: Built, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install(library(built(INT8), INT8).read_bytes(), cache, INT8)
-    assert kernel_cache.get(scheme_of(INT8), BF16, BF16) is not None
+    install(library_of(built(INT8), INT8).read_bytes(), cache, INT8)
+    assert library.get(scheme_of(INT8), BF16, BF16) is not None
     if how == "link":
         cache.rename(cache.with_name("elsewhere"))
         cache.symlink_to(cache.with_name("elsewhere"))
@@ -325,9 +325,9 @@ def test_a_folder_that_others_can_write_is_refused(
         os.chown(cache, 65534, 65534)
     else:
         cache.chmod(0o770 if how == "group" else 0o707)
-    assert kernel_cache.get(scheme_of(INT8), BF16, BF16) is None
+    assert library.get(scheme_of(INT8), BF16, BF16) is None
     assert "mode 0700" in caplog.text
-    building = kernel_cache.start(scheme_of(INT8), BF16, BF16)
+    building = library.start(scheme_of(INT8), BF16, BF16)
     assert building.done
     assert building.ready() is None
 
@@ -342,7 +342,7 @@ def test_a_large_model_starts_eager_and_switches(cache: Path) -> None:
     with Kernels("cpu", {scheme.key: 10**11}) as kernels:
         assert kernels.for_tensor(scheme, BF16, BF16) is None
         building = kernels._found[scheme.key, BF16, BF16]
-        assert isinstance(building, kernel_cache.Building)
+        assert isinstance(building, library.Building)
         assert building._process is not None
         child = building._process.pid
         assert kernels.for_tensor(scheme, BF16, BF16) is None  # nobody waits: the child has not ended
@@ -356,7 +356,7 @@ def test_a_large_model_starts_eager_and_switches(cache: Path) -> None:
 
 @needs_compiler
 def test_the_switch_comes_when_the_library_is_there(built: Built) -> None:
-    path = library(built(INT8), INT8)
+    path = library_of(built(INT8), INT8)
     assert built.eager_first[INT8]
     assert (path.stat().st_uid, path.parent.stat().st_mode & 0o777) == (os.geteuid(), 0o700)
     assert not list(path.parent.glob("*.tmp"))
@@ -381,7 +381,7 @@ def test_schemes_that_take_the_whole_weight_have_no_kernel(cache: Path, monkeypa
 
 def test_the_key_tells_everything_apart() -> None:
     cases = [INT8, INT4, WRONG, *REST]
-    keys = {kernel_cache._key(scheme_of(case), *case[3:]) for case in cases}
+    keys = {library._key(scheme_of(case), *case[3:]) for case in cases}
     assert len(keys) == len(cases)
 
 

@@ -177,7 +177,7 @@ def test_the_library_loads_it(result: tuple[str, Path]) -> None:
 def test_a_fresh_process_loads_it(result: tuple[str, Path]) -> None:
     name, folder = result
     code = f"import test_recipe_roundtrip as t; from pathlib import Path; t.loads({name!r}, Path({str(folder)!r}))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 

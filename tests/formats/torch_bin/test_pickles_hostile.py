@@ -30,7 +30,7 @@ def run(mode, canary, folder, pickles):
     for number, name in names.items():
         (folder / number).write_bytes(archive(pickles[name]))
     command = [sys.executable, str(HERE / "hostile_runner.py"), mode, str(canary), str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "BROWSER": "true"}
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[2]), "BROWSER": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
