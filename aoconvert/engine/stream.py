@@ -16,11 +16,12 @@ from aoconvert.engine.buffers import BufferPool
 from aoconvert.engine.channel import Channel, Closed
 from aoconvert.engine.device_streams import Lanes, open_devices
 from aoconvert.engine.eager import threads
-from aoconvert.engine.quantize_stage import Begin, End, Message, Piece, Processor, Rows, Whole
+from aoconvert.engine.quantize_stage import Message, Piece, Processor
 from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
+from aoconvert.engine.write import FileWriter
 from aoconvert.environment import available_cores
 from aoconvert.formats.digest import Mark
-from aoconvert.formats.torch_bin.writer import SealedFile, TensorSink, TorchBinWriter, WrittenTensor
+from aoconvert.formats.torch_bin.writer import SealedFile
 from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
@@ -106,9 +107,12 @@ class _Stream:
 
             return body
 
+        writer = FileWriter(
+            self.plan, self.journal, self.reading.marks, self.progress, self.tensors, self.files, self.seconds
+        )
         threads = [
             threading.Thread(target=guarded(lambda: self._read(source, pool)), name="aoconvert-reader", daemon=True),
-            threading.Thread(target=guarded(lambda: self._write(sink)), name="aoconvert-writer", daemon=True),
+            threading.Thread(target=guarded(lambda: writer.run(sink)), name="aoconvert-writer", daemon=True),
         ]
         for thread in threads:
             thread.start()
@@ -175,59 +179,3 @@ class _Stream:
                 self.seconds.quantize += time.perf_counter() - began - waited
                 del piece
             processor.flush()
-
-    def _write(self, source: Channel[Message]) -> None:
-        """Tensors come file by file; a file is sealed when its last tensor has passed."""
-        left = {file.path: 0 for file in self.plan.files}
-        for tensor in self.plan.tensors:
-            if tensor.file is not None and tensor.is_written:
-                left[tensor.file] += tensor.name not in self.done
-        writer: TorchBinWriter | None = None
-        sink: TensorSink | None = None
-        try:
-            for whole in [path for path, count in left.items() if not count and path not in self.files]:
-                writer = self.journal.writer(whole)
-                self._seal(whole, writer)
-                writer = None
-            while (message := source.get()) is not None:
-                plan = message.plan
-                path = plan.file
-                assert path is not None
-                began = time.perf_counter()
-                if writer is None:
-                    writer = self.journal.writer(path)
-                written: WrittenTensor | None = None
-                match message:
-                    case Whole():
-                        written = writer.add(plan.name, message.tensor)
-                        message.release()
-                    case Begin():
-                        sink = writer.begin(plan.name, message.like)
-                    case Rows():
-                        assert sink is not None
-                        sink.put(message.rows)
-                        message.release()
-                    case End():
-                        assert sink is not None
-                        written = sink.finish(message.rest)
-                if isinstance(message, Whole | End):
-                    assert written is not None
-                    result = self.tensors[plan.name] = TensorResult.of(written, message.error, message.device)
-                    self.journal.done(path, result, writer.last(), self.reading.marks(plan.name))
-                    left[path] -= 1
-                    self.progress.advance(plan.bytes_in, plan.name)
-                if not left[path]:
-                    self._seal(path, writer)
-                    writer = None
-                self.seconds.writer += time.perf_counter() - began
-                del message
-        finally:
-            if writer is not None:
-                writer.leave()
-
-    def _seal(self, path: str, writer: TorchBinWriter) -> None:
-        here = [tensor for tensor in self.plan.tensors if tensor.file == path]
-        also = {tensor.name: tensor.same_as for tensor in here if tensor.same_as is not None}
-        sealed = writer.seal([tensor.name for tensor in here], also)
-        self.journal.done_file(path, sealed)
-        self.files[path] = sealed
