@@ -50,7 +50,7 @@ def _all(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
         _layouts(facts, state, failed, message),
         _in_range(state, failed, message),
         _layer(state, failed),
-        _lists(facts, state, failed, message),
+        _lists(facts, state, message),
         _ranks(facts, state, failed, message),
         _dims(state, failed, message),
         wild,
@@ -315,7 +315,7 @@ def _numbered(state: State, failed: Attempt, message: str) -> Iterator[State]:
         yield from _resized(state, failed, *pair)
 
 
-def _lists(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
+def _lists(facts: Facts, state: State, message: str) -> Iterator[State]:
     """A list is too short, or a tensor should be one."""
     layers = facts.number("num_layers", "num_hidden_layers", "depth", default=2)
     for name, value in state.items():

@@ -58,7 +58,7 @@ def component(
     if packing is not None and (misfit := int4.misfit(packing)) is not None:
         problems.append(misfit)
     problems = [problem, *problems] if problem else problems
-    advice = _advice(kind, scheme, files, loading, layout, bool(problems), quantization, entries)
+    advice = _advice(kind, scheme, files, loading, layout, quantization, entries)
     return Component(
         name=name,
         kind=kind,
@@ -207,7 +207,6 @@ def _advice(
     files: Sequence[FileFacts],
     loading: Loading | None,
     layout: compat.PackedLayout | None,
-    blocked: bool,
     config: Mapping[str, Any],
     entries: Sequence[BinTensor],
 ) -> list[str]:
@@ -218,7 +217,7 @@ def _advice(
         if any("builtins.getattr" in (file.unsafe or "") for file in unsafe):
             advice.append("Python 3.11.2 writes enums through getattr: a file made with it must be made again")
     if loading is not None:
-        advice += _loading_advice(loading, scheme, blocked)
+        advice += _loading_advice(loading, scheme)
     if layout is not None and layout.note:
         advice.append(f"packed for {layout.device}: {layout.note}")
     if layout is not None and layout.min_capability:
@@ -234,7 +233,7 @@ def _advice(
     return advice
 
 
-def _loading_advice(loading: Loading, scheme: str | None, blocked: bool) -> list[str]:
+def _loading_advice(loading: Loading, scheme: str | None) -> list[str]:
     advice = []
     version = version_of("torchao")
     if version is None or compat.fits(version, loading) is False:

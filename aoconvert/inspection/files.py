@@ -72,7 +72,7 @@ def _bin(source: ByteSource, path: str, label: str, *, local: bool, config: Mapp
         facts = tuple(_torchao_fact(name, entry) for name, entry in entries.items())
         return FileFacts(path, source.size, "bin", len(entries), facts, "torchao", names)
     dtypes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    kind, facts = classify(dtypes, config, {})
+    kind, facts = classify(dtypes, config)
     return FileFacts(path, source.size, "bin", len(entries), facts, kind, names)
 
 
@@ -111,7 +111,7 @@ def _safetensors(source: ByteSource, path: str, label: str, config: Mapping[str,
     if described:
         facts = tuple(_flat(stored, described))
         return FileFacts(path, source.size, "safetensors", len(entries), facts, "torchao-safetensors", (), metadata)
-    kind, facts = classify(stored, config, metadata)
+    kind, facts = classify(stored, config)
     return FileFacts(path, source.size, "safetensors", len(entries), facts, kind, (), metadata)
 
 

@@ -36,15 +36,12 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
 _DTYPE_BITS = {"int8": 8, "uint8": 8, "float8_e4m3fn": 8, "float8_e5m2": 8}
 
 
-def classify(
-    stored: Stored, config: Mapping[str, Any], metadata: Mapping[str, str]
-) -> tuple[str, tuple[TensorFact, ...]]:
+def classify(stored: Stored, config: Mapping[str, Any]) -> tuple[str, tuple[TensorFact, ...]]:
     """The kind of a file without torchao classes, and the tensors of the model in it.
 
     Args:
         stored: every tensor in the file.
         config: ``quantization_config`` of the model, or empty.
-        metadata: of the safetensors header.
     """
     for kind, read in _KINDS.items():
         if (facts := read(stored, config)) is not None:

@@ -80,7 +80,6 @@ class TensorSpec:
         compared_with: a tensor of its own, which config or class declare to be this one: the library compares them with
             each other while it opens the model; ``None`` where there is none.
         keep_fp32: the class asks for float32 whatever the model's dtype.
-        output_head: of a layer that gives the model's output (``lm_head``, ``score``).
         single_row: its layer sees one row per sample (modulation, timestep, pooled projection), or may see no more: an
             expert sees the tokens that are routed to it.
         convolution: weight of a convolution, of whatever class.
@@ -99,7 +98,6 @@ class TensorSpec:
     tied_to: str | None = None
     compared_with: str | None = None
     keep_fp32: bool = False
-    output_head: bool = False
     single_row: bool = False
     convolution: bool = False
     hint: str | None = None
@@ -284,10 +282,9 @@ def describe_tensors(
     for name, tensor in model.state_dict().items():
         owner = name.rpartition(".")[0]
         module = modules.get(owner, model)
-        is_head = owner in output_heads
         kind = _kind(name, tensor, module) if name in parameters else "other"
         hint = None
-        if is_head and kind != "other":
+        if owner in output_heads and kind != "other":
             hint = "output head"
         elif kind == "embedding" and vocabulary is not None and tensor.shape[0] != vocabulary:
             hint = "not the input embeddings"  # positions, token types, a table of relative positions
@@ -305,7 +302,6 @@ def describe_tensors(
                 parameter=name in parameters,
                 tied_to=tied.get(name),
                 keep_fp32=name in keep_fp32,
-                output_head=is_head,
                 single_row=kind == "experts" or owner in single_row,
                 convolution=isinstance(module, nn.modules.conv._ConvNd) and tensor.dim() > 1,
                 hint=hint,

@@ -89,8 +89,8 @@ def kept_in_float32(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name in model.state_dict() if wanted & set(name.split(".")))
 
 
-def skeleton(component: ModelPart, dtype: torch.dtype, *, code_root: Path | None = None) -> Skeleton:
-    """The empty model and its tensors. ``dtype`` is what floating tensors will be cast to."""
+def skeleton(component: ModelPart, *, code_root: Path | None = None) -> Skeleton:
+    """Build the empty model, unless its tensors are known from an earlier run."""
     built: Skeleton | None = None
     component = located(component)
 

@@ -270,7 +270,7 @@ def build_skeleton(
 
         if fuse_qkv:
             return fused.skeleton(component)
-        return diffusers.skeleton(component, dtype, code_root=code_root)
+        return diffusers.skeleton(component, code_root=code_root)
     if fuse_qkv:
         from aoconvert.models.fused import CannotFuse
 

@@ -1,10 +1,10 @@
 """Recipes: which scheme for which tensors, in a file; and back, from what a result says about itself.
 
-Nothing here imports torch before it must: :func:`load` of a TOML file and :func:`dump` never do.
+Nothing here imports torch before it must: :func:`load` of a TOML file never does.
 """
 
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section, rules
-from aoconvert.recipes.files import dump, load
+from aoconvert.recipes.files import load
 from aoconvert.recipes.fqn import fqn_to_config
 from aoconvert.recipes.recorded import (
     from_config,
@@ -20,7 +20,6 @@ __all__ = [
     "Recipe",
     "RecipeRule",
     "Section",
-    "dump",
     "fqn_to_config",
     "from_config",
     "from_manifest",

@@ -21,10 +21,9 @@ fully, the first that matches the module's, the default (torchao's ``FqnToConfig
 from __future__ import annotations
 
 import codecs
-import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ SKIP = "skip"
 _REGEX = "re:"
 _LIMIT = 64 << 20  # bytes; a manifest can be larger
 _STEP = 1 << 20
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class _Model(BaseModel):
@@ -217,42 +215,3 @@ def _refused(error: ValidationError, origin: str, place: str = "", kind: str = "
     else:
         what = f"{key} should be {_TYPES.get(first['type'], 'something else')}".lstrip()
     return UsageError(f"{', '.join(places)}: {what}", hint=_KEYS[kind])
-
-
-def dump(recipe: Recipe) -> str:
-    """The recipe as TOML; :func:`load` makes the same of it, its origin aside."""
-    lines = [*_section_lines(recipe.base, "")]
-    for name, section in recipe.components.items():
-        key = f"component.{name if _BARE_KEY.fullmatch(name) else _quoted(name)}"
-        lines += ["", f"[{key}]", *_section_lines(section, f"{key}.")]
-    return "\n".join(lines).strip() + "\n"
-
-
-def _section_lines(section: Section, prefix: str) -> Iterator[str]:
-    if section.default is not None:
-        pairs = list(_pairs(section.default))
-        only_scheme = len(pairs) == 1
-        yield "default = " + (pairs[0][1] if only_scheme else f"{{ {', '.join(f'{k} = {v}' for k, v in pairs)} }}")
-    for rule in section.rules:
-        yield from ("", f"[[{prefix}rule]]", f"match = {_quoted(rule.pattern)}")
-        yield from (f"{key} = {value}" for key, value in _pairs(rule.choice))
-
-
-def _pairs(choice: Choice) -> Iterator[tuple[str, str]]:
-    yield "scheme", _quoted(choice.scheme or SKIP)
-    if choice.group_size is not None:
-        yield "group_size", str(choice.group_size)
-    if choice.layout_device is not None:
-        yield "layout_device", _quoted(choice.layout_device)
-    if choice.settings:
-        pairs = (
-            f"{key if _BARE_KEY.fullmatch(key) else _quoted(key)} = {_quoted(text)}" for key, text in choice.settings
-        )
-        yield "set", f"{{ {', '.join(pairs)} }}"
-
-
-def _quoted(text: str) -> str:
-    """A TOML string: literal where it can be, so that a pattern looks as it is."""
-    if "'" not in text and text.isprintable():
-        return f"'{text}'" if "\\" in text or '"' in text else f'"{text}"'
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

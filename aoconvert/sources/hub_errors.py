@@ -146,7 +146,7 @@ def _write_error(error: BaseException, repo_id: str, name: str) -> HubError:
         )
     status = failed_status(error)
     if status is not None:
-        return _write_refused(error, status, repo_id, name)
+        return _write_refused(error, status, name)
     known = next((link for link in _chain(error) if _network_error(link, name) is not None), error)
     found = _network_error(known, name)
     if found is not None:
@@ -163,7 +163,7 @@ def _write_hint(hint: str | None) -> str:
     return hint.replace("; --local-files-only uses what is in the cache", f"; then {AGAIN_HINT}")
 
 
-def _write_refused(error: BaseException, status: int, repo_id: str, name: str) -> HubError:
+def _write_refused(error: BaseException, status: int, name: str) -> HubError:
     """The Hub, or the storage behind it, answered a write with a status of 400 or more."""
     from huggingface_hub import errors
 

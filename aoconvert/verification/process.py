@@ -224,9 +224,3 @@ class Children:
         with self._lock:
             most = max(anonymous_bytes(other.process.pid) for other in self._running)
         return f"it took {size(used)} of memory, and this machine has {size(left)} left" if used >= most else None
-
-
-def ask(program: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """One interpreter by itself; see :meth:`Children.ask`."""
-    with Children() as children:
-        return children.ask(program, request)

@@ -146,7 +146,7 @@ def test_infinity_in_either_spelling(infinity: Any, tmp_path: Path) -> None:
 def _heads(name: str, config: Any) -> set[str]:
     values = {**json.loads(config.to_json_string()), "architectures": [name]}
     skeleton: Skeleton = build_skeleton(ModelPart("", "", "transformers", name, values), torch.bfloat16)
-    return {spec.name for spec in skeleton if spec.output_head and spec.kind == "linear"}
+    return {spec.name for spec in skeleton if spec.hint == "output head" and spec.kind == "linear"}
 
 
 @pytest.mark.parametrize(

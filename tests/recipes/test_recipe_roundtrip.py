@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from recipe_toml import dump
 
 import aoconvert
-from aoconvert.recipes import dump, load
+from aoconvert.recipes import load
 
 # what differs between two runs, or names the recipe's file
 NOT_COMPARED = {"aoconvert.json", "README.md"}

@@ -13,6 +13,7 @@ from diffusers import TorchAoConfig as diffusers_config
 from diffusers.quantizers.torchao import TorchAoHfQuantizer as diffusers_quantizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipe_toml import dump
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from aoconvert import schemes
@@ -22,7 +23,6 @@ from aoconvert.recipes import (
     Recipe,
     RecipeRule,
     Section,
-    dump,
     from_config,
     from_quantization_config,
     load,

@@ -215,11 +215,11 @@ def test_a_global_that_the_manifest_does_not_list(copy: Path) -> None:
 
 def test_a_safe_list_that_is_too_short_cannot_be_helped_by_imports(copy: Path) -> None:
     """`import torchao` registers its classes for the whole process; the load check takes that back."""
-    from aoconvert.verification.process import ask
+    from aoconvert.verification.process import Children
 
-    answers = ask(
-        "load_child", {"files": [str(path) for path in copy.glob("*.bin")], "imports": ["torchao"], "safe_globals": []}
-    )
+    request = {"files": [str(path) for path in copy.glob("*.bin")], "imports": ["torchao"], "safe_globals": []}
+    with Children() as children:
+        answers = children.ask("load_child", request)
     assert "Unsupported global" in answers[-1]["error"]
 
 

@@ -145,7 +145,6 @@ class BinContents:
         storages: by key.
         protocol: pickle protocol.
         byteorder: ``little`` or ``big``.
-        pickle_bytes: size of ``data.pkl``.
     """
 
     tensors: Mapping[str, BinTensor]
@@ -154,7 +153,6 @@ class BinContents:
     storages: Mapping[str, StorageInfo]
     protocol: int
     byteorder: str
-    pickle_bytes: int
 
     @property
     def legacy(self) -> tuple[GlobalUse, ...]:

@@ -89,7 +89,6 @@ def read_contents(
         storages=rebuilder.storages,
         protocol=protocol,
         byteorder=byteorder,
-        pickle_bytes=len(data),
     )
 
 
@@ -103,15 +102,6 @@ def check_reads(tensors: Iterable[BinTensor], storages: Mapping[str, StorageInfo
     wanted = sum({tensor.place: tensor.nbytes for tensor in tensors}.values())
     if wanted > _FREE_BYTES + MAX_REPEATS * held:
         raise refuse(None, f"its tensors take {wanted:,} bytes out of storages that hold {held:,}")
-
-
-def check_bin(path: Path) -> None:
-    """Check that loading a ``.bin`` with today's torch and torchao runs nothing but their own rebuilding of tensors.
-
-    Raises:
-        SourceError, UnsafeZipError, UnsafePickleError: as ``read_loadable``.
-    """
-    read_loadable(path)
 
 
 def read_loadable(path: Path) -> BinContents:

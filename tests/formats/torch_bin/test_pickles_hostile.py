@@ -15,9 +15,9 @@ import torch
 from hostile_pickles import archive, bombs, code_cases, named_cases, structure_cases, tensor, top, wrapper
 
 from aoconvert.errors import AoconvertError, UnsafePickleError
-from aoconvert.formats.torch_bin.header import check_bin, read_bin
+from aoconvert.formats.torch_bin.header import read_bin, read_loadable
 from aoconvert.formats.torch_bin.reader import TorchBinReader
-from aoconvert.verification.process import ask
+from aoconvert.verification.process import Children
 
 HERE = Path(__file__).parent
 WRONG = named_cases() | structure_cases()
@@ -81,7 +81,7 @@ def test_the_refusal_says_what_and_where(name, tmp_path):
     pickled = code_cases(tmp_path / "canary")[name]
     path.write_bytes(archive(pickled))
     with pytest.raises(UnsafePickleError) as caught:
-        check_bin(path)
+        read_loadable(path)
     assert caught.value.exit_code == 4
     assert caught.value.message.startswith(f"{path}: data.pkl, byte {caught.value.position}: ")
     assert 0 <= caught.value.position < len(pickled)
@@ -140,7 +140,7 @@ def test_the_builders_make_readable_files(tmp_path):
     contents = read_bin(path)
     assert list(contents.tensors) == ["a", "b"]
     assert contents.tensors["b"].inner["qdata"].data == contents.tensors["a"].data
-    assert check_bin(path) is None
+    assert read_loadable(path) == contents
 
 
 @pytest.mark.parametrize("child", ["load_child", pytest.param("reload_child", marks=pytest.mark.exhaustive)])
@@ -151,7 +151,8 @@ def test_a_storage_is_hashed_once(child, tmp_path):
     digest = sha256(bytes(8_000_000)).hexdigest()
     if child == "load_child":
         torch.save({f"{at}": base for at in range(20_000)}, tmp_path / "model.bin")
-        answers = ask(child, {"files": [str(tmp_path / "model.bin")], "imports": [], "safe_globals": []})
+        with Children() as children:
+            answers = children.ask(child, {"files": [str(tmp_path / "model.bin")], "imports": [], "safe_globals": []})
         assert len(answers) == 20_001
         assert {answer["sha256"] for answer in answers[:-1]} == {digest}
         return
@@ -161,4 +162,5 @@ def test_a_storage_is_hashed_once(child, tmp_path):
     )
     expected = {f"p{at}": ["torch.Tensor", digest] for at in range(20_000)}
     request = {"code": code, "parts": {"": expected}, "forward": False, "example": None}
-    assert ask(child, request)[1] == {"part": "", "problems": []}
+    with Children() as children:
+        assert children.ask(child, request)[1] == {"part": "", "problems": []}
