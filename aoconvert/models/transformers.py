@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aoconvert.environment import version_of
 from aoconvert.errors import SourceError
 from aoconvert.models import configs
 from aoconvert.models.base import ModelPart, Skeleton, build_empty, describe_tensors
@@ -312,7 +313,6 @@ def merged_reader_index(
     Raises:
         SourceError: the loader refused the checkpoint.
     """
-    import torch
 
     cls = model_class(component, code_root=code_root)
     try:
@@ -345,7 +345,7 @@ def merged_reader_index(
     del model
     if not index:
         raise SourceError(
-            f"{component.title}: transformers {torch.__name__} offload left no index of its weights",
+            f"{component.title}: the offload of transformers {version_of('transformers')} left no index of its weights",
             hint="report this with the model's name",
         )
     return index
