@@ -227,7 +227,7 @@ def repack(
         WriteError: disk full, or no permission.
     """
     from aoconvert.checkpoint import manifest as manifests
-    from aoconvert.planning.make import refuse_output
+    from aoconvert.planning.output import refuse_output
     from aoconvert.sources.folder import FolderSource
 
     folder = Path(checkpoint)

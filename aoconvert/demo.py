@@ -11,7 +11,7 @@ from aoconvert.environment import import_diffusers
 from aoconvert.errors import PlanError, VerificationError
 from aoconvert.humanize import first
 from aoconvert.options import make_options
-from aoconvert.planning.make import refuse_output
+from aoconvert.planning.output import refuse_output
 from aoconvert.progress import Progress
 from aoconvert.sources.folder import FolderSource
 

@@ -62,7 +62,7 @@ class Choices:
         return self.tensors[spec.name]
 
 
-def choose(skeleton: Skeleton, dtypes: Mapping[str, torch.dtype], rules: Rules, wishes: Wishes) -> Choices:
+def choose_schemes(skeleton: Skeleton, dtypes: Mapping[str, torch.dtype], rules: Rules, wishes: Wishes) -> Choices:
     """Choose for every tensor of a model that is written.
 
     Args:

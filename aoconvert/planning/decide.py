@@ -10,7 +10,7 @@ from aoconvert.errors import QuantizeError
 from aoconvert.models import Skeleton, TensorSpec
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import MergeRecipe
-from aoconvert.planning.choices import Choices, Wishes, choose
+from aoconvert.planning.choices import Choices, Wishes, choose_schemes
 from aoconvert.planning.source_checkpoint import SourceCheckpoint
 from aoconvert.planning.types import Action, LeftOut, TensorPlan
 from aoconvert.recipes.rules import Rules
@@ -88,7 +88,7 @@ def decide(
         free: state-dict key → the key that it was tied to, under which the checkpoint may hold it.
     """
     decider = _Decider(skeleton, dtype, found, free or {})
-    decider.choose(rules, wishes)
+    decider.choose_schemes(rules, wishes)
     tensors = [made for spec in skeleton if (made := decider.plan(spec)) is not None]
     tensors += decider.carry()
     return Decisions(
@@ -125,10 +125,10 @@ class _Decider:
                 self._twins.setdefault(spec.tied_to, []).append(spec.name)
         self._cache: dict[tuple[tuple[int, ...], torch.dtype, str | None], torch.Tensor] = {}
 
-    def choose(self, rules: Rules, wishes: Wishes) -> None:
+    def choose_schemes(self, rules: Rules, wishes: Wishes) -> None:
         """Say which tensor gets which scheme."""
         dtypes = {spec.name: self._dtypes(spec)[1] for spec in self.skeleton}
-        self.choices = choose(self.skeleton, dtypes, rules, wishes)
+        self.choices = choose_schemes(self.skeleton, dtypes, rules, wishes)
         self.problems += self.choices.problems
 
     def _dtypes(self, spec: TensorSpec) -> tuple[torch.dtype, torch.dtype]:

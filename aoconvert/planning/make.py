@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aoconvert import recipes, schemes
-from aoconvert.checkpoint.manifest import MANIFEST_NAME
-from aoconvert.checkpoint.unfinished import partial_folder
 from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError, SourceError
-from aoconvert.humanize import first, size
 from aoconvert.models import ModelPart, identify
 from aoconvert.models.fused import CannotFuse
 from aoconvert.models.pipeline import refuse_quantized
@@ -24,10 +17,10 @@ from aoconvert.options import QuantizeOptions
 from aoconvert.planning.component import component_warnings, dropped_warning, plan_component
 from aoconvert.planning.copying import sort_files, unread_pickles
 from aoconvert.planning.needs import needs
-from aoconvert.planning.overwriting import overwrite_problem, unfinished_problem
-from aoconvert.planning.types import ComponentPlan, Needs, Plan, UnquantizedPlan
+from aoconvert.planning.output import output_problems, space_problems
+from aoconvert.planning.types import ComponentPlan, Plan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
-from aoconvert.planning.weights import choose, is_only, load_recipe
+from aoconvert.planning.weights import choose_components, is_only, load_recipe
 from aoconvert.recipes.rules import Rules, allowing, skipping, unmatched
 
 if TYPE_CHECKING:
@@ -59,7 +52,7 @@ def make(
     """
     layout = identify(source, options.subfolder)
     recipe = load_recipe(options)
-    chosen, problems = choose(layout, options, recipe)
+    chosen, problems = choose_components(layout, options, recipe)
     for component in chosen:
         refuse_quantized(component)  # before torch is imported
     devices: tuple[str, ...] = ("cpu",)
@@ -98,7 +91,7 @@ def make(
     )
     # of a config alone the plan is a calculation: nothing could be carried out anyway
     possible = need_weights or any(item.weights for item in plans)
-    (problems if possible else warnings).extend(space_problems(options, wanted))
+    (problems if possible else warnings).extend(space_problems(options.output, wanted.disk_bytes))
     problems += _unreadable(source, [item.source for item in copied])
     if problems:
         raise PlanError(problems)
@@ -130,22 +123,12 @@ def refuse_early(source: Source, options: QuantizeOptions) -> None:
         UsageError: the recipe has a mistake.
     """
     layout = identify(source, options.subfolder)
-    chosen, problems = choose(layout, options, load_recipe(options))
+    chosen, problems = choose_components(layout, options, load_recipe(options))
     problems += output_problems(source, options.output, overwrite=options.overwrite)
     if problems:
         raise PlanError(problems)
     for component in chosen:
         refuse_quantized(component)
-
-
-def refuse_output(source: Source, output: Path, *, overwrite: bool) -> None:
-    """Refuse a place that the result cannot go to.
-
-    Raises:
-        PlanError: with every problem.
-    """
-    if problems := output_problems(source, output, overwrite=overwrite):
-        raise PlanError(problems)
 
 
 def _plans(
@@ -235,67 +218,3 @@ def _unmatched_missing(plans: Sequence[ComponentPlan], options: QuantizeOptions)
         return []
     names = [item.name for plan in plans for item in plan.missing]
     return unmatched(allowing(options.allow_missing), [*names, *(name.rpartition(".")[0] for name in names)])
-
-
-def output_problems(source: Source, output: Path, *, overwrite: bool) -> list[str]:
-    """What is wrong with the place the result shall go to."""
-    problems = []
-    try:
-        output.lstat()
-    except (OSError, ValueError) as error:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            return [f"output {output}: {getattr(error, 'strerror', None) or error}"]
-    if output.absolute().name in ("", ".."):  # what is built beside it needs a name
-        problems.append(f"output {output} has no name of its own; give the folder itself")
-    if output.is_symlink():
-        problems.append(f"output {output} is a link, and the result would take its place; give the folder itself")
-    elif output.exists() and not output.is_dir():
-        problems.append(f"output {output} exists and is not a folder")
-    elif output.is_dir() and any(output.iterdir()):
-        if not (output / MANIFEST_NAME).is_file():
-            held = first(sorted(path.name for path in output.iterdir()))
-            problems.append(
-                f"output {output} exists and is not empty: it holds {held}, and no result of aoconvert "
-                "(choose another --output)"
-            )
-        elif not overwrite:
-            problems.append(f"output {output} exists and is not empty (--overwrite replaces an earlier result)")
-        elif problem := overwrite_problem(output):
-            problems.append(f"{problem} (move it away, or choose another --output)")
-    if problem := unfinished_problem(partial_folder(output)):
-        problems.append(f"{problem} (move it away)")
-    place = output.resolve()
-    if source.kind == "folder":
-        root = source.root.resolve()
-        if place == root or place in root.parents:
-            problems.append(f"output {output} would replace the source")
-        elif root in place.parents:
-            problems.append(f"output {output} is inside the source")
-    parent = _existing_parent(output)
-    if not parent.is_dir():
-        problems.append(f"output {output}: {parent} is not a folder")
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        problems.append(f"output {output}: no permission to write in {parent}")
-    return problems
-
-
-def space_problems(options: QuantizeOptions, wanted: Needs) -> list[str]:
-    """Whether the result fits on the disk it shall go to."""
-    try:
-        free = shutil.disk_usage(_existing_parent(options.output)).free + _held(options.output)
-    except (OSError, ValueError):  # not a place at all, which is a problem of its own
-        return []
-    if free >= wanted.disk_bytes:
-        return []
-    return [f"output {options.output}: {size(wanted.disk_bytes)} needed, {size(free)} free on that disk"]
-
-
-def _held(output: Path) -> int:
-    """Bytes that an unfinished run holds there; the next one uses or frees them."""
-    facts = [path.lstat() for path in partial_folder(output).rglob("*")]
-    return sum(found.st_blocks * 512 for found in facts if stat.S_ISREG(found.st_mode) and found.st_nlink == 1)
-
-
-def _existing_parent(output: Path) -> Path:
-    place = output.resolve()
-    return next(folder for folder in (*place.parents, place) if folder.exists())  # the root is its own

@@ -25,7 +25,7 @@ def local_weights(source: Source, options: QuantizeOptions) -> list[Path]:
     try:
         layout = identify(source, options.subfolder)
         found = []
-        for component in choose(layout, options, load_recipe(options))[0]:
+        for component in choose_components(layout, options, load_recipe(options))[0]:
             weights = chosen_weights(source, component, options.variant)
             found += [source.local(path) for path in weights.files] if weights is not None else []
     except AoconvertError:
@@ -42,7 +42,7 @@ def unreadable_headers(source: Source, options: QuantizeOptions) -> list[str]:
         return []
     try:
         layout = identify(source, options.subfolder)
-        models = choose(layout, options, load_recipe(options))[0]
+        models = choose_components(layout, options, load_recipe(options))[0]
         if layout.kind == "pipeline" and not (is_only(layout, options) or options.keep_original_files):
             models = list(layout.components)
         found = (weights_of(source, model, options.variant) for model in models)
@@ -85,7 +85,7 @@ def load_recipe(options: QuantizeOptions) -> Recipe | None:
     return recipes.load(options.recipe) if options.recipe is not None else None
 
 
-def choose(
+def choose_components(
     layout: ModelLayout, options: QuantizeOptions, recipe: Recipe | None = None
 ) -> tuple[list[ModelPart], list[str]]:
     """The components to quantize, and what is wrong with what was asked for.

@@ -15,9 +15,7 @@ from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import PlanError, SourceError, UsageError
 from aoconvert.formats.torch_bin.header import read_loadable
-from aoconvert.options import QuantizeOptions
-from aoconvert.planning.make import output_problems, space_problems
-from aoconvert.planning.types import Needs
+from aoconvert.planning.output import output_problems, space_problems
 from aoconvert.rewriting.int4_weights import CLASSES
 from aoconvert.schemes import int4
 from aoconvert.schemes.apply import quantize_weight
@@ -101,9 +99,8 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
     if plans and all(plan.entry.layout.packing == plan.layout.packing for plan in plans.values()):
         here = ", as this machine packs it" if device == "cpu" else ""
         problems.append(f"{folder} is packed for {device} already{here}")
-    options = QuantizeOptions(scheme="int4wo", output=output)
     problems += output_problems(FolderSource(folder), output, overwrite=overwrite)
-    problems += space_problems(options, Needs(sum(map(_bytes, plans.values())), 0, 0))
+    problems += space_problems(output, sum(map(_bytes, plans.values())))
     if problems:
         raise PlanError(list(dict.fromkeys(problems)))
     return plans

@@ -12,7 +12,7 @@ from aoconvert.models import identify
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.make import make, resolve_rules
 from aoconvert.planning.types import ComponentPlan, Plan
-from aoconvert.planning.weights import choose
+from aoconvert.planning.weights import choose_components
 from aoconvert.progress import Progress
 from aoconvert.recipes.rules import Rules, skipping
 from aoconvert.searching.candidates import resolve
@@ -57,7 +57,7 @@ def search(source: Source, options: QuantizeOptions, progress: Progress, fetch: 
         UsageError: a candidate that makes no sense.
         QuantizeError: NaN or infinity in a weight.
     """
-    chosen, problems = choose(identify(source, options.subfolder), options)
+    chosen, problems = choose_components(identify(source, options.subfolder), options)
     if problems:
         raise PlanError(problems)
     free = [item.name for item in chosen if not options.components.get(item.name)]

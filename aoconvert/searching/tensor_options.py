@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aoconvert.formats.torch_bin.writer import predict_size
 from aoconvert.models import TensorSpec
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning.choices import SchemeChoice, Wishes, choose
+from aoconvert.planning.choices import SchemeChoice, Wishes, choose_schemes
 from aoconvert.planning.component import lay_out
 from aoconvert.planning.decide import meta_output, nbytes
 from aoconvert.planning.types import ComponentPlan
@@ -90,7 +90,7 @@ class Survey:
 
     def _choices(self, rules: Rules) -> Mapping[str, SchemeChoice]:
         wishes = Wishes(self.options.include_embeddings, self.options.default_skips)
-        return choose(self.plan.skeleton, self._dtypes, rules, wishes).tensors
+        return choose_schemes(self.plan.skeleton, self._dtypes, rules, wishes).tensors
 
     def output(self, name: str, scheme: Scheme | None) -> torch.Tensor:
         """The tensor as it would be written, on ``meta``."""
