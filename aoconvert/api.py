@@ -12,6 +12,7 @@ from aoconvert.environment import check_device_names, host_by_default
 from aoconvert.errors import SourceError
 from aoconvert.humanize import argument
 from aoconvert.options import QuantizeKwargs, QuantizeOptions, make_options
+from aoconvert.options.fields import record
 from aoconvert.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -408,41 +409,8 @@ def _download(source: Source, paths: Sequence[str], progress: Progress) -> None:
     progress.finish()
 
 
-_VALUES = (
-    *("min_sqnr", "target_bits", "target_size"),
-    *("subfolder", "variant", "dtype", "layout_device", "max_shard_size", "min_quantized"),
-)
-_FLAGS = (
-    "component_only",
-    "keep_original_files",
-    "include_embeddings",
-    "untie",
-    "drop_unknown",
-    "fuse_qkv",
-    "trust_remote_code",
-)
-
-
 def command_line(made: Plan, options: QuantizeOptions) -> str:
     """The command that makes the same result again: no token, no absolute path, the revision pinned."""
-    words = ["aoconvert", "quantize", made.source.repo_id or argument(made.source.label)]
-    words += ["--scheme", options.scheme] if options.scheme is not None else []
-    words += ["--recipe", options.recipe.name] if options.recipe is not None else []
-    words += ["--candidates", ",".join(options.candidates)] if options.candidates else []
-    if made.source.revision:
-        words += ["--revision", made.source.revision]
-    if options.group_size is not None:
-        words += ["--group-size", str(options.group_size)]
-    words += [word for key, value in options.settings.items() for word in ("--set", f"{key}={value}")]
-    words += [word for pattern in options.skip for word in ("--skip", pattern)]
-    words += [word for pattern in options.allow_missing for word in ("--allow-missing", pattern)]
-    for name, scheme in options.components.items():
-        words += ["--component", f"{name}={scheme}" if scheme else name]
-    defaults = QuantizeOptions(scheme="int8wo")
-    for flag in _VALUES:
-        if getattr(options, flag) != getattr(defaults, flag):
-            words += ["--" + flag.replace("_", "-"), str(getattr(options, flag))]
-    words += ["--device", made.device.partition(":")[0]]  # another kind may make other bytes, another number does not
-    words += [] if options.default_skips else ["--no-default-skips"]
-    words += [f"--{flag.replace('_', '-')}" for flag in _FLAGS if getattr(options, flag)]
-    return shlex.join(words)
+    device = made.device.partition(":")[0]  # another kind may make other bytes, another number does not
+    words = record(options, {"revision": made.source.revision, "device": device})
+    return shlex.join(["aoconvert", "quantize", made.source.repo_id or argument(made.source.label), *words])

@@ -7,7 +7,6 @@ a torchao checkpoint can need.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,47 +16,18 @@ from packaging.version import InvalidVersion, Version
 
 from aoconvert.cards.metadata import is_repo_id
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, ComponentEntry, Manifest
+from aoconvert.options import QuantizeOptions
+from aoconvert.options.fields import SWITCH, options_of
 from aoconvert.verification.versions import known_packages
 
-_NUMBER = r"\d{1,12}(\.\d{1,12})?"
-_WORD = r"\w[\w.,:+-]*"
-_TEXT = r"[^\x00-\x1f\x7f]+"
-_VALUES = {
-    "--scheme": _WORD,
-    "--recipe": re.escape(MANIFEST_NAME),
-    "--candidates": _WORD,
-    "--revision": "[0-9a-f]{40}",
-    "--group-size": _NUMBER,
-    "--set": rf"\w+={_WORD}",
-    "--skip": _TEXT,
-    "--allow-missing": _TEXT,
-    "--component": rf"\w+(={_WORD})?",
-    "--min-sqnr": _NUMBER,
-    "--target-bits": _NUMBER,
-    "--target-size": _NUMBER + r"\w*",
-    "--subfolder": r"\w[\w./-]*",
-    "--variant": _WORD,
-    "--dtype": _WORD,
-    "--layout-device": _WORD,
-    "--max-shard-size": _NUMBER + r"\w*",
-    "--min-quantized": _NUMBER,
-    "--device": _WORD,
+# as they are typed
+OPTIONS = {
+    option.names(field)[-1]: option
+    for field, option in options_of(QuantizeOptions).items()
+    if option.recorded is not None
 }
-_FLAGS = frozenset(
-    {
-        "--component-only",
-        "--include-embeddings",
-        "--untie",
-        "--fuse-qkv",
-        "--trust-remote-code",
-        "--no-default-skips",
-        "--drop-unknown",
-        "--keep-original-files",
-    }
-)
 # what a recipe decides: where one was used, the manifest says all of it
 _DECIDED = frozenset({"--scheme", "--group-size", "--set", "--skip"})
-OPTIONS = frozenset({*_VALUES, *_FLAGS})
 
 
 def make_again(manifest: Manifest) -> str | None:
@@ -105,13 +75,13 @@ def _options(words: Sequence[str]) -> list[tuple[str, str]] | None:
     """Options and their values (``""`` for flags); ``None`` where one is not known, or a value is none of its kind."""
     found, rest = [], iter(words)
     for name in rest:
-        if name in _FLAGS:
-            found.append((name, ""))
-            continue
-        value = next(rest, "")
+        option = OPTIONS.get(name)
+        if option is None:
+            return None
+        value = next(rest, "") if option.kind is not SWITCH else ""
         if name == "--recipe":  # the file that was given is not published, what it decided is
             value = MANIFEST_NAME
-        if name not in _VALUES or not re.fullmatch(_VALUES[name], value, re.ASCII):
+        if not option.shows(value):
             return None
         found.append((name, value))
     return found

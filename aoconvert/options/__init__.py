@@ -1,0 +1,25 @@
+"""What the user asked for: frozen values that the command line and the Python API both fill in."""
+
+from aoconvert.options.fields import parse_size
+from aoconvert.options.hub import HubOptions
+from aoconvert.options.quantize import (
+    AUTO,
+    DEFAULT_DTYPE,
+    DTYPES,
+    LAYOUT_DEVICES,
+    QuantizeKwargs,
+    QuantizeOptions,
+    make_options,
+)
+
+__all__ = [
+    "AUTO",
+    "DEFAULT_DTYPE",
+    "DTYPES",
+    "LAYOUT_DEVICES",
+    "HubOptions",
+    "QuantizeKwargs",
+    "QuantizeOptions",
+    "make_options",
+    "parse_size",
+]

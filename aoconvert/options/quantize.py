@@ -1,0 +1,317 @@
+"""What ``quantize`` and ``plan`` can be told. A new option is a field here, and its line in ``QuantizeKwargs``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+from aoconvert.environment import check_device_names
+from aoconvert.errors import UsageError
+from aoconvert.options.fields import (
+    COMPONENTS,
+    COUNT,
+    FILE,
+    FOLDER,
+    FRACTION,
+    NAMES,
+    NUMBER,
+    PATTERNS,
+    SETTINGS,
+    SIZE,
+    SWITCH,
+    Option,
+    choice,
+    read_values,
+)
+from aoconvert.options.hub import CacheDir, LocalFilesOnly, Revision, Token
+
+AUTO = "auto"
+LAYOUT_DEVICES = ("cpu", "cuda", "xpu")
+DTYPES = ("bfloat16", "float16", "float32", "auto")
+DEFAULT_DTYPE = "bfloat16"
+
+_MOST_BYTES = 10**24  # no goal is above it: floats can count it
+
+
+class QuantizeKwargs(TypedDict, total=False):
+    """``QuantizeOptions`` as keyword arguments, in the types that people have at hand.
+
+    Type checkers cannot read these off the fields, so they stand here again; a test holds the two equal.
+    """
+
+    group_size: int | None
+    settings: Mapping[str, str]
+    recipe: str | Path | None
+    candidates: str | Sequence[str]
+    min_sqnr: float | None
+    target_bits: float | None
+    target_size: int | str | None
+    skip: str | Sequence[str]
+    components: str | Sequence[str] | Mapping[str, str | None]
+    component_only: bool
+    keep_original_files: bool
+    include_embeddings: bool
+    untie: bool
+    allow_missing: str | Sequence[str]
+    drop_unknown: bool
+    default_skips: bool
+    fuse_qkv: bool
+    dtype: str | None
+    device: str
+    layout_device: str | None
+    max_shard_size: int | str | None
+    min_quantized: float
+    output: str | Path
+    overwrite: bool
+    resume: bool
+    revision: str | None
+    subfolder: str | None
+    variant: str | None
+    token: str | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Everything ``quantize`` and ``plan`` can be told; the help of each field says what it is.
+
+    ``scheme`` is ``None`` where the recipe, or each component, says it. A ``dtype`` of ``None`` is bfloat16, or the
+    source's for a model whose class cannot run in bfloat16; a ``max_shard_size`` of ``None`` is the library's default.
+    """
+
+    scheme: Annotated[
+        str | None,
+        Option("What to quantize to; see 'aoconvert schemes'. auto searches.", metavar="NAME", recorded=1),
+    ]
+    group_size: Annotated[int | None, Option("Values per scale, where the scheme has groups.", COUNT, recorded=2)] = (
+        None
+    )
+    settings: Annotated[
+        Mapping[str, str],
+        Option("A field of the torchao config.", SETTINGS, ("--set",), metavar="KEY=VALUE", recorded=2),
+    ] = field(default_factory=dict)
+    recipe: Annotated[
+        Path | None,
+        Option(
+            "Rules, which scheme for which tensors: a TOML file, or the config.json of an earlier result.",
+            FILE,
+            metavar="FILE",
+            recorded=1,
+        ),
+    ] = None
+    candidates: Annotated[
+        tuple[str, ...],
+        Option(
+            "Schemes that auto chooses among. Default: by what the layout can run.",
+            NAMES,
+            metavar="NAME,NAME",
+            recorded=1,
+        ),
+    ] = ()
+    min_sqnr: Annotated[
+        float | None,
+        Option("auto: the smallest scheme a tensor that has this SQNR.", NUMBER, metavar="DB", recorded=4),
+    ] = None
+    target_bits: Annotated[
+        float | None,
+        Option("auto: spend at most this many bits per weight.", NUMBER, metavar="B", recorded=4),
+    ] = None
+    target_size: Annotated[
+        int | None,
+        Option("auto: spend at most this many bytes, e.g. 8GB.", SIZE, metavar="SIZE", recorded=4),
+    ] = None
+    skip: Annotated[
+        tuple[str, ...],
+        Option(
+            "Leave these unquantized: a tensor's or module's name, or re:REGEX (full match). Repeatable.",
+            PATTERNS,
+            metavar="PATTERN",
+            recorded=2,
+        ),
+    ] = ()
+    components: Annotated[
+        Mapping[str, str | None],
+        Option(
+            "Part of a pipeline to quantize; its own scheme, or --scheme's. Repeatable. Default: the denoiser.",
+            COMPONENTS,
+            ("--component",),
+            metavar="NAME[=SCHEME]",
+            recorded=3,
+        ),
+    ] = field(default_factory=dict)
+    component_only: Annotated[bool, Option("Write just that component, not the pipeline.", SWITCH, recorded=8)] = False
+    keep_original_files: Annotated[
+        bool,
+        Option(
+            "Take the other parts' weights over unchanged, not as .bin. Such a pipeline must be downloaded first.",
+            SWITCH,
+            recorded=8,
+        ),
+    ] = False
+    include_embeddings: Annotated[bool, Option("Quantize embedding tables too.", SWITCH, recorded=8)] = False
+    untie: Annotated[
+        bool,
+        Option("Write tied tensors (output head, embedding) as tensors of their own.", SWITCH, recorded=8),
+    ] = False
+    allow_missing: Annotated[
+        tuple[str, ...],
+        Option(
+            "Leave these to the library where the checkpoint lacks them: as --skip. Repeatable.",
+            PATTERNS,
+            metavar="PATTERN",
+            recorded=2,
+        ),
+    ] = ()
+    drop_unknown: Annotated[
+        bool,
+        Option("Leave out tensors that the model class does not know (MTP layers).", SWITCH, recorded=8),
+    ] = False
+    default_skips: Annotated[
+        bool,
+        Option(
+            "Quantize also what is left alone for quality: output head, routers, T5's wo.",
+            SWITCH,
+            ("--no-default-skips",),
+            recorded=7,
+        ),
+    ] = True
+    fuse_qkv: Annotated[
+        bool,
+        Option("Fuse q, k and v projections first, in diffusers models that can.", SWITCH, recorded=8),
+    ] = False
+    dtype: Annotated[
+        str | None,
+        Option(
+            "Of what is not quantized, and the base of what is; auto keeps the source's. Default: bfloat16, or "
+            "the source's for a class that cannot run in it.",
+            choice(*DTYPES),
+            recorded=5,
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        Option(
+            "Where to quantize; cuda:0,cuda:1 or cuda:all share it.",
+            metavar="auto|cpu|cuda|cuda:N|xpu",
+            show_default=True,
+            recorded=6,
+        ),
+    ] = "auto"
+    layout_device: Annotated[
+        str | None,
+        Option(
+            "What a packed layout (int4) is for. Default: where it is quantized.",
+            choice(*LAYOUT_DEVICES),
+            recorded=5,
+        ),
+    ] = None
+    max_shard_size: Annotated[
+        int | None,
+        Option(
+            "Tensor bytes a file, e.g. 5GB. Default: 45GB for diffusers (one file), 10GB for transformers.",
+            SIZE,
+            metavar="SIZE",
+            recorded=5,
+        ),
+    ] = None
+    min_quantized: Annotated[
+        float,
+        Option(
+            "Refuse when a smaller fraction of the parameters outside embeddings would be quantized.",
+            FRACTION,
+            show_default=True,
+            recorded=5,
+        ),
+    ] = 0.5
+    output: Annotated[Path, Option("Folder for the result.", FOLDER, ("-o", "--output"), show_default=True)] = Path(
+        "out"
+    )
+    overwrite: Annotated[
+        bool,
+        Option("Replace an earlier result of aoconvert there, and nothing of anybody else.", SWITCH),
+    ] = False
+    resume: Annotated[bool, Option("Start afresh, whatever a stopped run left.", SWITCH, ("--no-resume",))] = True
+    revision: Revision = None
+    subfolder: Annotated[
+        str | None,
+        Option("Folder inside the source to start from.", recorded=4, pattern=r"\w[\w./-]*"),
+    ] = None
+    variant: Annotated[str | None, Option("Weights variant, e.g. fp16.", recorded=4)] = None
+    token: Token = field(default=None, repr=False)
+    cache_dir: CacheDir = None
+    local_files_only: LocalFilesOnly = False
+    trust_remote_code: Annotated[
+        bool,
+        Option("Run model code that is inside the checkpoint.", SWITCH, recorded=8),
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        check_device_names(self.device)
+        self._check_scheme()
+        if not 0 <= self.min_quantized <= 1:
+            raise UsageError(f"min_quantized {self.min_quantized} is not a fraction between 0 and 1")
+        if self.max_shard_size is not None and self.max_shard_size <= 0:
+            raise UsageError("max_shard_size must be positive")
+        for option, patterns in (("--skip", self.skip), ("--allow-missing", self.allow_missing)):
+            for pattern in patterns:
+                if pattern.startswith("re:"):
+                    try:
+                        re.compile(pattern[3:])
+                    except re.error as error:
+                        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def searches(self) -> bool:
+        """Whether the schemes are to be searched."""
+        return self.scheme is not None and self.scheme.strip().lower() == AUTO
+
+    def _check_scheme(self) -> None:
+        if AUTO in (scheme.strip().lower() for scheme in self.components.values() if scheme):
+            raise UsageError("auto is not the scheme of one component", hint="--scheme auto, and --component NAME")
+        own = bool(self.components) and all(self.components.values())
+        if self.scheme is None and self.recipe is None and not own:
+            raise UsageError("no scheme", hint="--scheme NAME (see 'aoconvert schemes'), or --recipe FILE")
+        if self.scheme is None and not own and (self.group_size is not None or self.settings):
+            raise UsageError(
+                "--group-size and --set are for --scheme, and there is none",
+                hint="a recipe has group_size and set of its own",
+            )
+        if self.layout_device not in (None, *LAYOUT_DEVICES):
+            raise UsageError(f"layout_device {self.layout_device!r} is not one of {', '.join(LAYOUT_DEVICES)}")
+        goals = {name: getattr(self, name) for name in ("min_sqnr", "target_bits", "target_size")}
+        given = [name for name, value in goals.items() if value is not None]
+        flags = ", ".join(
+            "--" + name.replace("_", "-") for name in (*given, *(["candidates"] if self.candidates else []))
+        )
+        if flags and not self.searches:
+            raise UsageError(f"{flags}: only --scheme auto searches", hint="--scheme auto")
+        if not self.searches:
+            return
+        if self.recipe is not None:
+            raise UsageError("--scheme auto and --recipe exclude each other: auto makes the recipe")
+        if self.group_size is not None or self.settings:
+            raise UsageError("--scheme auto takes no --group-size and no --set", hint="--candidates int4wo,int8wo")
+        if len(given) != 1:
+            raise UsageError(
+                "--scheme auto needs one goal",
+                hint="--min-sqnr DB for every tensor, or --target-bits B or --target-size SIZE for the whole",
+            )
+        goal = goals[given[0]]
+        if goal <= 0 or (isinstance(goal, float) and not math.isfinite(goal)) or goal > _MOST_BYTES:
+            raise UsageError(
+                f"--{given[0].replace('_', '-')} must be a positive number, and not without end",
+                hint="usual are 30 dB, 5 bits, 8GB",
+            )
+
+
+def make_options(scheme: str | None, values: Mapping[str, Any]) -> QuantizeOptions:
+    """Typed options out of keyword arguments, or of what was typed."""
+    return QuantizeOptions(scheme=scheme, **read_values(QuantizeOptions, values))
