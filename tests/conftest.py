@@ -3,11 +3,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_hub.fixtures import hub_client
+
+__all__ = ["hub_client"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -17,7 +19,6 @@ os.environ.setdefault("AOCONVERT_COMPILE", "0")  # what tests of the kernels alo
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # a shell starts background jobs with SIGINT ignored, and whatever they start inherits that
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -42,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Tiny source checkpoints by family name, each built once a session. Do not write to them."""
-    import tiny
     import torch
+    from helpers import tiny
 
     built: dict[str, Path] = {}
 

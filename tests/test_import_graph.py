@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from import_graph import Arrow, arrows, by_part, cycles, upward
+from helpers.import_graph import Arrow, arrows, by_part, cycles, upward
 
 PACKAGE = Path(__file__).parents[1] / "aoconvert"
 

@@ -23,7 +23,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-from hub.server import LoopbackHub  # noqa: E402
+from fake_hub.server import LoopbackHub  # noqa: E402
 
 TOKEN = "hf_theTokenOfTheBenchmark0123456789abcd"
 COMMANDS = ("help", "schemes", "refused", "plan", "quantize", "verify", "verify-source", "card", "push")

@@ -45,8 +45,8 @@ tags: [conversational, safetensors, 8-bit, gptq, 'base_model:a/b', 'license:mit'
 
 def build_chat(folder: Path) -> None:
     """A Llama with a tokenizer, a chat template and a card."""
-    import tiny
     import torch
+    from helpers import tiny
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ def build_chat(folder: Path) -> None:
 
 
 def build_t5(folder: Path) -> None:
-    import tiny
+    from helpers import tiny
 
     tiny.t5(folder)
     words_tokenizer(model_max_length=16).save_pretrained(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import own_parts
+from helpers import own_parts
 from huggingface_hub import ModelCard
 
 import aoconvert

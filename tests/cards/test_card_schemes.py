@@ -31,9 +31,9 @@ rule = [
 
 def build(folder: Path) -> None:
     """A tied Llama with rows of zeros."""
-    import tiny
     import torch
     import transformers
+    from helpers import tiny
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

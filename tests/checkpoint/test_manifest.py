@@ -13,13 +13,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+from helpers.checkpoints import build_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "planning"))
-
-from checkpoints import build_llama
 
 import aoconvert
 from aoconvert.checkpoint import manifest

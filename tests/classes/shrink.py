@@ -21,8 +21,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tiny
 import torch
+from helpers import tiny
 from torch import nn
 
 from aoconvert.inputs import NoInputs, find_inputs

@@ -1,14 +1,9 @@
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "planning"))
-
-from checkpoints import llama, pipeline
+from helpers.checkpoints import llama, pipeline
 
 __all__ = ["llama", "pipeline"]
 

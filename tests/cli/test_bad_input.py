@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import DATA, LLAMA, build_llama, build_sparse_llama, llama_tensors, shard, write_config
+from helpers.checkpoints import DATA, LLAMA, build_llama, build_sparse_llama, llama_tensors, shard, write_config
 
 FLUX = DATA / "flux.1-dev" / "config.json"
 

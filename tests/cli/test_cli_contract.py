@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import DATA, build_llama
+from helpers.checkpoints import DATA, build_llama
 
 import aoconvert
 

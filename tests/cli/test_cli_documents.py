@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from documents import SCHEMAS, check_document
+from helpers.documents import SCHEMAS, check_document
 
 from aoconvert.documents import DOCUMENTS, json_schema
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import LLAMA, build_llama, build_sparse_llama
-from documents import check_document
+from helpers.checkpoints import LLAMA, build_llama, build_sparse_llama
+from helpers.documents import check_document
 
 import aoconvert
 from aoconvert import demo
@@ -208,7 +208,7 @@ def test_no_progress_on_a_terminal_when_told_so(tmp_path: Path) -> None:
 
 def test_error_under_a_progress_bar(tmp_path: Path) -> None:
     import torch
-    from checkpoints import llama_tensors
+    from helpers.checkpoints import llama_tensors
 
     tensors = llama_tensors()
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan

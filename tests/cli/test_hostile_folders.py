@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import build_llama, llama_tensors, shard
+from helpers.checkpoints import build_llama, llama_tensors, shard
 
 import aoconvert
 

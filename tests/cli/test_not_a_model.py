@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LLAMA, build_llama, llama_tensors, write_config
+from helpers.checkpoints import LLAMA, build_llama, llama_tensors, write_config
 from safetensors.torch import save_file
 
 Call = Callable[..., Any]

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner
+from helpers import tiny
 from safetensors.torch import load_file, save_file
+from test_plan_as_library import UNKNOWN, built, differ, save
 
 import aoconvert
 from aoconvert.checkpoint import manifest
 from aoconvert.checkpoint.checkpoint import from_manifest
 from aoconvert.checkpoint.load_code import load_code
 from aoconvert.cli.main import cli
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "planning"))
-from test_plan_as_library import UNKNOWN, built, differ, save
 
 T: Any = tiny.transformers
 State = dict[str, torch.Tensor]

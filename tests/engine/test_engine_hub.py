@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hub.fixtures import HubClient
-from hub.server import total_bytes
+from fake_hub.fixtures import HubClient
+from fake_hub.server import total_bytes
 from safetensors.torch import load_file, save_file
 
 import aoconvert

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import init_empty_weights
+from helpers import tiny
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 

@@ -61,7 +61,7 @@ def test_pieces_do_not_change_a_byte(
 @pytest.mark.parametrize("legacy", [False, True])
 def test_digest_of_a_source_whose_tensors_are_strided(legacy: bool, tmp_path: Path) -> None:
     """What is read of a transposed tensor is not what lies in the file; the file's SHA-256 must not care."""
-    import tiny
+    from helpers import tiny
 
     source = tmp_path / "source"
     model = tiny.sd3_transformer().bfloat16()

@@ -325,7 +325,7 @@ def test_quantization_config_is_canonical(
     family: str, library: str, checkpoints: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Both libraries read it back, and quantizing on the fly from it gives the same weights."""
-    import tiny
+    from helpers import tiny
 
     aoconvert.quantize(checkpoints(family), "int4dq", output=tmp_path / "out", device="cpu")
     folder = tmp_path / "out" / ("transformer" if library == "diffusers" else "")

@@ -132,7 +132,7 @@ def test_shards(family: str, checkpoints: Callable[[str], Path], tmp_path: Path)
 
 def test_nan_stops_everything(tmp_path: Path) -> None:
     """A bad weight in the middle: its name, and nothing left on the disk."""
-    import tiny
+    from helpers import tiny
 
     source = tmp_path / "source"
     model = tiny.sd3_transformer().bfloat16()

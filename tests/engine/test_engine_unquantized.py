@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from diffusers.pipelines import pipeline_loading_utils as diffusers_rules
+from helpers import tiny
 from safetensors.torch import load_file
 
 import aoconvert

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_gpu import Mistake, OnDevice, Stream, World, pretended
+from helpers.pretended_gpu import Mistake, OnDevice, Stream, World, pretended
 from safetensors.torch import load_file, save_file
 
 import aoconvert

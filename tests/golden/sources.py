@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
+from helpers import tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

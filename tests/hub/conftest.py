@@ -1,17 +1,10 @@
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pushing import Pusher, pusher
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from hub.fixtures import hub_client
-from hub.pushing import Pusher, pusher
-
-__all__ = ["hub_client"]
-
-# kind → builder in tests/tiny.py, and options of quantize
+# kind → builder in tests/helpers/tiny.py, and options of quantize
 KINDS = {
     "shards": ("opt", {"max_shard_size": "20KB", "min_quantized": 0}),
     "older": ("opt", {"min_quantized": 0}),
@@ -26,7 +19,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def make(kind: str) -> Path:
         if kind not in made:
-            import tiny
+            from helpers import tiny
 
             import aoconvert
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hub.fixtures import HubClient
-from hub.server import LoopbackHub
-from hub.state import Entry
+from fake_hub.fixtures import HubClient
+from fake_hub.server import LoopbackHub
+from fake_hub.state import Entry
 
 TOKEN = "hf_theTokenOfTheTests0123456789abcdefgh"
 WITH_TOKEN = {"HF_TOKEN": TOKEN}

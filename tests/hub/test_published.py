@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from hub.fixtures import HubClient
-from hub.pushing import TOKEN, WITH_TOKEN, XET, Pusher
-from hub.server import Fault, LoopbackHub
+from fake_hub.fixtures import HubClient
+from fake_hub.server import Fault, LoopbackHub
+from helpers import tiny
 from markdown_it import MarkdownIt
+from pushing import TOKEN, WITH_TOKEN, XET, Pusher
 from table.families import FAMILIES, TRANSFORMERS, Checkpoints
 
 import aoconvert
@@ -146,7 +146,7 @@ def test_every_family(
     load = card_code(client, "me/x")[0]
     assert ("snapshot_download" in load) == (strategy == "assign")
     kind = tiny.FAMILIES[family]
-    step = f"import sys; sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})\nimport tiny\n"
+    step = f"import sys; sys.path.insert(0, {str(Path(tiny.__file__).parents[1])!r})\nfrom helpers import tiny\n"
     step += f"assert tiny.{kind.step.__name__}(whole).isfinite().all()"
     text = run_alone(client, load + LOOK + step, tmp_path / "alone", env)
     assert int(text.split("quantized:")[1].split()[0]) > 0

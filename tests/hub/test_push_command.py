@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from documents import check_document
-from hub.fixtures import HubClient
-from hub.pushing import TOKEN, WITH_TOKEN, XET, entries
-from hub.server import Fault
+from fake_hub.fixtures import HubClient
+from fake_hub.server import Fault
+from helpers.documents import check_document
+from pushing import TOKEN, WITH_TOKEN, XET, entries
 
 from aoconvert.cli.main import _without_token
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from queue import Empty, Queue
 
 import pytest
-from hub.pushing import Pusher, entries, problem, pusher
-from hub.server import Fault
+from fake_hub.server import Fault
+from pushing import Pusher, entries, problem, pusher
 
 # endpoint → method, path
 XET = {

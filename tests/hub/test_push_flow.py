@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.pushing import Pusher, entries, problem
-from hub.server import Fault
+from fake_hub.server import Fault
+from pushing import Pusher, entries, problem
 
 Fresh = Callable[..., Path]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.pushing import TOKEN, Pusher
 from hypothesis import given
 from hypothesis import strategies as st
+from pushing import TOKEN, Pusher
 
 from aoconvert.errors import AoconvertError, HubError, PlanError, UsageError
 from aoconvert.hub import contents

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.pushing import Pusher, entries, problem
+from pushing import Pusher, entries, problem
 
 from aoconvert import cards
 from aoconvert.checkpoint import manifest as manifests

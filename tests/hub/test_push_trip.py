@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub.fixtures import HubClient
-from hub.pushing import TOKEN, WITH_TOKEN, XET
-from hub.server import LoopbackHub
+from fake_hub.fixtures import HubClient
+from fake_hub.server import LoopbackHub
+from pushing import TOKEN, WITH_TOKEN, XET
 
 Fresh = Callable[..., Path]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import tiny
 
 from aoconvert.inputs import NoInputs, find_inputs, first_tensors, sqnr_db
 

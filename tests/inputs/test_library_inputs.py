@@ -9,9 +9,9 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import tiny
 from torch.nn.modules import module as all_modules
 
 from aoconvert.inputs import find_inputs, first_tensors, from_libraries, from_pipeline, processor_folders

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hub.fixtures import HubClient
-from hub.server import Fault, total_bytes
-from hub.state import Entry
+from fake_hub.fixtures import HubClient
+from fake_hub.server import Fault, total_bytes
+from fake_hub.state import Entry
 from safetensors.torch import save_file
 
 import aoconvert

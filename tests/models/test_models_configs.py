@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from aoconvert.engine.model_config import model_config
 from aoconvert.models import Skeleton, build_skeleton, identify

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from converted import MODELS, build
+from helpers import tiny
+from helpers.converted import MODELS, build
 from torchao.core.config import config_to_dict
 from torchao.quantization import FqnToConfig
 

@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate import init_empty_weights
+from helpers import tiny
 
 from aoconvert import schemes
 from aoconvert.errors import SourceError

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from converted import MODELS, build
+from helpers import tiny
+from helpers.converted import MODELS, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file

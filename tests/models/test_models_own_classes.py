@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import own_parts
 import pytest
-import tiny
 import torch
+from helpers import own_parts, tiny
 from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny  # noqa: F401  (its imports come first)
 import torch
+from helpers import tiny  # noqa: F401  (its imports come first)
 from safetensors.torch import save_file
 
 import aoconvert

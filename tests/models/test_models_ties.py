@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from aoconvert import schemes
 from aoconvert.models import Skeleton, build_skeleton, identify

@@ -1,3 +1,3 @@
-from checkpoints import llama, pipeline
+from helpers.checkpoints import llama, pipeline
 
 __all__ = ["llama", "pipeline"]

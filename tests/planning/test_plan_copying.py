@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import build_llama
-from tiny import clip_tokenizer, t5_tokenizer, transformers
+from helpers.checkpoints import build_llama
+from helpers.tiny import clip_tokenizer, t5_tokenizer, transformers
 
 import aoconvert
 from aoconvert.cards import CardOptions, render

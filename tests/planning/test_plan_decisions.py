@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import LLAMA, build_llama, llama_shapes, llama_tensors, write_config
+from helpers.checkpoints import LLAMA, build_llama, llama_shapes, llama_tensors, write_config
 
 import aoconvert
 from aoconvert.errors import SourceError

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import build_llama, shard
+from helpers.checkpoints import build_llama, shard
 from hypothesis import given
 from hypothesis import strategies as st
 

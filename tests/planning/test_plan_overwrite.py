@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import build_llama
+from helpers.checkpoints import build_llama
 
 import aoconvert
 from aoconvert.cards import CardOptions, render, write

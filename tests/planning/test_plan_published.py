@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import DATA, llama_shapes
+from helpers.checkpoints import DATA, llama_shapes
 
 
 def plan(folder: Path, cwd: Path) -> tuple[dict[str, Any], float, str]:

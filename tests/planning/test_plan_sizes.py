@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import build_llama, shard
+from helpers.checkpoints import build_llama, shard
 
 import aoconvert
 from aoconvert.checkpoint import manifest

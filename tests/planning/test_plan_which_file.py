@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from safetensors.torch import load_file, save_file
 from test_plan_as_library import assert_as_library, built, planned, save
 

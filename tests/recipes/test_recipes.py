@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny  # noqa: F401  (its imports come first)
 import torch
 from diffusers import TorchAoConfig as diffusers_config
 from diffusers.quantizers.torchao import TorchAoHfQuantizer as diffusers_quantizer
+from helpers import tiny  # noqa: F401  (its imports come first)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_toml import dump

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "planning"))
-
-from checkpoints import build_llama, pipeline
+from helpers.checkpoints import build_llama, pipeline
 
 import aoconvert
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from repacking.conftest import quantize_for
+from rewriting.conftest import quantize_for
 from safetensors.torch import load_file, save_file
 
 import aoconvert

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.torchao_int4 import for_cuda, for_xpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.prototype.quantization.int4 import Int4OpaqueTensor, PrototypeInt4WeightOnlyConfig
 from torchao.quantization import quant_primitives, quantize_
 from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
-from torchao_int4 import for_cuda, for_xpu
 
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.schemes import cpu_packing, int4

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.warps import pack_by_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from warps import pack_by_threads
 
 from aoconvert.schemes import tile_packing
 

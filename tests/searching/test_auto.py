@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import build_llama
+from helpers.checkpoints import build_llama
 from measuring import Weights, choice, size_of, size_on_disk
 
 import aoconvert

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub.fixtures import HubClient, hub_client
-
-__all__ = ["hub_client"]
+from fake_hub.fixtures import HubClient
 
 
 @pytest.mark.exhaustive

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LLAMA, build_llama, llama_tensors
+from helpers.checkpoints import LLAMA, build_llama, llama_tensors
 
 from aoconvert import schemes
 from aoconvert.engine.device_streams import Lane, Lanes

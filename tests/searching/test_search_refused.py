@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LLAMA, build_llama, llama_tensors, write_config
+from helpers.checkpoints import LLAMA, build_llama, llama_tensors, write_config
 
 import aoconvert
 from aoconvert.errors import AoconvertError, PlanError, QuantizeError, UsageError

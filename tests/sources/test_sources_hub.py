@@ -8,8 +8,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from hub.fixtures import HubClient
-from hub.server import Fault, total_bytes
+from fake_hub.fixtures import HubClient
+from fake_hub.server import Fault, total_bytes
 
 TOKEN = "hf_" + "sEcReT" * 5
 
@@ -87,7 +87,7 @@ def test_every_download_names_the_commit_though_the_branch_moves(hub_client: Hub
         "s = resolve('user/model')\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from pathlib import Path\n"
-        "from hub.state import HubState\n"
+        "from fake_hub.state import HubState\n"
         f"HubState(Path({str(state.root)!r})).set_ref('user/model', 'main', {second!r})\n"
         f"s.fetch(['{WEIGHTS}'])\n"
         f"result = [s.revision, s.local('{WEIGHTS}').stat().st_size, resolve('user/model').revision]"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.fixtures import HubClient
-from hub.server import Fault
+from fake_hub.fixtures import HubClient
+from fake_hub.server import Fault
 
 from aoconvert.errors import HubError
 from aoconvert.sources.hub import _check_space

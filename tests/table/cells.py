@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
+from helpers import tiny
 from table.families import FAMILIES, TRANSFORMERS, Checkpoints
 from table.reference import assert_same, expected
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
+from helpers import tiny
 
 DIFFUSERS = ("cogvideox", "flux", "pixart", "sd3", "wan")
 TRANSFORMERS = ("llama-tied", "mixtral", "t5", "opt", "bert")

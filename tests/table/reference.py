@@ -8,27 +8,22 @@ devices are made by torchao's classes, one weight after the other (``tests/schem
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import OrderedDict
 from collections.abc import Collection
 from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import torchao_int4
+from helpers.warps import WARP, pack_by_threads
 from torchao.prototype.mx_formats import inference_workflow
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import FqnToConfig, quant_api, quantize_
 from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
 
 from aoconvert.schemes import Scheme
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "schemes"))
-
-import torchao_int4
-from warps import WARP, pack_by_threads
 
 OWN = "quantize_"
 ANSWERED = "quantize_, its question for a GPU answered with yes"

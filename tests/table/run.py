@@ -26,7 +26,7 @@ def stored() -> dict[str, dict[str, dict[str, object]]]:
 
 def quiet() -> None:
     """No progress bars, and nothing about .bin files."""
-    import tiny
+    from helpers import tiny
 
     for library in (tiny.diffusers, tiny.transformers):
         library.utils.logging.set_verbosity_error()

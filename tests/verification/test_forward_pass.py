@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import tiny
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from aoconvert import inputs

@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
-import tiny
 import torch
 import transformers
 from forging import edit, forge, rewrite
+from helpers import tiny
 from safetensors.torch import load_file, save_file
 
 import aoconvert

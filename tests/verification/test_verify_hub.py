@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub.fixtures import HubClient
+from fake_hub.fixtures import HubClient
 
 import aoconvert
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny  # noqa: F401  (its imports come first)
 import torch
 from click.testing import CliRunner
+from fake_hub.fixtures import HubClient
 from forging import edit, forge, rewrite
-from hub.fixtures import HubClient
+from helpers import tiny  # noqa: F401  (its imports come first)
 from safetensors.torch import save_file
 
 import aoconvert

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from hub.fixtures import HubClient
+from fake_hub.fixtures import HubClient
+from helpers import tiny
 
 import aoconvert
 from aoconvert.checkpoint import manifest as manifests

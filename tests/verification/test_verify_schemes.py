@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
+from helpers import tiny
 
 import aoconvert
 from aoconvert import schemes

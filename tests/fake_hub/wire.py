@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qs, quote, unquote
 
-from hub.state import HubState
-from hub.traffic import Fault, Request, Traffic
+from fake_hub.state import HubState
+from fake_hub.traffic import Fault, Request, Traffic
 
 PIECE = 1 << 20
 

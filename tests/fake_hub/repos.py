@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from hub.access import Repo, caller, may_create, open_repo, open_to_write, repo_key, writer
-from hub.accounts import Token
-from hub.browse import object_id
-from hub.wire import Exchange, Failure, Routes
+from fake_hub.access import Repo, caller, may_create, open_repo, open_to_write, repo_key, writer
+from fake_hub.accounts import Token
+from fake_hub.browse import object_id
+from fake_hub.wire import Exchange, Failure, Routes
 
 routes = Routes()
 

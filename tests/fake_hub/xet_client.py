@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hub.cas import Cas
-from hub.traffic import Request, Traffic
-from hub.xet_store import XetStore
+from fake_hub.cas import Cas
+from fake_hub.traffic import Request, Traffic
+from fake_hub.xet_store import XetStore
 
 # The calls are those of _upload_xet_files and xet_get in huggingface_hub 2.4.0.
 PRELUDE = """

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 
-SCHEMAS = Path(__file__).parents[1] / "manifests"
+SCHEMAS = Path(__file__).parents[2] / "manifests"
 
 
 def check_document(name: str, value: Any) -> None:

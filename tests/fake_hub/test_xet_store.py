@@ -7,12 +7,13 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from hub.xet_client import KeepingStore, xet_client
-from hub.xet_format import FormatError, decode_lz4_frame, parse_shard
-from hub.xet_hash import keyed_hashes
-from hub.xet_store import Refused, XetStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fake_hub.xet_client import KeepingStore, xet_client
+from fake_hub.xet_format import FormatError, decode_lz4_frame, parse_shard
+from fake_hub.xet_hash import keyed_hashes
+from fake_hub.xet_store import Refused, XetStore
 
 CONTENT = b"".join(b"%d: the same words in every line\n" % number for number in range(6_000))
 

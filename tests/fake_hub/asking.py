@@ -8,7 +8,7 @@ from http.client import HTTPConnection
 from typing import Any
 from urllib.parse import urlsplit
 
-from hub.fixtures import HubClient
+from fake_hub.fixtures import HubClient
 
 TOKEN = "hf_writes"
 

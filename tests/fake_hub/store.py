@@ -14,8 +14,8 @@ from pathlib import Path
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
-from hub.state import HubState
-from hub.wire import Exchange, Routes, Site
+from fake_hub.state import HubState
+from fake_hub.wire import Exchange, Routes, Site
 
 LIFETIME = 3600  # seconds that a signed address is good for
 

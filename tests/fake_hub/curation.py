@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hub.access import caller, may_create, open_repo, repo_key, writer
-from hub.browse import object_id
-from hub.state import HubState, now
-from hub.wire import Exchange, Failure, Routes
+from fake_hub.access import caller, may_create, open_repo, repo_key, writer
+from fake_hub.browse import object_id
+from fake_hub.state import HubState, now
+from fake_hub.wire import Exchange, Failure, Routes
 
 routes = Routes()
 

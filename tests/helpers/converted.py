@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tiny  # noqa: F401  (its imports come first)
 import torch
 import transformers
+
+from helpers import tiny  # noqa: F401  (its imports come first)
 
 _TEXT = {
     "vocab_size": 64,

@@ -1,4 +1,4 @@
-"""The process of the loopback Hub: ``python -m hub.process``.
+"""The process of the loopback Hub: ``python -m fake_hub.process``.
 
 It prints the address of its control port as a line of JSON. ``POST /serve`` names a folder, for which it opens the
 ports of the Hub and of the store, and that of the CAS when Xet is asked for; it serves one folder at a time. It ends
@@ -14,10 +14,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from hub import browse, community, curation, repos, store, uploads
-from hub.state import HubState
-from hub.traffic import Fault, Traffic
-from hub.wire import Cas, Exchange, Failure, Routes, Server, Site
+from fake_hub import browse, community, curation, repos, store, uploads
+from fake_hub.state import HubState
+from fake_hub.traffic import Fault, Traffic
+from fake_hub.wire import Cas, Exchange, Failure, Routes, Server, Site
 
 
 class Serving:
@@ -41,7 +41,7 @@ class Serving:
         """The CAS, started when it is first asked for."""
         with self._lock:
             if self._cas is None:
-                from hub.cas import Cas as Implementation
+                from fake_hub.cas import Cas as Implementation
 
                 self._cas = Implementation(self.state.root / "cas")
                 self._cas.take_fault = self._take_fault

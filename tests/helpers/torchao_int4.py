@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Int4PlainInt32Tensor, Int4TilePackedTo4dTensor
 from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
 from torchao.quantization.quantize_.workflows.int4 import int4_plain_int32_tensor
-from warps import pack_by_threads
+
+from helpers.warps import pack_by_threads
 
 
 class Packing(TorchDispatchMode):

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hub import card, community, store
-from hub.access import KINDS, Repo, open_repo, open_to_propose, repo_key, writer
-from hub.attributes import DEFAULT_GITATTRIBUTES, REGULAR_LIMIT, is_lfs, matches
-from hub.state import Entry
-from hub.wire import Exchange, Failure, Routes
+from fake_hub import card, community, store
+from fake_hub.access import KINDS, Repo, open_repo, open_to_propose, repo_key, writer
+from fake_hub.attributes import DEFAULT_GITATTRIBUTES, REGULAR_LIMIT, is_lfs, matches
+from fake_hub.state import Entry
+from fake_hub.wire import Exchange, Failure, Routes
 
 XET_LIFETIME = 3600  # seconds
 PASS_CREATE_PR = "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"

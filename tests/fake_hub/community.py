@@ -11,9 +11,9 @@ import difflib
 import secrets
 from typing import Any
 
-from hub.access import Repo, open_repo, open_to_propose, open_to_write, repo_key
-from hub.state import Entry, now
-from hub.wire import Exchange, Failure, Routes
+from fake_hub.access import Repo, open_repo, open_to_propose, open_to_write, repo_key
+from fake_hub.state import Entry, now
+from fake_hub.wire import Exchange, Failure, Routes
 
 routes = Routes()
 

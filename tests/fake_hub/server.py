@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hub.state import HubState
-from hub.traffic import Fault, Request, total_bytes
+from fake_hub.state import HubState
+from fake_hub.traffic import Fault, Request, total_bytes
 
 __all__ = ["Fault", "LoopbackHub", "Request", "total_bytes"]
 
@@ -111,7 +111,7 @@ class _Process:
     def __init__(self) -> None:
         tests = Path(__file__).parents[1]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hub.process"],
+            [sys.executable, "-m", "fake_hub.process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=tests,

@@ -1,12 +1,8 @@
 """How tests use the loopback Hub.
 
 ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` are read when huggingface_hub is imported, so a test runs a small
-script in a process of its own, with a fresh ``HF_HOME``. A ``conftest.py`` takes the fixture over::
-
-    sys.path.insert(0, str(Path(__file__).parents[1]))   # the tests folder, so that `hub` is found
-    from hub.fixtures import hub_client                   # a pytest fixture: a running Hub and a client for it
-
-and a test says::
+script in a process of its own, with a fresh ``HF_HOME``. The fixture
+``hub_client`` is a running Hub and a client for it::
 
     def test_pin(hub_client):
         hub_client.hub.state.create_repo("user/model")
@@ -31,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.server import LoopbackHub
+
+from fake_hub.server import LoopbackHub
 
 REPO = Path(__file__).parents[2]
 

@@ -6,9 +6,9 @@ import json
 import re
 from typing import Any
 
-from hub.asking import TOKEN, raw, run, sha256
-from hub.attributes import DEFAULT_GITATTRIBUTES
-from hub.fixtures import HubClient
+from fake_hub.asking import TOKEN, raw, run, sha256
+from fake_hub.attributes import DEFAULT_GITATTRIBUTES
+from fake_hub.fixtures import HubClient
 
 # Uploads
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hub.disk import Disk
+from fake_hub.disk import Disk
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from hub.asking import HEAD, TOKEN, raw, run, sha256
-from hub.fixtures import HubClient
-from hub.server import Fault, LoopbackHub
-from hub.store import address
-from hub.wire import Site
+
+from fake_hub.asking import HEAD, TOKEN, raw, run, sha256
+from fake_hub.fixtures import HubClient
+from fake_hub.server import Fault, LoopbackHub
+from fake_hub.store import address
+from fake_hub.wire import Site
 
 # Access
 
@@ -225,7 +226,7 @@ def test_several_processes_commit_at_once(hub_client: HubClient) -> None:
     script = (
         "import sys\nfrom pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "from hub.state import HubState\n"
+        "from fake_hub.state import HubState\n"
         f"state = HubState(Path({str(state.root)!r}))\n"
         "for number in range(20): state.commit('me/m', {f'{sys.argv[1]}-{number}': b'1'})"
     )

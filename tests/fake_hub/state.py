@@ -27,9 +27,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hub.accounts import Accounts, Token
-from hub.attributes import DEFAULT_GITATTRIBUTES, is_lfs
-from hub.disk import Disk
+from fake_hub.accounts import Accounts, Token
+from fake_hub.attributes import DEFAULT_GITATTRIBUTES, is_lfs
+from fake_hub.disk import Disk
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hub.accounts import Token
-from hub.state import Entry, HubState, Settings
-from hub.wire import Exchange, Failure
+from fake_hub.accounts import Token
+from fake_hub.state import Entry, HubState, Settings
+from fake_hub.wire import Exchange, Failure
 
 KINDS = {"models": "", "datasets": "datasets/", "spaces": "spaces/"}
 

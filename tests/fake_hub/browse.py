@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
-from hub import card, store
-from hub.access import Repo, open_repo, repo_key
-from hub.state import Commit, Entry
-from hub.wire import Exchange, Failure, Routes
+from fake_hub import card, store
+from fake_hub.access import Repo, open_repo, repo_key
+from fake_hub.state import Commit, Entry
+from fake_hub.wire import Exchange, Failure, Routes
 
 PATHS_LIMIT = 1000  # of one paths-info request: https://github.com/huggingface/huggingface_hub/issues/1503
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub.cas import Cas
-from hub.traffic import Fault
-from hub.xet_client import Client, xet_client
-from hub.xet_format import MAX_CHUNK, parse_xorb
+
+from fake_hub.cas import Cas
+from fake_hub.traffic import Fault
+from fake_hub.xet_client import Client, xet_client
+from fake_hub.xet_format import MAX_CHUNK, parse_xorb
 
 
 @pytest.fixture

@@ -22,8 +22,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hub.xet_format import MAX_XORB, FormatError, PackedChunk, ShardFile, Term, parse_shard, parse_xorb, unpack_chunk
-from hub.xet_hash import NO_HASH, chunk_hashes, file_hash, merkle_root, term_hash, to_hex
+from fake_hub.xet_format import (
+    MAX_XORB,
+    FormatError,
+    PackedChunk,
+    ShardFile,
+    Term,
+    parse_shard,
+    parse_xorb,
+    unpack_chunk,
+)
+from fake_hub.xet_hash import NO_HASH, chunk_hashes, file_hash, merkle_root, term_hash, to_hex
 
 
 class Refused(Exception):

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
-from tiny import clip_text, clip_tokenizer, diffusers, image_vae, t5_encoder, t5_tokenizer, transformers
+
+from helpers import tiny
+from helpers.tiny import clip_text, clip_tokenizer, diffusers, image_vae, t5_encoder, t5_tokenizer, transformers
 
 _VISION = {
     "hidden_size": 32,

@@ -30,9 +30,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hub.traffic import Fault, Request, Traffic
-from hub.wire import Exchange, Failure, Routes, Server
-from hub.xet_store import Part, Refused, XetStore
+from fake_hub.traffic import Fault, Request, Traffic
+from fake_hub.wire import Exchange, Failure, Routes, Server
+from fake_hub.xet_store import Part, Refused, XetStore
 
 
 class Cas:

@@ -1,8 +1,0 @@
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from hub.fixtures import hub_client
-
-__all__ = ["hub_client"]
