@@ -34,7 +34,7 @@ def check(made: Plan, written: manifest.Manifest, output: Path) -> None:
             names += torch.load(output / file.path, weights_only=True, map_location="meta")
         assert sorted(names) == sorted(t.name for t in plan.tensors if t.action != "tied")
     for part, stored in zip(made.unquantized, written.unquantized, strict=True):
-        assert [(t.name, t.dtype, list(t.shape)) for t in part.tensors] == [
+        assert [(t.name, t.dtype, tuple(t.shape)) for t in part.tensors] == [
             (t.name, t.dtype, t.shape) for t in stored.tensors
         ]
         for file in part.files:
