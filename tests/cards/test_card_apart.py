@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from editing import edit
 from reading import Page, read
-from test_cards import edit
 
 from aoconvert.cards import CardOptions, render
 

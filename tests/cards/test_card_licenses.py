@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from editing import edit
 from reading import read
-from test_cards import edit
 
 from aoconvert.cards import CardOptions, render
 from aoconvert.engine.source_card import read_card

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from editing import REPO, edit
 from reading import read
 
 import aoconvert
@@ -21,7 +22,6 @@ from aoconvert.checkpoint.load_code import load_code
 from aoconvert.checkpoint.usage import usage_code
 from aoconvert.errors import SourceError, UsageError
 
-REPO = "someone/tiny-int8wo"
 # family → what its example makes
 USES = {
     "cogvideox": "export_to_video",
@@ -34,14 +34,6 @@ USES = {
     "bert": "embeddings",
 }
 HEADINGS = ["Use", "Size and error", "What is quantized", "Limits", "Verification", "Provenance"]
-
-
-def edit(folder: Path, change: Any) -> None:
-    """Change a manifest as its writer could have written it: with a right digest."""
-    values = json.loads((folder / "aoconvert.json").read_text())
-    change(values)
-    text = manifests.dump(manifests.Manifest.model_validate(values))
-    (folder / "aoconvert.json").write_text(text)
 
 
 @pytest.mark.parametrize("family", USES)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from editing import REPO, edit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from reading import read
-from test_cards import REPO, edit
 
 from aoconvert.cards import CardOptions, markdown, render
 from aoconvert.errors import SourceError

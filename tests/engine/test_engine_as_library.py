@@ -11,8 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import tiny
+from helpers.as_library import UNKNOWN, build, differ, save
 from safetensors.torch import load_file, save_file
-from test_plan_as_library import UNKNOWN, built, differ, save
 
 import aoconvert
 from aoconvert.checkpoint import manifest
@@ -26,14 +26,14 @@ State = dict[str, torch.Tensor]
 
 def _t5(folder: Path) -> Any:
     """Both names of what is declared one, with other values, and tensors that the class does not know."""
-    cls, state, config = built("T5ForConditionalGeneration v1.1")
+    cls, state, config = build("T5ForConditionalGeneration v1.1")
     save(folder, config, differ(state, "lm_head.weight") | UNKNOWN)
     return cls
 
 
 def _encoder_alone(folder: Path) -> Any:
     """Of four names for one tensor the one that the class takes from another."""
-    cls, state, config = built("T5ForConditionalGeneration")
+    cls, state, config = build("T5ForConditionalGeneration")
     names = ("shared.weight", "lm_head.weight", "decoder.embed_tokens.weight")
     save(folder, config, {key: value for key, value in state.items() if key not in names})
     return cls
@@ -65,14 +65,14 @@ def _prediction(folder: Path) -> Any:
 
 
 def _marian(folder: Path) -> Any:
-    cls, _, config = built("MarianMTModel")
+    cls, _, config = build("MarianMTModel")
     cls(config).bfloat16().save_pretrained(folder)
     return cls
 
 
 def _headless(folder: Path) -> Any:
     """A base class beside the weights of one with a head."""
-    _, state, config = built("LlamaForCausalLM")
+    _, state, config = build("LlamaForCausalLM")
     config.tie_word_embeddings = False
     config.architectures = ["LlamaModel"]
     save(folder, config, state)
@@ -147,7 +147,7 @@ def test_prediction_layers_are_left_out_of_weights_and_config(tmp_path: Path) ->
 
 
 def test_tensors_that_are_left_to_the_library_are_named(tmp_path: Path) -> None:
-    _, state, config = built("LlamaForCausalLM")
+    _, state, config = build("LlamaForCausalLM")
     del state["lm_head.weight"], state["model.norm.weight"]
     source = save(tmp_path / "source", config, state)
     done = aoconvert.quantize(
@@ -175,7 +175,7 @@ def test_quantize_and_verify_in_one_command_know_what_was_carried_and_what_is_ap
 
 
 def test_the_card_names_what_is_not_the_models_and_what_is_not_there(tmp_path: Path) -> None:
-    _, state, config = built("LlamaForCausalLM")
+    _, state, config = build("LlamaForCausalLM")
     del state["lm_head.weight"], state["model.norm.weight"]
     source = save(tmp_path / "source", config, state | UNKNOWN)
     options: dict[str, Any] = {"device": "cpu", "min_quantized": 0.0, "allow_missing": "model.norm.weight"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_engine_resume import StopAfter, convert
+from stopping import StopAfter, convert
 
 from aoconvert.checkpoint.unfinished import JOURNAL_NAME
 from aoconvert.engine.resume import Journal

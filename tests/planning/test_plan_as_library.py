@@ -3,114 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import tiny
+from helpers.as_library import MODELS, UNKNOWN, State, assert_as_library, build, differ, planned, save
 from safetensors.torch import save_file
 
 import aoconvert
 from aoconvert.errors import PlanError
-from aoconvert.formats.sharded import open_reader
-from aoconvert.planning.types import ComponentPlan
-
-T: Any = tiny.transformers
-State = dict[str, torch.Tensor]
-_T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
-_LLAMA = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-_LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-_BART = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
-_BART |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-_OPT = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-_OPT |= {"max_position_embeddings": 32, "word_embed_proj_dim": 32}
-
-
-def _gemma3() -> Any:
-    text = {**_LLAMA, "head_dim": 8, "tie_word_embeddings": True}
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return T.Gemma3Config(
-        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
-    )
-
-
-MODELS: Mapping[str, Callable[[], Any]] = {
-    "T5ForConditionalGeneration": lambda: T.T5Config(**_T5),
-    "T5ForConditionalGeneration v1.1": lambda: T.T5Config(
-        **_T5, tie_word_embeddings=False, feed_forward_proj="gated-gelu"
-    ),
-    "MT5ForConditionalGeneration": lambda: T.MT5Config(**_T5, tie_word_embeddings=False),
-    "UMT5ForConditionalGeneration": lambda: T.UMT5Config(**_T5, tie_word_embeddings=False),
-    "UMT5EncoderModel": lambda: T.UMT5Config(**_T5),
-    "BartForConditionalGeneration": lambda: T.BartConfig(**_BART),
-    "OPTForCausalLM": lambda: T.OPTConfig(**_OPT),
-    "GPTNeoForCausalLM": lambda: T.GPTNeoConfig(
-        vocab_size=64, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]]
-    ),
-    "LlamaForCausalLM": lambda: T.LlamaConfig(**_LLAMA, tie_word_embeddings=True),
-    "BertForMaskedLM": lambda: T.BertConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
-    ),
-    "Gemma3ForConditionalGeneration": _gemma3,
-    "MarianMTModel": lambda: T.MarianConfig(**_BART, max_position_embeddings=16, pad_token_id=0),
-}
-
-
-def built(name: str, **extra: State) -> tuple[Any, State, Any]:
-    """The class, a model's tensors under all its names, each its own, and its config."""
-    cls = getattr(T, name.split()[0])
-    config = MODELS[name]()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = cls(config).bfloat16()
-    config.architectures = [cls.__name__]
-    return cls, {key: value.clone() for key, value in model.state_dict().items()}, config
-
-
-def save(folder: Path, config: Any, state: State) -> Path:
-    config.save_pretrained(folder)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def planned(folder: Path, **options: Any) -> ComponentPlan:
-    made = aoconvert.plan(folder, "int8wo", output=folder.parent / "out", device="cpu", min_quantized=0.0, **options)
-    [component] = made.components
-    return component
-
-
-def assert_as_library(folder: Path, cls: Any, **options: Any) -> ComponentPlan:
-    """Every parameter and buffer of the opened model is the one that the plan reads, and the same ones are tied."""
-    model, report = cls.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
-    plan = planned(folder, **options)
-    names = {name: id(value) for name, value in model.named_parameters(remove_duplicate=False)}
-    wanted = model.state_dict()
-    ties = {spec.name: spec.tied_to for spec in plan.skeleton if spec.tied_to}
-    written = {tensor.name: tensor for tensor in plan.tensors if tensor.action != "tied"}
-    left = {item.name for item in plan.missing}
-    assert {tensor.name for tensor in plan.tensors if tensor.action != "carry"} | left == set(wanted)
-    for name, value in wanted.items():
-        if name in left:
-            continue
-        place = ties.get(name, name)
-        assert names.get(name) == names.get(place)
-        tensor = written[place]
-        assert tensor.origin is not None
-        reader = open_reader(folder / tensor.origin[0])
-        assert torch.equal(reader.read(tensor.origin[1]).to(value.dtype), value), name
-        reader.close()
-    apart = [name for name in written if name in names]
-    assert len({names[name] for name in apart}) == len(apart)
-    assert report["missing_keys"] <= left
-    return plan
-
-
-def differ(state: State, *names: str) -> State:
-    """The same checkpoint, in which these tensors differ from each other."""
-    return {key: value + (1 + names.index(key)) if key in names else value for key, value in state.items()}
-
 
 _HEAD = ("shared.weight", "lm_head.weight")
 _ALL = (*_HEAD, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -140,7 +43,7 @@ def _mostly(names: list[str], first: str) -> list[Any]:
 def test_a_tie_is_decided_by_what_the_checkpoint_holds(
     name: str, there: tuple[str, ...], differing: tuple[str, ...], apart: int, tmp_path: Path
 ) -> None:
-    cls, state, config = built(name)
+    cls, state, config = build(name)
     table = state["shared.weight"]
     state |= {key: table.clone() for key in _ALL}
     for key in set(_ALL) - set(there):
@@ -152,7 +55,7 @@ def test_a_tie_is_decided_by_what_the_checkpoint_holds(
 @pytest.mark.parametrize("name", [name for name in MODELS if "T5" not in name and name != "MarianMTModel"])
 @pytest.mark.parametrize("case", _mostly(["both", "differ", "only the first", "only the second"], "differ"))
 def test_every_declared_tie(name: str, case: str, tmp_path: Path) -> None:
-    cls, state, config = built(name)
+    cls, state, config = build(name)
     with torch.device("meta"):
         ties = cls(config).all_tied_weights_keys
     assert ties
@@ -170,7 +73,7 @@ def test_every_declared_tie(name: str, case: str, tmp_path: Path) -> None:
 
 def test_one_storage_under_two_names(tmp_path: Path) -> None:
     """As ``.bin`` files have tied tensors."""
-    cls, state, config = built("LlamaForCausalLM")
+    cls, state, config = build("LlamaForCausalLM")
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     config.save_pretrained(tmp_path / "source")
     torch.save(state, tmp_path / "source" / "pytorch_model.bin")
@@ -178,7 +81,7 @@ def test_one_storage_under_two_names(tmp_path: Path) -> None:
 
 
 def test_what_differs_only_before_the_cast_is_one(tmp_path: Path) -> None:
-    cls, state, config = built("LlamaForCausalLM")
+    cls, state, config = build("LlamaForCausalLM")
     state = {key: value.float() for key, value in state.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"] * (1 + 2**-16)
     folder = save(tmp_path / "source", config, state)
@@ -188,7 +91,7 @@ def test_what_differs_only_before_the_cast_is_one(tmp_path: Path) -> None:
 
 
 def test_a_head_that_differs_is_not_quantized_as_the_library_could_not_compare_it(tmp_path: Path) -> None:
-    _, state, config = built("LlamaForCausalLM")
+    _, state, config = build("LlamaForCausalLM")
     folder = save(tmp_path / "source", config, differ(state, "lm_head.weight"))
     reasons = {tensor.name: tensor.reason or "" for tensor in planned(folder, default_skips=False).tensors}
     assert "is compared with model.embed_tokens.weight when the model is opened" in reasons["lm_head.weight"]
@@ -199,7 +102,7 @@ def test_a_head_that_differs_is_not_quantized_as_the_library_could_not_compare_i
 
 def test_what_a_class_makes_itself_is_not_missing(tmp_path: Path) -> None:
     """Marian's position tables, which transformers does not save."""
-    cls, state, config = built("MarianMTModel")
+    cls, state, config = build("MarianMTModel")
     model = cls(config).bfloat16()
     model.save_pretrained(tmp_path / "source")
     plan = assert_as_library(tmp_path / "source", cls)
@@ -207,7 +110,7 @@ def test_what_a_class_makes_itself_is_not_missing(tmp_path: Path) -> None:
 
 
 def _llama(folder: Path, change: Callable[[State], None], **extra: torch.Tensor) -> tuple[Any, Path]:
-    cls, state, config = built("LlamaForCausalLM")
+    cls, state, config = build("LlamaForCausalLM")
     del state["lm_head.weight"]
     state |= extra
     change(state)
@@ -240,15 +143,6 @@ def test_a_shape_that_does_not_fit_is_refused_as_by_the_library(tmp_path: Path) 
     assert "model.norm.weight is [7] in model.safetensors, but its class wants [32]" in caught.value.problems[0]
 
 
-UNKNOWN: State = {
-    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-    "model.embeddings.position_ids": torch.arange(4),
-    "mtp.layers.0.weight": torch.ones(4, 4, dtype=torch.bfloat16),
-    "model.layers.0.self_attn._extra_state": torch.zeros(3, dtype=torch.uint8),
-    "spectrum": torch.ones(2, dtype=torch.complex64),
-}
-
-
 def test_tensors_that_the_class_does_not_know_are_carried(tmp_path: Path) -> None:
     cls, folder = _llama(tmp_path / "source", lambda _: None, **UNKNOWN)
     plan = assert_as_library(folder, cls)
@@ -262,7 +156,7 @@ def test_tensors_that_the_class_does_not_know_are_carried(tmp_path: Path) -> Non
 
 
 def test_what_is_not_a_tensor_does_not_hinder_and_is_said(tmp_path: Path) -> None:
-    cls, state, config = built("LlamaForCausalLM")
+    cls, state, config = build("LlamaForCausalLM")
     del state["lm_head.weight"]
     config.save_pretrained(tmp_path / "source")
     extra = {"layer._extra_state": None, "global_step": 3, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}

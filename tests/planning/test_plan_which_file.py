@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
+from helpers.as_library import assert_as_library, build, planned, save
 from safetensors.torch import load_file, save_file
-from test_plan_as_library import assert_as_library, built, planned, save
 
 import aoconvert
 from aoconvert.errors import AoconvertError, SourceError
@@ -22,7 +22,7 @@ OTHER = "other.safetensors"
 
 def llama(folder: Path, **config: Any) -> dict[str, torch.Tensor]:
     """A Llama, with ``config`` in its config.json; its tensors."""
-    _, state, made = built("LlamaForCausalLM")
+    _, state, made = build("LlamaForCausalLM")
     del state["lm_head.weight"]
     save(folder, made, state)
     values = json.loads((folder / "config.json").read_text())

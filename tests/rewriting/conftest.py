@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.checkpoints import build_llama, pipeline
-
-import aoconvert
+from quantizing import quantize_for
 
 __all__ = ["pipeline"]
 
@@ -49,9 +48,3 @@ def int4(tmp_path_factory: pytest.TempPathFactory, source: Sources) -> Quantized
         return made[key]
 
     return quantize
-
-
-def quantize_for(device: str, model: Path, output: Path, **options: Any) -> None:
-    """To int4 in groups of 64, unless the options say otherwise."""
-    values = {"group_size": 64, "min_quantized": 0.0, "device": "cpu", **options}
-    aoconvert.quantize(model, "int4wo", layout_device=device, output=output, **values)

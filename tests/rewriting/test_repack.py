@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from rewriting.conftest import quantize_for
+from quantizing import quantize_for
 from safetensors.torch import load_file, save_file
 
 import aoconvert

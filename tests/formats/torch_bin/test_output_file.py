@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_torch_bin_writer import quantized
+from tensors import quantized
 
 from aoconvert.errors import WriteError
 from aoconvert.formats.hashing import Prefix, matching

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_torch_bin_writer import CONFIGS, DTYPES, filled, quantized
+from tensors import CONFIGS, DTYPES, filled, quantized
 
 from aoconvert.errors import WriteError
 from aoconvert.formats import hashing, output_file
