@@ -45,7 +45,7 @@ def _row(name: str, members: list[TensorEntry], entry: ComponentEntry, granulari
 
 def _known(name: str, entry: ComponentEntry) -> SchemeEntry | None:
     found = next((scheme for scheme in catalogue() if scheme.name == name), None)
-    return INT4.get(entry.layout.device, found) if found is not None and found.name == INT4["cpu"].name else found
+    return INT4.get(entry.layout.device, found) if found is not None and found.layout_device is not None else found
 
 
 def rules(entry: ComponentEntry) -> list[dict[str, str]]:

@@ -94,10 +94,9 @@ def _cannot_run(entry: SchemeEntry, why_not_quantized: str | None) -> str | None
 def _layouts(entry: SchemeEntry) -> list[dict[str, Any]]:
     """The layouts that ``--layout-device`` chooses among; most schemes have one, for any device."""
     from aoconvert import schemes
-    from aoconvert.schemes import int4
     from aoconvert.schemes.table import INT4
 
-    if entry.name != INT4["cpu"].name:
+    if entry.layout_device is None:
         return []
     found = []
     for device, layout in INT4.items():
@@ -112,7 +111,7 @@ def _layouts(entry: SchemeEntry) -> list[dict[str, Any]]:
                 "why_not_quantized": why,
                 "runs_here": cannot is None,
                 "why_not": cannot,
-                "unconfirmed": int4.UNCONFIRMED.get(device),
+                "unconfirmed": layout.unconfirmed,
             }
         )
     return found

@@ -57,16 +57,16 @@ def cut(weight: torch.Tensor, scheme: Scheme, elements: int) -> Blocks:
     """The blocks of a weight on the CPU, of about ``elements`` values each."""
     if weight.dim() == 3:
         experts = max(1, elements // max(1, weight[:1].numel()))
-        return Blocks(len(weight) if scheme.unit is None else experts)
-    if scheme.unit is None:
+        return Blocks(len(weight) if scheme.rows.tile is None else experts)
+    if scheme.rows.tile is None:
         return Blocks(len(weight))
     step = scheme.block(elements // weight.shape[1])
-    if not scheme.shared or step >= len(weight):
+    if not scheme.rows.shared_scale or step >= len(weight):
         return Blocks(step)
     low, high = torch.aminmax(weight)
     if low == high == 0:  # torchao gives it no scale: it is repaired, whole
         return Blocks(len(weight))
-    extremes = high.expand(scheme.multiples[0], weight.shape[1]).clone()
+    extremes = high.expand(scheme.entry.multiples[0], weight.shape[1]).clone()
     extremes[0, 0] = low
     return Blocks(step, scheme.block(1), extremes)
 

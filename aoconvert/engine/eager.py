@@ -70,7 +70,7 @@ class Eager:
             assembly = assembly or Assembly(quantized_on_meta(weight.shape, self.dtype, self.scheme), self.scheme)
             assembly.put_all(quantized, start, min(blocks.step, len(weight) - start), ahead)
         assert assembly is not None
-        if self.scheme.shared:  # every block has found the one scale that was missing
+        if self.scheme.rows.shared_scale:  # every block has found the one scale that was missing
             error.repaired = min(error.repaired, 1)
         return assembly.result(), error
 

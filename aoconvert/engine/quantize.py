@@ -88,11 +88,11 @@ def quantize_rows(
     """
     device = "cpu" if scheme.cpu_only else device
     elements = block or (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK)
-    flat = weight.reshape(-1, weight.shape[-1]) if scheme.rowwise else weight
+    flat = weight.reshape(-1, weight.shape[-1]) if scheme.rows.by_tiles else weight
     done = kernel.quantize(flat) if kernel is not None else None
     if done is None:
         eager = Eager(name, dtype, scheme, device, elements, pool)
-        done = eager.experts(weight) if scheme.shared and weight.dim() == 3 else eager.matrix(flat)
+        done = eager.experts(weight) if scheme.rows.shared_scale and weight.dim() == 3 else eager.matrix(flat)
     result, figures = done
     if not figures.finite:
         raise not_finite(name, weight, dtype, figures, scheme)

@@ -134,7 +134,7 @@ class Kernels:
 
     def for_tensor(self, scheme: Scheme, source: torch.dtype, base: torch.dtype) -> Checked | None:
         """The kernel for a tensor of dtype ``source`` that is cast to ``base``; ``None``: eager."""
-        if not self._usable or not scheme.single_rows:
+        if not self._usable or not scheme.rows.complete:
             return None
         key = scheme.key, source, base
         if key not in self._found:

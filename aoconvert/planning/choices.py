@@ -142,7 +142,7 @@ def _unquantizable(spec: TensorSpec, wishes: Wishes, rule: Rule | None) -> str |
 
 def _taste(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | None:
     """Why a careful converter leaves the tensor alone, though the scheme could take it."""
-    if spec.single_row and spec.kind == "linear" and scheme.activation and scheme.layout.min_capability:
+    if spec.single_row and spec.kind == "linear" and scheme.format.activation and scheme.layout.min_capability:
         return "sees one row per sample: quantized activations cost accuracy there and save no time"
     if spec.hint is not None:
         return spec.hint
@@ -157,10 +157,10 @@ def _unfit(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | N
     rival = next((item.compared_with for item in (spec, *twins) if item.compared_with is not None), None)
     if rival is not None:
         return f"is compared with {rival} when the model is opened, which torchao's tensors cannot be; --untie"
-    if scheme.needs_rows and spec.single_row:
+    if scheme.entry.fails_on_single_row and spec.single_row:
         rows = "an expert may see a single row" if spec.kind == "experts" else "sees one row per sample"
         return f"{rows}, which {scheme.name} cannot run"
-    if not scheme.embeddings and any(item.kind == "embedding" for item in (spec, *twins)):
+    if not scheme.entry.embeddings and any(item.kind == "embedding" for item in (spec, *twins)):
         return f"an embedding table, and no rows can be looked up in {scheme.name}"
     return None
 

@@ -351,7 +351,7 @@ def component_warnings(source: Source, plan: ComponentPlan) -> list[str]:
 
 def _larger_than_int8(plan: ComponentPlan) -> str | None:
     """Weights of fewer than 8 bits that take more bytes than int8wo's would: padding makes small layers large."""
-    few = [t for t in plan.tensors if t.scheme is not None and t.scheme.bytes_per_parameter < _INT8_BYTES]
+    few = [t for t in plan.tensors if t.scheme is not None and t.scheme.format.bytes_per_parameter < _INT8_BYTES]
     if not few:
         return None
     here = sum(tensor.bytes_out for tensor in few)

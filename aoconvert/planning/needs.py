@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 from aoconvert.planning.slices import (
     BLOCK_BYTES,
@@ -19,10 +18,6 @@ from aoconvert.planning.slices import (
     slices,
 )
 from aoconvert.planning.types import ComponentPlan, CopyPlan, Needs, StreamedPlan, TensorPlan, UnquantizedPlan
-from aoconvert.schemes.describe import bits_of
-
-if TYPE_CHECKING:
-    from aoconvert.schemes import Scheme
 
 READ_AHEAD_BYTES = SLICE_BYTES
 """Most bytes that wait between two stages; a single larger tensor may."""
@@ -31,12 +26,6 @@ READ_AHEAD_BYTES = SLICE_BYTES
 _IMPORTS_BYTES = 480 * 10**6
 # The same without the model libraries, where what a model is made of was remembered
 _FEWER_IMPORTS_BYTES = 360 * 10**6
-# Measured: temporaries a weight's element, where HQQ takes a whole weight at once; for int4 in more steps
-_HQQ_BYTES, _HQQ_INT4_BYTES = 16, 38
-# Counted on a pretended GPU (tests/pretended_gpu.py): bytes of tensors for each value of a block of rows on a GPU, with
-# the error figures; torchao takes more steps for values of 4 and 6 bits
-_DEVICE_BYTES = 26
-_DEVICE_BYTES_BY_CLASS = {("MXTensor", 4): 38, ("MXTensor", 6): 38, ("NVFP4Tensor", 4): 42}
 # Not measured, as nobody has run this on a GPU yet: a context on the GPU, and CUDA's libraries in host memory
 _CONTEXT_BYTES = 500 * 10**6
 _DRIVER_BYTES = 1000 * 10**6
@@ -98,7 +87,7 @@ def _tensors_peak(plan: StreamedPlan, lanes: int = 0) -> int:
             result = 0  # it is written from where it was read, or where it came back to from the GPU
         else:
             result = tensor.bytes_out
-        slow = tensor.scheme is not None and not tensor.scheme.single_rows
+        slow = tensor.scheme is not None and not tensor.scheme.rows.complete
         own = (0 if fits else largest) + tensor.working_bytes
         steps.append((own, 0 if on_gpu else _temporaries(tensor), result, slow))
     most = 0
@@ -136,8 +125,8 @@ def _temporaries(tensor: TensorPlan) -> int:
     scheme = tensor.scheme
     if scheme is None or not tensor.numel:
         return 0
-    if scheme.unit is None:
-        return tensor.numel * (_HQQ_BYTES if scheme.int4 is None else _HQQ_INT4_BYTES)
+    if scheme.rows.tile is None:
+        return tensor.numel * scheme.entry.hqq_bytes
     columns = tensor.shape[-1]
     values = scheme.block(CPU_BLOCK // columns) * columns * at_once(scheme, columns)
     return min(tensor.numel, values) * BLOCK_BYTES
@@ -171,15 +160,10 @@ def _block_bytes(tensor: TensorPlan) -> int:
     scheme = tensor.scheme
     assert scheme is not None
     columns = tensor.shape[-1]
-    if scheme.unit is None:
+    if scheme.rows.tile is None:
         values = tensor.numel
     elif len(tensor.shape) == 3:  # experts, or one of them
         values = max(DEVICE_BLOCK, prod(tensor.shape[1:]))
     else:
         values = scheme.block(DEVICE_BLOCK // columns) * columns
-    return min(tensor.numel, values) * device_block_bytes(scheme)
-
-
-def device_block_bytes(scheme: Scheme) -> int:
-    """Bytes of tensors on a GPU for each value of a block of rows at work."""
-    return _DEVICE_BYTES_BY_CLASS.get((scheme.tensor_class, bits_of(scheme.weight_dtype)), _DEVICE_BYTES)
+    return min(tensor.numel, values) * scheme.entry.device_block_bytes

@@ -50,7 +50,7 @@ def by_rows(tensor: TensorPlan) -> bool:
     if len(tensor.shape) < 1 or tensor.shape[0] < 2 or 0 in tensor.shape:
         return False
     scheme = tensor.scheme
-    return scheme is None or scheme.rowwise or (len(tensor.shape) == 3 and scheme.unit is not None)
+    return scheme is None or scheme.rows.by_tiles or (len(tensor.shape) == 3 and scheme.rows.tile is not None)
 
 
 def slices(tensor: TensorPlan) -> list[tuple[int, int]]:

@@ -198,7 +198,7 @@ class ComponentPlan:
     @property
     def unconfirmed(self) -> str | None:
         """Why nobody can be sure yet of the packed bytes of one of the schemes."""
-        return next((scheme.unconfirmed for scheme in self.schemes if scheme.unconfirmed), None)
+        return next((scheme.entry.unconfirmed for scheme in self.schemes if scheme.entry.unconfirmed), None)
 
     @property
     def totals(self) -> Totals:

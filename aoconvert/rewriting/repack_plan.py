@@ -22,6 +22,7 @@ from aoconvert.schemes.apply import quantize_weight
 from aoconvert.schemes.base import Layout, Scheme
 from aoconvert.schemes.imports import imports
 from aoconvert.schemes.layouts import merged
+from aoconvert.schemes.table import INT4
 from aoconvert.sources.folder import FolderSource
 
 DEVICES = ("cpu", "cuda", "xpu")
@@ -51,13 +52,14 @@ class PartPlan:
     @property
     def algorithm(self) -> str:
         """That chose the parameters of the weights."""
-        return self.scheme.int4.algorithm if self.scheme.int4 is not None else "tinygemm"
+        return _algorithm(self.scheme.config)
 
     @property
     def unconfirmed(self) -> str | None:
         """Why nobody can be sure of the packed bytes yet, of int4 or of another scheme of the component."""
         before = self.entry.layout.unconfirmed
-        return self.scheme.unconfirmed or (None if before in int4.UNCONFIRMED.values() else before)
+        of_int4 = {entry.unconfirmed for entry in INT4.values()}
+        return self.scheme.entry.unconfirmed or (None if before in of_int4 else before)
 
     @property
     def min_torchao(self) -> str:

@@ -43,13 +43,19 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
         torchao's tensor subclass of the same shape on the same device. Where torchao declines to quantize, the weight
         itself: compare the types.
     """
-    if (int4 := scheme.int4) is not None:
-        return _int4(weight, int4.group_size, int4.device, int4.algorithm)
-    return quantize_with(weight, scheme.meta_config if weight.is_meta else scheme.config)
+    return scheme.quantize(weight)
 
 
-def quantize_with(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
-    """The same with a torchao config, whatever it is; but the layouts of int4 are more than their config."""
+def quantize_with(weight: torch.Tensor, config: AOBaseConfig, meta_config: AOBaseConfig | None = None) -> torch.Tensor:
+    """The same with a torchao config, whatever it is; but the layouts of int4 are more than their config.
+
+    Args:
+        weight: as above.
+        config: of torchao.
+        meta_config: another that gives the same class, shapes and dtypes on ``meta``, where this one does not work.
+    """
+    if weight.is_meta and meta_config is not None:
+        config = meta_config
     import_torchao()
     import torch
     from torch import nn
@@ -73,12 +79,3 @@ def quantize_with(weight: torch.Tensor, config: AOBaseConfig) -> torch.Tensor:
     # garbage collection
     linear.__dict__.pop("extra_repr", None)
     return result
-
-
-def _int4(weight: torch.Tensor, group_size: int, device: str, algorithm: str) -> torch.Tensor:
-    import torch
-
-    from aoconvert.schemes import int4
-
-    with torch.no_grad():
-        return int4.quantize(weight.detach(), group_size=group_size, device=device, algorithm=algorithm)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torchao.core.config import AOBaseConfig
+
+    from aoconvert.schemes.table.entry import SchemeEntry
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,47 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Int4:
-    """How the weights of ``int4wo`` are made: see :mod:`aoconvert.schemes.int4`.
+class RowIndependence:
+    """How far the rows of a weight can be quantized apart; blocks of rows, put together, are bit for bit the whole.
 
     Attributes:
-        group_size: how many values share a scale and a zero point.
-        device: ``cuda``, ``cpu``, ``xpu`` or ``plain``.
-        algorithm: ``tinygemm`` or ``hqq``.
+        tile: rows that share scales or are packed together: a block has a multiple of so many. 1: none share anything.
+            ``None``: the weight has to be quantized whole.
+        shared_scale: all rows share a scale, which follows from their smallest and their largest value; a block needs
+            these beside it. Each of stacked experts has its own.
     """
 
-    group_size: int
-    device: str
-    algorithm: str
+    tile: int | None = 1
+    shared_scale: bool = False
+
+    @property
+    def by_tiles(self) -> bool:
+        """Whether blocks of rows can be quantized without a look at the others."""
+        return self.tile is not None and not self.shared_scale
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is quantized on its own: only then torchao's arithmetic is compiled."""
+        return self == RowIndependence()
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """What torchao made of a weight with a config: read off one, so that it cannot differ.
+
+    Attributes:
+        granularity: what shares one scale: ``per row``, ``per group of 32``, ``per tensor``.
+        group_size: ``in_features`` must be a multiple of it; ``None`` where there are no groups.
+        activation: what activations become at run time (``int8 per token, dynamic``), ``None`` for weight-only.
+        bits: stored bits per weight, without scales and zero points (8 for every intx).
+        bytes_per_parameter: of a weight of 4096 rows and about as many columns, scales and padding included.
+    """
+
+    granularity: str
+    group_size: int | None
+    activation: str | None
+    bits: float
+    bytes_per_parameter: float
 
 
 @dataclass(frozen=True)
@@ -49,83 +82,59 @@ class Scheme:
     """A scheme with its settings: everything that planning, quantizing and the manifest need to know.
 
     Attributes:
-        name: canonical name.
+        entry: the catalogue's entry: what holds whatever the settings are.
         config: torchao's config.
-        config_dict: the same as ``torchao.core.config.config_to_dict`` gives it, for config.json and the manifest.
-        meta_config: a config whose result has the same class, shapes and dtypes, and that also works on the ``meta``
-            device (HQQ looks at values, so it does not); equal to ``config`` otherwise.
-        tensor_class: torchao's class of a quantized weight.
-        weight_dtype: what a weight becomes, such as ``int4``.
-        activation: what activations become at run time (``int8 per token, dynamic``), ``None`` for weight-only.
-        granularity: what shares one scale: ``per row``, ``per group of 32``, ``per tensor``.
-        group_size: ``in_features`` must be a multiple of it; ``None`` where there are no groups.
-        unit: blocks of a multiple of so many rows, quantized one by one and put together, are bit for bit the whole;
-            1: every row is quantized on its own. ``None``: the weight cannot be cut.
-        shared: all rows share a scale, which follows from their smallest and their largest value; a block then needs
-            these beside it. Each of stacked experts has its own.
-        needs_rows: dies at run time (``torch._int_mm``) in layers that see a single row of input.
-        single_values: a row of a single value can be quantized.
-        ranks: how many dimensions a weight may have.
+        format: what a weight is with these settings.
         layout: what the stored weights are made for.
+        rows: how far they can be quantized apart.
         min_torchao: oldest torchao that loads it and computes the right thing.
-        summary: one line, when to choose it.
-        bits: stored bits a weight, without scales and zero points (8 for every intx).
         notes: what whoever chooses it should know first.
-        bytes_per_parameter: of a weight of 4096 rows and about as many columns, scales and padding included.
-        dtypes: dtypes that a weight may have before.
-        multiples: out_features and in_features must be multiples of these.
-        embeddings: rows can be looked up in it, so that the weight of an ``nn.Embedding`` can take it.
-        unconfirmed: why nobody can be sure of the packed bytes yet; ``None`` where somebody can.
-        source: where the summary comes from.
-        int4: for ``int4wo`` how it is packed, which its config does not say for every device; else ``None``.
+        quantize: makes torchao's tensor of a weight, on any device and on ``meta``: :mod:`aoconvert.schemes.apply`.
+        own_blocker: why it cannot take a shape and a dtype, where :mod:`aoconvert.schemes.shapes` does not know.
     """
 
-    name: str
+    entry: SchemeEntry
     config: AOBaseConfig
-    config_dict: dict[str, Any]
-    meta_config: AOBaseConfig
-    tensor_class: str
-    weight_dtype: str
-    activation: str | None
-    granularity: str
-    group_size: int | None
-    unit: int | None
-    shared: bool
-    needs_rows: bool
-    single_values: bool
-    ranks: tuple[int, ...]
+    format: WeightFormat
     layout: Layout
+    rows: RowIndependence
     min_torchao: str
-    summary: str
-    bits: float
     notes: tuple[str, ...]
-    bytes_per_parameter: float
-    dtypes: tuple[str, ...]
-    multiples: tuple[int, int]
-    embeddings: bool
-    unconfirmed: str | None
-    source: str
-    int4: Int4 | None = None
+    quantize: Callable[[torch.Tensor], torch.Tensor] = field(compare=False)
+    own_blocker: Callable[[tuple[int, ...], torch.dtype], str | None] | None = field(default=None, compare=False)
 
     @property
-    def rowwise(self) -> bool:
-        """Whether blocks of rows can be quantized without a look at the others."""
-        return self.unit is not None and not self.shared
+    def name(self) -> str:
+        """The canonical name."""
+        return self.entry.name
 
     @property
-    def single_rows(self) -> bool:
-        """Whether every row is quantized on its own: only then torchao's arithmetic is compiled."""
-        return self.unit == 1 and not self.shared
+    def group_size(self) -> int | None:
+        """How many values of a row share a scale; ``None`` where there are no groups."""
+        return self.format.group_size
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """How many dimensions a weight may have: torchao cannot take one expert out of several that share a scale."""
+        return tuple(rank for rank in self.entry.ranks if rank == 2 or self.format.granularity != "per tensor")
 
     @property
     def cpu_only(self) -> bool:
         """Whether torchao quantizes to it on a CPU, whatever other devices there are."""
-        return self.int4 is not None and self.int4.device == "cpu"
+        return self.layout.device == "cpu"
 
     def block(self, rows: int) -> int:
         """The largest number of rows, not above ``rows`` where possible, of a block that is cut off."""
-        unit = math.lcm(self.unit or 1, self.multiples[0])
+        unit = math.lcm(self.rows.tile or 1, self.entry.multiples[0])
         return max(unit, rows - rows % unit)
+
+    @cached_property
+    def config_dict(self) -> dict[str, Any]:
+        """The config as ``torchao.core.config.config_to_dict`` gives it, for config.json and the manifest."""
+        from torchao.core.config import config_to_dict
+
+        found: dict[str, Any] = config_to_dict(self.config)
+        return found
 
     @cached_property
     def key(self) -> str:

@@ -66,7 +66,7 @@ def notes(entry: SchemeEntry, bits: float, granularity: str, *, bounded: bool = 
         found.append(f"stores each {value_bits}-bit value in one byte: the file is not smaller than int8wo's")
         if granularity == "per row":
             found.append("one scale for a whole row: a group size of 32 to 128 is more accurate")
-    if entry.needs_rows:
+    if entry.fails_on_single_row:
         found.append("fails in layers that see a single row of input (modulation, timestep): leave those out")
     if entry.device != "any":
         found.append(f"runs on {entry.device} devices only")

@@ -13,13 +13,11 @@ On ``meta`` all four give the real class, inner shapes and dtypes.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from aoconvert.environment import import_torchao, torch_build
 from aoconvert.errors import PlanError, UsageError
-from aoconvert.schemes import cpu_packing, tile_packing
+from aoconvert.schemes import cpu_packing
 from aoconvert.schemes.int4_parts import dequantize as dequantize
 from aoconvert.schemes.int4_parts import padded, parameters, plain_int32, tile_packed
 
@@ -35,13 +33,6 @@ _OPAQUE = "opaque_"
 _GROUP_SIZES = (32, 64, 128, 256)
 _GROUP_SIZES_CPU = (32, 64, 128)
 _HQQ = ("cuda", "cpu")
-
-UNCONFIRMED: Mapping[str, str] = MappingProxyType(
-    {
-        "cuda": "packed by aoconvert's own code; no run on a GPU has confirmed yet that the bytes are the GPU's",
-        "xpu": "packed by aoconvert's own code; no run on an Intel GPU has confirmed yet that the bytes are the GPU's",
-    }
-)
 
 
 def config(group_size: int, device: str, algorithm: str = "tinygemm") -> AOBaseConfig:
@@ -116,16 +107,9 @@ def unavailable(device: str) -> str | None:
     return None
 
 
-def packing(device: str) -> str:
-    """torchao's name of a layout; for the CPU with the one of its layouts that this machine makes."""
-    if device == "cpu":
-        return _OPAQUE + machine_layout()
-    return {"cuda": "tile_packed_to_4d", "xpu": "plain_int32", "plain": "plain"}[device]
-
-
-def rows(device: str) -> int:
-    """Rows that a layout packs together: a weight can be cut between them."""
-    return {"cuda": tile_packing.ROWS, "cpu": cpu_packing.BLOCK_ROWS}.get(device, 1)
+def machine_packing() -> str:
+    """What a manifest calls the packing of the layout for the CPU that this machine makes."""
+    return _OPAQUE + machine_layout()
 
 
 def machine_layout() -> str:
@@ -176,6 +160,13 @@ def quantize(weight: torch.Tensor, *, group_size: int, device: str, algorithm: s
         PlanError: the layout needs a package that is not installed.
     """
     import_torchao()
+    import torch
+
+    with torch.no_grad():
+        return _quantize(weight.detach(), group_size, device, algorithm)
+
+
+def _quantize(weight: torch.Tensor, group_size: int, device: str, algorithm: str) -> torch.Tensor:
     if device == "cuda":
         # hqq looks at values, and makes the same shapes
         return _for_cuda(weight, group_size, "tinygemm" if weight.is_meta else algorithm)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.schemes import settings as values
 from aoconvert.schemes.apply import flatten, quantize_with
-from aoconvert.schemes.base import Int4, Layout, Scheme
+from aoconvert.schemes.base import Layout, RowIndependence, Scheme, WeightFormat
 from aoconvert.schemes.describe import activation, granularity_of, min_torchao, notes
 from aoconvert.schemes.names import availability, find, preset_group_size
 from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
@@ -60,16 +61,14 @@ def get(
         )
     if group_size is None and entry.group_field not in settings:
         group_size = preset_group_size(name)
-    is_int4 = entry.name == INT4["cpu"].name
-    if is_int4:
-        entry = INT4[layout_device or "cpu"]
+    if entry.layout_device is not None:
+        entry = INT4[layout_device or entry.layout_device]
     if (reason := availability(entry)) is not None:
         raise PlanError([f"scheme {entry.name} does not run here: {reason}"], hint="upgrade the package")
     import_torchao()
-    if is_int4:
-        return _int4wo(entry, layout_device or "cpu", group_size, settings)
-    config = _build(entry, group_size, settings)
-    return _describe(entry, config, _sample(entry, config))
+    if entry.layout_device is not None:
+        return _int4wo(entry, entry.layout_device, group_size, settings)
+    return _of_config(entry, _build(entry, group_size, settings))
 
 
 def _build(entry: SchemeEntry, group_size: int | None, settings: Mapping[str, str]) -> AOBaseConfig:
@@ -170,51 +169,28 @@ def _sample(entry: SchemeEntry, config: AOBaseConfig) -> torch.Tensor:
     return made
 
 
-def _describe(entry: SchemeEntry, config: AOBaseConfig, sample: Any) -> Scheme:
-    """What torchao made of the sample, in words and numbers."""
-    from torchao.core.config import config_to_dict
-
-    group_size, granularity = granularity_of(sample)
+def _of_config(entry: SchemeEntry, config: AOBaseConfig) -> Scheme:
+    """The scheme that torchao's config alone describes."""
+    sample: Any = _sample(entry, config)
     hqq = getattr(getattr(config, "intx_choose_qparams_algorithm", None), "name", None) == "HQQ_SCALE_ONLY"
-    meta_config = _without_hqq(config) if hqq else config
-    bits, size = _sizes(quantize_with(_large(group_size), meta_config))
-    minimum = min_torchao(entry, config, group_size)
-    per_row_activation = granularity == "per row" and getattr(sample, "mm_config", None) is not None
+    quantize = partial(quantize_with, config=config, meta_config=_without_hqq(config) if hqq else None)
+    made = _format(sample, quantize)
+    minimum = min_torchao(entry, config, made.group_size)
+    bounded = getattr(config, "activation_value_lb", None) is not None
     return Scheme(
-        name=entry.name,
+        entry=entry,
         config=config,
-        config_dict=config_to_dict(config),
-        meta_config=meta_config,
-        tensor_class=entry.tensor_class,
-        weight_dtype=entry.weight_dtype,
-        activation=activation(sample),
-        granularity=granularity,
-        group_size=group_size,
-        # HQQ stops iterating when the worst row of the whole tensor has converged
-        unit=None if hqq else entry.unit,
-        shared="per tensor" in granularity,
-        needs_rows=entry.needs_rows,
-        single_values=hqq,
-        # torchao cannot take one expert out of several that share a scale
-        ranks=tuple(rank for rank in entry.ranks if rank == 2 or granularity != "per tensor"),
+        format=made,
         layout=Layout(entry.device, entry.packing, entry.min_capability, (f"torchao>={minimum}",)),
+        rows=_independence(entry, made, hqq=hqq),
         min_torchao=minimum,
-        summary=entry.summary,
-        bits=bits,
-        notes=notes(entry, bits, granularity, bounded=getattr(config, "activation_value_lb", None) is not None),
-        bytes_per_parameter=size,
-        # torchao's _float8_dynamic_activation_float8_weight_quantize_tensor: rows in bfloat16 only
-        dtypes=("bfloat16",) if per_row_activation else entry.dtypes,
-        multiples=entry.multiples,
-        embeddings=entry.embeddings,
-        unconfirmed=None,
-        source=entry.source,
+        notes=notes(entry, made.bits, made.granularity, bounded=bounded),
+        quantize=quantize,
     )
 
 
 def _int4wo(entry: SchemeEntry, device: str, group_size: int | None, settings: Mapping[str, str]) -> Scheme:
     """``int4wo``: the config does not say everything, and torchao makes most layouts on their device only."""
-    from torchao.core.config import config_to_dict
     from torchao.quantization import Int4WeightOnlyConfig
 
     from aoconvert.schemes import int4
@@ -232,42 +208,41 @@ def _int4wo(entry: SchemeEntry, device: str, group_size: int | None, settings: M
     config = int4.config(size, device, algorithm)
     if (reason := int4.unavailable(device)) is not None:
         raise PlanError([f"scheme {entry.name} does not run here: {reason}"])
+    quantize = partial(int4.quantize, group_size=size, device=device, algorithm=algorithm)
+    made = _format(quantize(_large(size)), quantize)
     requires = (f"torchao>={entry.min_torchao}", *(text for text in entry.requires if not text.startswith("torchao")))
-    bits, stored = _sizes(int4.quantize(_large(size), group_size=size, device=device, algorithm=algorithm))
-    unconfirmed = int4.UNCONFIRMED.get(device)
-    more = [f"unconfirmed: {unconfirmed}"] if unconfirmed else []
+    more = [f"unconfirmed: {entry.unconfirmed}"] if entry.unconfirmed else []
+    packing = entry.packing
     if device == "cpu":
+        packing = int4.machine_packing()
         more.append(
             f"packed for CPUs with the {int4.machine_layout()} layout, as this one has: wrong numbers on others"
         )
     return Scheme(
-        name=entry.name,
+        entry=entry,
         config=config,
-        config_dict=config_to_dict(config),
-        meta_config=config,
-        tensor_class=entry.tensor_class,
-        weight_dtype=entry.weight_dtype,
-        activation=None,
-        granularity=f"per group of {size}",
-        group_size=size,
-        unit=None if algorithm == "hqq" else int4.rows(device),
-        shared=False,
-        needs_rows=False,
-        single_values=False,
-        ranks=entry.ranks,
-        layout=Layout(entry.device, int4.packing(device), entry.min_capability, requires),
+        format=made,
+        layout=Layout(entry.device, packing, entry.min_capability, requires),
+        rows=_independence(entry, made, hqq=algorithm == "hqq"),
         min_torchao=entry.min_torchao,
-        summary=entry.summary,
-        bits=bits,
-        notes=(*notes(entry, bits, f"per group of {size}"), *more),
-        bytes_per_parameter=stored,
-        dtypes=entry.dtypes,
-        multiples=entry.multiples,
-        embeddings=False,
-        unconfirmed=unconfirmed,
-        source=entry.source,
-        int4=Int4(size, device, algorithm),
+        notes=(*notes(entry, made.bits, made.granularity), *more),
+        quantize=quantize,
+        own_blocker=partial(int4.blocker, group_size=size, device=device),
     )
+
+
+def _format(sample: Any, quantize: Callable[[torch.Tensor], torch.Tensor]) -> WeightFormat:
+    """What torchao made of the sample, in words and numbers."""
+    group_size, granularity = granularity_of(sample)
+    large: Any = quantize(_large(group_size))
+    stored = sum(getattr(large, name).nbytes for name in flatten(large)[0])
+    bits = 8.0 * large.qdata.nbytes / large.numel()
+    return WeightFormat(granularity, group_size, activation(sample), bits, stored / large.numel())
+
+
+def _independence(entry: SchemeEntry, made: WeightFormat, *, hqq: bool) -> RowIndependence:
+    """HQQ stops iterating when the worst row of the whole tensor has converged."""
+    return RowIndependence(None if hqq else entry.tile, "per tensor" in made.granularity)
 
 
 def _large(group_size: int | None) -> torch.Tensor:
@@ -277,13 +252,6 @@ def _large(group_size: int | None) -> torch.Tensor:
     group = group_size or 1
     columns = group * max(1, _MEASURED // group)
     return torch.empty(_MEASURED, columns, dtype=torch.bfloat16, device="meta")
-
-
-def _sizes(tensor: Any) -> tuple[float, float]:
-    """Stored bits a value without scales, and bytes a value with them."""
-    names, _ = flatten(tensor)
-    stored = sum(getattr(tensor, name).nbytes for name in names)
-    return 8.0 * tensor.qdata.nbytes / tensor.numel(), stored / tensor.numel()
 
 
 def _without_hqq(config: AOBaseConfig) -> AOBaseConfig:

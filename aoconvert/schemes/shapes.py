@@ -28,21 +28,20 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str |
     """
     if len(shape) == 3 and 3 not in scheme.ranks:
         return f"a stack of matrices, and {scheme.name} takes single ones"
-    if scheme.int4 is not None:
-        from aoconvert.schemes import int4
-
-        return int4.blocker(shape, dtype, group_size=scheme.int4.group_size, device=scheme.int4.device)
+    if scheme.own_blocker is not None:
+        return scheme.own_blocker(shape, dtype)
+    entry, granularity = scheme.entry, scheme.format.granularity
     name = str(dtype).removeprefix("torch.")
-    if name not in scheme.dtypes:
-        many = "none of " if len(scheme.dtypes) > 1 else "not "
-        return f"dtype {name} is {many}{', '.join(scheme.dtypes)}"
+    if name not in entry.dtypes:
+        many = "none of " if len(entry.dtypes) > 1 else "not "
+        return f"dtype {name} is {many}{', '.join(entry.dtypes)}"
     if len(shape) not in scheme.ranks:
         return f"{len(shape)} dimensions, {scheme.name} takes {' or '.join(map(str, scheme.ranks))}"
     if 0 in shape:
         return "it is empty"
     out_features, in_features = shape[-2:]
     for label, value, multiple in zip(
-        ("out_features", "in_features"), (out_features, in_features), scheme.multiples, strict=True
+        ("out_features", "in_features"), (out_features, in_features), entry.multiples, strict=True
     ):
         if value % multiple:
             return f"{label} {value} is not a multiple of {multiple}"
@@ -50,12 +49,13 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str |
         return f"in_features {in_features} is not a multiple of group size {scheme.group_size}"
     # the scales of all experts are laid out in tiles of 128 rows, and one expert must not end inside a tile;
     # torchao takes some of these, and then gives an expert the scales of another
-    if prod(shape[:-2]) > 1 and scheme.unit is not None and out_features % scheme.unit:
-        return f"out_features {out_features} of several experts is not a multiple of {scheme.unit}"
+    if prod(shape[:-2]) > 1 and scheme.rows.tile is not None and out_features % scheme.rows.tile:
+        return f"out_features {out_features} of several experts is not a multiple of {scheme.rows.tile}"
     # torchao's _is_128_128_scaled then sees blocks where there is one scale, and its product fails
-    if scheme.granularity == "per tensor" and scheme.layout.min_capability is not None and shape == (_BLOCK, _BLOCK):
+    if granularity == "per tensor" and scheme.layout.min_capability is not None and shape == (_BLOCK, _BLOCK):
         return f"torchao takes a {_BLOCK} x {_BLOCK} weight with one scale for one in blocks, and cannot run it"
-    # torchao's choose_qparams reduces a block of one value over the whole tensor and fails on the shape of the result
-    if in_features == 1 and scheme.granularity == "per row" and prod(shape) > 1 and not scheme.single_values:
+    # torchao's choose_qparams reduces a block of one value over the whole tensor and fails on the shape of the result;
+    # HQQ, which takes weights whole, does not ask it
+    if in_features == 1 and granularity == "per row" and prod(shape) > 1 and scheme.rows.tile is not None:
         return "in_features 1: a row of one value has no scale of its own"
     return None

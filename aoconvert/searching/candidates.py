@@ -43,4 +43,4 @@ def resolve(names: Sequence[str], layout_device: str) -> tuple[Scheme, ...]:
             f"--candidates {','.join(names)}: {error.message}",
             hint="candidates are for one device; --layout-device names it",
         ) from error
-    return tuple(sorted(found.values(), key=lambda scheme: scheme.bytes_per_parameter))
+    return tuple(sorted(found.values(), key=lambda scheme: scheme.format.bytes_per_parameter))

@@ -21,9 +21,9 @@ def test_every_scheme_has_a_size_and_its_demands(call: Callable[..., Any]) -> No
     assert list(rows) == [entry.name for entry in schemes.catalogue()]
     for name, row in rows.items():
         made = schemes.get(name)
-        assert row["bytes_per_parameter"] == round(made.bytes_per_parameter, 2)
-        assert (row["granularity"], row["activation_dtype"]) == (made.granularity, made.activation)
-        assert (row["ranks"], row["from_dtypes"]) == (list(made.ranks), list(made.dtypes))
+        assert row["bytes_per_parameter"] == round(made.format.bytes_per_parameter, 2)
+        assert (row["granularity"], row["activation_dtype"]) == (made.format.granularity, made.format.activation)
+        assert (row["ranks"], row["from_dtypes"]) == (list(made.ranks), list(made.entry.dtypes))
         assert set(row["notes"]) <= set(made.notes)
         assert row["summary"]
         assert row["source"]

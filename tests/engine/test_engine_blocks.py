@@ -54,7 +54,7 @@ def assert_same(made: torch.Tensor, reference: torch.Tensor) -> None:
 def shape(scheme: Scheme, units: int, groups: int) -> tuple[int, int]:
     """Some rows more than whole units, as many as the scheme allows."""
     unit = scheme.block(1)
-    step = math.lcm(scheme.multiples[0], 16 if scheme.layout.packing.startswith("opaque") else 1)
+    step = math.lcm(scheme.entry.multiples[0], 16 if scheme.layout.packing.startswith("opaque") else 1)
     more = (unit // 2) // step * step
     return weight_shape(scheme, max(step, units * unit + more), groups)
 
@@ -74,8 +74,10 @@ def test_blocks_are_the_whole(scheme: Scheme, units: int, groups: int, block: in
     with threads(3) as pool:
         assert_same(quantize_tensor("w", values, BF16, scheme, "cpu", block=elements, pool=pool).tensor, reference)
     cut = blocks.cut(values, scheme, elements)
-    assert (cut.step >= len(values)) == (units == 0 or scheme.unit is None or block * scheme.block(1) >= len(values))
-    assert (cut.extremes is not None) == (scheme.shared and cut.step < len(values))
+    assert (cut.step >= len(values)) == (
+        units == 0 or scheme.rows.tile is None or block * scheme.block(1) >= len(values)
+    )
+    assert (cut.extremes is not None) == (scheme.rows.shared_scale and cut.step < len(values))
     tensor, error = Lane("cpu").start("w", values, BF16, scheme, cut)()
     assert_same(tensor, reference)
     assert (error.sqnr_db, error.largest) == (whole.sqnr_db, whole.largest)
@@ -99,14 +101,16 @@ def test_blocks_of_experts_are_the_whole(scheme: Scheme, block: int) -> None:
 def test_the_unit_is_no_larger_than_it_has_to_be(name: str) -> None:
     """Half of it, and the scales or codes are elsewhere; or torchao does not take it."""
     scheme = dict(SCHEMES)[name]
-    assert scheme.unit is not None
-    finer = dataclasses.replace(scheme, unit=scheme.unit // 2, multiples=(1, 1))
+    assert scheme.rows.tile is not None
+    entry = dataclasses.replace(scheme.entry, multiples=(1, 1))
+    rows = dataclasses.replace(scheme.rows, tile=scheme.rows.tile // 2)
+    finer = dataclasses.replace(scheme, rows=rows, entry=entry)
     values = weight(*shape(scheme, 3, 4), 5)
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
         parts = Assembly(quantize_weight(values.to("meta"), scheme), finer)
         for start in range(0, len(values), finer.block(1)):
-            rows = values[start : start + finer.block(1)]
-            parts.put_all(quantize_weight(rows, finer), start, len(rows))
+            block = values[start : start + finer.block(1)]
+            parts.put_all(quantize_weight(block, finer), start, len(block))
         assert_same(parts.result(), quantize_weight(values, scheme))
 
 

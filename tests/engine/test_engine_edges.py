@@ -312,7 +312,7 @@ def test_other_base_dtypes(row: str, dtype: str, square: Callable[[torch.dtype],
     base = getattr(torch, dtype)
     source = square(base)
     bfloat16_only = row == "int4wo/cuda" or (row == "int4wo/xpu" and dtype == "float32")
-    takes = dtype in scheme_of(row).dtypes and not bfloat16_only
+    takes = dtype in scheme_of(row).entry.dtypes and not bfloat16_only
     try:
         made = convert(source, row, tmp_path / "out", dtype=dtype)
     except PlanError as error:

@@ -68,7 +68,7 @@ def test_blocks_of_rows_equal_the_whole(
 def test_one_scale_for_all(name: str, options: dict[str, str]) -> None:
     scheme = schemes.get(name, settings=options)
     weight = torch.randn(50, 64).bfloat16()
-    assert not scheme.rowwise
+    assert not scheme.rows.by_tiles
     assert_equal(quantize_tensor("w", weight, torch.bfloat16, scheme, "cpu", block=64).tensor, straight(weight, scheme))
 
 

@@ -414,7 +414,7 @@ def test_the_plan_promises_what_a_gpu_takes(
     for finish in [pool.start("w", weight, BRAIN, scheme) for _ in range(slices.PER_DEVICE)]:
         finish()
     peak = gpu.memory[torch.device("cuda:0")].peak
-    promised = device_streams.DEVICE_BLOCK * needs.device_block_bytes(scheme)
+    promised = device_streams.DEVICE_BLOCK * scheme.entry.device_block_bytes
     assert 0.7 * promised < peak <= promised
 
 

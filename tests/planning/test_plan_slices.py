@@ -50,7 +50,7 @@ def test_what_must_stay_whole_stays_whole() -> None:
     experts = plan((64, 1 << 10, 1 << 12), "quantize", schemes.get("int8wo"))
     assert len(slices(experts)) == 16
     hqq = schemes.get("intx4wo", settings={"intx_choose_qparams_algorithm": "hqq_scale_only"})
-    assert not hqq.rowwise
+    assert not hqq.rows.by_tiles
     whole = plan((1 << 16, 1 << 12), "quantize", hqq)
     assert slices(whole) == [(0, 1 << 16)]
     assert not is_streamed(whole)

@@ -318,6 +318,6 @@ def attributes(tensor: Any) -> dict[str, Any]:
 
 def weight_shape(made: schemes.Scheme, rows: int, groups: int) -> tuple[int, int]:
     """A shape near this that the scheme takes: up to 128 rows more, and as many groups in a row."""
-    out, into = made.multiples
+    out, into = made.entry.multiples
     columns = groups * (made.group_size or 1)
     return -(-rows // out) * out, -(-columns // into) * into

@@ -181,7 +181,7 @@ def test_a_weight_of_another_cpu_layout_is_read_in_that_layout() -> None:
 
 def test_the_packing_says_the_cpus_layout() -> None:
     assert int4.machine_layout() in cpu_packing.LAYOUTS
-    assert int4.cpu_layout(int4.packing("cpu")) == int4.machine_layout()
+    assert int4.cpu_layout(int4.machine_packing()) == int4.machine_layout()
     assert int4.cpu_layout(f"plain+{int4.packing('cpu')}") == int4.machine_layout()
     assert int4.cpu_layout("plain+tile_packed_to_4d") is None
     assert not int4.fits_machine(cpu_packing.UNKNOWN)

@@ -67,15 +67,19 @@ def pieces_equal_whole(values: torch.Tensor, made: schemes.Scheme, cuts: list[in
 def test_defaults(row: Row) -> None:
     made = schemes.get(row.scheme)
     assert type(made.config).__name__ == row.config
-    assert (made.name, made.tensor_class, made.weight_dtype) == (row.scheme, row.tensor_class, row.weight_dtype)
-    assert (made.activation, made.granularity) == (row.activation, row.granularity)
-    assert (made.ranks, made.needs_rows, made.bits) == (row.ranks, row.needs_rows, row.bits)
-    assert round(made.bytes_per_parameter, 2) == row.bytes
+    assert (made.name, made.entry.tensor_class, made.entry.weight_dtype) == (
+        row.scheme,
+        row.tensor_class,
+        row.weight_dtype,
+    )
+    assert (made.format.activation, made.format.granularity) == (row.activation, row.granularity)
+    assert (made.ranks, made.entry.fails_on_single_row, made.format.bits) == (row.ranks, row.needs_rows, row.bits)
+    assert round(made.format.bytes_per_parameter, 2) == row.bytes
     assert made.min_torchao == row.min_torchao
     assert (made.layout.device, made.layout.min_capability) == (row.device, row.capability)
-    assert made.embeddings == row.embeddings
-    assert made.summary == schemes.find(row.scheme).summary
-    if made.int4 is None:
+    assert made.entry.embeddings == row.embeddings
+    assert made.entry.summary == schemes.find(row.scheme).summary
+    if made.entry.layout_device is None:
         assert made.layout.requires == (f"torchao>={row.min_torchao}",)
         assert made.config.version in (1, 2)
 
@@ -84,9 +88,8 @@ def test_defaults(row: Row) -> None:
 def test_only_int4_depends_on_the_device(device: str) -> None:
     made = schemes.get("int4wo", layout_device=device)
     assert made.layout.device == device
-    assert made.int4 is not None
-    assert made.int4.device == device
-    assert (made.unconfirmed is None) == (device == "cpu")
+    assert made.entry.layout_device == device
+    assert (made.entry.unconfirmed is None) == (device == "cpu")
     assert any("unconfirmed" in note for note in made.notes) == (device != "cpu")
     for name in ("int8wo", "float8dq", "nvfp4wo"):
         assert schemes.get(name, layout_device=device) == schemes.get(name)
@@ -107,7 +110,7 @@ def test_int4_is_what_its_layout_makes(device: str) -> None:
     made = schemes.get("int4wo", group_size=32, layout_device=device)
     values = weight(32, 128, torch.bfloat16, 4)
     got = quantize_weight(values, made)
-    assert type(got).__name__ == made.tensor_class
+    assert type(got).__name__ == made.entry.tensor_class
     expected = int4.quantize(values, group_size=32, device=device, algorithm="tinygemm")
     assert inner(got).keys() == inner(expected).keys()
     assert all(same_bytes(tensor, inner(expected)[name]) for name, tensor in inner(got).items())
@@ -132,22 +135,22 @@ def test_description_is_what_torchao_makes(variant: Any) -> None:
     made = get(variant)
     rows, columns = weight_shape(made, 9, 6 if made.group_size else 30)
     whole = quantize(weight(rows, columns, torch.bfloat16, 1), made.config)
-    assert type(whole).__name__ == made.tensor_class
+    assert type(whole).__name__ == made.entry.tensor_class
     expected = {
         "per row": [1, columns],
         "per tensor": [rows, columns],
         "per block of 128x128": [128, 128],
     }
     block = whole.block_size if isinstance(whole.block_size, list | tuple) else [1, whole.block_size]
-    assert list(block) == expected.get(made.granularity, [1, made.group_size])
+    assert list(block) == expected.get(made.format.granularity, [1, made.group_size])
     if made.group_size:
-        assert made.granularity.startswith(f"per group of {made.group_size}")
-    assert ("and per tensor" in made.granularity) == (getattr(whole, "per_tensor_scale", None) is not None)
-    assert made.bits == 8 * whole.qdata.nbytes / (rows * columns)
+        assert made.format.granularity.startswith(f"per group of {made.group_size}")
+    assert ("and per tensor" in made.format.granularity) == (getattr(whole, "per_tensor_scale", None) is not None)
+    assert made.format.bits == 8 * whole.qdata.nbytes / (rows * columns)
     dynamic = getattr(whole, "act_quant_kwargs", None) or getattr(whole, "activation_quantization", None)
-    assert (made.activation is not None) == (dynamic is not None)
+    assert (made.format.activation is not None) == (dynamic is not None)
     if whole.qdata.dtype != torch.uint8:
-        assert str(getattr(whole, "target_dtype", whole.qdata.dtype)) == f"torch.{made.weight_dtype}"
+        assert str(getattr(whole, "target_dtype", whole.qdata.dtype)) == f"torch.{made.entry.weight_dtype}"
 
 
 @variants
@@ -157,7 +160,7 @@ def test_a_weight_is_what_torchaos_handler_makes(variant: Any, dtype: torch.dtyp
     rows, columns = weight_shape(made, 20, 3 if made.group_size else 48)
     values = weight(rows, columns, dtype, 5)
     if (schemes.blocker((rows, columns), dtype, made)) is not None:
-        assert str(dtype).removeprefix("torch.") not in made.dtypes
+        assert str(dtype).removeprefix("torch.") not in made.entry.dtypes
         return
     got, expected = quantize_weight(values, made), quantize(values, made.config)
     assert_same(got, expected)
@@ -195,7 +198,7 @@ def test_embeddings_are_said_of_the_right_ones(name: str) -> None:
     quantized = quantize_weight(embedding.weight.detach(), made)
     embedding.weight = torch.nn.Parameter(quantized, requires_grad=False)
     indices = torch.tensor([[0, 127], [5, 5]])
-    if not made.embeddings:
+    if not made.entry.embeddings:
         with pytest.raises(NotImplementedError):
             embedding(indices)
         return
@@ -204,21 +207,21 @@ def test_embeddings_are_said_of_the_right_ones(name: str) -> None:
 
 def test_what_shares_a_scale_is_said() -> None:
     """How weights can be cut is held against torchao in the engine's test_engine_blocks."""
-    shared = {variant_id(variant) for variant in VARIANTS if get(variant).shared}
+    shared = {variant_id(variant) for variant in VARIANTS if get(variant).rows.shared_scale}
     assert shared == {
         *("int8wo-per_tensor", "int8dq-per_tensor", "float8wo-tensor", "float8dq"),
         *("nvfp4", "nvfp4wo", "nvfp4-true"),
     }
-    uncut = {variant_id(variant) for variant in VARIANTS if get(variant).unit is None}
+    uncut = {variant_id(variant) for variant in VARIANTS if get(variant).rows.tile is None}
     assert uncut == {variant_id(variant) for variant in VARIANTS if "hqq_scale_only" in variant[2].values()}
-    assert [schemes.get("int4wo", layout_device=device).unit for device in ("cpu", "cuda", "xpu")] == [64, 8, 1]
-    assert schemes.get("int4wo", settings={"int4_choose_qparams_algorithm": "hqq"}).unit is None
+    assert [schemes.get("int4wo", layout_device=device).rows.tile for device in ("cpu", "cuda", "xpu")] == [64, 8, 1]
+    assert schemes.get("int4wo", settings={"int4_choose_qparams_algorithm": "hqq"}).rows.tile is None
 
 
 def test_hqq_is_not_rowwise() -> None:
     """It stops when the worst row has converged; in short rows the result rarely shows it, in long ones often."""
     made = schemes.get("intx8wo", settings={"intx_choose_qparams_algorithm": "hqq_scale_only"})
-    assert not made.rowwise
+    assert not made.rows.by_tiles
     long = [torch.randn(4, 65536, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
     assert not all(pieces_equal_whole(values, made, [1, 2, 3]) for values in long)
 
@@ -228,7 +231,7 @@ def test_forward_on_the_cpu(variant: Any) -> None:
     made = get(variant)
     if made.layout.device == "cuda":
         pytest.skip("needs a GPU")
-    dtype = torch.float32 if "float32" in made.dtypes else torch.bfloat16
+    dtype = torch.float32 if "float32" in made.entry.dtypes else torch.bfloat16
     rows, columns = weight_shape(made, 8, 2 if made.group_size else 32)
     linear = torch.nn.Linear(columns, rows, dtype=dtype)
     linear.weight = torch.nn.Parameter(quantize_weight(linear.weight.detach(), made), requires_grad=False)
@@ -236,7 +239,7 @@ def test_forward_on_the_cpu(variant: Any) -> None:
     with torch.no_grad():
         got, expected = linear(inputs), torch.nn.functional.linear(inputs, linear.weight.dequantize(), linear.bias)
     error = (got - expected).norm() / expected.norm()
-    assert error < (1e-5 if made.activation is None else 0.05 if "int8" in made.activation else 0.1)
+    assert error < (1e-5 if made.format.activation is None else 0.05 if "int8" in made.format.activation else 0.1)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if 3 in row.ranks], ids=lambda row: row.scheme)

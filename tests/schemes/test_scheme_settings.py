@@ -138,7 +138,7 @@ def test_refusals(
 def test_group_size_is_per_group(scheme: str, field: str) -> None:
     made = schemes.get(scheme, group_size=64)
     assert getattr(made.config, field) == PerGroup(64)
-    assert (made.group_size, made.granularity) == (64, "per group of 64")
+    assert (made.group_size, made.format.granularity) == (64, "per group of 64")
     assert made == schemes.get(scheme, settings={field: "per_group:64"})
 
 
@@ -181,7 +181,7 @@ def test_activations_that_torchao_takes_and_cannot_use(given_settings: dict[str,
     for name in ("float8dq", "float8dq_row"):
         with pytest.raises(UsageError, match=message):
             schemes.get(name, settings=given_settings)
-    assert schemes.get("float8dq", settings={"activation_dtype": "float8_e5m2"}).activation
+    assert schemes.get("float8dq", settings={"activation_dtype": "float8_e5m2"}).format.activation
 
 
 def test_a_contradiction_names_the_scheme_that_differs_in_nothing_else() -> None:

@@ -23,7 +23,7 @@ def torchao_takes(shape: tuple[int, ...], dtype: torch.dtype, config: Any) -> bo
 
 def cannot_run(made: schemes.Scheme) -> bool:
     """What torchao quantizes and cannot run in one shape, which has a test of its own."""
-    return made.granularity == "per tensor" and made.layout.min_capability is not None
+    return made.format.granularity == "per tensor" and made.layout.min_capability is not None
 
 
 @settings(max_examples=300, deadline=None)
@@ -58,7 +58,7 @@ def test_agrees_with_torchao_at_the_corners(variant: Any, shape: tuple[int, ...]
 
 
 def without_experts(variant: Any) -> bool:
-    return get(variant).ranks == (2,) and get(variant).tensor_class in ("MXTensor", "Float8Tensor", "Int8Tensor")
+    return get(variant).ranks == (2,) and get(variant).entry.tensor_class in ("MXTensor", "Float8Tensor", "Int8Tensor")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from helpers.warps import WARP, pack_by_threads
 from torchao.prototype.mx_formats import inference_workflow
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import FqnToConfig, quant_api, quantize_
-from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
 
 from aoconvert.schemes import Scheme
 
@@ -40,13 +39,13 @@ def expected(model: torch.nn.Module, scheme: Scheme, names: Collection[str]) -> 
         scheme: what to quantize to.
         names: of the parameters.
     """
-    if scheme.int4 is not None and scheme.int4.device != "cpu":
+    int4 = scheme.entry.layout_device is not None
+    if int4 and scheme.layout.device != "cpu":
         return _by_class(model, scheme, names), BY_CLASS
     model = deepcopy(model)
     config: Any = scheme.config
-    if scheme.int4 is not None:
-        algorithm = Int4ChooseQParamsAlgorithm(scheme.int4.algorithm)
-        config = PrototypeInt4WeightOnlyConfig(scheme.int4.group_size, algorithm, False)
+    if int4:
+        config = PrototypeInt4WeightOnlyConfig(config.group_size, config.int4_choose_qparams_algorithm, False)
     if hasattr(config, "set_inductor_config"):
         config = dataclasses.replace(config, set_inductor_config=False)  # it is about the process, not the weights
     asks = type(config).__name__ in _ASK
@@ -68,13 +67,13 @@ def quantize_named(model: torch.nn.Module, config: Any, names: Collection[str]) 
 
 
 def _by_class(model: torch.nn.Module, scheme: Scheme, names: Collection[str]) -> dict[str, torch.Tensor]:
-    assert scheme.int4 is not None
-    size, algorithm = scheme.int4.group_size, scheme.int4.algorithm
+    config: Any = scheme.config
+    size, algorithm = config.group_size, config.int4_choose_qparams_algorithm.value
     state = dict(model.state_dict())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchao_int4, "pack_by_threads", _pack_by_blocks)
         for name in names:
-            if scheme.int4.device == "cuda":
+            if scheme.layout.device == "cuda":
                 state[name] = torchao_int4.for_cuda(state[name], size, algorithm)
             else:
                 state[name] = torchao_int4.for_xpu(state[name], size)

@@ -27,9 +27,10 @@ class SchemeEntry:
         ranks: how many dimensions a weight may have (3 for the stacked experts of a mixture of experts).
         dtypes: dtypes that a weight may have before.
         multiples: out_features and in_features must be multiples of these.
-        needs_rows: dies at run time in layers that see a single row of input.
+        fails_on_single_row: dies at run time (``torch._int_mm``) in layers that see a single row of input.
         embeddings: torchao can look rows up in it, so that it also serves the weight of an ``nn.Embedding``.
-        unit: rows that its scales or its packing hold together; a weight can be cut between such blocks of rows.
+        tile: rows that share scales or are packed together; a weight can be cut between such tiles.
+        layout_device: what ``--layout-device`` calls this layout; ``None``: the scheme has one layout for every device.
         packing: torchao's packing format.
         device: ``any``, or the one device type that can run it.
         min_capability: lowest CUDA compute capability that can run it.
@@ -37,6 +38,10 @@ class SchemeEntry:
         min_torchao: oldest torchao that loads it, with default settings, and runs it.
         summary: one line, when to choose it.
         source: where that comes from.
+        unconfirmed: why nobody can be sure of the packed bytes yet; ``None`` where somebody can.
+        hqq_bytes: temporaries of HQQ for each value of a weight, which it takes whole. Measured.
+        device_block_bytes: bytes of tensors on a GPU for each value of a block of rows at work, with the error figures;
+            torchao takes more steps for values of 4 and 6 bits. Counted on a pretended GPU (tests/pretended_gpu.py).
     """
 
     name: str
@@ -53,9 +58,10 @@ class SchemeEntry:
     ranks: tuple[int, ...] = (2,)
     dtypes: tuple[str, ...] = DTYPES
     multiples: tuple[int, int] = (1, 1)
-    needs_rows: bool = False
+    fails_on_single_row: bool = False
     embeddings: bool = False
-    unit: int = 1
+    tile: int = 1
+    layout_device: str | None = None
     packing: str = "plain"
     device: str = "any"
     min_capability: tuple[int, int] | None = None
@@ -63,6 +69,9 @@ class SchemeEntry:
     min_torchao: str = "0.18"
     summary: str
     source: str
+    unconfirmed: str | None = None
+    hqq_bytes: int = 16
+    device_block_bytes: int = 26
 
     @property
     def config_class(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from aoconvert.schemes import cpu_packing, tile_packing
 from aoconvert.schemes.table.entry import SchemeEntry
 
 _QUANTIZATION = "torchao.quantization."
@@ -38,7 +39,7 @@ INT8 = (
         weight_dtype="int8",
         activation="int8 per token, dynamic",
         ranks=(2, 3),
-        needs_rows=True,
+        fails_on_single_row=True,
         embeddings=True,
         min_torchao="0.15",
         summary="multiplies in int8: for speed under torch.compile with many tokens; costs more accuracy than int8wo",
@@ -57,10 +58,15 @@ _INT4 = SchemeEntry(
     bytes_per_parameter=0.53,
     packing="opaque",
     device="cpu",
+    layout_device="cpu",
+    tile=cpu_packing.BLOCK_ROWS,
     min_torchao="0.17",
+    hqq_bytes=38,  # in more steps than the others
     summary="a quarter of bfloat16, for one kind of device: --layout-device says which; more error than int8wo",
     source="torchao's docstring of Int4WeightOnlyConfig; diffusers-torchao's README: smallest, not fast in batches",
 )
+
+_UNCONFIRMED = "packed by aoconvert's own code; no run on {} has confirmed yet that the bytes are the GPU's"
 
 # layout device -> entry; what the device can use is in aoconvert.schemes.int4
 INT4 = {
@@ -70,16 +76,22 @@ INT4 = {
         tensor_class="Int4TilePackedTo4dTensor",
         packing="tile_packed_to_4d",
         device="cuda",
+        layout_device="cuda",
+        tile=tile_packing.ROWS,
         min_torchao="0.18",
         min_capability=(8, 0),
         dtypes=("bfloat16",),
+        unconfirmed=_UNCONFIRMED.format("a GPU"),
     ),
     "xpu": dataclasses.replace(
         _INT4,
         tensor_class="Int4PlainInt32Tensor",
         packing="plain_int32",
         device="xpu",
+        layout_device="xpu",
+        tile=1,
         min_torchao="0.18",
+        unconfirmed=_UNCONFIRMED.format("an Intel GPU"),
         dtypes=("bfloat16", "float16"),
     ),
     "plain": dataclasses.replace(
@@ -87,6 +99,8 @@ INT4 = {
         tensor_class="Int4Tensor",
         packing="plain",
         device="cuda",
+        layout_device="plain",
+        tile=1,
         min_torchao="0.18",
         requires=("torchao>=0.18", "mslk>=1.0.0"),
     ),
