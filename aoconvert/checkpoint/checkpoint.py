@@ -16,6 +16,7 @@ from typing import Any, Literal
 from aoconvert.checkpoint.files import LOADED
 from aoconvert.checkpoint.manifest import ComponentEntry, Manifest, TensorEntry
 from aoconvert.errors import SourceError
+from aoconvert.formats.registry import OUTPUT
 from aoconvert.formats.torch_bin.safe_names import known_names
 from aoconvert.models import ModelLayout, ModelPart, identify, join
 from aoconvert.schemes.imports import imports
@@ -86,7 +87,7 @@ class Checkpoint:
 
         A manifest lists nothing else; without one, what a training run left (``training_args.bin``) is not looked at.
         """
-        found = [path for path in self.folder.rglob("*.bin") if path.is_file()]
+        found = [path for path in self.folder.rglob(f"*{OUTPUT.suffix}") if path.is_file()]
         if self.manifest is None:
             found = [path for path in found if LOADED.fullmatch(path.name)]
         return tuple(sorted(path.relative_to(self.folder).as_posix() for path in found))
@@ -169,7 +170,7 @@ def _part(folder: Path, layout: ModelLayout, entry: ComponentEntry) -> Part:
         library=entry.library,
         class_name=entry.class_name,
         config=component.config,
-        files=tuple(file.path for file in entry.files if file.path.endswith(".bin")),
+        files=tuple(file.path for file in entry.files if OUTPUT.writes(file.path)),
         dtype=entry.dtype if entry.dtype in DTYPES else None,
         kwargs={key: value for key, value in entry.load.kwargs.items() if key != _TRUST or needs_code},
         safe_globals=tuple(entry.safe_globals),
@@ -222,7 +223,7 @@ def from_folder(folder: Path, label: str | None = None) -> Checkpoint:
                 library=component.library,
                 class_name=_identifier(component.class_name),
                 config=component.config,
-                files=weights.files if weights is not None and weights.format == "bin" else (),
+                files=weights.files if weights is not None and weights.format == OUTPUT.name else (),
                 dtype=dtype if dtype in DTYPES else None,
                 kwargs={"torch_dtype": dtype} if component.library == "diffusers" else {},
                 safe_globals=None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, FileEntry, Manifest
 from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.files import open_regular, read_limited
+from aoconvert.formats.registry import OUTPUT
 from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.sources.folder import list_folder, stays_inside
 
@@ -86,10 +87,11 @@ def shadows(folder: Path, parts: Mapping[str, tuple[str, ...]], listed: Collecti
         listed: files that a manifest vouches for: an adapter among them belongs to the model.
     """
     problems = []
+    index = f"{OUTPUT.suffix}.index.json"
     for where, files in parts.items():
         names = {Path(file).name for file in files}
         for path in sorted((folder / where).glob("*")):
-            if path.name not in names and LOADED.fullmatch(path.name) and not path.name.endswith(".bin.index.json"):
+            if path.name not in names and LOADED.fullmatch(path.name) and not path.name.endswith(index):
                 problems.append(f"{path.relative_to(folder).as_posix()} would be loaded in place of {', '.join(names)}")
         path = folder / where / "config.json"
         named = _json(path).get("transformers_weights")

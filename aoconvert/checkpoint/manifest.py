@@ -26,6 +26,7 @@ from aoconvert.checkpoint.entries import TensorEntry as TensorEntry
 from aoconvert.errors import CHECK_PERMISSIONS, SourceError
 from aoconvert.files import read_limited
 from aoconvert.json_text import JsonStream
+from aoconvert.sources.weights import Format
 
 MANIFEST_NAME = "aoconvert.json"
 REPORT_NAME = "aoconvert.verify.json"
@@ -172,7 +173,7 @@ class ComponentEntry(_Model):
     config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict")
     dtype: str = Field(description="of what is not quantized, and the base of what is")
     layout: LayoutEntry
-    format: Literal["bin", "safetensors"]
+    format: Format
     files: list[FileEntry]
     safe_globals: list[str] = Field(description="names in the pickles beyond torch's own")
     imports: list[str] = Field(description="modules to import before loading")

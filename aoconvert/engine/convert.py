@@ -256,7 +256,9 @@ def _written_files(plan: Plan) -> set[str]:
     """Every file that the run writes, by its path in the output."""
     found = {file.path for model in plan.streamed for file in model.files} | {item.path for item in plan.copied}
     found |= {join(component.folder, "config.json") for component in plan.components}
-    return found | {join(model.folder, index_name(model.component)) for model in plan.streamed if len(model.files) > 1}
+    return found | {
+        join(model.folder, index_name(model.component, model.format)) for model in plan.streamed if len(model.files) > 1
+    }
 
 
 def _read_files(plan: Plan, reading: ComponentReading) -> dict[str, FileEntry]:
@@ -305,8 +307,12 @@ def _unquantized_entry(part: UnquantizedPlan, done: ComponentResult, files: list
     )
 
 
+def _index_path(model: StreamedPlan) -> str:
+    return join(model.folder, index_name(model.component, model.format))
+
+
 def _write_index(component: StreamedPlan, stage: Stage) -> FileEntry:
-    path = join(component.folder, index_name(component.component))
+    path = _index_path(component)
     where = {t.name: Path(t.file).name for t in component.tensors if t.file is not None}
     write_index(stage.root / path, where, sum(t.bytes_out for t in component.tensors))
     content = (stage.root / path).read_text(encoding="utf-8")
@@ -352,7 +358,7 @@ def _component_entry(plan: ComponentPlan, done: ComponentResult, extra: list[Fil
         config=config_dict(plan.config),
         dtype=_base_dtype(plan),
         layout=manifest.LayoutEntry(**layout_dict(plan.layout, plan.unconfirmed)),
-        format="bin",
+        format=plan.format.name,
         files=sealed + extra,
         safe_globals=[name for name in names if name.partition(".")[0] not in ("torch", "collections", "builtins")],
         imports=imports(names),

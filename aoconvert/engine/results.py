@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aoconvert.formats.torch_bin.writer import SealedFile, WrittenTensor
+from aoconvert.formats.base import SealedFile, WrittenTensor
 from aoconvert.schemes.error_stats import ErrorStats
 
 

@@ -6,7 +6,7 @@ and so is what was read of the source. A tensor that passes is neither read nor 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +24,17 @@ from aoconvert.engine.resume_file import (
 )
 from aoconvert.errors import ReadError
 from aoconvert.files import writing
+from aoconvert.formats.base import SealedFile, StoredTensor, Writer, WrittenTensor
 from aoconvert.formats.digest import FileDigest, Mark
 from aoconvert.formats.hashing import Prefix, matching
-from aoconvert.formats.torch_bin.pickle_json import decode, encode
-from aoconvert.formats.torch_bin.pickle_tree import globals_of, storages_of
-from aoconvert.formats.torch_bin.safe_names import lookup
-from aoconvert.formats.torch_bin.writer import SealedFile, StoredTensor, TorchBinWriter, WrittenTensor
-from aoconvert.formats.torch_bin.zip_writer import Entry, end_of
 
 if TYPE_CHECKING:
     from aoconvert.engine.staging import Stage
+    from aoconvert.formats.registry import FileFormat
     from aoconvert.planning import Plan
     from aoconvert.planning.types import StreamedPlan, TensorPlan
     from aoconvert.progress import Progress
 
-_MAX_CRC = 0xFFFFFFFF
 _MAX_SIZE = 1 << 62
 
 
@@ -122,7 +118,7 @@ class Journal:
         """The files of a component that are finished."""
         return {path: file.sealed for path in _paths(plan) if (file := self._files.get(path)) and file.sealed}
 
-    def writer(self, path: str) -> TorchBinWriter:
+    def writer(self, format_: FileFormat, path: str) -> Writer:
         """Opens an output file, behind what it holds already.
 
         Raises:
@@ -131,10 +127,10 @@ class Journal:
         target = self._stage.root / path
         file = self._files.get(path)
         if file is not None and file.stored:
-            return TorchBinWriter(target, file.stored, file.prefix)
+            return format_.writer(target, file.stored, file.prefix)
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        return TorchBinWriter(target)
+        return format_.writer(target)
 
     def done(self, path: str, result: TensorResult, stored: StoredTensor, marks: Mapping[str, Mark]) -> None:
         """Write down a tensor that is in its file.
@@ -150,8 +146,7 @@ class Journal:
             data_names=list(written.data_names),
             nbytes=written.nbytes,
             sha256=written.sha256,
-            node=encode(stored.node),
-            records=[[entry.name, entry.size, entry.crc, entry.offset] for entry in stored.entries],
+            resume_state=stored.resume_state,
             size=stored.size,
             prefix=stored.sha256,
             sqnr_db=result.sqnr_db,
@@ -190,8 +185,11 @@ class Journal:
         """The lines that hold, and where none do, why."""
         planned = {path: order for model in self._plan.streamed for path, order in _paths(model).items()}
         self._stage.clear([JOURNAL_NAME, *planned])
-        sources = {path for model in self._plan.streamed if model.weights for path in model.weights.files}
-        self._files = {path: _fitting(lines, path, order, sources) for path, order in planned.items()}
+        self._files = {
+            path: _fitting(lines, model, path, order)
+            for model in self._plan.streamed
+            for path, order in _paths(model).items()
+        }
         sealed = {line.file: line for line in lines if isinstance(line, FileLine)}
         ends = {path: file.stored[-1].size for path, file in self._files.items() if file.stored}
         sizes = [max(size, sealed[path].size if path in sealed else 0) for path, size in ends.items()]
@@ -257,51 +255,22 @@ def _paths(plan: StreamedPlan) -> dict[str, list[TensorPlan]]:
     return found
 
 
-def _fitting(lines: list[Line], path: str, order: list[TensorPlan], sources: Collection[str]) -> _File:
+def _fitting(lines: list[Line], model: StreamedPlan, path: str, order: list[TensorPlan]) -> _File:
     """The lines about an output file that continue one another, in the plan's order."""
-    file = _File()
-    offset = records = 0
+    sources = set(model.weights.files) if model.weights else set()
     mine = [line for line in lines if isinstance(line, TensorLine) and line.file == path]
+    kept: list[TensorLine] = []
     for line, tensor in zip(mine, order, strict=False):
-        stored = _stored(line, offset, records)
-        if stored is None or line.name != tensor.name or not all(map(_is_mark, line.source.values())):
+        if line.name != tensor.name or not all(map(_is_mark, line.source.values())) or not set(line.source) <= sources:
             break
-        if not set(line.source) <= set(sources):
-            break
-        file.lines.append(line)
-        file.stored.append(stored)
-        offset, records = stored.size, records + len(stored.entries)
-    return file
+        kept.append(line)
+    stored = model.format.writer.restore([_stored(line) for line in kept])
+    return _File(kept[: len(stored)], stored)
 
 
-def _stored(line: TensorLine, offset: int, records: int) -> StoredTensor | None:
-    """What a line says, where it can be true of a tensor at ``offset`` behind so many records."""
-    try:
-        node = decode(line.node)
-    except (ValueError, RecursionError):
-        return None
-    entries = []
-    for number, record in enumerate(line.records, records):
-        match record:
-            case [str(name), int(size), int(crc), int(start)] if (name, start) == (f"archive/data/{number}", offset):
-                entries.append(Entry(name, size, crc, start))
-            case _:
-                return None
-        if not (0 <= size <= _MAX_SIZE and 0 <= crc <= _MAX_CRC):
-            return None
-        offset = end_of(entries[-1])
-    keys = [entry.name.rpartition("/")[2] for entry in entries]
-    names = frozenset(globals_of(node))
-    known = all(lookup(*_split(name)) for name in names)
-    if not known or line.size != offset or sorted(keys) != sorted(storage.key for storage in storages_of(node)):
-        return None
-    written = WrittenTensor(line.name, line.class_name, tuple(line.data_names), line.nbytes, line.sha256, names)
-    return StoredTensor(written, node, tuple(entries), line.size, line.prefix)
-
-
-def _split(name: str) -> tuple[str, str]:
-    module, _, last = name.rpartition(".")
-    return module, last
+def _stored(line: TensorLine) -> StoredTensor:
+    written = WrittenTensor(line.name, line.class_name, tuple(line.data_names), line.nbytes, line.sha256, frozenset())
+    return StoredTensor(written, line.resume_state, line.size, line.prefix)
 
 
 def _mark_line(mark: Mark) -> MarkLine:

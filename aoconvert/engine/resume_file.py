@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aoconvert.planning import Plan
     from aoconvert.sources import Source
 
-_FORMAT = 1
+_FORMAT = 2
 _CHAIN = ', "chain": "'
 _PACKAGES = ("aoconvert", "torch", "torchao", "diffusers", "transformers")
 _VERSION = re.compile(r"[\w.+!-]{1,40}")
@@ -42,14 +42,14 @@ class _Line(BaseModel):
 
 
 class MarkLine(_Line):
-    """What was read from a source file, see ``readers.digest.Mark``."""
+    """What was read from a source file, see ``formats.digest.Mark``."""
 
     position: int = Field(ge=0)
     sha256: Sha256
 
 
 class TensorLine(_Line):
-    """A finished tensor, see ``writers.torch_bin.StoredTensor``; ``records`` are name, size, CRC-32 and offset."""
+    """A finished tensor, see ``formats.base.StoredTensor``; ``prefix`` is the digest of the file up to its end."""
 
     kind: Literal["tensor"] = "tensor"
     file: str
@@ -58,8 +58,7 @@ class TensorLine(_Line):
     data_names: list[str]
     nbytes: int = Field(ge=0)
     sha256: Sha256
-    node: Any
-    records: list[list[Any]]
+    resume_state: Any
     size: int = Field(ge=0)
     prefix: Sha256
     sqnr_db: float | None

@@ -20,8 +20,8 @@ from aoconvert.engine.quantize_stage import Message, Piece, Processor
 from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
 from aoconvert.engine.write import FileWriter
 from aoconvert.environment import available_cores
+from aoconvert.formats.base import SealedFile
 from aoconvert.formats.digest import Mark
-from aoconvert.formats.torch_bin.writer import SealedFile
 from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices

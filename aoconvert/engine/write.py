@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from aoconvert.engine.channel import Channel
 from aoconvert.engine.quantize_stage import Begin, End, Message, Rows, Whole
 from aoconvert.engine.results import Seconds, TensorResult
+from aoconvert.formats.base import SealedFile, TensorSink, Writer, WrittenTensor
 from aoconvert.formats.digest import Mark
-from aoconvert.formats.torch_bin.writer import SealedFile, TensorSink, TorchBinWriter, WrittenTensor
 from aoconvert.planning.types import StreamedPlan
 from aoconvert.progress import Progress
 
@@ -49,11 +49,11 @@ class FileWriter:
             Closed: another stage failed.
         """
         left = self._left()
-        writer: TorchBinWriter | None = None
+        writer: Writer | None = None
         sink: TensorSink | None = None
         try:
             for whole in [path for path, count in left.items() if not count and path not in self.files]:
-                writer = self.journal.writer(whole)
+                writer = self.journal.writer(self.plan.format, whole)
                 self._seal(whole, writer)
                 writer = None
             while (message := source.get()) is not None:
@@ -62,7 +62,7 @@ class FileWriter:
                 assert path is not None
                 began = time.perf_counter()
                 if writer is None:
-                    writer = self.journal.writer(path)
+                    writer = self.journal.writer(self.plan.format, path)
                 written: WrittenTensor | None = None
                 match message:
                     case Whole():
@@ -100,7 +100,7 @@ class FileWriter:
                 left[tensor.file] += tensor.name not in self.tensors
         return left
 
-    def _seal(self, path: str, writer: TorchBinWriter) -> None:
+    def _seal(self, path: str, writer: Writer) -> None:
         here = [tensor for tensor in self.plan.tensors if tensor.file == path]
         also = {tensor.name: tensor.same_as for tensor in here if tensor.same_as is not None}
         sealed = writer.seal([tensor.name for tensor in here], also)

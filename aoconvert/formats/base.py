@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import torch
 
 from aoconvert.errors import ReadError, SourceError
 from aoconvert.files import open_regular
-from aoconvert.formats.hashing import advise, forget
+from aoconvert.formats.hashing import Prefix, advise, forget
 
 DAMAGED_HINT = "download the file again, or point aoconvert at an intact copy"
 
@@ -72,6 +73,147 @@ class TensorReader(Protocol):
 
     def close(self) -> None:
         """Release the file. Reading is over."""
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """What was written for one tensor.
+
+    Attributes:
+        name: its key in the file.
+        class_name: dotted, ``torch.Tensor`` for a plain one.
+        data_names: its inner tensors, in ``__tensor_flatten__`` order; empty for a plain tensor.
+        nbytes: payload bytes of all its storages.
+        sha256: of its content, see ``content_sha256``.
+        globals: every dotted name that the file holds for it and a loader imports, torch's own included.
+    """
+
+    name: str
+    class_name: str
+    data_names: tuple[str, ...]
+    nbytes: int
+    sha256: str
+    globals: frozenset[str]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in an unfinished file: all that is needed to write on behind it.
+
+    Attributes:
+        written: what was written.
+        resume_state: what else its writer has to know to go on behind it, as JSON values.
+        size: bytes of the file up to its end.
+        sha256: their digest.
+    """
+
+    written: WrittenTensor
+    resume_state: Any
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SealedFile:
+    """A finished file: its bytes, their SHA-256, and the sorted dotted names that a loader of it imports."""
+
+    path: Path
+    size: int
+    sha256: str
+    globals: tuple[str, ...]
+
+
+class TensorSink(Protocol):
+    """Takes the rows of one tensor, see ``Writer.begin``."""
+
+    def put(self, rows: torch.Tensor) -> None:
+        """Write the next rows of the first inner tensor, or of a plain tensor: contiguous, in host memory.
+
+        Raises:
+            WriteError: disk full or another write error; rows that do not belong here.
+        """
+
+    def finish(self, rest: Mapping[str, torch.Tensor]) -> WrittenTensor:
+        """Write the other inner tensors, which are whole and in host memory.
+
+        Raises:
+            WriteError: as ``put``.
+        """
+
+
+class Writer(Protocol):
+    """Writes a file front to back, one tensor after the other; same tensors in the same order, same bytes.
+
+    As a context manager it removes the file unless ``seal`` was reached.
+
+    Args:
+        path: the file to create; must not exist.
+        stored: what an earlier writer left in it, in order; then the file must exist, and is written on.
+        prefix: how far it goes, with ``stored``.
+
+    Raises:
+        WriteError: the file exists, does not exist, or cannot be created.
+    """
+
+    def __init__(self, path: Path, stored: Sequence[StoredTensor] = (), prefix: Prefix | None = None) -> None: ...
+
+    @staticmethod
+    def predict_size(
+        tensors: Mapping[str, torch.Tensor], order: Sequence[str] | None = None, also: Mapping[str, str] | None = None
+    ) -> int:
+        """Exact bytes of the file that holds ``tensors``, which may be on meta; ``order`` and ``also`` as of ``seal``.
+
+        Raises:
+            WriteError: a tensor that cannot be stored.
+        """
+
+    @staticmethod
+    def restore(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+        """What a journal says of a file, which may be made up, as far as it can be true; with the names of each.
+
+        Args:
+            tensors: in the order in which they are to lie in the file; ``written.globals`` is not looked at.
+
+        Returns:
+            Those from the first on whose ``resume_state`` is sound, and behind which a writer can go on.
+        """
+
+    def add(self, name: str, tensor: torch.Tensor) -> WrittenTensor:
+        """Write a tensor that is in host memory.
+
+        Raises:
+            WriteError: disk full or another write error; a name used twice; a tensor that cannot be stored.
+        """
+
+    def begin(self, name: str, like: torch.Tensor) -> TensorSink:
+        """Write a tensor, ``like`` on meta, whose rows come one after the other; the file is the same as with ``add``.
+
+        Raises:
+            WriteError: as ``add``.
+        """
+
+    def last(self) -> StoredTensor:
+        """The tensor that was written last, for a journal."""
+
+    def seal(self, order: Sequence[str] | None = None, also: Mapping[str, str] | None = None) -> SealedFile:
+        """Finish the file, and flush it to the disk.
+
+        Args:
+            order: the order of names in the loaded dict; default: as they were added.
+            also: second names, and the tensor that each stands for.
+
+        Raises:
+            WriteError: disk full or another write error; ``order`` does not name exactly the tensors written.
+        """
+
+    def leave(self) -> None:
+        """Close the file as it is; a later writer may go on with it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 def open_file(path: Path) -> int:

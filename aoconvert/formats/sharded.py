@@ -11,17 +11,9 @@ from pathlib import Path
 import torch
 
 from aoconvert.errors import SourceError
-from aoconvert.formats.base import Observe, TensorInfo, TensorReader
+from aoconvert.formats.base import TensorInfo, TensorReader
 from aoconvert.formats.digest import changed_while_read
-from aoconvert.formats.safetensors import SafetensorsReader
-from aoconvert.formats.torch_bin.reader import TorchBinReader
-
-_READERS: Mapping[str, type[SafetensorsReader | TorchBinReader]] = {
-    ".safetensors": SafetensorsReader,
-    ".bin": TorchBinReader,
-    ".pt": TorchBinReader,
-}
-
+from aoconvert.formats.registry import open_reader
 
 _KEPT_OPEN = 4
 
@@ -29,18 +21,6 @@ _KEPT_OPEN = 4
 def _is_loaded_whole(path: Path) -> bool:
     """A torch file from before torch 1.6, which its reader holds in memory."""
     return path.suffix != ".safetensors" and not zipfile.is_zipfile(path)
-
-
-def open_reader(path: Path, observe: Observe | None = None) -> TensorReader:
-    """The reader for a weights file, by its extension; ``observe`` is told of the bytes that tensors are made of.
-
-    Raises:
-        SourceError: an unknown extension, or a file its reader refuses.
-    """
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise SourceError(f"{path}: unknown kind of weights file", hint=f"aoconvert reads {', '.join(_READERS)}")
-    return reader(path, observe)
 
 
 class CheckpointReader:

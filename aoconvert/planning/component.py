@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aoconvert import schemes
+from aoconvert.formats.registry import OUTPUT
 from aoconvert.humanize import size
 from aoconvert.models import ModelLayout, ModelPart, Skeleton, build_skeleton, join
 from aoconvert.models.bounds import Held, bounded, check_config
@@ -265,8 +266,7 @@ def lay_out(
     Returns:
         The tensors with their files, names in the order they are written, and the files.
     """
-    from aoconvert.formats.torch_bin.writer import predict_size
-
+    predict_size = OUTPUT.writer.predict_size
     default = (
         plan_files.DIFFUSERS_FILE_BYTES if component.library == "diffusers" else plan_files.TRANSFORMERS_FILE_BYTES
     )
@@ -274,12 +274,12 @@ def lay_out(
     where: dict[str, str] = {}
     files = []
     for number, names in enumerate(dealt, start=1):
-        path = join(folder, plan_files.weights_name(component, number, len(dealt)))
+        path = join(folder, plan_files.weights_name(component, OUTPUT, number, len(dealt)))
         where.update(dict.fromkeys(names, path))
         also = {tensor.name: tensor.same_as for tensor in planned if tensor.same_as in where}
         also = {name: same for name, same in also.items() if where[same] == path}
         where.update(dict.fromkeys(also, path))
-        # the pickle lists tensors in state-dict order, their data lies in the order it was read
+        # the file lists tensors in state-dict order, their data lies in the order it was read
         listed = [tensor.name for tensor in planned if where.get(tensor.name) == path]
         files.append(FilePlan(path, predict_size({name: outputs[name] for name in names}, listed, also)))
     tensors = tuple(replace(tensor, file=where.get(tensor.name)) for tensor in planned)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, PICTURE_NAME, REPORT_NAME
 from aoconvert.errors import SourceError
+from aoconvert.formats.registry import FORMATS, TORCH_BIN
 from aoconvert.models import ModelLayout, ModelPart, join
 from aoconvert.planning.types import CopyPlan, LeftBehind
 from aoconvert.planning.unquantized import ONNX
@@ -122,7 +123,7 @@ class _Sorting:
                 return reason
         if rest.endswith(".py") and not self.code:
             return CODE
-        if kept and (rest.endswith((".safetensors", ".bin")) or not _WEIGHTS.fullmatch(rest)):
+        if kept and (any(entry.writes(rest) for entry in FORMATS.values()) or not _WEIGHTS.fullmatch(rest)):
             return None
         if other := next((folder for folder in others if rest.startswith(f"{folder}/")), None):
             return f"{other}/ holds weights that are not of this model"
@@ -248,7 +249,7 @@ def unread_pickles(source: Source, copied: Sequence[CopyPlan]) -> Iterator[str]:
     from aoconvert.formats.torch_bin.reader import TorchBinReader
 
     for item in copied:
-        if item.source.endswith(".bin") and source.is_local(item.source):
+        if TORCH_BIN.writes(item.source) and source.is_local(item.source):
             try:
                 TorchBinReader(source.local(item.source)).close()
             except SourceError as error:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from aoconvert.formats.registry import FileFormat
 from aoconvert.models import ModelPart
 from aoconvert.planning.types import TensorPlan
+from aoconvert.sources.weights import STEMS
 
 # The Hub takes files below 50 GB; diffusers cannot open a sharded .bin without being told (diffusers#14811).
 DIFFUSERS_FILE_BYTES = 45 * 10**9
 TRANSFORMERS_FILE_BYTES = 10 * 10**9
 
-_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "pytorch_model"}
 
-
-def weights_name(component: ModelPart, number: int, count: int) -> str:
+def weights_name(component: ModelPart, format_: FileFormat, number: int, count: int) -> str:
     """File name the component's library looks for; ``number`` counts from 1."""
-    stem = _STEMS[component.library]
-    return f"{stem}.bin" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.bin"
+    stem = STEMS[component.library][format_.name]
+    return f"{stem}{format_.suffix}" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}{format_.suffix}"
 
 
-def index_name(component: ModelPart) -> str:
+def index_name(component: ModelPart, format_: FileFormat) -> str:
     """Name of the index beside sharded weights."""
-    return f"{_STEMS[component.library]}.bin.index.json"
+    return f"{STEMS[component.library][format_.name]}{format_.suffix}.index.json"
 
 
 def assign(tensors: Sequence[TensorPlan], order: Sequence[str], limit: int) -> list[list[str]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.version import Version
 
+from aoconvert.formats.registry import OUTPUT, FileFormat
 from aoconvert.schemes.base import Layout
 from aoconvert.schemes.layouts import merged
 
@@ -149,6 +150,7 @@ class ComponentPlan:
         recipes: state-dict key → how it is made from several tensors of the checkpoint, or by an operation on one.
         copied: why such tensors cannot be made one by one: transformers' loader makes a copy of all of them on the
             output's disk (they have neither ``origin`` nor ``sources``). ``None`` where it need not.
+        format: of its weights files.
     """
 
     component: ModelPart
@@ -168,6 +170,7 @@ class ComponentPlan:
     skeleton: Skeleton = field(repr=False, compare=False)
     recipes: Mapping[str, MergeRecipe] = field(default_factory=dict, repr=False, compare=False)
     cannot_run: tuple[str, str] | None = None
+    format: FileFormat = OUTPUT
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -232,7 +235,7 @@ class ComponentPlan:
 
 @dataclass(frozen=True)
 class UnquantizedPlan:
-    """A part of a pipeline whose tensors are written as they are, into ``.bin`` files.
+    """A part of a pipeline whose tensors are written as they are, into files of the output's format.
 
     Attributes:
         component: the part.
@@ -241,6 +244,7 @@ class UnquantizedPlan:
         order: names of those that are written, in the order they are read and written, file by file.
         files: with the source's sizes where these are not here yet.
         dropped: what its files hold that is not a tensor.
+        format: of the files that are written.
     """
 
     component: ModelPart
@@ -250,6 +254,7 @@ class UnquantizedPlan:
     files: tuple[FilePlan, ...]
     weights: WeightFiles
     dropped: tuple[LeftOut, ...] = ()
+    format: FileFormat = OUTPUT
 
     @property
     def bytes_in(self) -> int:

@@ -1,4 +1,4 @@
-"""The plan of a pipeline's parts that are not quantized: the same tensors, in ``.bin`` files.
+"""The plan of a pipeline's parts that are not quantized: the same tensors, in files of the output's format.
 
 diffusers opens a repo of the Hub with one kind of file for all its weights: as soon as a part has none in safetensors,
 it fetches no safetensors at all (``pipeline_loading_utils._get_ignore_patterns``).
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import SourceError
+from aoconvert.formats.registry import OUTPUT
 from aoconvert.models import ModelLayout, ModelPart, join
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.own_classes import is_model
@@ -87,7 +88,7 @@ def _plan(
     contents = read_contents(source, weights)
     if contents is None:  # a .bin on the Hub: what it holds is known when it is here
         size = sum(source.files()[path].size for path in weights.files)
-        files = (FilePlan(join(folder, plan_files.weights_name(component, 1, 1)), size),)
+        files = (FilePlan(join(folder, plan_files.weights_name(component, OUTPUT, 1, 1)), size),)
         return UnquantizedPlan(component, folder, (), (), files, weights)
     found = contents.tensors
     planned = _tensors(found)

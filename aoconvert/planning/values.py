@@ -51,7 +51,7 @@ class Values:
         return True
 
     def _reader(self, file: str) -> TensorReader:
-        from aoconvert.formats.sharded import open_reader
+        from aoconvert.formats.registry import open_reader
 
         if file not in self._readers:
             self._readers[file] = open_reader(self._source.local(file))

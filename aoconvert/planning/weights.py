@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert import recipes
 from aoconvert.errors import AoconvertError, SourceError
+from aoconvert.formats.registry import TORCH_BIN
 from aoconvert.models import ModelLayout, ModelPart, identify
 from aoconvert.options import QuantizeOptions
 from aoconvert.sources.weights import WeightFiles, find_weights
@@ -49,7 +50,7 @@ def unreadable_headers(source: Source, options: QuantizeOptions) -> list[str]:
         files = [path for weights in found if weights is not None for path in weights.files]
     except AoconvertError:
         return []
-    return [path for path in files if path.endswith(".bin") and not source.is_local(path)]
+    return [path for path in files if TORCH_BIN.writes(path) and not source.is_local(path)]
 
 
 def weights_of(source: Source, component: ModelPart, variant: str | None) -> WeightFiles | None:

@@ -20,9 +20,10 @@ from aoconvert.engine.memory import peak_host_bytes, steady_allocator
 from aoconvert.engine.staging import Stage
 from aoconvert.errors import Interrupted, QuantizeError, SourceError
 from aoconvert.files import read_limited
+from aoconvert.formats.base import WrittenTensor
 from aoconvert.formats.content import content_sha256
 from aoconvert.formats.index import write_index
-from aoconvert.formats.torch_bin.writer import TorchBinWriter, WrittenTensor
+from aoconvert.formats.registry import FORMATS, FileFormat
 from aoconvert.json_text import INDEX_BYTES, parse_json
 from aoconvert.planning.types import CopyPlan, layout_dict
 from aoconvert.progress import Progress
@@ -152,11 +153,16 @@ class _Part:
     written: dict[str, WrittenTensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def format(self) -> FileFormat:
+        """Of its weights files."""
+        return FORMATS[self.plan.entry.format]
+
     def run(self) -> ComponentEntry:
         """Write its files, check them, and say what they are."""
         entry, files, names = self.plan.entry, [], set()
         for file in entry.files:
-            if file.path.endswith(".bin"):
+            if self.format.writes(file.path):
                 sealed = self._weights(file.path)
                 names |= {
                     name for name in sealed[1] if name.partition(".")[0] not in ("torch", "collections", "builtins")
@@ -166,7 +172,7 @@ class _Part:
         for file in entry.files:
             if file.path.endswith(".index.json"):
                 files.append(self._index(file.path, tensors))
-            elif not file.path.endswith(".bin"):
+            elif not self.format.writes(file.path):
                 files.append(self._config(file))
         order = [file.path for file in entry.files]
         bytes_out = sum(tensor.bytes_out for tensor in tensors)
@@ -189,7 +195,7 @@ class _Part:
         entries = {tensor.name: tensor for tensor in self.plan.entry.tensors if tensor.file == path}
         target = self.stage.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with StoredFile(self.folder / path) as stored, TorchBinWriter(target) as writer:
+        with StoredFile(self.folder / path) as stored, self.format.writer(target) as writer:
             if set(stored.order) != set(entries):
                 raise SourceError(f"{path}: holds other tensors than the manifest lists", hint=_DAMAGED)
             for name in stored.order:

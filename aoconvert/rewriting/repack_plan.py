@@ -14,6 +14,7 @@ from aoconvert import schemes
 from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import PlanError, SourceError, UsageError
+from aoconvert.formats.registry import TORCH_BIN
 from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.planning.output import output_problems, space_problems
 from aoconvert.rewriting.int4_weights import CLASSES
@@ -186,14 +187,14 @@ def _weights_problems(folder: Path, entry: ComponentEntry, names: frozenset[str]
     """What the layout cannot take, one line a weight."""
     import torch
 
-    if entry.format != "bin":
+    if entry.format != TORCH_BIN.name:
         return [_labelled(entry, f"{entry.format} files cannot be repacked")]
     problems = []
     layout = int4.cpu_layout(entry.layout.packing)
     if any(t.name in names and t.class_name.endswith("Int4OpaqueTensor") for t in entry.tensors) and layout is None:
         problems.append(_labelled(entry, "its manifest does not say in which of the CPU's layouts it is packed"))
     for file in entry.files:
-        if not file.path.endswith(".bin"):
+        if not TORCH_BIN.writes(file.path):
             continue
         for name, tensor in read_loadable(folder / file.path).tensors.items():
             if name not in names:

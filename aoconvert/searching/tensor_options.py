@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from aoconvert.formats.torch_bin.writer import predict_size
 from aoconvert.models import TensorSpec
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.choices import SchemeChoice, Wishes, choose_schemes
@@ -109,6 +108,7 @@ class Survey:
         key = (self._tensors[name].shape, self._dtypes[name], scheme.key if scheme is not None else None)
         if key not in self._shares:
             tensor = self.output(name, scheme)
+            predict_size = self.plan.format.writer.predict_size
             self._shares[key] = predict_size({"0": tensor, "1": tensor}) - predict_size({"0": tensor})
         return self._shares[key]
 

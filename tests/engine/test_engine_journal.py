@@ -42,7 +42,7 @@ def test_no_journal(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "journal") is None
     (tmp_path / "journal").mkdir()
     assert read_journal(tmp_path / "journal") is None
-    for content in (b"", b"\n", b"\0" * 4096, b"{}\n", b"[" * 100_000 + b"\n", b'{"format": 1, "chain": ""}\n'):
+    for content in (b"", b"\n", b"\0" * 4096, b"{}\n", b"[" * 100_000 + b"\n", b'{"format": 2, "chain": ""}\n'):
         (tmp_path / "other").write_bytes(content)
         assert read_journal(tmp_path / "other") is None
     (tmp_path / "link").symlink_to(tmp_path / "other")
@@ -198,7 +198,7 @@ def test_made_up_lines_are_refused_without_a_traceback(stopped: tuple[Plan, Path
     journal, _ = reopened(plan, partial, signature, signed)
     done = journal.finished(plan.components[0])
     assert list(done) in [list(plan.components[0].order[:count]) for count in range(7)]
-    good = {name for line in lines for name in names_of(line.node)}
+    good = {name for line in lines for name in names_of(line.resume_state)}
     for result in done.values():
         assert result.written.globals <= good
         assert isinstance(result.written.class_name, str)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from aoconvert.errors import SourceError
-from aoconvert.formats.sharded import CheckpointReader, open_reader
+from aoconvert.formats.registry import open_reader
+from aoconvert.formats.sharded import CheckpointReader
 
 
 @pytest.fixture

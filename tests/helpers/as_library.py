@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import aoconvert
-from aoconvert.formats.sharded import open_reader
+from aoconvert.formats.registry import open_reader
 from aoconvert.planning.types import ComponentPlan
 from helpers import tiny
 

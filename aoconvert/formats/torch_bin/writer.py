@@ -13,7 +13,7 @@ import errno
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +21,7 @@ from typing import Self
 import torch
 
 from aoconvert.errors import WriteError
+from aoconvert.formats.base import SealedFile, StoredTensor, WrittenTensor
 from aoconvert.formats.content import bytes_of, content_sha256, data_names, own_bytes, update
 from aoconvert.formats.hashing import Prefix
 from aoconvert.formats.output_file import OutputFile
@@ -34,84 +35,10 @@ from aoconvert.formats.torch_bin.pickle_tree import (
     globals_of,
     own_storage,
 )
+from aoconvert.formats.torch_bin.resume_state import PREFIX, decode_state, encode_state, record_name, restore
 from aoconvert.formats.torch_bin.zip_writer import Entry, ZipStream, archive_size, local_header
 
-_PREFIX = "archive/"
 _TAIL: Mapping[str, bytes] = {"byteorder": b"little", "version": b"3\n"}
-
-
-@dataclass(frozen=True)
-class WrittenTensor:
-    """What was written for one tensor.
-
-    Attributes:
-        name: its key in the file.
-        class_name: dotted class as pickled, ``torch.Tensor`` for a plain one.
-        data_names: its inner tensors, in ``__tensor_flatten__`` order; empty for a plain tensor.
-        nbytes: payload bytes of all its storages.
-        sha256: of its content, see ``content_sha256``.
-        globals: every dotted name that the pickle holds for it, torch's own included.
-    """
-
-    name: str
-    class_name: str
-    data_names: tuple[str, ...]
-    nbytes: int
-    sha256: str
-    globals: frozenset[str]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as it lies in an unfinished file: all that is needed to write on behind it.
-
-    Attributes:
-        written: what was written.
-        node: what the pickle will say of it.
-        entries: its records in the archive.
-        size: bytes of the file up to its end.
-        sha256: their digest.
-    """
-
-    written: WrittenTensor
-    node: Node
-    entries: tuple[Entry, ...]
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class SealedFile:
-    """A finished file: its bytes, their SHA-256, and the sorted dotted globals of its pickle."""
-
-    path: Path
-    size: int
-    sha256: str
-    globals: tuple[str, ...]
-
-
-def predict_size(
-    tensors: Mapping[str, torch.Tensor], order: Sequence[str] | None = None, also: Mapping[str, str] | None = None
-) -> int:
-    """Exact bytes of the file that holds ``tensors``, added in the mapping's order and sealed so.
-
-    The tensors may be on the meta device; no data is read.
-
-    Raises:
-        WriteError: a tensor that cannot be stored.
-    """
-    records: list[tuple[str, int]] = []
-
-    def count(data: torch.Tensor) -> str:
-        key = str(len(records))
-        records.append((f"{_PREFIX}data/{key}", data.untyped_storage().nbytes()))
-        return key
-
-    nodes = {name: _describe_named(name, tensor, count) for name, tensor in tensors.items()}
-    nodes |= {name: nodes[same] for name, same in (also or {}).items()}
-    records.append((_PREFIX + "data.pkl", len(_pickle(nodes, order))))
-    records.extend((_PREFIX + name, len(content)) for name, content in _TAIL.items())
-    return archive_size(records)
 
 
 def _describe_named(name: str, tensor: torch.Tensor, store: StoreTensor) -> Node:
@@ -147,6 +74,29 @@ class TorchBinWriter:
         WriteError: the file exists, does not exist, or cannot be created.
     """
 
+    @staticmethod
+    def predict_size(
+        tensors: Mapping[str, torch.Tensor], order: Sequence[str] | None = None, also: Mapping[str, str] | None = None
+    ) -> int:
+        """Exact bytes of a file, see ``Writer.predict_size``; no data is read."""
+        records: list[tuple[str, int]] = []
+
+        def count(data: torch.Tensor) -> str:
+            key = str(len(records))
+            records.append((record_name(key), data.untyped_storage().nbytes()))
+            return key
+
+        nodes = {name: _describe_named(name, tensor, count) for name, tensor in tensors.items()}
+        nodes |= {name: nodes[same] for name, same in (also or {}).items()}
+        records.append((PREFIX + "data.pkl", len(_pickle(nodes, order))))
+        records.extend((PREFIX + name, len(content)) for name, content in _TAIL.items())
+        return archive_size(records)
+
+    @staticmethod
+    def restore(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+        """See ``Writer.restore``."""
+        return restore(tensors)
+
     def __init__(self, path: Path, stored: Sequence[StoredTensor] = (), prefix: Prefix | None = None) -> None:
         self._path = path
         self._sealed = False
@@ -159,8 +109,8 @@ class TorchBinWriter:
             raise self._failed("opening the file" if stored else "creating the file", error) from error
         self._zip = ZipStream(self._file.write)
         for tensor in stored:
-            self._nodes[tensor.written.name] = tensor.node
-            for entry in tensor.entries:
+            self._nodes[tensor.written.name], entries = decode_state(tensor.resume_state)
+            for entry in entries:
                 self._zip.append(entry)
 
     def add(self, name: str, tensor: torch.Tensor) -> WrittenTensor:
@@ -176,7 +126,7 @@ class TorchBinWriter:
             raise self._failed(f"writing tensor {name!r}", error) from error
         return self._end(name, tensor, node, first, content_sha256(tensor))
 
-    def begin(self, name: str, like: torch.Tensor) -> TensorSink:
+    def begin(self, name: str, like: torch.Tensor) -> TorchBinSink:
         """Write a tensor whose rows come one after the other; the file is the same as with ``add``.
 
         Args:
@@ -187,14 +137,14 @@ class TorchBinWriter:
             WriteError: disk full or another write error; a name used twice; a tensor that cannot be stored so.
         """
         self._start(name)
-        return TensorSink(self, name, like)
+        return TorchBinSink(self, name, like)
 
     def last(self) -> StoredTensor:
-        """The tensor that was written last, for a journal."""
+        """The tensor that was written last, see ``Writer.last``."""
         assert self._last is not None and self._whole
         written, first = self._last
-        entries = tuple(self._zip.entries[first:])
-        return StoredTensor(written, self._nodes[written.name], entries, self._file.size, self._file.sha256())
+        state = encode_state(self._nodes[written.name], self._zip.entries[first:])
+        return StoredTensor(written, state, self._file.size, self._file.sha256())
 
     def seal(self, order: Sequence[str] | None = None, also: Mapping[str, str] | None = None) -> SealedFile:
         """Write ``data.pkl`` and the directory, and flush to the disk.
@@ -210,9 +160,9 @@ class TorchBinWriter:
             raise WriteError(f"{self._path}: a tensor was left half-written")
         content = _pickle(self._nodes | {name: self._nodes[same] for name, same in (also or {}).items()}, order)
         try:
-            self._zip.add(_PREFIX + "data.pkl", content)
+            self._zip.add(PREFIX + "data.pkl", content)
             for name, record in _TAIL.items():
-                self._zip.add(_PREFIX + name, record)
+                self._zip.add(PREFIX + name, record)
             self._zip.finish()
             self._file.flush()
             self._file.close()
@@ -269,7 +219,7 @@ class TorchBinWriter:
         if data.device.type == "meta":
             raise CannotDescribe("it is on the meta device and has no data")
         key = str(len(self._zip.entries))
-        self._zip.add(f"{_PREFIX}data/{key}", bytes_of(data))
+        self._zip.add(record_name(key), bytes_of(data))
         return key
 
     def _failed(self, doing: str, error: OSError) -> WriteError:
@@ -280,7 +230,7 @@ class TorchBinWriter:
         return WriteError(f"{self._path}: {doing} failed: {error.strerror or error}", hint=hint)
 
 
-class TensorSink:
+class TorchBinSink:
     """Takes the rows of one tensor; made by ``TorchBinWriter.begin``.
 
     The record of the first inner tensor (of a plain one, its own) is written behind a gap, into which its header goes
@@ -297,7 +247,7 @@ class TensorSink:
         self._rows = 0
         self._before = len(writer._zip.entries)
         self._node, self._order, sizes = self._describe()
-        self._entry = Entry(f"{_PREFIX}data/{self._before}", sizes[0], 0, writer._zip.offset)
+        self._entry = Entry(record_name(self._before), sizes[0], 0, writer._zip.offset)
         try:
             writer._file.skip(len(local_header(self._entry)))
         except OSError as error:

@@ -250,7 +250,7 @@ import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from aoconvert.engine.memory import steady_allocator
-from aoconvert.formats.sharded import open_reader
+from aoconvert.formats.registry import open_reader
 path = Path({str(path)!r})
 if not path.exists():
     tensors = {{str(i): torch.full((30 << 20,), i, dtype=torch.uint8) for i in range(10)}}
