@@ -47,14 +47,6 @@ def command(*, clear: bool, out: Output) -> None:
 
 
 def _table(place: str, kept: tuple[Kept, ...], cleared: bool) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("cache", place)
-    for kind in kept:
-        table.add_row(kind.name, f"{plural(kind.files, 'file')}, {size(kind.nbytes)}")
+    kinds = [(kind.name, f"{plural(kind.files, 'file')}, {size(kind.nbytes)}") for kind in kept]
     total = size(sum(kind.nbytes for kind in kept))
-    table.add_row("cleared" if cleared else "in all", total)
-    return table
+    return Output.table([("cache", place), *kinds, ("cleared" if cleared else "in all", total)])

@@ -54,27 +54,26 @@ def command(*, folder: Path, scheme: str, out: Output) -> None:
 
 
 def _render(done: DemoResult) -> RenderableType:
-    from rich.table import Table
-
     result = done.result
     component = result.manifest.components[0]
     kinds: dict[str, int] = {}
     for tensor in component.tensors:
         kinds[tensor.action] = kinds.get(tensor.action, 0) + 1
-    table = Table(title="aoconvert demo", title_justify="left", box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
-    table.add_row("built", f"{done.source}: CogVideoX pipeline, random weights, bfloat16")
-    table.add_row(
-        "quantized",
-        f"{component.name} to {component.scheme}: {size(result.bytes_in)} → {size(result.bytes_out)}, "
-        f"{result.quantized_fraction:.1%} of {result.parameters:,} parameters, {result.seconds:.1f} s",
-    )
-    table.add_row("tensors", ", ".join(f"{count} {action}" for action, count in kinds.items()))
     worst = component.totals.worst_sqnr_db
-    table.add_row("error", f"worst SQNR {worst:.1f} dB" if worst is not None else "none")
-    for check in done.report.checks:
-        table.add_row(check.name, f"{check.status}: {check.detail}")
-    table.add_row("card", ", ".join(str(path) for path in done.card))
-    table.add_row("result", str(result.output))
+    quantized = (
+        f"{component.name} to {component.scheme}: {size(result.bytes_in)} → {size(result.bytes_out)}, "
+        f"{result.quantized_fraction:.1%} of {result.parameters:,} parameters, {result.seconds:.1f} s"
+    )
+    table = Output.table(
+        [
+            ("built", f"{done.source}: CogVideoX pipeline, random weights, bfloat16"),
+            ("quantized", quantized),
+            ("tensors", ", ".join(f"{count} {action}" for action, count in kinds.items())),
+            ("error", f"worst SQNR {worst:.1f} dB" if worst is not None else "none"),
+            *((check.name, f"{check.status}: {check.detail}") for check in done.report.checks),
+            ("card", ", ".join(str(path) for path in done.card)),
+            ("result", str(result.output)),
+        ]
+    )
+    table.title, table.title_justify = "aoconvert demo", "left"
     return table

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from aoconvert.cli.options import common
 from aoconvert.cli.output import Output
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 EXAMPLES = """\b
 Examples:
@@ -30,18 +27,7 @@ def command(*, out: Output) -> None:
         from aoconvert.environment import survey
 
         found = survey()
-    out.result(lambda: _table(found), found, found["device"])
-
-
-def _table(found: dict[str, Any]) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in _rows(found):
-        table.add_row(label, text)
-    return table
+    out.result(lambda: Output.table(_rows(found)), found, found["device"])
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -65,15 +65,9 @@ def _human(found: Inspection) -> RenderableType:
 
 
 def _component(part: Component) -> RenderableType:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text, style in _rows(part):
-        table.add_row(label, Text(text, style=style))
-    return table
+    return Output.table((label, Text(text, style=style)) for label, text, style in _rows(part))
 
 
 def _rows(part: Component) -> list[tuple[str, str, str]]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,8 +17,14 @@ from aoconvert.progress import Progress, Silent
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
+    from rich.table import Table
 
 Mode = Literal["human", "json", "quiet"]
+
+# columns of a table: text that may fold, text that may not, numbers
+FOLD: Mapping[str, Any] = {"overflow": "fold"}
+WHOLE: Mapping[str, Any] = {"no_wrap": True}
+NUMBER: Mapping[str, Any] = {"justify": "right", "no_wrap": True}
 
 _ONE_LINE = 10_000  # columns, wider than any table
 _LONGEST = 4000  # characters of an error or a warning
@@ -60,6 +66,25 @@ class Output:
             )
             console.print(_Escaped(shown))
             write_stdout("".join(f"{line.rstrip()}\n" for line in drawn.getvalue().splitlines()))
+
+    @staticmethod
+    def table(
+        rows: Iterable[Sequence[RenderableType]], columns: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> Table:
+        """A table for people.
+
+        Args:
+            rows: what stands in it; text is rich's markup.
+            columns: title → ``FOLD``, ``WHOLE`` or ``NUMBER``; ``None`` for a label and what it is, without titles.
+        """
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, show_header=columns is not None)
+        for title, style in (columns or {"label": {"style": "bold", **WHOLE}, "what it is": FOLD}).items():
+            table.add_column(title, **style)
+        for row in rows:
+            table.add_row(*row)
+        return table
 
     def warning(self, message: str) -> None:
         """A warning on stderr; not in quiet mode."""

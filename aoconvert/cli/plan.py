@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from aoconvert.cli.options import common, conversion
-from aoconvert.cli.output import Output
+from aoconvert.cli.output import FOLD, NUMBER, Output
 from aoconvert.humanize import first, size
 from aoconvert.options import QuantizeOptions
 
@@ -95,13 +95,6 @@ def left_behind(files: Iterable[LeftBehind | LeftBehindEntry]) -> dict[str, list
 
 
 def _reason_table(plan: ComponentPlan) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("action", "why", "example"):
-        table.add_column(title, overflow="fold")
-    for title in ("tensors", "parameters", "in", "out"):
-        table.add_column(title, justify="right", no_wrap=True)
     groups: dict[tuple[str, str], list[int]] = {}
     example: dict[tuple[str, str], str] = {}
     for tensor in plan.tensors:
@@ -110,9 +103,12 @@ def _reason_table(plan: ComponentPlan) -> RenderableType:
         for place, value in enumerate((1, tensor.numel, tensor.bytes_in, tensor.bytes_out)):
             counts[place] += value
         example.setdefault(key, tensor.name)
-    for group, (count, numel, bytes_in, bytes_out) in sorted(groups.items(), key=lambda item: -item[1][1]):
-        table.add_row(*group, example[group], str(count), f"{numel:,}", size(bytes_in), size(bytes_out))
-    return table
+    rows = [
+        (*group, example[group], str(count), f"{numel:,}", size(bytes_in), size(bytes_out))
+        for group, (count, numel, bytes_in, bytes_out) in sorted(groups.items(), key=lambda item: -item[1][1])
+    ]
+    texts, numbers = ("action", "why", "example"), ("tensors", "parameters", "in", "out")
+    return Output.table(rows, dict.fromkeys(texts, FOLD) | dict.fromkeys(numbers, NUMBER))
 
 
 def _why(tensor: TensorPlan) -> str:
@@ -120,22 +116,10 @@ def _why(tensor: TensorPlan) -> str:
 
 
 def _tensor_table(plan: ComponentPlan) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("tensor", "shape", "dtype", "action", "why"):
-        table.add_column(title, overflow="fold")
-    for title in ("in", "out"):
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for tensor in plan.tensors:
         shape = "×".join(str(side) for side in tensor.shape) or "scalar"
-        table.add_row(
-            tensor.name,
-            shape,
-            tensor.dtype,
-            tensor.action,
-            _why(tensor),
-            size(tensor.bytes_in),
-            size(tensor.bytes_out),
-        )
-    return table
+        sizes = (size(tensor.bytes_in), size(tensor.bytes_out))
+        rows.append((tensor.name, shape, tensor.dtype, tensor.action, _why(tensor), *sizes))
+    texts = ("tensor", "shape", "dtype", "action", "why")
+    return Output.table(rows, dict.fromkeys(texts, FOLD) | {"in": NUMBER, "out": NUMBER})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aoconvert.cli.options import common
-from aoconvert.cli.output import Output
+from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
 from aoconvert.humanize import size
 
 if TYPE_CHECKING:
@@ -82,17 +82,11 @@ def command(*, repo_id: str, checkpoint: Path, out: Output, settings: tuple[str,
 def table(done: Pushed) -> RenderableType:
     """What was done, or would be, for people."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    rows = Table(box=None, pad_edge=False)
-    rows.add_column("file", overflow="fold")
-    rows.add_column("size", justify="right", no_wrap=True)
-    rows.add_column("", no_wrap=True)
-    for file in done.files:
-        rows.add_row(Text(file.path), size(file.size), _said(done, new=file.path in done.sent))
-    for path in done.deleted:
-        rows.add_row(Text(path), "", "to be deleted" if done.dry_run else "deleted")
+    sent = [(Text(file.path), size(file.size), _said(done, new=file.path in done.sent)) for file in done.files]
+    deleted = [(Text(path), "", "to be deleted" if done.dry_run else "deleted") for path in done.deleted]
+    rows = Output.table([*sent, *deleted], {"file": FOLD, "size": NUMBER, "": WHOLE})
     lines = [Text(_last_line(done), style="bold")]
     if done.verification is not None:
         lines.append(Text(_opened(done.verification)))

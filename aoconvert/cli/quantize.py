@@ -81,29 +81,23 @@ def _share(totals: Totals) -> str:
 
 
 def _summary(result: QuantizeResult) -> RenderableType:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
+    rows: list[tuple[str, str | Text]] = []
     for item in result.manifest.components:
         totals = item.totals
         worst = "" if totals.worst_sqnr_db is None else f", worst SQNR {totals.worst_sqnr_db:.1f} dB"
-        table.add_row(
-            item.name or item.class_name,
-            f"{item.scheme}: {size(totals.bytes_in)} → {size(totals.bytes_out)}, "
-            f"{_share(totals)} of {number(totals.parameters)} parameters quantized{worst}",
-        )
-    table.add_row("time", f"{result.seconds:.1f} s, peak memory {size(result.peak_host_bytes)}")
+        sizes = f"{item.scheme}: {size(totals.bytes_in)} → {size(totals.bytes_out)}"
+        share = f"{_share(totals)} of {number(totals.parameters)} parameters quantized{worst}"
+        rows.append((item.name or item.class_name, f"{sizes}, {share}"))
+    rows.append(("time", f"{result.seconds:.1f} s, peak memory {size(result.peak_host_bytes)}"))
     if result.peak_device_bytes:
-        table.add_row("device", f"peak {size(result.peak_device_bytes)}")
+        rows.append(("device", f"peak {size(result.peak_device_bytes)}"))
     if result.resumed:
-        table.add_row("resumed", f"{result.resumed} tensors were there already")
+        rows.append(("resumed", f"{result.resumed} tensors were there already"))
     if result.skipped:
         matrices = "1 matrix" if len(result.skipped) == 1 else f"{len(result.skipped)} matrices"
-        table.add_row("not quantized", f"{matrices}; aoconvert.json has the reasons")
+        rows.append(("not quantized", f"{matrices}; aoconvert.json has the reasons"))
     for reason, paths in plan_command.left_behind(result.manifest.left_behind).items():
-        table.add_row("left behind", Text(f"{first(paths)} ({reason})"))
-    table.add_row("output", str(result.output))
-    return table
+        rows.append(("left behind", Text(f"{first(paths)} ({reason})")))
+    return Output.table([*rows, ("output", str(result.output))])

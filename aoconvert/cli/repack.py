@@ -56,16 +56,11 @@ def command(*, checkpoint: Path, device: str, output: Path | None, overwrite: bo
 
 
 def _summary(done: Repacked) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
+    rows = []
     for entry in done.manifest.components:
         if entry.name in done.before:
             layouts = f"{done.before[entry.name]} → {entry.layout.packing}"
-            table.add_row(entry.name or entry.class_name, f"{layouts}, {size(entry.totals.bytes_out)}")
-    table.add_row("weights", f"{done.weights} packed anew, every code, scale and zero point the same")
-    table.add_row("time", f"{done.seconds:.1f} s")
-    table.add_row("output", str(done.output))
-    return table
+            rows.append((entry.name or entry.class_name, f"{layouts}, {size(entry.totals.bytes_out)}"))
+    rows.append(("weights", f"{done.weights} packed anew, every code, scale and zero point the same"))
+    rows.append(("time", f"{done.seconds:.1f} s"))
+    return Output.table([*rows, ("output", str(done.output))])

@@ -10,7 +10,7 @@ import click
 
 from aoconvert.cli.completion import complete_scheme
 from aoconvert.cli.options import common
-from aoconvert.cli.output import Output
+from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -127,19 +127,16 @@ def _here(row: dict[str, Any]) -> str:
 def _screen(rows: list[dict[str, Any]]) -> RenderableType:
     """What fits a terminal of 80 columns and 24 lines."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     from aoconvert.cli.folded import fold
 
     columns = min(shutil.get_terminal_size().columns, _WIDEST)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("scheme", no_wrap=True)
-    table.add_column("bytes", no_wrap=True, justify="right")
-    table.add_column("here", no_wrap=True)
-    table.add_column("when to choose it", no_wrap=True)
-    for line in fold(rows, columns - _BESIDE_SUMMARY):
-        table.add_row(line.name, f"{line.row['bytes_per_parameter']:.2f}", _here_in_a_word(line.row), line.summary)
+    lines = [
+        (line.name, f"{line.row['bytes_per_parameter']:.2f}", _here_in_a_word(line.row), line.summary)
+        for line in fold(rows, columns - _BESIDE_SUMMARY)
+    ]
+    table = Output.table(lines, {"scheme": WHOLE, "bytes": NUMBER, "here": WHOLE, "when to choose it": WHOLE})
     notes = "bytes: per parameter. GPU: made here, runs on a GPU. --all: everything; schemes NAME: one in full"
     return Group(table, Text(notes if len(notes) <= columns else notes.partition(". ")[2], style="dim"))
 
@@ -151,13 +148,9 @@ def _here_in_a_word(row: Mapping[str, Any]) -> str:
 
 
 def _all(rows: list[dict[str, Any]]) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("scheme", "torchao config", "bytes/parameter", "loads with", "here", "when to choose it"):
-        table.add_column(title, overflow="fold", justify="right" if title.startswith("bytes") else "left")
-    for row in rows:
-        table.add_row(
+    titles = ("scheme", "torchao config", "bytes/parameter", "loads with", "here", "when to choose it")
+    lines = [
+        (
             row["name"],
             row["config"].rpartition(".")[2],
             f"{row['bytes_per_parameter']:.2f}",
@@ -165,39 +158,41 @@ def _all(rows: list[dict[str, Any]]) -> RenderableType:
             _here(row),
             row["summary"],
         )
-    return table
+        for row in rows
+    ]
+    return Output.table(lines, dict.fromkeys(titles, FOLD) | {"bytes/parameter": {**FOLD, "justify": "right"}})
 
 
 def _one(row: dict[str, Any]) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("scheme", row["name"])
-    table.add_row("also called", ", ".join(row["aliases"]))
     settings = ", ".join(f"{key}={value}" for key, value in row["settings"].items())
-    table.add_row("torchao config", f"{row['config']}({settings})")
-    table.add_row("weights", f"{row['weight_dtype']}, {row['tensor_class']}, {row['packing']}")
-    table.add_row("activations", row["activation_dtype"] or "as they are")
-    table.add_row("granularity", row["granularity"])
-    table.add_row("--group-size", "yes" if row["group_size_option"] else "no")
-    table.add_row("file size", f"{row['bytes_per_parameter']:.2f} bytes per parameter, scales included (bfloat16: 2)")
-    table.add_row("takes", _takes(row))
-    table.add_row("needs", ", ".join(row["requires"]))
-    table.add_row("loads with", f"torchao ≥ {row['min_torchao_to_load']}")
-    table.add_row("runs on", _runs_on(row))
-    table.add_row("here", _here(row))
-    for layout in row["layouts"]:
-        table.add_row(
+    layouts = [
+        (
             f"for {layout['layout_device']}",
             f"{layout['tensor_class']}, {layout['packing']}: {_here(layout)}"
             + (f"; unconfirmed: {layout['unconfirmed']}" if layout["unconfirmed"] else ""),
         )
-    for note in row["notes"]:
-        table.add_row("note", note)
-    table.add_row("choose it", f"{row['summary']} ({row['source']})")
-    return table
+        for layout in row["layouts"]
+    ]
+    return Output.table(
+        [
+            ("scheme", row["name"]),
+            ("also called", ", ".join(row["aliases"])),
+            ("torchao config", f"{row['config']}({settings})"),
+            ("weights", f"{row['weight_dtype']}, {row['tensor_class']}, {row['packing']}"),
+            ("activations", row["activation_dtype"] or "as they are"),
+            ("granularity", row["granularity"]),
+            ("--group-size", "yes" if row["group_size_option"] else "no"),
+            ("file size", f"{row['bytes_per_parameter']:.2f} bytes per parameter, scales included (bfloat16: 2)"),
+            ("takes", _takes(row)),
+            ("needs", ", ".join(row["requires"])),
+            ("loads with", f"torchao ≥ {row['min_torchao_to_load']}"),
+            ("runs on", _runs_on(row)),
+            ("here", _here(row)),
+            *layouts,
+            *(("note", note) for note in row["notes"]),
+            ("choose it", f"{row['summary']} ({row['source']})"),
+        ]
+    )
 
 
 def _takes(row: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from aoconvert.cli.options import common
-from aoconvert.cli.output import Output
+from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
 from aoconvert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,16 +97,12 @@ def table(report: Report) -> RenderableType:
     """The report for people."""
     from rich.console import Group
     from rich.markup import escape
-    from rich.table import Table
     from rich.text import Text
 
-    rows = Table(box=None, pad_edge=False)
-    for title in ("check", "status"):
-        rows.add_column(title, no_wrap=True)
-    rows.add_column("what was found", overflow="fold")
-    rows.add_column("s", justify="right", no_wrap=True)
+    columns = {"check": WHOLE, "status": WHOLE, "what was found": FOLD, "s": NUMBER}
+    rows = []
     for check in report.checks:
         color = _COLORS[check.status]
-        rows.add_row(check.name, f"[{color}]{check.status}[/{color}]", escape(check.detail), f"{check.seconds:.1f}")
+        rows.append((check.name, f"[{color}]{check.status}[/{color}]", escape(check.detail), f"{check.seconds:.1f}"))
     last = f"verified: {report.path}" if report.ok else f"not verified: {report.path}"
-    return Group(rows, Text(last, style="bold"))
+    return Group(Output.table(rows, columns), Text(last, style="bold"))
