@@ -67,6 +67,8 @@ def _source(manifest: Manifest, word: str) -> str | None:
     """The repo that the card names, or a folder that is plainly one."""
     if manifest.source.repo_id is not None:
         return word if word == manifest.source.repo_id and is_repo_id(word) else None
+    if word.startswith("-"):  # an option: a folder of such a name is recorded with ./ before it
+        return None
     name = word.removeprefix("./")
     return f"./{name}" if "/" not in name and name.isprintable() and name.lstrip(".") else None
 
