@@ -1,10 +1,11 @@
-"""A queue between two threads, bounded by bytes, that an error on either side opens."""
+"""The threads of a pass and the queues between them, bounded by bytes, that an error in any thread opens."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -86,3 +87,51 @@ class Channel(Generic[T]):
             self._items.clear()
             self._bytes = 0
             self._change.notify_all()
+
+
+class Closable(Protocol):
+    """What a stage may wait for."""
+
+    def close(self) -> None:
+        """Give up: wake whoever waits."""
+
+
+class Stages:
+    """The threads of a pass, beside the calling one: when one fails, all give up, and the first error is raised."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._failures: list[BaseException] = []
+        self._waited_for: list[Closable] = []
+
+    def start(self, name: str, work: Callable[[], None], *waited_for: Closable) -> None:
+        """Start a stage; ``waited_for`` is closed when any stage fails."""
+        self._waited_for += waited_for
+        self._threads.append(threading.Thread(target=self._guard, args=(work,), name=name, daemon=True))
+        self._threads[-1].start()
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Closed:
+            pass
+        except BaseException as error:
+            self._failures.append(error)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        for item in list(self._waited_for):
+            item.close()
+
+    def end(self, error: BaseException | None) -> None:
+        """Wait for every thread; with the calling thread's ``error``, where it has one, they give up before.
+
+        Raises:
+            BaseException: what a stage failed with; the calling thread's own error goes first, and is not raised here.
+        """
+        if error is not None:
+            self._give_up()
+        for thread in self._threads:
+            thread.join()
+        if self._failures and (error is None or isinstance(error, Closed)):
+            raise self._failures[0]

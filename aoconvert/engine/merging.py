@@ -17,7 +17,8 @@ from aoconvert.formats.safetensors import SafetensorsReader
 from aoconvert.models import transformers as transformers_models
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import BLOCK_BYTES, Load, MergeRecipe, Rows, build
-from aoconvert.planning.types import ComponentPlan, StreamedPlan, TensorPlan
+from aoconvert.planning.inventory import Readable
+from aoconvert.planning.types import ComponentPlan, StreamedPlan
 
 if TYPE_CHECKING:
     from aoconvert.planning.types import Plan
@@ -35,7 +36,7 @@ class LoadInto(Protocol):
 class Merging(Protocol):
     """Gives the tensors of a component that have no ``origin``."""
 
-    def read(self, tensor: TensorPlan, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
+    def read(self, tensor: Readable, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
         """The tensor, or its rows (start, stop), contiguous; in ``into``, uint8 memory, where that is possible.
 
         Raises:
@@ -78,7 +79,7 @@ class _Made:
         self._kept: tuple[str, dict[str, torch.Tensor]] | None = None
         self._scratch: dict[int, torch.Tensor] = {}
 
-    def read(self, tensor: TensorPlan, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
+    def read(self, tensor: Readable, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
         recipe = self._recipes[tensor.name]
         dtype = self._dtypes[recipe.layer]
         if recipe.along is None:
@@ -174,7 +175,7 @@ class _Copied:
             code_root=config.parent if whole.trust_remote_code else None,
         )
 
-    def read(self, tensor: TensorPlan, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
+    def read(self, tensor: Readable, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
         place = self._places.get(tensor.name)
         if place is None:
             raise ReadError(f"transformers did not build {tensor.name}", hint=_HINT)

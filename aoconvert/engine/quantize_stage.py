@@ -1,39 +1,22 @@
-"""The middle stage: what is read becomes what is written, piece by piece."""
+"""The middle stage: what is read becomes what is written, slice by slice."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from aoconvert.engine.assembly import Assembly, quantized_on_meta
 from aoconvert.engine.device_streams import Lanes, Pending
+from aoconvert.engine.read_ahead import Release, Slice
 from aoconvert.errors import QuantizeError
 from aoconvert.formats.torch_bin.pickle_tree import is_wrapper
 from aoconvert.planning.slices import is_streamed
 from aoconvert.planning.types import TensorPlan
 from aoconvert.schemes.apply import flatten
 from aoconvert.schemes.error_stats import ErrorStats
-
-Release = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows ``start`` to ``stop`` of a tensor, as they are in the source; ``release`` gives their memory back."""
-
-    plan: TensorPlan
-    start: int
-    stop: int
-    data: torch.Tensor
-    release: Release
-
-    @property
-    def last(self) -> bool:
-        """Whether the tensor ends with it."""
-        return self.stop == (self.plan.shape[0] if self.plan.shape else 1)
 
 
 @dataclass(frozen=True)
@@ -82,18 +65,14 @@ def nothing() -> None:
     """What has memory of its own needs no release."""
 
 
-def _check_overflow(piece: Piece, rows: torch.Tensor) -> None:
+def _check_overflow(plan: TensorPlan, data: torch.Tensor, rows: torch.Tensor) -> None:
     """Refuse values that were finite in the source and are not any more.
 
     Raises:
         QuantizeError: with the tensor's name.
     """
-    if (
-        rows.is_floating_point()
-        and not bool(rows.isfinite().all())
-        and bool((rows.isinf() & piece.data.isfinite()).any())
-    ):
-        raise QuantizeError(f"{piece.plan.name} overflows {piece.plan.dtype}", hint="choose --dtype bfloat16")
+    if rows.is_floating_point() and not bool(rows.isfinite().all()) and bool((rows.isinf() & data.isfinite()).any()):
+        raise QuantizeError(f"{plan.name} overflows {plan.dtype}", hint="choose --dtype bfloat16")
 
 
 @dataclass
@@ -113,27 +92,29 @@ class _Work:
 
 
 class Processor:
-    """Casts and quantizes the pieces of a component's tensors, one tensor after the other.
+    """Casts and quantizes the slices of a component's tensors, one tensor after the other.
 
     Args:
+        tensors: what happens to each.
         lanes: where weights are quantized.
         send: takes each message and the bytes that wait with it.
     """
 
-    def __init__(self, lanes: Lanes, send: Send) -> None:
+    def __init__(self, tensors: Sequence[TensorPlan], lanes: Lanes, send: Send) -> None:
+        self._tensors = {tensor.name: tensor for tensor in tensors}
         self._lanes = lanes
         self._send = send
-        self._under_way: deque[tuple[Piece, Pending | None]] = deque()
+        self._under_way: deque[tuple[Slice, Pending | None]] = deque()
         self._work: _Work | None = None
 
-    def take(self, piece: Piece) -> None:
-        """Work on a piece; the pieces of a tensor come in order.
+    def take(self, piece: Slice) -> None:
+        """Work on a slice; those of a tensor come in order.
 
         Raises:
             QuantizeError: NaN or infinity in a weight, or torchao failed on it.
             Closed: nobody takes the messages.
         """
-        plan = piece.plan
+        plan = self._tensors[piece.name]
         pending = None
         if plan.scheme is not None:
             pending = self._lanes.start(plan.name, piece.data, getattr(torch, plan.dtype), plan.scheme)
@@ -146,9 +127,9 @@ class Processor:
         while self._under_way:
             self._finish(*self._under_way.popleft())
 
-    def _finish(self, piece: Piece, pending: Pending | None) -> None:
-        plan = piece.plan
+    def _finish(self, piece: Slice, pending: Pending | None) -> None:
         if self._work is None:
+            plan = self._tensors[piece.name]
             streamed = is_streamed(plan)
             self._work = _Work(plan, streamed, ErrorStats() if plan.scheme is not None else None)
             if streamed:
@@ -156,19 +137,19 @@ class Processor:
         work = self._work
         rows, release = self._rows(piece, pending, work)
         if piece.start == 0 and piece.last and not work.streamed:
-            self._send(Whole(plan, rows, work.error, work.device, release), plan.bytes_out)
+            self._send(Whole(work.plan, rows, work.error, work.device, release), work.plan.bytes_out)
         else:
             self._collect(work, piece, rows, release)
         if piece.last:
             self._work = None
 
-    def _rows(self, piece: Piece, pending: Pending | None, work: _Work) -> tuple[torch.Tensor, Release]:
-        """The piece as it will be stored. What is only copied stays where it was read until it is written."""
+    def _rows(self, piece: Slice, pending: Pending | None, work: _Work) -> tuple[torch.Tensor, Release]:
+        """The slice as it will be stored. What is only copied stays where it was read until it is written."""
         if pending is None or work.error is None:
-            rows = piece.data.to(getattr(torch, piece.plan.dtype))
+            rows = piece.data.to(getattr(torch, work.plan.dtype))
             if rows is piece.data:
                 return rows, piece.release
-            _check_overflow(piece, rows)
+            _check_overflow(work.plan, piece.data, rows)
         else:
             rows, figures, device = pending()
             work.error.merge(figures)
@@ -176,7 +157,7 @@ class Processor:
         piece.release()
         return rows, nothing
 
-    def _collect(self, work: _Work, piece: Piece, rows: torch.Tensor, release: Release) -> None:
+    def _collect(self, work: _Work, piece: Slice, rows: torch.Tensor, release: Release) -> None:
         inner = {name: getattr(rows, name) for name in flatten(rows)[0]} if is_wrapper(rows) else {"": rows}
         first = next(iter(inner))
         assembly = work.assembly = work.assembly or Assembly(self._like(work.plan), work.plan.scheme)

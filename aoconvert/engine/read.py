@@ -15,7 +15,8 @@ from aoconvert.formats.digest import FileDigest, Mark, damaged_in_cache
 from aoconvert.formats.sharded import CheckpointReader
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import Rows
-from aoconvert.planning.types import ComponentPlan, StreamedPlan, TensorPlan
+from aoconvert.planning.inventory import Readable
+from aoconvert.planning.types import ComponentPlan, StreamedPlan
 from aoconvert.sources import Source
 
 if TYPE_CHECKING:
@@ -30,33 +31,40 @@ class ComponentReading:
         whole: the plan it belongs to.
         scratch: folder on the output's disk, for tensors that must be merged first.
         digests: of weights files that an earlier run read in part, by their path in the source.
+        hashed: take the digests; without, there are none.
 
     Raises:
         SourceError: no weights, damaged files, or transformers refuses the checkpoint.
     """
 
     def __init__(
-        self, plan: StreamedPlan, whole: Plan, scratch: Path, digests: Mapping[str, FileDigest] | None = None
+        self,
+        plan: StreamedPlan,
+        whole: Plan,
+        scratch: Path,
+        digests: Mapping[str, FileDigest] | None = None,
+        *,
+        hashed: bool = True,
     ) -> None:
         if plan.weights is None:
             raise SourceError(f"{plan.component.title}: the source has no weights")
         self._source: Source = whole.source
         self._weights = plan.weights
-        earlier = digests or {}
-        self._digests = {path: earlier.get(path) or FileDigest(self._source.local(path)) for path in plan.weights.files}
-        self._marks: dict[str, dict[str, Mark]] = {}
-        self._reader = CheckpointReader(self._source.root, plan.weights.files, plan.weights.index, self._feed)
+        earlier, files = digests or {}, plan.weights.files if hashed else ()
+        self._digests = {path: earlier.get(path) or FileDigest(self._source.local(path)) for path in files}
+        observe = self._feed if hashed else None
+        self._reader = CheckpointReader(self._source.root, plan.weights.files, plan.weights.index, observe)
         self._merging: Merging | None = open_merging(plan, whole, scratch, self._load)
         self._copied = isinstance(plan, ComponentPlan) and plan.copied is not None
         if self._copied:  # transformers read the files: each tensor may be made of any byte of them
             for digest in self._digests.values():
                 digest.read_all()
 
-    def read(self, tensor: TensorPlan, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
+    def read(self, tensor: Readable, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
         """The tensor, or its rows (start, stop), in host memory, in the source's dtype.
 
         Args:
-            tensor: of the plan.
+            tensor: one of the component's.
             rows: of dimension 0; ``None`` for the whole.
             into: uint8 memory that is large enough, or ``None``; may be left unused.
 
@@ -65,23 +73,18 @@ class ComponentReading:
         """
         if tensor.origin is None:
             assert self._merging is not None
-            data = self._merging.read(tensor, rows, into)
-        else:
-            path, name = tensor.origin
-            dtype: torch.dtype = getattr(torch, tensor.source_dtype)
-            data = self._load(SourceTensor(path, name, dtype, tensor.shape, tensor.bytes_in), rows, into)
-        marks = self._marks.setdefault(tensor.name, {})
-        for file, digest in self._digests.items():
-            if mark := digest.mark(again=self._copied):
-                marks[file] = mark
-        return data
+            return self._merging.read(tensor, rows, into)
+        path, name = tensor.origin
+        dtype: torch.dtype = getattr(torch, tensor.source_dtype)
+        return self._load(SourceTensor(path, name, dtype, tensor.shape, tensor.bytes_in), rows, into)
 
     def _feed(self, file: str, offset: int, data: memoryview) -> None:
         self._digests[file].feed(offset, data)
 
-    def marks(self, name: str) -> Mapping[str, Mark]:
-        """What was read of which weights file until a tensor was read, for the journal; once a tensor."""
-        return self._marks.pop(name, {})
+    def marks(self) -> Mapping[str, Mark]:
+        """How far each weights file was hashed, of those that were read since the last call."""
+        marks = {file: digest.mark(again=self._copied) for file, digest in self._digests.items()}
+        return {file: mark for file, mark in marks.items() if mark is not None}
 
     def _load(self, source: SourceTensor, rows: Rows | None, into: torch.Tensor | None = None) -> torch.Tensor:
         """A tensor of the checkpoint, or rows of it, as it is stored; its bytes go into the file's digest."""

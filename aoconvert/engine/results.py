@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aoconvert.formats.base import SealedFile, WrittenTensor
@@ -44,6 +43,6 @@ class Seconds:
 class ComponentResult:
     """A component's tensors by name, its sealed files by output path, and where the time went."""
 
-    tensors: Mapping[str, TensorResult]
-    files: Mapping[str, SealedFile]
+    tensors: dict[str, TensorResult]
+    files: dict[str, SealedFile]
     seconds: Seconds

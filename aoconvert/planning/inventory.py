@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aoconvert.errors import SourceError
 from aoconvert.models import Skeleton
@@ -28,6 +28,37 @@ class SourceTensors:
 
     tensors: Mapping[str, SourceTensor]
     others: Mapping[str, str]
+
+
+class Readable(Protocol):
+    """A tensor that can be read: its name in the model, and where it lies.
+
+    Attributes:
+        name: of the model's state dict.
+        bytes_in: its bytes in the checkpoint.
+        source_dtype: its dtype there, such as ``bfloat16``.
+        origin: (file, name) in the source; ``None`` where it is made from others.
+    """
+
+    @property
+    def name(self) -> str:
+        """See above."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See above."""
+
+    @property
+    def bytes_in(self) -> int:
+        """See above."""
+
+    @property
+    def source_dtype(self) -> str:
+        """See above."""
+
+    @property
+    def origin(self) -> tuple[str, str] | None:
+        """See above."""
 
 
 @dataclass(frozen=True)

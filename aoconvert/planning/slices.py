@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,12 @@ def slices(tensor: TensorPlan) -> list[tuple[int, int]]:
     if tensor.scheme is not None and len(tensor.shape) == 2:
         step = tensor.scheme.block(step)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def common_slices(tensors: Sequence[TensorPlan]) -> list[tuple[int, int]]:
+    """The slices of one tensor for several plans: whole where one takes it whole, else in the largest unit."""
+    by_unit = sorted(tensors, key=lambda tensor: tensor.scheme.block(1) if tensor.scheme else 1, reverse=True)
+    return min(map(slices, by_unit), key=lambda ranges: len(ranges) > 1)
 
 
 def is_streamed(tensor: TensorPlan) -> bool:

@@ -7,8 +7,7 @@ depend on the model's size. Nothing of what torchao makes is kept.
 from __future__ import annotations
 
 import tempfile
-import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,19 +17,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from aoconvert.engine.buffers import BufferPool
-from aoconvert.engine.channel import Channel, Closed
-from aoconvert.engine.device_streams import Lanes, open_devices
-from aoconvert.engine.eager import threads
+from aoconvert.engine.channel import Stages
+from aoconvert.engine.device_streams import Lanes
 from aoconvert.engine.memory import steady_allocator
-from aoconvert.engine.quantize_stage import Piece
 from aoconvert.engine.read import ComponentReading
-from aoconvert.environment import available_cores
+from aoconvert.engine.read_ahead import Slice
+from aoconvert.engine.stream import stream
 from aoconvert.errors import DeviceError, QuantizeError
-from aoconvert.formats.digest import Buffer, FileDigest, Mark
-from aoconvert.kernels.checked import Kernels
-from aoconvert.planning.needs import READ_AHEAD_BYTES
-from aoconvert.planning.slices import BUFFERS, PER_DEVICE, SLICE_BYTES, slices
 from aoconvert.planning.types import ComponentPlan, Plan, TensorPlan
 from aoconvert.progress import Progress
 from aoconvert.schemes.error_stats import ErrorStats
@@ -55,19 +48,6 @@ class Measured:
     failures: list[str] = field(default_factory=list)
 
 
-class _Unhashed(FileDigest):
-    """The engine hashes the files when it reads them; it would be done twice."""
-
-    def feed(self, offset: int, data: Buffer) -> None:
-        pass
-
-    def read_all(self) -> None:
-        pass
-
-    def mark(self, *, again: bool = False) -> Mark | None:
-        return None
-
-
 def measure(whole: Plan, plan: ComponentPlan, wanted: Mapping[str, Sequence[Scheme]], progress: Progress) -> Measured:
     """Measure the candidates for the tensors of a component.
 
@@ -84,11 +64,16 @@ def measure(whole: Plan, plan: ComponentPlan, wanted: Mapping[str, Sequence[Sche
     """
     steady_allocator()
     tensors = {tensor.name: tensor for tensor in plan.tensors}
-    ordered = [tensors[name] for name in plan.order if name in wanted]
-    with _scratch(plan, whole) as scratch:
-        digests = {path: _Unhashed(whole.source.local(path)) for path in plan.weights.files} if plan.weights else {}
-        with ComponentReading(plan, whole, scratch, digests) as reading:
-            return _Pass(ordered, wanted, reading, whole.devices, whole.allow_cpu, progress).run()
+    candidates = {
+        name: [replace(tensors[name], scheme=scheme) for scheme in wanted[name]]
+        for name in plan.order
+        if name in wanted
+    }
+    measuring = Measuring(candidates, progress)
+    # the engine hashes the files when it reads them: it would be done twice
+    with _scratch(plan, whole) as scratch, ComponentReading(plan, whole, scratch, hashed=False) as reading:
+        stream(reading, [measuring], whole.devices, allow_cpu=whole.allow_cpu)
+    return measuring.result
 
 
 @contextmanager
@@ -102,122 +87,74 @@ def _scratch(plan: ComponentPlan, whole: Plan) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _pieces(tensor: TensorPlan, schemes: Sequence[Scheme]) -> list[tuple[int, int]]:
-    """The engine's pieces, in the largest unit; the whole tensor where one of the candidates takes it whole."""
-    by_unit = sorted(schemes, key=lambda scheme: scheme.block(1), reverse=True)
-    return min((slices(replace(tensor, scheme=scheme)) for scheme in by_unit), key=lambda pieces: len(pieces) > 1)
+class Measuring:
+    """A consumer that quantizes each slice to every candidate, and keeps the errors alone."""
 
+    def __init__(self, wanted: Mapping[str, Sequence[TensorPlan]], progress: Progress) -> None:
+        self.wanted = wanted
+        self.result = Measured()
+        self._progress = progress
+        self._under_way: deque[tuple[Slice, list[tuple[Scheme, Figures]]]] = deque()
 
-@dataclass
-class _Pass:
-    ordered: Sequence[TensorPlan]
-    wanted: Mapping[str, Sequence[Scheme]]
-    reading: ComponentReading
-    devices: Sequence[str]
-    allow_cpu: bool
-    progress: Progress
-    result: Measured = field(default_factory=Measured)
-    failure: BaseException | None = None
+    def open(self, lanes: Lanes, _: Stages) -> None:
+        """Quantize on these."""
+        self._lanes = lanes
 
-    def run(self) -> Measured:
-        self.devices = open_devices(self.devices, allow_cpu=self.allow_cpu)
-        source: Channel[Piece] = Channel(READ_AHEAD_BYTES)
-        on_gpu = self.devices[0] != "cpu"
-        pool = BufferPool(SLICE_BYTES, BUFFERS + on_gpu * PER_DEVICE * len(self.devices), pinned=on_gpu)
-        reader = threading.Thread(target=self._guarded, args=(source, pool), name="aoconvert-reader", daemon=True)
-        threads_before = torch.get_num_threads()
-        torch.set_num_threads(max(1, available_cores() - 1))  # as in the engine: one core is the reader's
-        reader.start()
-        try:
-            self._measure(source)
-        except Closed:
-            pass
-        finally:
-            torch.set_num_threads(threads_before)
-            source.close()
-            pool.close()
-            reader.join()
-        if self.failure is not None:
-            raise self.failure
-        return self.result
+    def take(self, piece: Slice) -> None:
+        """Quantize it to every candidate.
 
-    def _guarded(self, out: Channel[Piece], pool: BufferPool) -> None:
-        try:
-            self._read(out, pool)
-        except Closed:
-            pass
-        except BaseException as error:
-            self.failure = error
-            out.close()
+        Raises:
+            QuantizeError: the tensor is at fault.
+        """
+        self._under_way.append((piece, self._start(piece)))
+        while self._lanes.crowded([piece.data.nbytes for piece, _ in self._under_way]):
+            self._finish(*self._under_way.popleft())
 
-    def _read(self, out: Channel[Piece], pool: BufferPool) -> None:
-        for tensor in self.ordered:
-            pieces = _pieces(tensor, self.wanted[tensor.name])
-            for start, stop in pieces:
-                nbytes = -(-tensor.bytes_in * (stop - start) // pieces[-1][1])
-                buffer = pool.take(nbytes)
-                if buffer is None:  # a giant: none is read while another waits
-                    out.wait(nbytes)
-                data = self.reading.read(tensor, None if len(pieces) == 1 else (start, stop), buffer)
-                out.put(Piece(tensor, start, stop, data, partial(pool.give, buffer)), nbytes)
-                del data  # or it would live until the next one is read
-        out.end()
+    def finish(self) -> None:
+        """Wait for all that is under way; as ``take``."""
+        while self._under_way:
+            self._finish(*self._under_way.popleft())
 
-    def _measure(self, source: Channel[Piece]) -> None:
-        to_quantize: Counter[str] = Counter()
-        for tensor in self.ordered:
-            for scheme in self.wanted[tensor.name]:
-                to_quantize[scheme.key] += tensor.bytes_in
-        with torch.no_grad(), Kernels(self.devices[0], to_quantize) as kernels, threads(available_cores()) as pool:
-            lanes = Lanes(self.devices, kernels, self.allow_cpu, pool)
-            under_way: deque[tuple[Piece, list[tuple[Scheme, Figures]]]] = deque()
-            while (piece := source.get()) is not None:
-                under_way.append((piece, self._start(lanes, piece)))
-                del piece
-                while lanes.crowded([piece.data.nbytes for piece, _ in under_way]):
-                    self._finish(*under_way.popleft())
-            while under_way:
-                self._finish(*under_way.popleft())
-
-    def _start(self, lanes: Lanes, piece: Piece) -> list[tuple[Scheme, Figures]]:
-        plan = piece.plan
-        errors = self.result.errors.setdefault(plan.name, {})
+    def _start(self, piece: Slice) -> list[tuple[Scheme, Figures]]:
+        plans = self.wanted[piece.name]
+        schemes = [plan.scheme for plan in plans if plan.scheme is not None]
+        errors = self.result.errors.setdefault(piece.name, {})
         if piece.start == 0:
-            errors.update({scheme.key: ErrorStats() for scheme in self.wanted[plan.name]})
+            errors.update({scheme.key: ErrorStats() for scheme in schemes})
         begun: list[tuple[Scheme, Figures]] = []
-        for scheme in self.wanted[plan.name]:
-            if scheme.key not in errors:  # an earlier piece could not take it
+        for scheme in schemes:
+            if scheme.key not in errors:  # an earlier slice could not take it
                 continue
-            start = partial(lanes.measure, plan.name, piece.data, getattr(torch, plan.dtype), scheme)
+            start = partial(self._lanes.measure, piece.name, piece.data, getattr(torch, plans[0].dtype), scheme)
             if (pending := self._tried(piece, scheme, start)) is not None:
                 begun.append((scheme, pending))
         return begun
 
-    def _finish(self, piece: Piece, begun: Sequence[tuple[Scheme, Figures]]) -> None:
-        plan = piece.plan
+    def _finish(self, piece: Slice, begun: Sequence[tuple[Scheme, Figures]]) -> None:
         for scheme, pending in begun:
             figures = self._tried(piece, scheme, pending)
-            if figures is not None and (error := self.result.errors[plan.name].get(scheme.key)) is not None:
+            if figures is not None and (error := self.result.errors[piece.name].get(scheme.key)) is not None:
                 error.merge(figures)
+        plan = self.wanted[piece.name][0]
         rows = plan.shape[0]
         done = plan.bytes_in * piece.stop // rows - plan.bytes_in * piece.start // rows
         piece.release()
-        self.progress.advance(done, plan.name)
+        self._progress.advance(done, piece.name)
 
-    def _tried(self, piece: Piece, scheme: Scheme, work: Callable[[], T]) -> T | None:
+    def _tried(self, piece: Slice, scheme: Scheme, work: Callable[[], T]) -> T | None:
         """What ``work`` gives; ``None`` where torchao cannot do this with the tensor, which is noted.
 
         Raises:
             QuantizeError: the tensor is at fault.
         """
-        plan = piece.plan
+        dtype = getattr(torch, self.wanted[piece.name][0].dtype)
         try:
             return work()
         except DeviceError:
             raise
         except QuantizeError as error:
-            if not bool(piece.data.to(getattr(torch, plan.dtype)).isfinite().all()):
+            if not bool(piece.data.to(dtype).isfinite().all()):
                 raise
-            if self.result.errors[plan.name].pop(scheme.key, None) is not None:
-                self.result.failures.append(f"auto leaves {scheme.name} out for {plan.name}: {error.message}")
+            if self.result.errors[piece.name].pop(scheme.key, None) is not None:
+                self.result.failures.append(f"auto leaves {scheme.name} out for {piece.name}: {error.message}")
             return None

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import aoconvert
 from aoconvert import accelerators, schemes
-from aoconvert.engine import device_streams, stream
+from aoconvert.engine import device_streams, read_ahead, stream
 from aoconvert.engine.blocks import cut
 from aoconvert.engine.device_streams import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
@@ -65,9 +65,10 @@ def gpu() -> Iterator[World]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many slices and blocks of a tiny model."""
-    for module in (slices, stream, needs, device_streams, measuring):
+    for module in (slices, read_ahead, needs, device_streams):
         monkeypatch.setattr(module, "SLICE_BYTES", 1 << 13)
-    monkeypatch.setattr(stream, "READ_AHEAD_BYTES", 1 << 14)
+    for module in (read_ahead, stream):
+        monkeypatch.setattr(module, "READ_AHEAD_BYTES", 1 << 14)
     monkeypatch.setattr(slices, "WHOLE_BYTES", 1 << 14)
     monkeypatch.setattr(device_streams, "DEVICE_BLOCK", 1 << 11)
 

@@ -12,6 +12,7 @@ import torch
 from helpers.checkpoints import LLAMA, build_llama, llama_tensors
 
 from aoconvert import schemes
+from aoconvert.engine import stream
 from aoconvert.engine.device_streams import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import AoconvertError, QuantizeError
@@ -21,7 +22,6 @@ from aoconvert.planning.make import make
 from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.error_stats import ErrorStats
-from aoconvert.searching import measure as measuring
 from aoconvert.searching.measure import measure
 from aoconvert.sources import resolve
 
@@ -63,7 +63,7 @@ def test_every_candidate_gets_the_error_that_the_engine_would_write(
             made._lanes = [Lane("cpu"), Lane("cpu")]
             return made
 
-        monkeypatch.setattr(measuring, "Lanes", lanes)
+        monkeypatch.setattr(stream, "Lanes", lanes)
     made, wanted = planned(llama)
     compare(measure(made, made.components[0], wanted, Silent()).errors, wanted)
 
