@@ -17,7 +17,6 @@ from aoconvert.engine.read_ahead import Cut, ReadAhead, Reading, Slice
 from aoconvert.engine.results import ComponentResult, Seconds
 from aoconvert.engine.write import FileWriter
 from aoconvert.environment import available_cores
-from aoconvert.formats.base import SealedFile
 from aoconvert.formats.digest import Mark
 from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.needs import READ_AHEAD_BYTES
