@@ -144,6 +144,6 @@ def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
     result = api.quantize_options(source, options, progress=progress)
     report = api.verify(output, progress=progress, example=True, source=str(source))
     if not report.ok:
-        failed = next(check for check in report.checks if check.status == "failed")
+        failed = report.failed[0]
         raise VerificationError(f"the result did not pass {failed.name}: {failed.detail}", hint="please report this")
     return DemoResult(source, result, report, cards.write(output, cards.render(output, cards.CardOptions())))

@@ -12,8 +12,8 @@ from aoconvert.cards.layers import role
 from aoconvert.cards.markdown import Md, code, text
 from aoconvert.cards.reproduce import ranges
 from aoconvert.checkpoint.checkpoint import Checkpoint
-from aoconvert.checkpoint.load_code import Strategy
 from aoconvert.checkpoint.manifest import ComponentEntry, TensorEntry
+from aoconvert.checkpoint.report import Strategy
 from aoconvert.inspection.compat import short
 from aoconvert.inspection.release_names import RELEASES
 from aoconvert.schemes import int4

@@ -22,8 +22,9 @@ from aoconvert.cards.proof import Proof, prove
 from aoconvert.cards.reproduce import make_again, needed, pinned
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import Checkpoint, from_manifest
-from aoconvert.checkpoint.load_code import Strategy, code_device, load_code
+from aoconvert.checkpoint.load_code import code_device, load_code
 from aoconvert.checkpoint.manifest import PICTURE_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.report import Strategy
 from aoconvert.checkpoint.seals import seal
 from aoconvert.checkpoint.usage import usage_code, usage_packages
 from aoconvert.errors import UsageError

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal
 
 from aoconvert.checkpoint.checkpoint import Checkpoint, Part
-from aoconvert.checkpoint.files import LOADED, file_sha256
-from aoconvert.checkpoint.manifest import MANIFEST_NAME
-from aoconvert.checkpoint.report import read_report
+from aoconvert.checkpoint.files import LOADED
+from aoconvert.checkpoint.report import Strategy, proven_strategy
 from aoconvert.models.fused import FUSED
-
-Strategy = Literal["from-pretrained", "assign"]
 
 
 @dataclass
@@ -87,14 +83,7 @@ def card_strategy(target: Checkpoint) -> Strategy:
     manifest = target.manifest
     ways = {entry.load.strategy for entry in manifest.components} if manifest is not None else set()
     usual: Strategy = "assign" if "assign" in ways else "from-pretrained"
-    try:
-        report = read_report(target.folder)
-    except (OSError, ValueError):
-        return usual
-    if report.get("manifest_sha256") != file_sha256(target.folder / MANIFEST_NAME):
-        return usual
-    proven = report.get("strategy")
-    return proven if proven in ("from-pretrained", "assign") else usual
+    return proven_strategy(target.folder) or usual
 
 
 def code_sha256(target: Checkpoint, strategy: Strategy) -> str:

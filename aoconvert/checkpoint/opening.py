@@ -10,10 +10,10 @@ from typing import Any
 
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import CODE_INSIDE, Checkpoint, from_folder, from_manifest, with_imports
-from aoconvert.checkpoint.files import file_sha256, shadows
-from aoconvert.checkpoint.load_code import Strategy, load_code
+from aoconvert.checkpoint.files import shadows
+from aoconvert.checkpoint.load_code import load_code
 from aoconvert.checkpoint.manifest import MANIFEST_NAME
-from aoconvert.checkpoint.report import read_report
+from aoconvert.checkpoint.report import Strategy, proven_strategy
 from aoconvert.environment import import_diffusers, import_torchao
 from aoconvert.errors import VerificationError
 from aoconvert.formats.torch_bin.header import read_loadable
@@ -49,12 +49,7 @@ def _strategies(target: Checkpoint) -> tuple[Strategy, ...]:
     """The way that the last verification of this manifest proved, or both in turn."""
     if target.fused:
         return ("assign",)
-    with contextlib.suppress(OSError, ValueError):
-        values = read_report(target.folder)
-        belongs = values.get("manifest_sha256") == file_sha256(target.folder / MANIFEST_NAME)
-        if belongs and values.get("strategy") == "assign":
-            return ("assign",)
-    return ("from-pretrained", "assign")
+    return ("assign",) if proven_strategy(target.folder) == "assign" else ("from-pretrained", "assign")
 
 
 @contextlib.contextmanager

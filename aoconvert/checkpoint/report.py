@@ -1,16 +1,17 @@
-"""What verification found: one entry a check, in the order they ran."""
+"""A verification as ``aoconvert.verify.json`` holds it: one model, written by verify, read by card, push and load."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from aoconvert.checkpoint.manifest import CARD_NAME as CARD_NAME
-from aoconvert.checkpoint.manifest import REPORT_NAME as REPORT_NAME
-from aoconvert.checkpoint.published import Published
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+
+from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME
 from aoconvert.errors import VerificationError
 from aoconvert.files import read_limited
 from aoconvert.json_text import CONFIG_BYTES, parse_json
@@ -19,149 +20,146 @@ CheckName = Literal[
     "manifest", "files", "pickle", "versions", "load", "reload", "source", "library", "numbers", "forward"
 ]
 Status = Literal["passed", "failed", "skipped"]
+Strategy = Literal["from-pretrained", "assign"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 
 def some(lines: list[str], most: int = 4) -> str:
-    """The first few of many findings, in one line."""
+    """Join the first few of many findings to one line."""
     shown = "; ".join(lines[:most])
     return shown if len(lines) <= most else f"{shown}; and {len(lines) - most} more"
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check: what it found, in one line, and how long it took."""
+def _check_date(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
 
-    name: CheckName
+
+class _Model(BaseModel):
+    """Keys are only added, so readers let unknown ones pass. Docstrings and descriptions go into the JSON Schema."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Check(_Model):
+    """One check of a verification; ``seconds`` is how long it took."""
+
+    name: str
     status: Status
     detail: str
-    seconds: float = 0.0
+    seconds: Annotated[float, PlainSerializer(lambda seconds: round(seconds, 3))]
 
 
-@dataclass(frozen=True)
-class Ran:
-    """Code that ran to its end: what it did, on which device, and its SHA-256 before place and sizes are filled in.
-
-    ``inputs``: of a forward pass, component → who made its inputs: ``pipeline`` (what it hands to the component in its
-    own call), ``processor`` (or tokenizer, beside the model), ``dummy_inputs`` of its class, or a ``search``.
-    """
+class Ran(_Model):
+    """A piece of code that ran, and on which device."""
 
     what: Literal["load", "forward", "example"]
     device: str
     code_sha256: str | None
-    inputs: Mapping[str, str] | None = None
+    inputs: dict[str, str] | None = Field(
+        description="of a forward pass, component to who made its inputs: pipeline, processor, dummy_inputs or search"
+    )
 
 
-@dataclass(frozen=True)
-class ForwardPass:
-    """A forward pass of one quantized model; ``output_sqnr_db``: of its output, to the original's on the same input.
-
-    ``None`` where they were not compared, or are equal: ``detail`` says so. ``inputs``: who made them, as in
-    :class:`Ran`.
-    """
+class ForwardPass(_Model):
+    """A forward pass of one quantized model."""
 
     component: str
     class_name: str
     status: Status
     detail: str
-    output_sqnr_db: float | None
-    inputs: str | None = None
+    output_sqnr_db: float | None = Field(
+        description="of the output, to the original's on the same input; null where they are equal or not compared"
+    )
+    inputs: str | None = Field(description="who made its inputs; null where none passed")
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(_Model):
     """A verification.
 
     Attributes:
+        ok: no check failed.
         path: as the user named it.
         checks: in the order they ran.
         strategy: the way of loading that worked, ``None`` where nothing was loaded.
         safe_globals: names that ``torch.load`` was allowed beyond torch's own.
         imports: modules that were imported before loading.
-        versions: of python, torch, torchao and the model libraries.
+        versions: of python, torch, torchao and the model libraries; the first three have keys of their own, too.
         manifest_sha256: of ``aoconvert.json``; ``None`` where there is none.
         date: when it was made, UTC, ISO 8601.
         device: where the checkpoint was opened; ``None`` where it was not.
-        code_sha256: of the load code that opened it, see ``code.code_sha256``.
+        code_sha256: of the load code that opened it, before place and device are filled in.
         example: the card's example ran, at the smallest sizes.
-        ran: each piece of code that ran, and where. ``forward`` is a pass of each quantized model alone, as the load
-            code of that digest opened it.
+        ran: each piece of code that ran to its end, and where. ``forward`` is a pass of each quantized model alone, as
+            the load code of that digest opened it.
         forward: the forward pass of each quantized model that was opened.
         published: the commit on the Hub that was opened; ``None`` where it was a folder.
-        unwritten: why the report is not in the folder; ``None`` where it is, or has no place.
+        unwritten: why the report is not in the folder; ``None`` where it is, or has no place. Never written.
     """
 
+    schema_version: Literal[1]
+    ok: bool
     path: str
     checks: tuple[Check, ...]
-    strategy: str | None
+    strategy: Annotated[Strategy, WithJsonSchema({"type": "string"})] | None
     safe_globals: tuple[str, ...]
     imports: tuple[str, ...]
-    versions: Mapping[str, str]
+    torchao: str | None
+    torch: str | None
+    python: str | None
+    versions: dict[str, str]
     manifest_sha256: str | None
-    date: str
-    device: str | None = None
-    code_sha256: str | None = None
-    example: bool = False
-    ran: tuple[Ran, ...] = ()
-    forward: tuple[ForwardPass, ...] = ()
-    published: Published | None = None
-    unwritten: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether no check failed."""
-        return not any(check.status == "failed" for check in self.checks)
+    date: Annotated[str, AfterValidator(_check_date)]
+    device: str | None
+    code_sha256: str | None
+    example: bool
+    ran: tuple[Ran, ...]
+    forward: tuple[ForwardPass, ...]
+    published: dict[str, Any] | None = Field(description="the commit on the Hub that was opened")
+    unwritten: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
 
     @property
     def exit_code(self) -> int:
         """What a command that verified exits with."""
         return 0 if self.ok else VerificationError.exit_code
 
+    @property
+    def failed(self) -> list[Check]:
+        """The checks that failed."""
+        return [check for check in self.checks if check.status == "failed"]
+
     def check(self, name: CheckName) -> Check | None:
-        """The check of that name, if it ran."""
+        """Find the check of that name, if it ran."""
         return next((check for check in self.checks if check.name == name), None)
 
+    def ran_on(self, what: str, code_sha256: str | None) -> set[str]:
+        """List the devices on which that very code ran."""
+        return {item.device for item in self.ran if (item.what, item.code_sha256) == (what, code_sha256)}
+
     def to_dict(self) -> dict[str, Any]:
-        """What ``verify --json`` prints and ``aoconvert.verify.json`` holds (``cli.md``: keys are a contract)."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "ok": self.ok,
-            "path": self.path,
-            "checks": [
-                {"name": c.name, "status": c.status, "detail": c.detail, "seconds": round(c.seconds, 3)}
-                for c in self.checks
-            ],
-            "strategy": self.strategy,
-            "safe_globals": list(self.safe_globals),
-            "imports": list(self.imports),
-            "torchao": self.versions.get("torchao"),
-            "torch": self.versions.get("torch"),
-            "python": self.versions.get("python"),
-            "versions": dict(self.versions),
-            "manifest_sha256": self.manifest_sha256,
-            "date": self.date,
-            "device": self.device,
-            "code_sha256": self.code_sha256,
-            "example": self.example,
-            "ran": [asdict(one) for one in self.ran],
-            "forward": [asdict(one) for one in self.forward],
-            "published": self.published.to_dict() if self.published is not None else None,
-        }
+        """Give what ``verify --json`` prints and ``aoconvert.verify.json`` holds; the keys are a contract."""
+        return self.model_dump(mode="json")
 
     def dump(self) -> str:
-        """The report as JSON text."""
+        """Write the report as JSON text."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    """What the report in a folder says; nothing of it is believed.
+def read_report(folder: Path) -> Report:
+    """Read the report in a folder, which anybody may have written.
 
     Raises:
         OSError: there is none (``FileNotFoundError``), or it cannot be read.
-        ValueError: it is not a JSON object.
+        ValueError: it is not a report.
     """
-    values = parse_json(read_limited(folder / REPORT_NAME, CONFIG_BYTES), constants=False)
-    if not isinstance(values, dict):
-        raise ValueError("not a JSON object")
-    return values
+    return Report.model_validate(parse_json(read_limited(folder / REPORT_NAME, CONFIG_BYTES), constants=False))
+
+
+def proven_strategy(folder: Path) -> Strategy | None:
+    """Find the way of loading that the report in a folder proves for the manifest beside it."""
+    try:
+        report = read_report(folder)
+        return report.strategy if report.manifest_sha256 == file_sha256(folder / MANIFEST_NAME) else None
+    except (OSError, ValueError):
+        return None

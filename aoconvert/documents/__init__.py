@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from aoconvert.documents.base import Document, ErrorDocument
+from pydantic import BaseModel
+
+from aoconvert.documents.base import ErrorDocument
 from aoconvert.documents.conversion import DemoDocument, PlanDocument, QuantizeDocument, RepackDocument
 from aoconvert.documents.publishing import CardDocument, PushDocument, VerifyDocument
 from aoconvert.documents.reading import CacheDocument, EnvDocument, InspectDocument, SchemeDocument
 
 FOLDER = Path("manifests")
 
-DOCUMENTS: dict[str, type[Document]] = {
+DOCUMENTS: dict[str, type[BaseModel]] = {
     "error": ErrorDocument,
     "plan": PlanDocument,
     "quantize": QuantizeDocument,

@@ -13,8 +13,8 @@ from typing import Any
 from aoconvert.cards import CARD_NAME, PICTURE_NAME
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.files import content_problem, file_sha256, shadows
-from aoconvert.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest
-from aoconvert.checkpoint.report import REPORT_NAME, read_report, some
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.report import Report, read_report, some
 from aoconvert.hub.types import PushOptions, Sent
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
@@ -72,7 +72,7 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
     files = [Sent(entry.path, entry.size, entry.sha256, folder / entry.path) for entry in entries.values()]
     files.append(Sent.from_bytes(MANIFEST_NAME, manifests.read(folder)))
     if report is not None:
-        files.append(Sent.from_bytes(REPORT_NAME, public_report(report, folder, repo_id)))
+        files.append(Sent.from_bytes(REPORT_NAME, public_report(report.to_dict(), folder, repo_id)))
         warnings += _weak_spots(report)
     warnings += _large(files) + _left_out(folder, {file.path for file in files})
     return UploadContents(manifest, manifest_sha256, tuple(files), hashed, tuple(problems), tuple(warnings))
@@ -99,39 +99,28 @@ def _file_problems(folder: Path, entry: FileEntry) -> Iterator[str]:
         yield f"{entry.path} has {size}, and the Hub takes no file over 50 GB (quantize with --max-shard-size 20GB)"
 
 
-def _verification(folder: Path, manifest_sha256: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """The report that belongs to this manifest, if there is one, and what is wrong with it."""
+def _verification(folder: Path, manifest_sha256: str) -> tuple[Report | None, list[str]]:
+    """Read the report that belongs to this manifest, if there is one, and say what is wrong with it."""
     try:
         report = read_report(folder)
     except FileNotFoundError:
         return None, [f"not verified: there is no {REPORT_NAME}"]
     except (OSError, ValueError):
         return None, [f"not verified: {REPORT_NAME} cannot be read"]
-    if report.get("manifest_sha256") != manifest_sha256:
+    if report.manifest_sha256 != manifest_sha256:
         return None, [f"not verified: {REPORT_NAME} is of another {MANIFEST_NAME}"]
-    if report.get("ok") is not True:
-        failed = [name for name, status, _ in _checks(report) if status == "failed"]
-        return report, [f"the verification failed: {', '.join(failed) or 'no check passed'}"]
+    if not report.ok:
+        failed = ", ".join(check.name for check in report.failed)
+        return report, [f"the verification failed: {failed or 'no check passed'}"]
     return report, []
 
 
-def _checks(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, status and detail of each check of a report."""
-    checks = report.get("checks")
-    keys = ("name", "status", "detail")
-    return [
-        (str(check.get(keys[0])), str(check.get(keys[1])), str(check.get(keys[2])))
-        for check in (checks if isinstance(checks, list) else [])
-        if isinstance(check, dict)
-    ]
-
-
-def _weak_spots(report: dict[str, Any]) -> list[str]:
-    """What a verification that passed did not look at."""
-    passed = {name for name, status, _ in _checks(report) if status == "passed"}
-    if report.get("ok") is not True or "reload" in passed:
+def _weak_spots(report: Report) -> list[str]:
+    """Say what a verification that passed did not look at."""
+    reload = report.check("reload")
+    if not report.ok or (reload is not None and reload.status == "passed"):
         return []
-    why = next((detail for name, _, detail in _checks(report) if name == "reload"), "not asked for")
+    why = reload.detail if reload is not None else "not asked for"
     return [f"the verification did not open the model ({why})"]
 
 

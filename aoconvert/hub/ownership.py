@@ -13,8 +13,7 @@ from aoconvert import cards
 from aoconvert.cards import CARD_NAME, PICTURE_NAME
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.files import file_sha256
-from aoconvert.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest
-from aoconvert.checkpoint.report import REPORT_NAME
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME, FileEntry, Manifest
 from aoconvert.errors import AoconvertError
 from aoconvert.hub.identity import other_config, other_model, other_schemes
 from aoconvert.hub.types import RemoteFile, Sent

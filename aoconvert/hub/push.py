@@ -200,7 +200,7 @@ def _found(job: Job, commit: str, report: Report) -> list[str]:
         reload = report.check("reload")
         skipped = reload is not None and reload.status == "skipped"
         return [f"the commit was not opened from the Hub: {reload.detail}"] if reload is not None and skipped else []
-    failed = some([f"{check.name}: {check.detail}" for check in report.checks if check.status == "failed"])
+    failed = some([f"{check.name}: {check.detail}" for check in report.failed])
     again = shlex.join(["aoconvert", "verify", job.repo_id, "--revision", commit])
     return [
         f"{job.repo_id}: commit {commit[:12]} is there, and does not pass from there: {failed}",

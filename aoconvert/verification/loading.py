@@ -45,7 +45,14 @@ class Loaded:
         """The forward pass of each part."""
         classes = {part.name: part.class_name for part in target.parts}
         return tuple(
-            ForwardPass(answer["part"], classes[answer["part"]], **answer["forward"])
+            ForwardPass.model_validate(
+                {
+                    "component": answer["part"],
+                    "class_name": classes[answer["part"]],
+                    "inputs": None,
+                    **answer["forward"],
+                }
+            )
             for answer in self.forward
             if not answer.get("example")
         )

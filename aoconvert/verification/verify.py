@@ -7,7 +7,7 @@ import datetime
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +22,20 @@ from aoconvert.checkpoint.checkpoint import (
     with_imports,
 )
 from aoconvert.checkpoint.files import check_files, file_sha256, notes, shadows
-from aoconvert.checkpoint.load_code import Strategy, card_strategy, code_sha256, load_code
-from aoconvert.checkpoint.manifest import CARD_BYTES, MANIFEST_NAME, Manifest
+from aoconvert.checkpoint.load_code import card_strategy, code_sha256, load_code
+from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, MANIFEST_NAME, REPORT_NAME, Manifest
 from aoconvert.checkpoint.published import Published
-from aoconvert.checkpoint.report import CARD_NAME, REPORT_NAME, Check, CheckName, ForwardPass, Ran, Report, Status, some
+from aoconvert.checkpoint.report import (
+    SCHEMA_VERSION,
+    Check,
+    CheckName,
+    ForwardPass,
+    Ran,
+    Report,
+    Status,
+    Strategy,
+    some,
+)
 from aoconvert.checkpoint.usage import usage_code, usage_sha256
 from aoconvert.environment import choose_device, versions
 from aoconvert.errors import AoconvertError, PlanError
@@ -128,7 +138,8 @@ class _Run:
         self.progress.start(name, 0)
         outcome = work.result() if isinstance(work, Future) else _outcome(work)
         self.progress.finish()
-        self.checks.append(Check(name, outcome.status, " ".join(outcome.detail.split()), outcome.seconds))
+        detail = " ".join(outcome.detail.split())
+        self.checks.append(Check(name=name, status=outcome.status, detail=detail, seconds=outcome.seconds))
         return outcome.status
 
     def require(self, name: CheckName, work: Callable[[], tuple[Status, str]] | Future[_Outcome]) -> None:
@@ -162,13 +173,19 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
     with contextlib.suppress(Stop):
         _checks(run)
     target = run.target
+    present = versions()
     report = Report(
+        schema_version=SCHEMA_VERSION,
+        ok=all(check.status != "failed" for check in run.checks),
         path=label,
         checks=tuple(run.checks),
         strategy=run.strategy,
         safe_globals=target.safe_globals if target else (),
         imports=target.imports if target else (),
-        versions=versions(),
+        torchao=present.get("torchao"),
+        torch=present.get("torch"),
+        python=present.get("python"),
+        versions=present,
         manifest_sha256=file_sha256(folder / MANIFEST_NAME) if (folder / MANIFEST_NAME).is_file() else None,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         device=run.device,
@@ -176,11 +193,11 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         example=run.example,
         ran=tuple(run.ran),
         forward=run.forward,
-        published=options.published,
+        published=options.published.to_dict() if options.published is not None else None,
     )
     if report.manifest_sha256 is None or not writes:
         return report
-    return replace(report, unwritten=_write(folder, report))
+    return report.model_copy(update={"unwritten": _write(folder, report)})
 
 
 def _write(folder: Path, report: Report) -> str | None:
@@ -238,12 +255,12 @@ def _ran(run: _Run, target: Checkpoint, loaded: Loaded) -> Iterator[Ran]:
     if run.strategy is None or run.device is None:
         return
     opened = code_sha256(target, run.strategy)
-    yield Ran("load", run.device, opened)
+    yield Ran(what="load", device=run.device, code_sha256=opened, inputs=None)
     if loaded.forward_passed:
         sources = {one.component: one.inputs for one in run.forward if one.inputs is not None}
-        yield Ran("forward", run.device, opened, sources)
+        yield Ran(what="forward", device=run.device, code_sha256=opened, inputs=sources)
     if loaded.example:
-        yield Ran("example", run.device, usage_sha256(target))
+        yield Ran(what="example", device=run.device, code_sha256=usage_sha256(target), inputs=None)
 
 
 def _manifest(run: _Run) -> tuple[Status, str]:

@@ -210,20 +210,29 @@ def test_no_forward_pass_is_claimed(made: Callable[[str], Path], tmp_path: Path)
     why = "its layout is for cuda, and there is no such device here"
     target = from_manifest(folder, manifests.load(folder))
     report = Report(
+        schema_version=1,
+        ok=True,
         path="out",
         checks=(
-            Check("versions", "skipped", why),
-            Check("reload", "passed", "in place"),
-            Check("forward", "skipped", why),
+            Check(name="versions", status="skipped", detail=why, seconds=0.0),
+            Check(name="reload", status="passed", detail="in place", seconds=0.0),
+            Check(name="forward", status="skipped", detail=why, seconds=0.0),
         ),
         strategy="from-pretrained",
         safe_globals=target.safe_globals,
         imports=target.imports,
+        torchao=None,
+        torch=None,
+        python=None,
         versions={},
         manifest_sha256=file_sha256(folder / "aoconvert.json"),
         date="2026-11-21T12:00:00+00:00",
         device="cpu",
         code_sha256=code_sha256(target, "from-pretrained"),
+        example=False,
+        ran=(),
+        forward=(),
+        published=None,
     )
     (folder / "aoconvert.verify.json").write_text(report.dump())
     page = card(folder)

@@ -113,7 +113,17 @@ def result(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("hostile") / "result"
     aoconvert.quantize(source, "int8wo", output=made, device="cpu", min_quantized=0.0)
     digest = hashlib.sha256((made / "aoconvert.json").read_bytes()).hexdigest()
-    report = {"ok": True, "manifest_sha256": digest, "checks": [], "date": "2026-01-01T00:00:00+00:00"}
+    report = {
+        **dict.fromkeys(("strategy", "torchao", "torch", "python", "device", "code_sha256", "published")),
+        **dict.fromkeys(("checks", "safe_globals", "imports", "ran", "forward"), ()),
+        "schema_version": 1,
+        "ok": True,
+        "path": "out",
+        "versions": {},
+        "example": False,
+        "manifest_sha256": digest,
+        "date": "2026-01-01T00:00:00+00:00",
+    }
     (made / "aoconvert.verify.json").write_text(json.dumps(report, indent=1))
     (made / "README.md").write_text("---\nlicense: mit\n---\n# a card\n")
     return made

@@ -61,7 +61,10 @@ def test_every_problem_is_listed_at_once(fresh: Fresh) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"ok": False, "checks": [{"name": "load", "status": "failed"}]}, "the verification failed: load"),
+        (
+            {"ok": False, "checks": [{"name": "load", "status": "failed", "detail": "", "seconds": 0}]},
+            "the verification failed: load",
+        ),
         ({"manifest_sha256": "0" * 64}, "is of another aoconvert.json"),
         ({"manifest_sha256": None}, "is of another aoconvert.json"),
     ],

@@ -26,7 +26,8 @@ from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import from_folder, from_manifest
 from aoconvert.checkpoint.files import notes
 from aoconvert.checkpoint.load_code import load_code
-from aoconvert.checkpoint.report import REPORT_NAME, Report
+from aoconvert.checkpoint.manifest import REPORT_NAME
+from aoconvert.checkpoint.report import Report
 from aoconvert.cli.main import cli
 from aoconvert.verification import loading, process
 from aoconvert.verification.children import load_child, reload_child
@@ -176,7 +177,10 @@ def test_nothing_to_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_report_that_cannot_be_written(copy: Path) -> None:
-    report = Report("out", (), None, (), (), {}, "0" * 64, "2026-01-01")
+    values = dict.fromkeys(Report.model_fields)
+    empty: dict[str, Any] = dict.fromkeys(("checks", "safe_globals", "imports", "ran", "forward"), ())
+    known = {"schema_version": 1, "ok": True, "path": "out", "versions": {}, "date": "2026-01-01", "example": False}
+    report = Report.model_validate({**values, **empty, **known, "manifest_sha256": "0" * 64})
     copy.chmod(0o555)
     user = os.geteuid()
     if user == 0:
