@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aoconvert.cards import Card
     from aoconvert.checkpoint.published import Published
     from aoconvert.checkpoint.report import Report
-    from aoconvert.engine.convert import QuantizeResult
+    from aoconvert.engine.results import QuantizeResult
     from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
     from aoconvert.planning import Plan

@@ -17,7 +17,7 @@ from aoconvert.sources.folder import FolderSource
 
 if TYPE_CHECKING:
     from aoconvert.checkpoint.report import Report
-    from aoconvert.engine.convert import QuantizeResult
+    from aoconvert.engine.results import QuantizeResult
 
 _ANOTHER = "name another folder"
 _PROMPT = "a panda plays a guitar in a bamboo forest"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from aoconvert.checkpoint.manifest import Totals
     from aoconvert.checkpoint.report import Report
-    from aoconvert.engine.convert import QuantizeResult
+    from aoconvert.engine.results import QuantizeResult
 
 EXAMPLES = """\b
 Examples:

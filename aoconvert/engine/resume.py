@@ -52,9 +52,6 @@ class Journal:
     """What is finished of a run, and where that is written down.
 
     Attributes:
-        is_open: what an earlier run left was looked at, and what is not sound of it was removed.
-        kept: tensors that a next run need not make again.
-        total: tensors that the plan writes.
         digests: of the source files that were read in part, by their path in the source.
     """
 
@@ -63,9 +60,7 @@ class Journal:
         self._stage = stage
         self._files: dict[str, _File] = {}
         self._out: JournalFile | None = None
-        self.kept = 0
-        self.is_open = False
-        self.total = sum(t.is_written for model in plan.streamed for t in model.tensors)
+        stage.total = sum(t.is_written for model in plan.streamed for t in model.tensors)
         self.digests: dict[str, FileDigest] = {}
 
     def open(self, resume: bool, progress: Progress) -> str | None:
@@ -91,16 +86,15 @@ class Journal:
             if changed:
                 reason = ", ".join(changed)
             else:
-                self.kept = sum(isinstance(line, TensorLine) for line in found[1])
+                self._stage.kept = sum(isinstance(line, TensorLine) for line in found[1])
                 lines, reason = self._recover(found[1], progress)
         if not lines:
             self._files.clear()
             self.digests.clear()
-            self.kept = 0
+            self._stage.kept = 0
         self._stage.clear([JOURNAL_NAME, *(path for path, file in self._files.items() if file.stored)] if lines else [])
         self._out = JournalFile(self._stage.root / JOURNAL_NAME, signature, lines)
-        self.kept = sum(len(file.stored) for file in self._files.values())
-        self.is_open = True
+        self._stage.kept = sum(len(file.stored) for file in self._files.values())
         return reason
 
     def finished(self, plan: StreamedPlan) -> dict[str, TensorResult]:
@@ -156,7 +150,7 @@ class Journal:
             source={file: _mark_line(mark) for file, mark in marks.items()},
         )
         self._append(line)
-        self.kept += 1
+        self._stage.kept += 1
 
     def done_file(self, path: str, sealed: SealedFile) -> None:
         """Write down a file that is sealed.

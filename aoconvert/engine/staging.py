@@ -1,20 +1,18 @@
-"""The output folder: built beside its place, and moved there when it is whole."""
+"""The output folder: built beside its name, and moved there when it is whole."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import signal
 import stat
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, FileEntry
 from aoconvert.checkpoint.unfinished import (
@@ -29,25 +27,102 @@ from aoconvert.checkpoint.unfinished import (
     replaced_folder,
     split_files,
 )
-from aoconvert.errors import PlanError, WriteError
-from aoconvert.files import open_regular, read_limited, write_whole, writing
-from aoconvert.formats.digest import FileDigest, damaged_in_cache
-from aoconvert.json_text import INDEX_BYTES
+from aoconvert.errors import (
+    DeviceError,
+    HostMemoryError,
+    Interrupted,
+    PlanError,
+    ReadError,
+    SourceError,
+    WriteError,
+    is_out_of_memory,
+)
+from aoconvert.files import read_limited, write_whole, writing
+from aoconvert.formats.index import write_index
+from aoconvert.humanize import size
 from aoconvert.planning.overwriting import others_problem, overwrite_problem, remove_result
-from aoconvert.planning.types import CopyPlan
-from aoconvert.progress import Progress
-from aoconvert.sources import Source
 
-_FICLONE = 0x40049409
-_CHUNK = 1 << 22
 _AWAY = "move it away, or choose another --output"
+_RESUMABLE = (WriteError, ReadError, SourceError, DeviceError)
+
+
+@contextmanager
+def staged_output(output: Path, host_bytes: int | None = None) -> Iterator[Stage]:
+    """Build a result in a folder beside ``output``; the block ends with ``stage.publish``.
+
+    Where it does not come to that, what is finished stays for the next run, and the hint says so: after Ctrl-C or
+    SIGTERM, ``WriteError``, ``ReadError``, ``SourceError``, ``DeviceError``, and where memory runs out. After any other
+    error nothing is left.
+
+    Args:
+        output: the folder that the result goes to.
+        host_bytes: memory that the run was expected to take.
+
+    Raises:
+        PlanError: another process is writing to the same output.
+        WriteError: the folder cannot be made.
+        Interrupted: for ``KeyboardInterrupt``.
+        HostMemoryError: for whatever says that the host's memory is used up.
+    """
+    stage = Stage(output)
+    try:
+        yield stage
+    except KeyboardInterrupt:
+        raise _interrupted(stage) from None
+    except _RESUMABLE as error:
+        error.hint = "; ".join(filter(None, [error.hint, _keep_or_discard(stage)])) or None
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            stage.discard()
+            raise
+        raise _out_of_memory(stage, host_bytes) from error
+    except BaseException:
+        stage.discard()
+        raise
+
+
+def _keep_or_discard(stage: Stage) -> str | None:
+    """Leave what is finished, and say how the next run goes on; discard the folder where nothing is."""
+    if not stage.kept:
+        stage.discard()
+        return None
+    stage.leave()
+    kept = f"{stage.kept} of {stage.total} tensors are kept in {stage.root}"
+    return f"the same command goes on: {kept}; --no-resume starts afresh"
+
+
+def _interrupted(stage: Stage) -> Interrupted:
+    if stage.published:
+        return Interrupted("interrupted; the output is whole")
+    if _keep_or_discard(stage) is None:
+        return Interrupted("interrupted; the unfinished output was removed")
+    kept = f"{stage.kept} of {stage.total} tensors are kept, run the same command again to go on"
+    return Interrupted(f"interrupted; {kept}", hint=f"they are in {stage.root}; --no-resume starts afresh")
+
+
+def _out_of_memory(stage: Stage, host_bytes: int | None) -> HostMemoryError:
+    if stage.holds_unchecked_work:
+        stage.leave()
+        kept = None
+    else:
+        kept = _keep_or_discard(stage)
+    takes = f": this run takes about {size(host_bytes)} of it" if host_bytes is not None else ""
+    hint = "end other programs or raise the limit; on fewer cores (taskset) it takes less"
+    return HostMemoryError(f"memory ran out{takes}", hint="; ".join(filter(None, [hint, kept])))
 
 
 class Stage:
     """A folder beside the output in which the result grows.
 
-    Nothing appears under the output's name before ``place``. What an earlier run left in it stays until ``clear``; a
+    Nothing appears under the output's name before ``publish``. What an earlier run left in it stays until ``clear``; a
     folder that a living run holds is not touched.
+
+    Attributes:
+        root: the folder.
+        published: it has the output's name.
+        kept: tensors in it that a next run need not make again.
+        total: tensors that the result will have.
 
     Raises:
         PlanError: another process is writing to the same output.
@@ -60,7 +135,10 @@ class Stage:
         self._aside = replaced_folder(output)
         self._journal_aside = journal_aside(output)
         self._made = [folder for folder in self.output.parents if not folder.exists()]
-        self.placed = False
+        self.published = False
+        self.kept = 0
+        self.total = 0
+        self._is_checked = False
         self._known: frozenset[str] = frozenset()
         with writing(self.root):
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +152,7 @@ class Stage:
             write_whole(self.root / LOCK_NAME, f"{os.getpid()}\n".encode())
 
     def _mend(self) -> None:
-        """Put back what a run that was killed in the middle of ``place`` had moved."""
+        """Put back what a run that was killed in the middle of ``publish`` had moved."""
         if self._aside.is_symlink():
             self._aside.unlink()
         if self._aside.is_dir() and not self.output.exists():
@@ -121,10 +199,15 @@ class Stage:
             WriteError: disk full.
         """
         self._known |= frozenset(paths)
-        place = self.root / FILES_NAME
-        with writing(place):
-            write_whole(place, file_list(self._ours()))
-            _sync(place)
+        target = self.root / FILES_NAME
+        with writing(target):
+            write_whole(target, file_list(self._ours()))
+            _sync(target)
+
+    @property
+    def holds_unchecked_work(self) -> bool:
+        """Whether an earlier run left something that this one has not come to look at."""
+        return not self._is_checked and (self.root / JOURNAL_NAME).exists()
 
     def _ours(self) -> frozenset[str]:
         """Files that this run, or the one before it, may have written."""
@@ -146,46 +229,44 @@ class Stage:
             raise WriteError(others_problem(self.root, others), hint=_AWAY)
         with writing(self.root):
             self._remove(path for path in ours if path not in kept or not _is_plain(self.root / path))
+        self._is_checked = True
 
     def _remove(self, paths: Iterable[str]) -> None:
         """Remove files, and the folders that hold nothing then; a path with a slash at its end is such a folder."""
         for path in paths:
-            place = self.root / path
-            place.rmdir() if path.endswith("/") else place.unlink()
-            for folder in place.parents:
+            target = self.root / path
+            target.rmdir() if path.endswith("/") else target.unlink()
+            for folder in target.parents:
                 if folder == self.root or any(folder.iterdir()):
                     break
                 folder.rmdir()
 
-    def check_output(self) -> None:
-        """Look again whether what is at the output's name may be replaced: somebody may have come since the plan.
-
-        Raises:
-            WriteError: it holds what aoconvert did not write.
-        """
+    def _check_output(self) -> None:
+        """Look again whether what is at the output's name may be replaced: somebody may have come since the plan."""
         if self.output.is_dir() and any(self.output.iterdir()) and (problem := overwrite_problem(self.output)):
             raise WriteError(problem, hint=_AWAY)
 
-    def place(self, manifest: bytes | bytearray) -> None:
+    def publish(self, manifest: bytes | bytearray) -> None:
         """Flush everything, write the manifest, and move the folder to the output's name, replacing what is there.
 
         The journal goes last, and comes back where something fails. An earlier result is set aside first and removed
         last, so that at no moment both are gone.
 
         Raises:
-            WriteError: disk full, or no permission.
+            WriteError: disk full, no permission, or the output's folder holds what aoconvert did not write.
         """
+        self._check_output()
         try:
-            self._place(manifest)
+            self._publish(manifest)
         finally:
-            if self.placed:
+            if self.published:
                 os.close(self._lock)
                 with contextlib.suppress(OSError):
                     remove_result(self._aside)
                 with contextlib.suppress(OSError):
                     self._journal_aside.unlink(missing_ok=True)
 
-    def _place(self, manifest: bytes | bytearray) -> None:
+    def _publish(self, manifest: bytes | bytearray) -> None:
         draft, journal = self.root / DRAFT_NAME, self.root / JOURNAL_NAME
         with writing(self.output):
             _sync_tree(self.root)
@@ -211,7 +292,7 @@ class Stage:
             self.output.rename(self._aside)
         try:
             self.root.rename(self.output)
-            self.placed = True
+            self.published = True
         except OSError:
             if self._aside.exists():
                 self._aside.rename(self.output)
@@ -243,35 +324,11 @@ class Stage:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, content)
-        return FileEntry(path=path, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        return _entry(path, content)
 
-    def take_over(self, source: Source, files: Iterable[CopyPlan], progress: Progress) -> list[FileEntry]:
-        """Copy files from the source; where the file system can, a copy shares its blocks until one of the two changes.
-
-        They are never hard links: whoever edits a file of the result would edit the source, or the Hub's cache.
-
-        Raises:
-            WriteError: disk full, or no permission.
-            SourceError: a file vanished.
-            ReadError: a file changed while it was read, or is not what the Hub said it is.
-        """
-        entries = []
-        for item in files:
-            if item.drop is not None and item.path.endswith(".json"):
-                text = _renamed_index(source.read_json(item.source, INDEX_BYTES), item.drop)
-                entries.append(self.write_text(item.path, text))
-                progress.advance(item.size, item.path)
-                continue
-            origin = source.local(item.source).resolve()  # a file of the Hub cache is a link to its blob
-            target = self.root / item.path
-            with writing(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                expected = source.files()[item.source].sha256
-                digest = _copy(origin, target, progress, item.path, expected)
-            if expected not in (None, digest):
-                raise damaged_in_cache(item.source)
-            entries.append(FileEntry(path=item.path, size=target.stat().st_size, sha256=digest))
-        return entries
+    def write_index(self, path: str, where: Mapping[str, str], total_size: int) -> FileEntry:
+        """Write the index of sharded weights, and give its entry; arguments as for ``formats.index.write_index``."""
+        return _entry(path, write_index(self.root / path, where, total_size))
 
 
 @contextmanager
@@ -297,44 +354,14 @@ def _undisturbed() -> Iterator[None]:
         signal.raise_signal(which)
 
 
+def _entry(path: str, content: bytes) -> FileEntry:
+    return FileEntry(path=path, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
 def _is_plain(path: Path) -> bool:
     """Whether it is a file of one name."""
     facts = path.lstat()
     return stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1
-
-
-def _renamed_index(index: Any, variant: str) -> str:
-    """A shard index whose file names have lost the variant."""
-    index["weight_map"] = {name: path.replace(f".{variant}", "", 1) for name, path in index["weight_map"].items()}
-    return json.dumps(index, indent=2) + "\n"
-
-
-def _copy(origin: Path, target: Path, progress: Progress, name: str, expected: str | None) -> str:
-    """Copy a file, and give the SHA-256 of the bytes that were written.
-
-    Raises:
-        OSError: disk full, no permission.
-        ReadError: it changed meanwhile.
-    """
-    digest = FileDigest(origin)
-    with os.fdopen(open_regular(origin), "rb") as reading, target.open("x+b") as writing:
-        cloned = _clone(reading.fileno(), writing.fileno())
-        done = 0
-        while chunk := (writing if cloned else reading).read(_CHUNK):
-            digest.feed(done, chunk)
-            if not cloned:
-                writing.write(chunk)
-            done += len(chunk)
-            progress.advance(len(chunk), name)
-    return digest.finish(expected)
-
-
-def _clone(origin: int, target: int) -> bool:
-    """Give an empty file the blocks of another, where the file system can (btrfs, XFS); see ioctl_ficlone(2)."""
-    with contextlib.suppress(OSError):
-        fcntl.ioctl(target, _FICLONE, origin)
-        return True
-    return False
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from aoconvert.errors import WriteError
 from aoconvert.files import write_whole
 
 
-def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> bytes:
     """Write the index in one step: readers see the old file, the new one, or none.
 
     Args:
@@ -22,14 +22,19 @@ def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> N
         weight_map: tensor name -> file name, relative to the index.
         total_size: payload bytes of all tensors together.
 
+    Returns:
+        What the file holds.
+
     Raises:
         WriteError: the file cannot be written.
     """
-    content = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    values = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    content = (json.dumps(values, indent=2) + "\n").encode()
     try:
-        write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+        write_whole(path, content)
     except OSError as error:
         raise WriteError(
             f"{path}: writing the index failed: {error.strerror or error}",
             hint="check the folder's permissions and the free space on its disk",
         ) from error
+    return content

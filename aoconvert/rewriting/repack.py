@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,24 +14,30 @@ import torch
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import validate
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, ComponentEntry, FileEntry, Manifest, TensorEntry
-from aoconvert.engine.memory import peak_host_bytes, steady_allocator
-from aoconvert.engine.staging import Stage
-from aoconvert.errors import Interrupted, QuantizeError, SourceError
-from aoconvert.files import read_limited
-from aoconvert.formats.base import WrittenTensor
+from aoconvert.engine.manifest_entries import (
+    RunClock,
+    file_entry,
+    layout_entry,
+    loading_values,
+    run_entry,
+    tool_entry,
+    written_values,
+)
+from aoconvert.engine.memory import steady_allocator
+from aoconvert.engine.staging import Stage, staged_output
+from aoconvert.engine.take_over import take_over
+from aoconvert.errors import QuantizeError, SourceError
+from aoconvert.formats.base import SealedFile, WrittenTensor
 from aoconvert.formats.content import content_sha256
-from aoconvert.formats.index import write_index
 from aoconvert.formats.registry import FORMATS, FileFormat
-from aoconvert.json_text import INDEX_BYTES, parse_json
-from aoconvert.planning.types import CopyPlan, layout_dict
+from aoconvert.json_text import parse_json
+from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Progress
 from aoconvert.rewriting.int4_weights import CannotCarry, carry, digest, pack
 from aoconvert.rewriting.repack_plan import PartPlan, prepare
 from aoconvert.rewriting.stored import StoredFile
-from aoconvert.schemes.imports import imports
 from aoconvert.schemes.int4_parts import take_apart
 from aoconvert.sources.folder import FolderSource
-from aoconvert.version import __version__
 
 
 @dataclass(frozen=True)
@@ -96,53 +100,42 @@ def repack(folder: Path, device: str, output: Path, *, overwrite: bool, progress
         WriteError: disk full, or no permission.
     """
     steady_allocator()
-    began = time.perf_counter()
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    clock = RunClock()
     old = manifests.load(folder)
     validate(old)
     plans = prepare(folder, old, device, output, overwrite=overwrite)
-    stage = Stage(output)
-    try:
+    with staged_output(output) as stage:
         stage.clear()
         stage.announce([file.path for file in old.files()])
         progress.start("repack", sum(plan.entry.totals.bytes_out for plan in plans.values()))
         entries = [
-            _Part(folder, plans[entry.name], device, stage, progress).run() if entry.name in plans else entry
+            _Repacking(folder, plans[entry.name], device, stage, progress).run() if entry.name in plans else entry
             for entry in old.components
         ]
         progress.finish()
         others = [file for entry in old.components if entry.name not in plans for file in entry.files]
         others += [file for part in old.unquantized for file in part.files]
-        _take_over(folder, [*others, *old.copied], stage, progress)
+        _copy(folder, [*others, *old.copied], stage, progress)
         new = old.model_copy(
             update={
-                "tool": manifests.Tool(name="aoconvert", version=__version__),
+                "tool": tool_entry(),
                 "components": entries,
-                "run": _run_entry(old, command, started, time.perf_counter() - began),
+                "run": old.run.model_copy(update=dict(run_entry(clock, command))),
             }
         )
-        stage.check_output()
-        stage.place(manifests.encode(new))
-    except KeyboardInterrupt:
-        if stage.placed:
-            raise Interrupted("interrupted; the output is whole") from None
-        stage.discard()
-        raise Interrupted("interrupted; the unfinished output was removed") from None
-    except BaseException:
-        stage.discard()
-        raise
+        stage.publish(manifests.encode(new))
     return Repacked(
         output,
         new,
         {name: plan.entry.layout.packing for name, plan in plans.items()},
         sum(len(plan.names) for plan in plans.values()),
         next(iter(plans.values())).unconfirmed,
-        time.perf_counter() - began,
+        clock.seconds,
     )
 
 
 @dataclass
-class _Part:
+class _Repacking:
     """One component."""
 
     folder: Path
@@ -160,38 +153,29 @@ class _Part:
 
     def run(self) -> ComponentEntry:
         """Write its files, check them, and say what they are."""
-        entry, files, names = self.plan.entry, [], set()
-        for file in entry.files:
-            if self.format.writes(file.path):
-                sealed = self._weights(file.path)
-                names |= {
-                    name for name in sealed[1] if name.partition(".")[0] not in ("torch", "collections", "builtins")
-                }
-                files.append(sealed[0])
+        entry = self.plan.entry
+        sealed = {file.path: self._weights(file.path) for file in entry.files if self.format.writes(file.path)}
         tensors = [self._tensor(tensor) for tensor in entry.tensors]
-        for file in entry.files:
-            if file.path.endswith(".index.json"):
-                files.append(self._index(file.path, tensors))
-            elif not self.format.writes(file.path):
-                files.append(self._config(file))
-        order = [file.path for file in entry.files]
+        files = [
+            file_entry(file.path, sealed[file.path]) if file.path in sealed else self._other(file, tensors)
+            for file in entry.files
+        ]
         bytes_out = sum(tensor.bytes_out for tensor in tensors)
         bits = 8 * bytes_out / entry.totals.parameters if entry.totals.parameters else 0.0
         return entry.model_copy(
             update={
                 "config": self.plan.config,
-                "layout": manifests.LayoutEntry(**layout_dict(self.plan.layout, self.plan.unconfirmed)),
-                "files": sorted(files, key=lambda file: order.index(file.path)),
-                "safe_globals": sorted(names),
-                "imports": imports(names),
+                "layout": layout_entry(self.plan.layout, self.plan.unconfirmed),
+                "files": files,
+                **loading_values(sealed.values()),
                 "loads_with": {**entry.loads_with, "torchao": f">={self.plan.min_torchao}"},
                 "tensors": tensors,
                 "totals": entry.totals.model_copy(update={"bytes_out": bytes_out, "bits_per_weight": bits}),
             }
         )
 
-    def _weights(self, path: str) -> tuple[FileEntry, tuple[str, ...]]:
-        """Write one file, and compare what it holds then. Its entry, and the names in its pickle."""
+    def _weights(self, path: str) -> SealedFile:
+        """Write one file, and compare what it holds then."""
         entries = {tensor.name: tensor for tensor in self.plan.entry.tensors if tensor.file == path}
         target = self.stage.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +191,7 @@ class _Part:
                 del tensor
             sealed = writer.seal(list(entries))
         self._check(target, entries)
-        return FileEntry(path=path, size=sealed.size, sha256=sealed.sha256), sealed.globals
+        return sealed
 
     def _packed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in self.plan.names:
@@ -231,23 +215,14 @@ class _Part:
                     raise QuantizeError(f"{name} is not what it was after repacking", hint="please report it")
 
     def _tensor(self, tensor: TensorEntry) -> TensorEntry:
-        if (made := self.written.get(tensor.name)) is None:  # tied: not written
-            return tensor
-        return replace(
-            tensor,
-            class_name=made.class_name,
-            data_names=tuple(made.data_names),
-            bytes_out=made.nbytes,
-            sha256=made.sha256,
-        )
+        written = self.written.get(tensor.name)  # none for one that is tied
+        return replace(tensor, **written_values(written)) if written is not None else tensor
 
-    def _index(self, path: str, tensors: list[TensorEntry]) -> FileEntry:
-        where = {tensor.name: Path(tensor.file).name for tensor in tensors if tensor.file is not None}
-        write_index(self.stage.root / path, where, sum(tensor.bytes_out for tensor in tensors))
-        return self.stage.write_text(path, read_limited(self.stage.root / path, INDEX_BYTES).decode())
-
-    def _config(self, file: FileEntry) -> FileEntry:
-        """``config.json`` with the other layout's config; any other file as it is."""
+    def _other(self, file: FileEntry, tensors: list[TensorEntry]) -> FileEntry:
+        """Write a file that holds no weights: their index, or ``config.json`` with the other layout's config."""
+        if file.path.endswith(".index.json"):
+            where = {tensor.name: Path(tensor.file).name for tensor in tensors if tensor.file is not None}
+            return self.stage.write_index(file.path, where, sum(tensor.bytes_out for tensor in tensors))
         content = FolderSource(self.folder).read_bytes(file.path)
         if hashlib.sha256(content).hexdigest() != file.sha256:
             raise SourceError(f"{file.path} is not what the manifest lists", hint=_DAMAGED)
@@ -260,29 +235,13 @@ _DAMAGED = "quantize again; aoconvert verify says what else changed"
 _AGAIN = "quantize again with --layout-device"
 
 
-def _take_over(folder: Path, files: list[FileEntry], stage: Stage, progress: Progress) -> None:
+def _copy(folder: Path, files: list[FileEntry], stage: Stage, progress: Progress) -> None:
     """Copy files that stay as they are, and see that they are what the manifest lists."""
     if not files:
         return
     progress.start("copy", sum(file.size for file in files))
     plans = [CopyPlan(file.path, file.path, file.size) for file in files]
-    for file, found in zip(files, stage.take_over(FolderSource(folder), plans, progress), strict=True):
+    for file, found in zip(files, take_over(stage, FolderSource(folder), plans, progress), strict=True):
         if found.sha256 != file.sha256:
             raise SourceError(f"{file.path} is not what the manifest lists", hint=_DAMAGED)
     progress.finish()
-
-
-def _run_entry(old: Manifest, command: str, started: str, seconds: float) -> manifests.RunEntry:
-    return old.run.model_copy(
-        update={
-            "command": command,
-            "started": started,
-            "seconds": round(seconds, 3),
-            "peak_host_bytes": peak_host_bytes(),
-            "peak_device_bytes": 0,
-            "reader_seconds": 0.0,
-            "quantize_seconds": 0.0,
-            "writer_seconds": 0.0,
-            "digest": None,
-        }
-    )

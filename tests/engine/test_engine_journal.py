@@ -122,14 +122,15 @@ def stopped(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return plan, folder / ".out.aoconvert-partial", read_journal(folder / ".out.aoconvert-partial" / JOURNAL_NAME)
 
 
-def reopened(plan: Plan, partial: Path, signature: Any, lines: list[Any]) -> tuple[Journal, str | None]:
-    """A journal with these lines beside what the run left."""
+def reopened(plan: Plan, partial: Path, signature: Any, lines: list[Any]) -> tuple[Journal, int, str | None]:
+    """A journal with these lines beside what the run left, how many tensors are kept, and why not more."""
     stage = Stage(plan.output)
     shutil.copytree(partial, stage.root, dirs_exist_ok=True)
     JournalFile(stage.root / JOURNAL_NAME, signature, lines).close()
     journal = Journal(plan, stage)
     try:
-        return journal, journal.open(True, Silent())
+        reason = journal.open(True, Silent())
+        return journal, stage.kept, reason
     finally:
         journal.close()
         stage.discard()
@@ -144,8 +145,8 @@ def test_the_signature_is_the_same_twice(stopped: tuple[Plan, Path, Any]) -> Non
 
 def test_every_line_counts_when_nothing_changed(stopped: tuple[Plan, Path, Any]) -> None:
     plan, partial, (signature, lines) = stopped
-    journal, reason = reopened(plan, partial, signature, lines)
-    assert (journal.kept, reason) == (6, None)
+    journal, kept, reason = reopened(plan, partial, signature, lines)
+    assert (kept, reason) == (6, None)
     assert list(journal.finished(plan.components[0])) == list(plan.components[0].order[:6])
 
 
@@ -195,7 +196,7 @@ def test_made_up_lines_are_refused_without_a_traceback(stopped: tuple[Plan, Path
     container[key] = data.draw(hostile)
     made_up = TensorLine.model_construct(**values)
     signed = [*lines[:number], made_up, *lines[number + 1 :]]
-    journal, _ = reopened(plan, partial, signature, signed)
+    journal, _, _ = reopened(plan, partial, signature, signed)
     done = journal.finished(plan.components[0])
     assert list(done) in [list(plan.components[0].order[:count]) for count in range(7)]
     good = {name for line in lines for name in names_of(line.resume_state)}

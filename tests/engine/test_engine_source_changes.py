@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import aoconvert
 from aoconvert.engine.convert import run
 from aoconvert.engine.staging import Stage
+from aoconvert.engine.take_over import take_over
 from aoconvert.errors import AoconvertError, Interrupted, ReadError
 from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Silent
@@ -211,11 +212,12 @@ def test_a_file_that_is_taken_over(in_place: bool, tmp_path: Path) -> None:
 
     plans = [CopyPlan("model.safetensors", "part/model.safetensors", 9 << 20)]
     stage = Stage(tmp_path / "out")
+    stage.announce([plans[0].path])
     with pytest.raises(ReadError, match=CHANGED):
-        stage.take_over(FolderSource(source), plans, Overwrite())
+        take_over(stage, FolderSource(source), plans, Overwrite())
     stage.discard()
     stage = Stage(tmp_path / "out")
-    [entry] = stage.take_over(FolderSource(source), plans, Silent())
+    [entry] = take_over(stage, FolderSource(source), plans, Silent())
     assert entry.sha256 == hashlib.sha256((other / "model.safetensors").read_bytes()).hexdigest()
     assert (stage.root / "part/model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     stage.discard()

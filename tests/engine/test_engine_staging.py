@@ -37,7 +37,7 @@ def test_nothing_under_the_name_before_it_is_placed(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "out")
     entry = stage.write_text("sub/config.json", "{}")
     assert not (tmp_path / "out").exists()
-    stage.place(b"manifest")
+    stage.publish(b"manifest")
     assert (tmp_path / "out/sub/config.json").read_text() == "{}"
     assert (tmp_path / "out/aoconvert.json").read_text() == "manifest"
     assert (entry.size, entry.sha256) == (2, hashlib.sha256(b"{}").hexdigest())
@@ -76,7 +76,7 @@ def test_an_interrupt_waits_for_the_swap(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        stage.place(b"")
+        stage.publish(b"")
     monkeypatch.undo()
     assert sorted(path.name for path in out.iterdir()) == ["aoconvert.json", "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -88,7 +88,7 @@ def test_an_earlier_result_stays_until_the_new_one_is_there(converted: Path, tmp
     stage = Stage(out)
     stage.write_text("new", "new")
     assert (out / "aoconvert.json").exists()
-    stage.place(b"")
+    stage.publish(b"")
     assert sorted(path.name for path in out.iterdir()) == ["aoconvert.json", "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -168,7 +168,7 @@ def test_a_run_announces_every_file_that_it_writes(
         raise WriteError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stage, "place", stop)
+        patch.setattr(Stage, "publish", stop)
         with pytest.raises(WriteError):
             aoconvert.quantize(checkpoints(source), "int8wo", output=tmp_path / "out", max_shard_size="30KB")
     there = {path.relative_to(left).as_posix() for path in left.rglob("*") if path.is_file()}
@@ -207,7 +207,7 @@ def test_a_kill_while_it_is_placed_keeps_the_journal(tmp_path: Path) -> None:
     stage = Stage(tmp_path / "out")
     assert (stage.root / JOURNAL_NAME).read_text() == "journal"
     assert not aside.exists()
-    stage.place(b"")
+    stage.publish(b"")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["aoconvert.json", "weights.bin"]
 
@@ -260,7 +260,7 @@ def test_the_journal_comes_back_where_the_name_is_taken(tmp_path: Path) -> None:
     stage.write_text(JOURNAL_NAME, "journal")
     (tmp_path / "out").write_text("a file")
     with pytest.raises(WriteError):
-        stage.place(b"")
+        stage.publish(b"")
     assert (stage.root / JOURNAL_NAME).read_text() == "journal"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.aoconvert-partial", "out"]
     stage.discard()
