@@ -322,7 +322,9 @@ def test_what_lies_where_a_run_works(
     assert precious.read_text() == "precious"
     assert not (partial / "nowhere").exists()
     if done.code:
-        assert (kind, done.code) == ("folder", 1), done.stderr
+        assert (kind, done.code) == ("folder", 3), done.stderr
+        assert f"{partial} holds something that aoconvert did not write: {name}/ (move it away)" in done.stderr
+        assert (partial / name).is_dir()
         assert "unexpected" not in done.stderr
         return
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]

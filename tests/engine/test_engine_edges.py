@@ -161,7 +161,7 @@ def test_an_empty_weight_is_left_alone(tmp_path: Path) -> None:
     source = bert(tmp_path / "source", 16, 0)
     made = convert(source, "int8wo", tmp_path / "out")
     assert_as_torchao(source, "int8wo", made)
-    for name, shape in ((UP, [0, 16]), (DOWN, [16, 0])):
+    for name, shape in ((UP, (0, 16)), (DOWN, (16, 0))):
         assert made.entry(name).shape == shape
         assert made.entry(name).reason == "it is empty"
     assert made.entry(QUERY).action == "quantize"
@@ -182,7 +182,7 @@ def test_a_scalar_parameter_is_left_alone(tmp_path: Path) -> None:
     made = convert(source, "int8wo", tmp_path / "out")
     assert_as_torchao(source, "int8wo", made)
     scale = made.entry("logit_scale")
-    assert (scale.shape, scale.action) == ([], "keep")
+    assert (scale.shape, scale.action) == ((), "keep")
     assert scale.reason is not None
     opened = tiny.transformers.CLIPModel.from_pretrained(made.folder)
     assert_same("logit_scale", opened.logit_scale.data, made.written["logit_scale"])

@@ -119,7 +119,7 @@ def reloaded_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, s
     request = loading._request(target, code, {}, forward=False, example=None)
     said = io.StringIO()
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
-    monkeypatch.setattr(sys, "stdout", said)
+    monkeypatch.setattr(sys, "__stdout__", said)
     reload_child.main()
     monkeypatch.undo()
     answers = [json.loads(line) for line in said.getvalue().splitlines() if line.startswith("{")]
