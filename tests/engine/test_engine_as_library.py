@@ -96,7 +96,7 @@ def parts(model: Any) -> set[frozenset[str]]:
     return {frozenset(names) for names in groups.values()}
 
 
-def assert_same(opened: Any, original: Any) -> None:
+def assert_model_alike(opened: Any, original: Any) -> None:
     assert parts(opened) == parts(original)
     wanted = original.state_dict()
     found = opened.state_dict()
@@ -112,7 +112,7 @@ def test_a_result_opens_as_its_source(name: str, tmp_path: Path) -> None:
     done = aoconvert.quantize(tmp_path / "source", "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
     original, report = cls.from_pretrained(tmp_path / "source", dtype=torch.bfloat16, output_loading_info=True)
     opened, again = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert_same(opened, original)
+    assert_model_alike(opened, original)
     assert again["unexpected_keys"] == report["unexpected_keys"]
     assert again["missing_keys"] == report["missing_keys"]
 
@@ -130,7 +130,7 @@ def test_a_result_opens_as_its_source(name: str, tmp_path: Path) -> None:
         names: dict[str, Any] = {}
         target = from_manifest(tmp_path / "out", manifest.load(tmp_path / "out"))
         exec(load_code(target, str(tmp_path / "out"), "assign", device="cpu"), names)
-        assert_same(names["model"], original)
+        assert_model_alike(names["model"], original)
 
 
 def test_prediction_layers_are_left_out_of_weights_and_config(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from helpers.bits import assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schemes.scheme_table import VARIANTS, attributes, get, inner, variant_id, weight_shape
+from schemes.scheme_table import VARIANTS, get, variant_id, weight_shape
 
 from aoconvert import schemes
 from aoconvert.engine import blocks
@@ -37,18 +38,6 @@ def weight(rows: int, columns: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.logspace(-3, 1, rows)[torch.randperm(rows, generator=generator)]
     return (torch.randn(rows, columns, generator=generator) * sizes[:, None]).to(BF16)
-
-
-def assert_same(made: torch.Tensor, reference: torch.Tensor) -> None:
-    assert type(made) is type(reference)
-    assert attributes(made) == attributes(reference)
-    assert (made.shape, made.stride(), made.dtype) == (reference.shape, reference.stride(), reference.dtype)
-    assert inner(made).keys() == inner(reference).keys()
-    for name, tensor in inner(made).items():
-        expected = inner(reference)[name]
-        assert (tensor.shape, tensor.stride(), tensor.dtype) == (expected.shape, expected.stride(), expected.dtype)
-        one, other = (part.reshape(-1).contiguous().view(torch.uint8) for part in (tensor, expected))
-        assert torch.equal(one, other), name
 
 
 def shape(scheme: Scheme, units: int, groups: int) -> tuple[int, int]:

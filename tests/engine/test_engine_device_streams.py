@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bits import same
 from torchao.quantization import quantize_
 
 import aoconvert
@@ -18,17 +19,9 @@ from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import QuantizeError, UsageError
 from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.slices import SLICE_BYTES
-from aoconvert.schemes.apply import flatten
 
 gpu = pytest.mark.gpu
 GPUS = torch.cuda.device_count()
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return type(one) is type(other) and all(
-        torch.equal(*(getattr(each, name).reshape(-1).view(torch.uint8) for each in (one, other)))
-        for name in flatten(one)[0]
-    )
 
 
 def compare(device: str, name: str, rows: int, step: int) -> None:

@@ -10,11 +10,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import tiny
+from helpers.bits import assert_same
 from helpers.converted import MODELS, build
 from torchao.quantization import FqnToConfig, quantize_
 
@@ -30,15 +30,6 @@ pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(pid, 0)
 json.dump([os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024], open(os.environ["MEASURED"], "w"))
 """
-
-
-def assert_equal(name: str, ours: Any, theirs: Any) -> None:
-    assert (type(ours), ours.dtype, ours.shape) == (type(theirs), theirs.dtype, theirs.shape), name
-    if hasattr(ours, "__tensor_flatten__"):
-        for inner in ours.__tensor_flatten__()[0]:
-            assert_equal(f"{name}.{inner}", getattr(ours, inner), getattr(theirs, inner))
-    else:
-        assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("scheme", ["int8wo", "float8wo"])
@@ -59,7 +50,7 @@ def test_as_quantize_after_from_pretrained(name: str, scheme: str, tmp_path: Pat
     tied = {tensor.name for tensor in component.tensors if tensor.action == "tied"}
     assert written.keys() | tied == expected.keys()
     for key, tensor in written.items():
-        assert_equal(key, tensor, expected[key])
+        assert_same(tensor, expected[key], key)
     if name == "nomic-bert":
         assert any(at.endswith("q_proj.weight") for at in quantized)
     opened = getattr(tiny.transformers, MODELS[name][0]).from_pretrained(tmp_path / "out")

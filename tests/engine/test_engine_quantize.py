@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.bits import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchao.quantization import quantize_
@@ -30,22 +31,6 @@ def straight(weight: torch.Tensor, scheme: schemes.Scheme) -> torch.Tensor:
     return linear.weight.detach()
 
 
-def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert type(ours) is type(theirs)
-    assert ours.shape == theirs.shape
-    assert ours.stride() == theirs.stride()
-    names, context = ours.__tensor_flatten__()
-    assert (list(names), str(context)) == (
-        list(theirs.__tensor_flatten__()[0]),
-        str(theirs.__tensor_flatten__()[1]),
-    )
-    for name in names:
-        one, other = getattr(ours, name), getattr(theirs, name)
-        assert one.dtype == other.dtype
-        assert one.stride() == other.stride()
-        assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), name
-
-
 @pytest.mark.parametrize(("name", "group"), CASES)
 @settings(max_examples=15, deadline=None)
 @given(
@@ -61,7 +46,7 @@ def test_blocks_of_rows_equal_the_whole(
     scheme = schemes.get(name, group_size=group)
     weight = torch.randn(rows, 64 * groups, generator=torch.Generator().manual_seed(seed)).to(dtype)
     done = quantize_tensor("w", weight, torch.bfloat16, scheme, "cpu", block=block)
-    assert_equal(done.tensor, straight(weight.to(torch.bfloat16), scheme))
+    assert_same(done.tensor, straight(weight.to(torch.bfloat16), scheme))
 
 
 @pytest.mark.parametrize(("name", "options"), PER_TENSOR)
@@ -69,7 +54,7 @@ def test_one_scale_for_all(name: str, options: dict[str, str]) -> None:
     scheme = schemes.get(name, settings=options)
     weight = torch.randn(50, 64).bfloat16()
     assert not scheme.rows.by_tiles
-    assert_equal(quantize_tensor("w", weight, torch.bfloat16, scheme, "cpu", block=64).tensor, straight(weight, scheme))
+    assert_same(quantize_tensor("w", weight, torch.bfloat16, scheme, "cpu", block=64).tensor, straight(weight, scheme))
 
 
 @pytest.mark.parametrize(("name", "group"), CASES)
@@ -164,7 +149,7 @@ def test_stacked_experts_are_the_whole(name: str, settings: dict[str, str], bloc
     weight = torch.randn(3, 10, 32)
     scheme = schemes.get(name, settings=settings)
     ours = quantize_rows("experts.up_proj", weight, torch.bfloat16, scheme, "cpu", ErrorStats(), block=block)
-    assert_equal(ours, quantize_weight(weight.bfloat16(), scheme))
+    assert_same(ours, quantize_weight(weight.bfloat16(), scheme))
 
 
 def test_overflow_in_the_cast_is_refused() -> None:
@@ -181,4 +166,4 @@ def test_cuda_gives_what_quantize_gives_on_cuda(name: str, group: int | None) ->
     weight = torch.randn(100, 256).bfloat16()
     done = quantize_tensor("w", weight, torch.bfloat16, scheme, "cuda", block=2560)
     assert done.tensor.device.type == "cpu"
-    assert_equal(done.tensor, straight(weight.cuda(), scheme).cpu())
+    assert_same(done.tensor, straight(weight.cuda(), scheme).cpu())

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bits import same
 from helpers.pretended_gpu import Mistake, OnDevice, Stream, World, pretended
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +31,6 @@ from aoconvert.kernels.checked import Kernels
 from aoconvert.planning import needs, slices
 from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme, int4
-from aoconvert.schemes.apply import flatten
 from aoconvert.searching import measure as measuring
 from aoconvert.verification import load_device
 
@@ -85,13 +85,6 @@ def with_zeros(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactor
             tensor[1:3] = 0
     save_file(tensors, file, {"format": "pt"})
     return folder
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return type(one) is type(other) and all(
-        torch.equal(*(getattr(each, name).reshape(-1).view(torch.uint8) for each in (one, other)))
-        for name in flatten(one)[0]
-    )
 
 
 def locked(weight: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.bits import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as reference_load
@@ -22,11 +23,6 @@ facts = st.dictionaries(
 def filled(dtype, shape):
     data = torch.randint(0, 2 if dtype is torch.bool else 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
     return data.view(dtype).reshape(shape)
-
-
-def same(one, two):
-    assert (one.dtype, one.shape) == (two.dtype, two.shape)
-    return torch.equal(one.flatten().view(torch.uint8), two.flatten().view(torch.uint8))
 
 
 def raw(header, data=b""):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
+from helpers.bits import same
 from helpers.converted import MODELS, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,6 @@ from aoconvert.models.conversions import BLOCK_BYTES
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan
 from aoconvert.planning.make import make
-from aoconvert.schemes.apply import flatten
 from aoconvert.sources import resolve
 
 T: Any = tiny.transformers
@@ -226,13 +226,6 @@ def registered(operation: type[MergeModulelist]) -> Iterator[None]:
         yield
     finally:
         register_checkpoint_conversion_mapping("mixtral", before, overwrite=True)
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit by bit; of torchao's tensors every inner tensor."""
-    if type(one) is torch.Tensor or type(one) is not type(other):
-        return type(one) is type(other) and torch.equal(one, other)
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in flatten(one)[0])
 
 
 def digests(folder: Path) -> dict[str, str]:

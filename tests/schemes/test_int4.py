@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bits import assert_same
 from helpers.torchao_int4 import for_cuda, for_xpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,22 +38,6 @@ def torchao(weight: torch.Tensor, group_size: int, device: str, algorithm: str =
     if weight.shape[-1] % group_size:
         return weight  # as _int4_weight_only_quantize_tensor does
     return for_cuda(weight, group_size, algorithm) if device == "cuda" else for_xpu(weight, group_size)
-
-
-def assert_same(made: Any, reference: Any) -> None:
-    """Class, attributes, and every bit of the inner tensors."""
-    assert type(made) is type(reference)
-    (names, context), expected = made.__tensor_flatten__(), reference.__tensor_flatten__()
-    assert (names, context) == (expected[0], expected[1])
-    assert [type(value) for value in context] == [type(value) for value in expected[1]]
-    assert made.shape == reference.shape
-    assert made.dtype == reference.dtype
-    for name in names:
-        one, other = getattr(made, name), getattr(reference, name)
-        assert one.dtype == other.dtype
-        assert one.shape == other.shape
-        assert one.stride() == other.stride()
-        assert torch.equal(*(value.reshape(-1).view(torch.uint8) for value in (one, other)))
 
 
 @pytest.mark.parametrize(("device", "algorithm"), MADE)

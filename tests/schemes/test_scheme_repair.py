@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bits import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheme_table import ROWS, attributes, inner
@@ -23,10 +24,6 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def copies(tensor: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in inner(tensor).items()}
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bits import assert_same, same
 from scheme_table import ROWS, VARIANTS, Row, attributes, get, inner, parameters, quantize, variant_id, weight_shape
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import quantize_
@@ -31,24 +32,6 @@ def weight(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tens
     return made.to(dtype)
 
 
-def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Bit for bit: NaN equals NaN, -0 does not equal 0."""
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
-        return False
-    return torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (left, right)))
-
-
-def assert_same(made: torch.Tensor, reference: torch.Tensor) -> None:
-    """Class, attributes, and every bit of the inner tensors."""
-    assert type(made) is type(reference)
-    assert attributes(made) == attributes(reference)
-    assert (made.shape, made.dtype, made.device) == (reference.shape, reference.dtype, reference.device)
-    assert inner(made).keys() == inner(reference).keys()
-    for name, tensor in inner(made).items():
-        assert same_bytes(tensor, inner(reference)[name]), name
-        assert tensor.stride() == inner(reference)[name].stride(), name
-
-
 def pieces_equal_whole(values: torch.Tensor, made: schemes.Scheme, cuts: list[int]) -> bool:
     """Whether quantizing blocks of rows and concatenating their inner tensors gives the whole."""
     whole = quantize(values, made.config)
@@ -58,7 +41,7 @@ def pieces_equal_whole(values: torch.Tensor, made: schemes.Scheme, cuts: list[in
         return False
     for name, tensor in inner(whole).items():
         parts = [inner(block)[name] for block in blocks]
-        if not tensor.shape or not same_bytes(torch.cat(parts), tensor):
+        if not tensor.shape or not same(torch.cat(parts), tensor):
             return False
     return True
 
@@ -113,7 +96,7 @@ def test_int4_is_what_its_layout_makes(device: str) -> None:
     assert type(got).__name__ == made.entry.tensor_class
     expected = int4.quantize(values, group_size=32, device=device, algorithm="tinygemm")
     assert inner(got).keys() == inner(expected).keys()
-    assert all(same_bytes(tensor, inner(expected)[name]) for name, tensor in inner(got).items())
+    assert all(same(tensor, inner(expected)[name]) for name, tensor in inner(got).items())
     on_meta = quantize_weight(values.to("meta"), made)
     assert {n: (t.shape, t.dtype) for n, t in inner(on_meta).items()} == {
         n: (t.shape, t.dtype) for n, t in inner(got).items()

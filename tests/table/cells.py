@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from helpers import tiny
+from helpers.bits import assert_same
 from table.families import FAMILIES, TRANSFORMERS, Checkpoints
-from table.reference import assert_same, expected
+from table.reference import expected
 
 import aoconvert
 from aoconvert import schemes
@@ -107,7 +108,7 @@ def _compare(component: ComponentEntry, written: dict[str, torch.Tensor], state:
     assert set(written) | tied == set(state)
     assert not set(written) & tied
     for name, tensor in written.items():
-        assert_same(name, tensor, state[name])
+        assert_same(tensor, state[name], name)
 
 
 def _open(family: tiny.Family, output: Path, record: Cell) -> Any:
@@ -128,7 +129,7 @@ def _in_place(part: torch.nn.Module, written: dict[str, torch.Tensor], quantized
         assert plain == (name not in quantized), name
     for name in quantized:
         assert type(parameters[name].data).__name__ == kind, name
-        assert_same(name, parameters[name].data, written[name])
+        assert_same(parameters[name].data, written[name], name)
 
 
 def _forward(family: tiny.Family, opened: Any, part: torch.nn.Module | None, layout: LayoutEntry) -> str:

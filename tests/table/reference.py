@@ -104,24 +104,3 @@ def _places(inner_k_tiles: int) -> torch.Tensor:
 def _nibbles(words: torch.Tensor, count: int, *, highest_first: bool = False) -> torch.Tensor:
     order = reversed(range(count)) if highest_first else range(count)
     return torch.stack([(words >> (4 * at)) & 15 for at in order], dim=-1)
-
-
-def assert_same(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Class, shape, dtype, context, and every bit of every inner tensor."""
-    assert type(ours) is type(theirs), f"{name}: {type(ours).__name__}, torchao gives {type(theirs).__name__}"
-    assert ours.shape == theirs.shape, name
-    assert ours.dtype == theirs.dtype, name
-    if hasattr(ours, "__tensor_flatten__"):
-        names, context = ours.__tensor_flatten__()
-        names_theirs, context_theirs = theirs.__tensor_flatten__()
-        assert list(names) == list(names_theirs), name
-        assert str(context) == str(context_theirs), name
-        for inner in names:
-            assert_same(f"{name}.{inner}", getattr(ours, inner), getattr(theirs, inner))
-    else:
-        assert torch.equal(bits(ours), bits(theirs)), name
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A plain tensor's bytes."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

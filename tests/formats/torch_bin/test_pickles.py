@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bits import bits
 from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig, NVFP4WeightOnlyConfig
 from torchao.quantization import (
     Float8WeightOnlyConfig,
@@ -160,10 +161,6 @@ def assert_entry(entry, tensor, content):
     )
     found = raw.view(tensor.dtype).as_strided(entry.shape, data.stride)
     assert torch.equal(bits(found), bits(tensor.detach()))
-
-
-def bits(tensor):
-    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def assert_same(path):
