@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub.fixtures import hub_client
+from helpers.shared import build_once
 
 __all__ = ["hub_client"]
 
@@ -42,19 +43,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Tiny source checkpoints by family name, each built once a session. Do not write to them."""
+    """Tiny source checkpoints by family name. Do not write to them."""
     import torch
     from helpers import tiny
 
-    built: dict[str, Path] = {}
+    def build(folder: Path) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            tiny.FAMILIES[folder.name].build(folder)
 
-    def get(name: str) -> Path:
-        if name not in built:
-            folder = tmp_path_factory.mktemp("source") / name
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                tiny.FAMILIES[name].build(folder)
-            built[name] = folder
-        return built[name]
-
-    return get
+    return lambda name: build_once(tmp_path_factory, f"source/{name}", build)

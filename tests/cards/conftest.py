@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.shared import build_once
 
 import aoconvert
 
@@ -64,41 +65,34 @@ def build_t5(folder: Path) -> None:
     words_tokenizer(model_max_length=16).save_pretrained(folder)
 
 
+# family → builder of the checkpoints that only the tests of cards need
+OWN = {"llama-chat": build_chat, "t5-tokenizer": build_t5}
+
+
 @pytest.fixture(scope="session")
 def converted(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    """Converted checkpoints by family, ``family:scheme`` or one of this folder's own, once a session. Read only."""
-    made: dict[str, Path] = {}
-    own = {"llama-chat": build_chat, "t5-tokenizer": build_t5}
+    """Converted checkpoints by family, ``family:scheme`` or one of this folder's own. Read only."""
 
-    def get(name: str) -> Path:
-        if name not in made:
-            family, _, scheme = name.partition(":")
-            folder = tmp_path_factory.mktemp("card")
-            if family in own:
-                own[family](folder / "source")
-            source = folder / "source" if family in own else checkpoints(family)
-            aoconvert.quantize(source, scheme or "int8wo", output=folder / "out", device="cpu", min_quantized=0)
-            made[name] = folder / "out"
-        return made[name]
+    def build(folder: Path) -> None:
+        family, _, scheme = folder.name.partition(":")
+        source = folder / "source" if family in OWN else checkpoints(family)
+        if family in OWN:
+            OWN[family](source)
+        aoconvert.quantize(source, scheme or "int8wo", output=folder / "out", device="cpu", min_quantized=0)
 
-    return get
+    return lambda name: build_once(tmp_path_factory, f"card/{name}", build) / "out"
 
 
 @pytest.fixture(scope="session")
 def verified(converted: Converted, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """A copy of a converted checkpoint, verified with its example."""
-    made: dict[str, Path] = {}
 
-    def get(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("verified") / "out"
-            shutil.copytree(converted(name), folder)
-            report = aoconvert.verify(folder, example=True)
-            assert report.ok, report.to_dict()
-            made[name] = folder
-        return made[name]
+    def build(folder: Path) -> None:
+        shutil.copytree(converted(folder.name), folder / "out")
+        report = aoconvert.verify(folder / "out", example=True)
+        assert report.ok, report.to_dict()
 
-    return get
+    return lambda name: build_once(tmp_path_factory, f"verified/{name}", build) / "out"
 
 
 @pytest.fixture

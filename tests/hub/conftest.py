@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.shared import build_once
 from pushing import Pusher, pusher
 
 # kind → builder in tests/helpers/tiny.py, and options of quantize
@@ -14,24 +15,19 @@ KINDS = {
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A quantized and verified checkpoint by its kind; made once, not to be changed: see ``fresh``."""
-    made: dict[str, Path] = {}
+    """A quantized and verified checkpoint by its kind; not to be changed: see ``fresh``."""
 
-    def make(kind: str) -> Path:
-        if kind not in made:
-            from helpers import tiny
+    def build(root: Path) -> None:
+        from helpers import tiny
 
-            import aoconvert
+        import aoconvert
 
-            builder, options = KINDS[kind]
-            root = tmp_path_factory.mktemp(kind)
-            getattr(tiny, builder)(root / "source")
-            aoconvert.quantize(root / "source", "int8wo", output=root / "out", device="cpu", **options)
-            assert aoconvert.verify(root / "out", reload=kind == "pipeline").ok
-            made[kind] = root / "out"
-        return made[kind]
+        builder, options = KINDS[root.name]
+        getattr(tiny, builder)(root / "source")
+        aoconvert.quantize(root / "source", "int8wo", output=root / "out", device="cpu", **options)
+        assert aoconvert.verify(root / "out", reload=root.name == "pipeline").ok
 
-    return make
+    return lambda kind: build_once(tmp_path_factory, f"push/{kind}", build) / "out"
 
 
 @pytest.fixture
