@@ -9,6 +9,7 @@ from pathlib import Path
 
 from aoconvert.checkpoint import manifest
 from aoconvert.checkpoint.manifest import ComponentEntry, FileEntry, Manifest, UnquantizedEntry
+from aoconvert.engine.acceleration import prepare_kernels
 from aoconvert.engine.manifest_entries import (
     RunClock,
     component_entry,
@@ -80,6 +81,8 @@ def run(
             run=run_entry(clock, command, plan.devices, conversion.seconds),
         )
         stage.publish(manifest.encode(written))
+    for component in plan.components:  # the result is in its place
+        prepare_kernels(plan.devices[0], component.tensors)
     warnings = (*plan.warnings, *([f"the earlier run's work is not used: {unused}"] if unused else []))
     return QuantizeResult.of(plan, written, warnings, resumed)
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 from aoconvert import accelerators
+from aoconvert.engine.acceleration import KernelSource
 from aoconvert.engine.assembly import Assembly, quantized_on_meta
 from aoconvert.engine.blocks import Blocks, cut, quantize_block, torchao_at_work
 from aoconvert.engine.quantize import not_finite, quantize_rows
 from aoconvert.errors import DeviceError, DeviceMemoryError
-from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.slices import BUFFERS, DEVICE_BLOCK, PER_DEVICE, SLICE_BYTES
 from aoconvert.schemes.error_stats import ErrorStats, differences, squares
 from aoconvert.schemes.repair import repair
@@ -75,7 +75,7 @@ class Lanes:
     """
 
     devices: Sequence[str]
-    kernels: Kernels
+    kernels: KernelSource
     allow_cpu: bool = False
     pool: Executor | None = None
     _lanes: list[Lane] = field(default_factory=list)

@@ -15,7 +15,7 @@ from aoconvert.planning.slices import CPU_BLOCK, DEVICE_BLOCK
 from aoconvert.schemes.error_stats import ErrorStats
 
 if TYPE_CHECKING:
-    from aoconvert.kernels.checked import Checked
+    from aoconvert.engine.acceleration import Kernel
     from aoconvert.schemes import Scheme
 
 
@@ -41,7 +41,7 @@ def quantize_tensor(
     scheme: Scheme,
     device: str,
     *,
-    kernel: Checked | None = None,
+    kernel: Kernel | None = None,
     block: int | None = None,
     pool: Executor | None = None,
 ) -> QuantizedTensor:
@@ -63,7 +63,7 @@ def quantize_rows(
     device: str,
     error: ErrorStats,
     *,
-    kernel: Checked | None = None,
+    kernel: Kernel | None = None,
     block: int | None = None,
     pool: Executor | None = None,
 ) -> torch.Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from aoconvert.engine.acceleration import count_bytes, open_kernels
 from aoconvert.engine.channel import Channel, Stages
 from aoconvert.engine.device_streams import Lanes, open_devices
 from aoconvert.engine.eager import threads
@@ -18,7 +18,6 @@ from aoconvert.engine.results import ComponentResult, Seconds
 from aoconvert.engine.write import FileWriter
 from aoconvert.environment import available_cores
 from aoconvert.formats.digest import Mark
-from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import common_slices
 from aoconvert.planning.types import StreamedPlan, TensorPlan
@@ -73,14 +72,11 @@ def stream(reading: Reading, consumers: Sequence[Consumer], devices: Sequence[st
         for name, tensors in consumer.wanted.items():
             plans.setdefault(name, []).extend(tensors)
     inventory = [Cut(tensors[0], common_slices(tensors)) for tensors in plans.values()]
-    to_quantize: Counter[str] = Counter()
-    for tensor in (tensor for tensors in plans.values() for tensor in tensors):
-        if tensor.scheme is not None:
-            to_quantize[tensor.scheme.key] += tensor.bytes_in
+    to_quantize = count_bytes(tensor for tensors in plans.values() for tensor in tensors)
     with (
         ReadAhead(reading, inventory, devices) as ahead,
         torch.no_grad(),
-        Kernels(devices[0], to_quantize) as kernels,
+        open_kernels(devices[0], to_quantize) as kernels,
         threads(available_cores()) as pool,
     ):
         lanes = Lanes(devices, kernels, allow_cpu, pool)

@@ -27,8 +27,6 @@ from aoconvert.environment import import_torchao
 from aoconvert.schemes.apply import flatten, quantize_with
 from aoconvert.schemes.dequantize import dequantize
 
-# Part of the key of a kernel: to be raised whenever the graph, or how it is compiled, changes.
-GRAPH_VERSION = 1
 _LIMIT_S = 600
 _ROWS = 96  # of the example that is traced; the sizes themselves stay symbolic
 
@@ -49,10 +47,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         library = build(config, request["group_size"], source, base, Path(scratch), folder)
     # the name holds the content's digest: a damaged library would kill the process that loads it
-    place = folder / f"{key}.{hashlib.sha256(library).hexdigest()}.so"
+    finished = folder / f"{key}.{hashlib.sha256(library).hexdigest()}.so"
     unfinished = folder / f"{key}.{os.getpid()}.tmp"
     unfinished.write_bytes(library)
-    unfinished.replace(place)
+    unfinished.replace(finished)
 
 
 def build(
@@ -84,7 +82,7 @@ def build(
 
 
 def graph(config: Any, base: torch.dtype, example: torch.Tensor) -> torch.fx.GraphModule:
-    """What one call does, as a plain aten graph with symbolic sizes.
+    """Trace what one call does, as a plain aten graph with symbolic sizes (``GRAPH_VERSION`` in ``library`` counts it).
 
     Input: rows in the source's dtype. Output: the inner tensors of torchao's quantized rows, then for every row Σw² and
     Σ(w − dequantized)² in float64 and max |w − dequantized| in float32; the differences are float32.

@@ -13,11 +13,11 @@ from torchao.quantization import quantize_
 
 import aoconvert
 from aoconvert import accelerators, schemes
+from aoconvert.engine.acceleration import NoKernels
 from aoconvert.engine.blocks import Blocks, cut
 from aoconvert.engine.device_streams import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import QuantizeError, UsageError
-from aoconvert.kernels.checked import Kernels
 from aoconvert.planning.slices import SLICE_BYTES
 
 gpu = pytest.mark.gpu
@@ -89,7 +89,7 @@ def test_nan_is_named_when_the_result_is_asked_for() -> None:
 
 def test_pieces_are_dealt_by_bytes() -> None:
     scheme = schemes.get("int8wo")
-    lanes = Lanes(("cpu",), Kernels("cpu", {}))
+    lanes = Lanes(("cpu",), NoKernels())
     assert lanes.depth == 0
     lanes._lanes = [Lane("cpu"), Lane("cpu")]
     for rows in (100, 10, 10, 10):
@@ -99,7 +99,7 @@ def test_pieces_are_dealt_by_bytes() -> None:
 
 def test_pieces_wait_for_lanes_and_buffers() -> None:
     """A small tensor that is only copied takes no lane; giants do not pile up."""
-    lanes = Lanes(("cpu",), Kernels("cpu", {}))
+    lanes = Lanes(("cpu",), NoKernels())
     assert lanes.crowded([None])
     lanes._lanes = [Lane("cpu"), Lane("cpu")]
     assert not lanes.crowded([1, None, 1, None])

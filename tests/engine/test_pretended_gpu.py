@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 import aoconvert
 from aoconvert import accelerators, schemes
 from aoconvert.engine import device_streams, read_ahead, stream
+from aoconvert.engine.acceleration import NoKernels
 from aoconvert.engine.blocks import cut
 from aoconvert.engine.device_streams import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.environment import choose_device
 from aoconvert.errors import AoconvertError, DeviceError, DeviceMemoryError, PlanError, QuantizeError
 from aoconvert.inspection.compat import PackedLayout
-from aoconvert.kernels.checked import Kernels
 from aoconvert.planning import needs, slices
 from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme, int4
@@ -228,14 +228,14 @@ def test_blocks_shrink_until_they_fit(zeros: bool, gpu: World, caplog: pytest.Lo
         weight[7] = 0
     expected = quantize_tensor("w", weight, BRAIN, scheme, "cpu")
     for limit, device in ((1 << 28, "cuda"), (1 << 22, "cuda"), (1 << 12, "cpu")):
-        pool = Lanes(("cuda:0",), Kernels("cuda", {}), allow_cpu=True)
+        pool = Lanes(("cuda:0",), NoKernels(), allow_cpu=True)
         gpu.limit(limit)
         made = pool.start("w", locked(weight), BRAIN, scheme)()
         assert same(made.tensor, expected.tensor)
         assert (made.error.sqnr_db, made.error.repaired, made.device) == (expected.sqnr_db, int(zeros), device)
         assert ("no memory left" in caplog.text) == (device == "cpu")
     with pytest.raises(DeviceMemoryError, match="cuda:0 has no memory left for w"):
-        Lanes(("cuda:0",), Kernels("cuda", {})).start("w", locked(weight), BRAIN, scheme)
+        Lanes(("cuda:0",), NoKernels()).start("w", locked(weight), BRAIN, scheme)
 
 
 class Written(Silent):
@@ -383,13 +383,13 @@ def test_what_torchao_cannot_do_is_an_error_by_name(gpu: World) -> None:
         scheme, weight = schemes.get(name), torch.randn(shape).bfloat16()
         for device in ("cpu", "cuda:0"):
             with pytest.raises(QuantizeError, match=rf"w.*{why}|{why}"):
-                Lanes((device,), Kernels(device, {})).start("w", weight, BRAIN, scheme)()
+                Lanes((device,), NoKernels()).start("w", weight, BRAIN, scheme)()
 
 
 def test_nan_is_named(gpu: World) -> None:
     weight = torch.ones(8, 256)
     weight[3, 3] = torch.nan
-    pool = Lanes(("cuda:0",), Kernels("cuda", {}))
+    pool = Lanes(("cuda:0",), NoKernels())
     for begin in (pool.start, pool.measure):
         finish = begin("w", locked(weight), BRAIN, schemes.get("float8wo"))
         with pytest.raises(QuantizeError, match="w holds NaN or infinity"):
@@ -404,7 +404,7 @@ def test_the_plan_promises_what_a_gpu_takes(
     monkeypatch.setattr(device_streams, "DEVICE_BLOCK", 1 << 18)
     scheme = schemes.get(name, layout_device=layout)
     weight = locked(torch.randn(1024, 1024).bfloat16())
-    pool = Lanes(("cuda:0",), Kernels("cuda", {}))
+    pool = Lanes(("cuda:0",), NoKernels())
     for finish in [pool.start("w", weight, BRAIN, scheme) for _ in range(slices.PER_DEVICE)]:
         finish()
     peak = gpu.memory[torch.device("cuda:0")].peak

@@ -355,6 +355,27 @@ def test_a_large_model_starts_eager_and_switches(cache: Path) -> None:
 
 
 @needs_compiler
+def test_a_kernel_that_pays_only_in_the_next_run_is_built_when_this_one_is_over(cache: Path) -> None:
+    """Of 3 GB, all of which go eager; of 1 GB none is built, and of 5 GB it has been built by then."""
+    scheme, key = scheme_of(INT8), (scheme_of(INT8).key, BF16, BF16)
+    for size in (10**9, 5 * 10**9):
+        with Kernels("cpu", {scheme.key: size}) as kernels:
+            kernels.prepare(scheme, BF16, BF16)
+            assert key not in kernels._found
+    with Kernels("cpu", {scheme.key: 3 * 10**9}) as kernels:
+        assert kernels.for_tensor(scheme, BF16, BF16) is None
+        assert kernels._found[key] is None
+    with Kernels("cpu", {scheme.key: 3 * 10**9}) as kernels:
+        kernels.prepare(scheme, BF16, BF16)
+        building = kernels._found[key]
+        assert isinstance(building, library.Building)
+        assert building._process is not None
+        kernels.prepare(scheme, BF16, BF16)
+        assert kernels._found[key] is building
+    building.cancel()
+
+
+@needs_compiler
 def test_the_switch_comes_when_the_library_is_there(built: Built) -> None:
     path = library_of(built(INT8), INT8)
     assert built.eager_first[INT8]
