@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from aoconvert.checkpoint import manifest
@@ -23,7 +23,7 @@ from aoconvert.models.calls import call_parameters
 from aoconvert.models.own_classes import is_pipeline_module
 from aoconvert.models.transformers import auto_class
 from aoconvert.planning import ComponentPlan, Plan
-from aoconvert.planning.types import TensorPlan, UnquantizedPlan, config_dict, layout_dict, vars_of
+from aoconvert.planning.types import TensorPlan, UnquantizedPlan, config_dict, layout_dict
 from aoconvert.recipes import rule_schemes
 from aoconvert.schemes.base import Layout
 from aoconvert.schemes.imports import imports
@@ -173,10 +173,10 @@ def component_entry(
         loads_with={"torchao": f">={component.min_torchao}", "torch": ">=2.6"},
         fused_qkv=bool(component.skeleton.fused),
         rules=dict(rule_schemes(config, component.layout.device)) if len(component.schemes) > 1 else None,
-        missing=[manifest.LeftOutEntry(**item.to_dict()) for item in component.missing],
-        dropped=[manifest.LeftOutEntry(**item.to_dict()) for item in component.dropped],
+        missing=[manifest.LeftOutEntry(**asdict(item)) for item in component.missing],
+        dropped=[manifest.LeftOutEntry(**asdict(item)) for item in component.dropped],
         tensors=tensors,
-        totals=manifest.Totals(**vars_of(component.totals), worst_sqnr_db=min(worst, default=None)),
+        totals=manifest.Totals(**asdict(component.totals), worst_sqnr_db=min(worst, default=None)),
     )
 
 

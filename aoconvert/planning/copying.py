@@ -15,9 +15,10 @@ from aoconvert.checkpoint.manifest import MANIFEST_NAME, PICTURE_NAME, REPORT_NA
 from aoconvert.errors import SourceError
 from aoconvert.formats.registry import FORMATS, TORCH_BIN
 from aoconvert.models import ModelLayout, ModelPart, join
+from aoconvert.options import QuantizeOptions
 from aoconvert.planning.types import CopyPlan, LeftBehind
 from aoconvert.planning.unquantized import ONNX
-from aoconvert.planning.weights import weights_of
+from aoconvert.planning.weights import is_only, weights_of
 from aoconvert.sources.adapters import adapter_files
 from aoconvert.sources.weights import variant_of
 
@@ -140,11 +141,7 @@ def sort_files(
     layout: ModelLayout,
     chosen: Sequence[ModelPart],
     read: Sequence[str],
-    *,
-    only: bool,
-    variant: str | None,
-    code: bool,
-    keep_original: bool,
+    options: QuantizeOptions,
 ) -> tuple[tuple[CopyPlan, ...], tuple[LeftBehind, ...]]:
     """Sort every file of the source.
 
@@ -153,11 +150,9 @@ def sort_files(
         layout: what it holds.
         chosen: the models that are quantized: their configs are written anew.
         read: files whose tensors are written anew.
-        only: one component is written alone, and the rest of the pipeline is not looked at.
-        variant: weights variant that was asked for.
-        code: take the checkpoint's own code over.
-        keep_original: take the weights of the other parts over unchanged; ``variant`` is dropped from their names, so
-            that plain ``from_pretrained`` finds them.
+        options: ``component_only``: the rest of the pipeline is not looked at; ``trust_remote_code``: take the
+            checkpoint's own code over; ``keep_original_files``: take the weights of the other parts over unchanged,
+            without ``variant`` in their names, so that plain ``from_pretrained`` finds them.
 
     Returns:
         What is taken over, by its path in the output, and what is left behind.
@@ -165,15 +160,16 @@ def sort_files(
     Raises:
         SourceError: weights that are to be taken over are damaged.
     """
+    only = is_only(layout, options)
     anew = {join(component.folder, "config.json") for component in chosen}
     models = [component for component in layout.components if component.library == "transformers"]
     adapters = {path for component in models for path in adapter_files(source, component.folder)}
-    sorting = _Sorting(source, frozenset(read) | anew, code, frozenset(adapters))
+    sorting = _Sorting(source, frozenset(read) | anew, options.trust_remote_code, frozenset(adapters))
     if layout.kind == "pipeline" and not only:
         parts = [part for part in layout.parts if part.folder != layout.folder]
         names = {part.folder: part.folder.rpartition("/")[2] for part in parts}
-        if keep_original:
-            sorting.read |= _take_weights(sorting, layout, chosen, variant)
+        if options.keep_original_files:
+            sorting.read |= _take_weights(sorting, layout, chosen, options.variant)
         sorting.sort(layout.folder, "", apart=list(names.values()))
         for part in parts:
             if part.class_name == ONNX:

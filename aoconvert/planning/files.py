@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from aoconvert.formats.registry import FileFormat
-from aoconvert.models import ModelPart
-from aoconvert.planning.types import TensorPlan
+from aoconvert.formats.registry import OUTPUT, FileFormat
+from aoconvert.models import ModelPart, join
+from aoconvert.planning.types import FilePlan, TensorPlan
 from aoconvert.sources.weights import STEMS
+
+if TYPE_CHECKING:
+    import torch
 
 # The Hub takes files below 50 GB; diffusers cannot open a sharded .bin without being told (diffusers#14811).
 DIFFUSERS_FILE_BYTES = 45 * 10**9
@@ -23,6 +28,45 @@ def weights_name(component: ModelPart, format_: FileFormat, number: int, count: 
 def index_name(component: ModelPart, format_: FileFormat) -> str:
     """Name of the index beside sharded weights."""
     return f"{STEMS[component.library][format_.name]}{format_.suffix}.index.json"
+
+
+def lay_out(
+    component: ModelPart,
+    folder: str,
+    planned: Sequence[TensorPlan],
+    outputs: Mapping[str, torch.Tensor],
+    order: Sequence[str],
+    limit: int | None,
+) -> tuple[tuple[TensorPlan, ...], tuple[str, ...], tuple[FilePlan, ...]]:
+    """Deal tensors to files, and compute each file's exact size.
+
+    Args:
+        component: the model.
+        folder: its folder in the output.
+        planned: its tensors, in state-dict order.
+        outputs: what is written for them, on ``meta``.
+        order: names as they lie in the source.
+        limit: tensor bytes a file; ``None``: what the library can open.
+
+    Returns:
+        The tensors with their files, names in the order they are written, and the files.
+    """
+    predict_size = OUTPUT.writer.predict_size
+    default = DIFFUSERS_FILE_BYTES if component.library == "diffusers" else TRANSFORMERS_FILE_BYTES
+    dealt = assign(planned, order, limit or default)
+    where: dict[str, str] = {}
+    files = []
+    for number, names in enumerate(dealt, start=1):
+        path = join(folder, weights_name(component, OUTPUT, number, len(dealt)))
+        where.update(dict.fromkeys(names, path))
+        also = {tensor.name: tensor.same_as for tensor in planned if tensor.same_as in where}
+        also = {name: same for name, same in also.items() if where[same] == path}
+        where.update(dict.fromkeys(also, path))
+        # the file lists tensors in state-dict order, their data lies in the order it was read
+        listed = [tensor.name for tensor in planned if where.get(tensor.name) == path]
+        files.append(FilePlan(path, predict_size({name: outputs[name] for name in names}, listed, also)))
+    tensors = tuple(replace(tensor, file=where.get(tensor.name)) for tensor in planned)
+    return tensors, tuple(name for names in dealt for name in names), tuple(files)
 
 
 def assign(tensors: Sequence[TensorPlan], order: Sequence[str], limit: int) -> list[list[str]]:

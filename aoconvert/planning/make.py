@@ -14,11 +14,12 @@ from aoconvert.models import ModelPart, identify
 from aoconvert.models.fused import CannotFuse
 from aoconvert.models.pipeline import refuse_quantized
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning.component import component_warnings, dropped_warning, plan_component
+from aoconvert.planning.component import plan_component
+from aoconvert.planning.component_warnings import component_warnings, dropped_warning
 from aoconvert.planning.copying import sort_files, unread_pickles
 from aoconvert.planning.needs import needs
 from aoconvert.planning.output import output_problems, space_problems
-from aoconvert.planning.types import ComponentPlan, Plan, UnquantizedPlan
+from aoconvert.planning.types import ComponentPlan, Plan, StreamedPlan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose_components, is_only, load_recipe
 from aoconvert.recipes.rules import Rules, allowing, skipping, unmatched
@@ -53,46 +54,31 @@ def make(
     layout = identify(source, options.subfolder)
     recipe = load_recipe(options)
     chosen, problems = choose_components(layout, options, recipe)
-    for component in chosen:
-        refuse_quantized(component)  # before torch is imported
-    devices: tuple[str, ...] = ("cpu",)
-    try:
-        devices = choose_devices(options.device)
-    except PlanError as error:
-        problems += error.problems
-    asked = rules or {item.name: resolve_rules(options, item, devices[0], recipe) for item in chosen}
-    plans, found, warnings = _plans(source, layout, chosen, asked, options, need_weights=need_weights)
-    problems += [*found, *_unmatched(plans), *_unmatched_missing(plans, options)]
+    for model in chosen:
+        refuse_quantized(model)  # before torch is imported
+    devices, unusable = _choose_devices(options.device)
+    rules = rules or {model.name: resolve_rules(options, model, devices[0], recipe) for model in chosen}
+    components, found, warnings = _plan_components(source, layout, chosen, rules, options, need_weights=need_weights)
+    problems += [*unusable, *found, *_unmatched(components), *_unmatched_missing(components, options)]
+    # a plan writes nothing: what is in the way of carrying it out is worth knowing, no more
+    obstacles = problems if need_weights else warnings
 
-    only = is_only(layout, options)
     unquantized: tuple[UnquantizedPlan, ...] = ()
-    if chosen and layout.kind == "pipeline" and not only:
-        (problems if need_weights else warnings).extend(part_problems(source, layout, chosen, options.variant))
+    if chosen and layout.kind == "pipeline" and not is_only(layout, options):
+        obstacles += part_problems(source, layout, chosen, options.variant)
         if not options.keep_original_files:
             unquantized = plan_unquantized(source, layout, chosen, options)
-            warnings += [line for item in unquantized for line in dropped_warning(item.component.title, item.dropped)]
-    weights = [item.weights for item in plans if item.weights] + [item.weights for item in unquantized]
-    fetch = [path for files in weights for path in files.paths]
-    copied, left_behind = sort_files(
-        source,
-        layout,
-        chosen,
-        fetch,
-        only=only,
-        variant=options.variant,
-        code=options.trust_remote_code,
-        keep_original=options.keep_original_files,
-    )
+            warnings += [line for part in unquantized for line in dropped_warning(part.component.title, part.dropped)]
+    streamed: tuple[StreamedPlan, ...] = (*components, *unquantized)
+    fetch = [path for model in streamed if model.weights for path in model.weights.paths]
+    copied, left_behind = sort_files(source, layout, chosen, fetch, options)
     problems += unread_pickles(source, copied)
-    wanted = needs(plans, unquantized, copied, devices)
-    # a plan writes nothing: what is in the way of the output is worth knowing, no more
-    (problems if need_weights else warnings).extend(
-        output_problems(source, options.output, overwrite=options.overwrite)
-    )
+    wanted = needs(components, unquantized, copied, devices)
+    obstacles += output_problems(source, options.output, overwrite=options.overwrite)
     # of a config alone the plan is a calculation: nothing could be carried out anyway
-    possible = need_weights or any(item.weights for item in plans)
+    possible = need_weights or any(component.weights for component in components)
     (problems if possible else warnings).extend(space_problems(options.output, wanted.disk_bytes))
-    problems += _unreadable(source, [item.source for item in copied])
+    problems += _unreadable(source, [file.source for file in copied])
     if problems:
         raise PlanError(problems)
     return Plan(
@@ -100,11 +86,11 @@ def make(
         layout=layout,
         output=options.output,
         devices=devices,
-        components=tuple(plans),
+        components=tuple(components),
         unquantized=unquantized,
         copied=copied,
         left_behind=left_behind,
-        fetch=(*fetch, *(item.source for item in copied)),
+        fetch=(*fetch, *(file.source for file in copied)),
         needs=wanted,
         warnings=tuple(warnings),
         subfolder=options.subfolder,
@@ -131,7 +117,15 @@ def refuse_early(source: Source, options: QuantizeOptions) -> None:
         refuse_quantized(component)
 
 
-def _plans(
+def _choose_devices(wanted: str) -> tuple[tuple[str, ...], list[str]]:
+    """Where weights are quantized, and why it cannot be where the user wants it."""
+    try:
+        return choose_devices(wanted), []
+    except PlanError as error:
+        return ("cpu",), list(error.problems)
+
+
+def _plan_components(
     source: Source,
     layout: ModelLayout,
     chosen: Sequence[ModelPart],
@@ -146,25 +140,25 @@ def _plans(
         CannotFuse: fused projections were asked for, and not one of the models can have them.
         SourceError: the source cannot be read at all.
     """
-    plans: list[ComponentPlan] = []
+    components: list[ComponentPlan] = []
     problems: list[str] = []
     warnings: list[str] = []
     refusals: list[CannotFuse] = []
-    for component in chosen:
-        plan = partial(
-            plan_component, source, layout, component, rules[component.name], options, need_weights=need_weights
+    for model in chosen:
+        plan_model = partial(
+            plan_component, source, layout, model, rules[model.name], options, need_weights=need_weights
         )
         try:
-            made, found = plan(fuse_qkv=options.fuse_qkv)
+            component, found = plan_model(fuse_qkv=options.fuse_qkv)
         except CannotFuse as refusal:  # a text encoder, or a VAE, beside a denoiser that can
             refusals.append(refusal)
-            made, found = plan(fuse_qkv=False)
-        plans.append(made)
+            component, found = plan_model(fuse_qkv=False)
+        components.append(component)
         problems += found
-        warnings += component_warnings(source, made)
-    if refusals and len(refusals) == len(plans):
+        warnings += component_warnings(source, component)
+    if refusals and len(refusals) == len(components):
         raise refusals[0]
-    return plans, problems, [*warnings, *(f"{refusal}: its projections stay apart" for refusal in refusals)]
+    return components, problems, [*warnings, *(f"{refusal}: its projections stay apart" for refusal in refusals)]
 
 
 def _unreadable(source: Source, paths: Sequence[str]) -> list[str]:
@@ -191,7 +185,7 @@ def resolve_rules(options: QuantizeOptions, component: ModelPart, device: str, r
         UsageError: an unknown scheme or setting, or a recipe that makes no sense.
         PlanError: a scheme that cannot be made with what is installed.
     """
-    place = device.partition(":")[0]
+    kind = device.partition(":")[0]
     name = options.components.get(component.name) or options.scheme
     default = None
     if name is not None:
@@ -199,22 +193,24 @@ def resolve_rules(options: QuantizeOptions, component: ModelPart, device: str, r
             name,
             group_size=options.group_size,
             settings=options.settings,
-            layout_device=options.layout_device or place,
+            layout_device=options.layout_device or kind,
         )
-    made = Rules((), default)
+    rules = Rules((), default)
     if recipe is not None:
-        made = recipes.rules(recipe, component.name, default, layout_device=options.layout_device, device=place)
-    return replace(made, skip=skipping(options.skip))
+        rules = recipes.rules(recipe, component.name, default, layout_device=options.layout_device, device=kind)
+    return replace(rules, skip=skipping(options.skip))
 
 
-def _unmatched(plans: Sequence[ComponentPlan]) -> list[str]:
-    rules = list(dict.fromkeys(rule for plan in plans for rule in plan.rules))
-    return unmatched(rules, [name for plan in plans for spec in plan.skeleton for name in (spec.name, spec.module)])
+def _unmatched(components: Sequence[ComponentPlan]) -> list[str]:
+    """One line for every rule that no tensor of the components answers to."""
+    rules = list(dict.fromkeys(rule for component in components for rule in component.rules))
+    specs = [spec for component in components for spec in component.skeleton]
+    return unmatched(rules, [name for spec in specs for name in (spec.name, spec.module)])
 
 
-def _unmatched_missing(plans: Sequence[ComponentPlan], options: QuantizeOptions) -> list[str]:
+def _unmatched_missing(components: Sequence[ComponentPlan], options: QuantizeOptions) -> list[str]:
     """One line for every ``--allow-missing`` that no missing tensor answers to; nothing where no weights were seen."""
-    if not any(plan.weights for plan in plans):
+    if not any(component.weights for component in components):
         return []
-    names = [item.name for plan in plans for item in plan.missing]
+    names = [item.name for component in components for item in component.missing]
     return unmatched(allowing(options.allow_missing), [*names, *(name.rpartition(".")[0] for name in names)])

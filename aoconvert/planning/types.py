@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,10 +80,7 @@ class TensorPlan:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,6 @@ class LeftOut:
 
     name: str
     reason: str
-
-    def to_dict(self) -> dict[str, str]:
-        """As the plan's JSON and the manifest have it."""
-        return {"name": self.name, "reason": self.reason}
 
 
 @dataclass(frozen=True)
@@ -337,25 +331,21 @@ class Plan:
             "components": [_component_dict(item, self.device) for item in self.components],
             "unquantized": [_unquantized_dict(item) for item in self.unquantized],
             "copied": [{"path": item.path, "size": item.size} for item in self.copied],
-            "left_behind": [{"path": item.path, "reason": item.reason} for item in self.left_behind],
-            "needs": {
-                "disk_bytes": self.needs.disk_bytes,
-                "device_peak_bytes": self.needs.device_peak_bytes,
-                "host_peak_bytes": self.needs.host_peak_bytes,
-            },
+            "left_behind": [asdict(item) for item in self.left_behind],
+            "needs": asdict(self.needs),
             "warnings": list(self.warnings),
             "problems": [],
         }
 
 
-def _component_dict(plan: ComponentPlan, device: str) -> dict[str, Any]:
+def _component_dict(component: ComponentPlan, device: str) -> dict[str, Any]:
     return {
-        "name": plan.component.name,
-        "library": plan.component.library,
-        "class": plan.component.class_name,
-        "scheme": plan.scheme_name,
-        "config": config_dict(plan.config),
-        "layout": layout_dict(plan.layout, plan.unconfirmed),
+        "name": component.component.name,
+        "library": component.component.library,
+        "class": component.component.class_name,
+        "scheme": component.scheme_name,
+        "config": config_dict(component.config),
+        "layout": layout_dict(component.layout, component.unconfirmed),
         "tensors": [
             {
                 "name": t.name,
@@ -369,40 +359,34 @@ def _component_dict(plan: ComponentPlan, device: str) -> dict[str, Any]:
                 "device": "cpu" if device != "cpu" and t.scheme is not None and t.scheme.cpu_only else None,
                 "file": t.file,
             }
-            for t in plan.tensors
+            for t in component.tensors
         ],
-        "missing": [item.to_dict() for item in plan.missing],
-        "dropped": [item.to_dict() for item in plan.dropped],
-        "files": [{"path": item.path, "size": item.size} for item in plan.files],
-        "totals": vars_of(plan.totals),
+        "missing": [asdict(item) for item in component.missing],
+        "dropped": [asdict(item) for item in component.dropped],
+        "files": [asdict(item) for item in component.files],
+        "totals": asdict(component.totals),
     }
 
 
-def _unquantized_dict(plan: UnquantizedPlan) -> dict[str, Any]:
+def _unquantized_dict(part: UnquantizedPlan) -> dict[str, Any]:
     return {
-        "name": plan.component.name,
-        "path": plan.folder,
-        "library": plan.component.library,
-        "class": plan.component.class_name,
+        "name": part.component.name,
+        "path": part.folder,
+        "library": part.component.library,
+        "class": part.component.class_name,
         "tensors": [
             {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.bytes_out, "file": t.file}
-            for t in plan.tensors
+            for t in part.tensors
         ],
-        "files": [{"path": item.path, "size": item.size} for item in plan.files],
+        "files": [asdict(item) for item in part.files],
     }
-
-
-def vars_of(totals: Totals) -> dict[str, Any]:
-    """The totals as a plain dict, in field order."""
-    return {name: getattr(totals, name) for name in totals.__dataclass_fields__}
 
 
 def config_dict(config: AOBaseConfig) -> dict[str, Any]:
     """A torchao config as ``config_to_dict`` gives it, for config.json and the manifest."""
     from torchao.core.config import config_to_dict
 
-    values: dict[str, Any] = config_to_dict(config)
-    return values
+    return dict(config_to_dict(config))
 
 
 def layout_dict(layout: Layout, unconfirmed: str | None = None) -> Mapping[str, Any]:

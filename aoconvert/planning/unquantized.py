@@ -15,8 +15,7 @@ from aoconvert.models import ModelLayout, ModelPart, join
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.own_classes import is_model
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning import files as plan_files
-from aoconvert.planning.component import lay_out
+from aoconvert.planning.files import lay_out, weights_name
 from aoconvert.planning.inventory import read_contents
 from aoconvert.planning.types import FilePlan, LeftOut, TensorPlan, UnquantizedPlan
 from aoconvert.planning.weights import weights_of
@@ -88,7 +87,7 @@ def _plan(
     contents = read_contents(source, weights)
     if contents is None:  # a .bin on the Hub: what it holds is known when it is here
         size = sum(source.files()[path].size for path in weights.files)
-        files = (FilePlan(join(folder, plan_files.weights_name(component, OUTPUT, 1, 1)), size),)
+        files = (FilePlan(join(folder, weights_name(component, OUTPUT, 1, 1)), size),)
         return UnquantizedPlan(component, folder, (), (), files, weights)
     found = contents.tensors
     planned = _tensors(found)

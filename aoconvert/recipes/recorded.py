@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from aoconvert.checkpoint.manifest import ComponentEntry, Manifest, parse
+from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
+from aoconvert.checkpoint.manifest_text import parse
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import AoconvertError, UsageError
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from aoconvert.models import TensorSpec
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.choices import SchemeChoice, Wishes, choose_schemes
-from aoconvert.planning.component import lay_out
 from aoconvert.planning.decide import meta_output, nbytes
+from aoconvert.planning.files import lay_out
 from aoconvert.planning.types import ComponentPlan
 from aoconvert.recipes.rules import Rule, Rules, skipping
 

@@ -17,7 +17,7 @@ from aoconvert.json_text import INDEX_BYTES
 from aoconvert.sources.base import Source, is_safe_path, show
 
 Library = Literal["diffusers", "transformers"]
-Format = Literal["safetensors", "bin"]
+Format = Literal["bin", "safetensors"]
 
 STEMS: dict[Library, dict[Format, str]] = {
     "diffusers": {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},

@@ -17,6 +17,7 @@ from helpers.tiny import clip_tokenizer, t5_tokenizer, transformers
 import aoconvert
 from aoconvert.cards import CardOptions, render
 from aoconvert.checkpoint import manifest as manifests
+from aoconvert.options import QuantizeOptions
 from aoconvert.planning.copying import sort_files
 from aoconvert.sources.folder import FolderSource
 
@@ -109,7 +110,7 @@ def test_every_name_that_a_tokenizer_or_processor_reads(tmp_path: Path) -> None:
     touch(tmp_path, [*found, "config.json"])
     source = FolderSource(tmp_path)
     layout = aoconvert.models.ModelLayout("transformers", "", "X", ())
-    copied, left = sort_files(source, layout, (), (), only=False, variant=None, code=False, keep_original=False)
+    copied, left = sort_files(source, layout, (), (), QuantizeOptions("int8wo"))
     assert {item.path for item in copied} >= found
     assert not left
 

@@ -1,0 +1,95 @@
+"""What is not wrong with a plan, but the user should know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from aoconvert import schemes
+from aoconvert.humanize import size
+from aoconvert.models import ModelPart, join
+from aoconvert.planning.decide import nbytes
+from aoconvert.planning.types import ComponentPlan, LeftOut, TensorPlan
+from aoconvert.schemes.apply import quantize_weight
+from aoconvert.sources.adapters import ADAPTER_CONFIG, adapter_files
+
+if TYPE_CHECKING:
+    from aoconvert.sources import Source
+
+_INT8_BYTES = 0.9  # bytes per parameter; a scheme above it promises nothing smaller than int8wo
+
+
+def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
+    """Say what is not wrong with a component, but the user should know."""
+    title = component.component.title
+    lines = list(dict.fromkeys(f"{title}: {note}" for scheme in component.schemes for note in scheme.notes))
+    if component.cannot_run is not None:
+        dtype, error = component.cannot_run
+        what = f"it stays in {component.dtype}" if component.dtype != dtype else "--dtype float32 gives one that runs"
+        lines.append(f"{title}: {component.component.class_name} cannot run in {dtype} ({error}); {what}")
+    if component.component.config.get("experts_implementation") == "eager":
+        lines.append(f"{title}: its experts run one after the other; nothing else multiplies them when quantized so")
+    if component.skeleton.fused:
+        lines.append(f"{title}: from_pretrained cannot open fused projections; the load code assigns the weights")
+    if component.component.library == "diffusers" and len(component.files) > 1:
+        lines.append(f"{title}: diffusers opens a sharded .bin only with use_safetensors=False")
+    for name, origin in component.apart:
+        lines.append(f"{title}: {name} and {origin} should be one by its config, but differ: both are kept")
+    lines += _adapter_warnings(source, component.component)
+    lines += _counted(title, "tensors that its class does not know are carried over unchanged", component.carried)
+    lines += dropped_warning(title, component.dropped)
+    lines += _counted(title, "tensors that the checkpoint does not hold are left to the library", component.missing)
+    if (larger := _larger_than_int8(component)) is not None:
+        lines.append(f"{title}: {larger}")
+    if component.copied is not None:
+        lines.append(f"{title}: transformers makes a copy of its merged tensors while it runs ({component.copied})")
+    return lines
+
+
+def _adapter_warnings(source: Source, component: ModelPart) -> list[str]:
+    if component.library != "transformers":
+        return []
+    if found := adapter_files(source, component.folder):
+        name = found[-1].rpartition("/")[2]
+        # integrations.peft.maybe_load_adapters: only what is a folder keeps its own weights
+        hub = "; of a repo on the Hub transformers then opens the model that it names as its base"
+        return [f"{component.title}: {name} beside its weights is loaded with the weights where peft is installed{hub}"]
+    if source.has(join(component.folder, ADAPTER_CONFIG)):
+        return [f"{component.title}: {ADAPTER_CONFIG} is of an adapter whose weights are not there; it is left out"]
+    return []
+
+
+def _larger_than_int8(component: ComponentPlan) -> str | None:
+    """Weights of fewer than 8 bits that take more bytes than int8wo's would: padding makes small layers large."""
+    few = [t for t in component.tensors if t.scheme is not None and t.scheme.format.bytes_per_parameter < _INT8_BYTES]
+    if not few:
+        return None
+    here = sum(tensor.bytes_out for tensor in few)
+    counts = Counter((tensor.shape, tensor.dtype) for tensor in few)
+    int8 = sum(count * _int8_bytes(*kind) for kind, count in counts.items())
+    if here <= int8:
+        return None
+    names = "+".join(dict.fromkeys(t.scheme.name for t in few if t.scheme is not None))
+    return f"{names} takes {size(here)}, int8wo would take {size(int8)}: the layout pads layers this small"
+
+
+def _int8_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """What int8wo stores for a weight."""
+    import torch
+
+    return nbytes(
+        quantize_weight(torch.empty(shape, dtype=getattr(torch, dtype), device="meta"), schemes.get("int8wo"))
+    )
+
+
+def dropped_warning(title: str, dropped: Sequence[LeftOut]) -> list[str]:
+    """What the checkpoint holds and the result does not; no line where that is nothing."""
+    return _counted(title, "entries of the checkpoint are left out", dropped)
+
+
+def _counted(title: str, what: str, items: Sequence[LeftOut | TensorPlan]) -> list[str]:
+    if not items:
+        return []
+    shown = ", ".join(item.name for item in items[:3]) + (", …" if len(items) > 3 else "")
+    return [f"{title}: {len(items)} {what}: {shown}"]
