@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from classes.shrink import Changes, build, class_of
-from table.reference import assert_same, quantize_named
+from helpers.bits import assert_same
+from table.reference import quantize_named
 
 import aoconvert
 from aoconvert import inputs, schemes
@@ -126,7 +127,7 @@ def _compare(ours: torch.nn.Module, theirs: torch.nn.Module) -> str:
     different = []
     for name, tensor in found.items():
         try:
-            assert_same(name, tensor.data, wanted[name].data)
+            assert_same(tensor.data, wanted[name].data, name)
         except AssertionError:
             different.append(name)
     if not different:

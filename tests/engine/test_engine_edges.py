@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
+from helpers.bits import assert_same, bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from table.cells import ROWS
-from table.reference import assert_same, bits, expected
+from table.reference import expected
 
 import aoconvert
 from aoconvert import schemes
@@ -185,7 +186,7 @@ def test_a_scalar_parameter_is_left_alone(tmp_path: Path) -> None:
     assert (scale.shape, scale.action) == ((), "keep")
     assert scale.reason is not None
     opened = tiny.transformers.CLIPModel.from_pretrained(made.folder)
-    assert_same("logit_scale", opened.logit_scale.data, made.written["logit_scale"])
+    assert_same(opened.logit_scale.data, made.written["logit_scale"], "logit_scale")
 
 
 # --- values
@@ -212,9 +213,9 @@ def test_zeros_and_denormals(row: str, square: Callable[[torch.dtype], Path], tm
     opened = tiny.transformers.BertModel.from_pretrained(made.folder).state_dict()
     for tensor in made.component.tensors:
         name, ours = tensor.name, made.written[tensor.name]
-        assert_same(name, opened[name], ours)
+        assert_same(opened[name], ours, name)
         if not tensor.repaired_rows:
-            assert_same(name, ours, theirs[name])
+            assert_same(ours, theirs[name], name)
         if tensor.action != "quantize":
             assert tensor.reason is not None
             continue
