@@ -70,8 +70,6 @@ def _source(manifest: Manifest, word: str) -> str | None:
     if word.startswith("-"):  # an option: a folder of such a name is recorded with ./ before it
         return None
     name = word.removeprefix("./")
-    if word.startswith("-"):  # an option: a folder of such a name is recorded with ./ before it
-        return None
     return f"./{name}" if "/" not in name and name.isprintable() and name.lstrip(".") else None
 
 
