@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import logging
 import os
 import signal
 import stat
@@ -14,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from aoconvert.checkpoint.lock import hold_output
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, FileEntry
 from aoconvert.checkpoint.unfinished import (
     DRAFT_NAME,
@@ -31,13 +30,12 @@ from aoconvert.errors import (
     DeviceError,
     HostMemoryError,
     Interrupted,
-    PlanError,
     ReadError,
     SourceError,
     WriteError,
     is_out_of_memory,
 )
-from aoconvert.files import read_limited, write_whole, writing
+from aoconvert.files import write_whole, writing
 from aoconvert.formats.index import write_index
 from aoconvert.humanize import size
 from aoconvert.planning.overwriting import others_problem, overwrite_problem, remove_result
@@ -142,7 +140,7 @@ class Stage:
         self._known: frozenset[str] = frozenset()
         with writing(self.root):
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._hold(output)
+            self._lock = hold_output(output)
             try:
                 self._mend()
             except BaseException:
@@ -162,32 +160,6 @@ class Stage:
         if self._journal_aside.exists():
             there = any(self.root.iterdir()) and not (self.root / JOURNAL_NAME).exists()
             self._journal_aside.rename(self.root / JOURNAL_NAME) if there else self._journal_aside.unlink()
-
-    def _hold(self, output: Path) -> int:
-        """The folder, made where it is not there, and locked: the kernel forgets the lock with the process."""
-        while True:
-            self.root.mkdir(exist_ok=True)
-            lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                raise PlanError(
-                    [f"another aoconvert{self._owner()} is writing to {output}"],
-                    hint="wait for it, or choose another --output",
-                    retryable=True,
-                ) from None
-            except OSError:
-                logging.getLogger(__name__).debug("no locks on the file system of %s", self.root)
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(lock), self.root.stat(follow_symlinks=False)):
-                    return lock
-            os.close(lock)  # its owner has just placed it, or removed it
-
-    def _owner(self) -> str:
-        with contextlib.suppress(OSError, ValueError):
-            return f" (process {int(read_limited(self.root / LOCK_NAME, 20, follow=False))})"
-        return ""
 
     def announce(self, paths: Collection[str]) -> None:
         """Write down which files this run writes, before it does: of what it leaves, a later run removes no others.

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aoconvert import recipes, schemes
+from aoconvert.checkpoint.lock import refuse_held
 from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError, SourceError
 from aoconvert.models import ModelPart, identify
@@ -104,7 +105,7 @@ def refuse_early(source: Source, options: QuantizeOptions) -> None:
     """Refuse a conversion for what can be seen without torch, so that nobody waits for its import.
 
     Raises:
-        PlanError: the output is in the way, or a component is not there; all at once.
+        PlanError: the output is in the way, or a component is not there, all at once; another process writes there.
         SourceError: the source cannot be read at all, or is quantized already.
         UsageError: the recipe has a mistake.
     """
@@ -113,8 +114,9 @@ def refuse_early(source: Source, options: QuantizeOptions) -> None:
     problems += output_problems(source, options.output, overwrite=options.overwrite)
     if problems:
         raise PlanError(problems)
-    for component in chosen:
-        refuse_quantized(component)
+    refuse_held(options.output)
+    for model in chosen:
+        refuse_quantized(model)
 
 
 def _choose_devices(wanted: str) -> tuple[tuple[str, ...], list[str]]:

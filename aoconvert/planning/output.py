@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aoconvert.checkpoint.lock import refuse_held
 from aoconvert.checkpoint.manifest import MANIFEST_NAME
 from aoconvert.checkpoint.unfinished import partial_folder
 from aoconvert.errors import PlanError
@@ -23,10 +24,11 @@ def refuse_output(source: Source, output: Path, *, overwrite: bool) -> None:
     """Refuse a folder that the result cannot go to.
 
     Raises:
-        PlanError: with every problem.
+        PlanError: with every problem, or another process is writing to it.
     """
     if problems := output_problems(source, output, overwrite=overwrite):
         raise PlanError(problems)
+    refuse_held(output)
 
 
 def output_problems(source: Source, output: Path, *, overwrite: bool) -> list[str]:

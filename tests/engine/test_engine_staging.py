@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,6 +279,30 @@ def test_a_living_run_is_not_disturbed(tmp_path: Path) -> None:
     assert (first.root / "config.json").exists()
     first.discard()
     Stage(tmp_path / "out").discard()
+
+
+@pytest.mark.parametrize("command", ["quantize", "repack"])
+def test_a_living_run_is_seen_before_torch_is_imported(command: str, converted: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, aoconvert\n"
+        "command, source, output = sys.argv[1:]\n"
+        "try:\n    getattr(aoconvert, command)(source, 'int8wo' if command == 'quantize' else 'cpu', output=output)\n"
+        "except aoconvert.PlanError as error:\n    print(error.problems[0], error.retryable, 'torch' in sys.modules)\n"
+    )
+    out = tmp_path / "out"
+    source = converted if command == "repack" else converted.parent / "model"
+    if command == "quantize":
+        source.mkdir()
+        config = json.loads((converted / "config.json").read_text())
+        del config["quantization_config"]
+        (source / "config.json").write_text(json.dumps(config))
+    stage = Stage(out)
+    arguments = [sys.executable, "-c", script, command, str(source), str(out)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout == f"another aoconvert (process {os.getpid()}) is writing to {out} True False\n", done.stderr
+    assert (stage.root / "aoconvert.lock").exists()
+    stage.discard()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lock_goes_with_the_process(tmp_path: Path) -> None:
