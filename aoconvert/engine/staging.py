@@ -81,7 +81,12 @@ def staged_output(output: Path, host_bytes: int | None = None) -> Iterator[Stage
 
 
 def _keep_or_discard(stage: Stage) -> str | None:
-    """Leave what is finished, and say how the next run goes on; discard the folder where nothing is."""
+    """Leave what is finished, and say what the next run has of it; discard the folder where nothing is."""
+    if stage.published:
+        return None
+    if stage.holds_unchecked_work:
+        stage.leave()
+        return f"what an earlier run left is still in {stage.root}; --no-resume starts afresh"
     if not stage.kept:
         stage.discard()
         return None
@@ -93,21 +98,19 @@ def _keep_or_discard(stage: Stage) -> str | None:
 def _interrupted(stage: Stage) -> Interrupted:
     if stage.published:
         return Interrupted("interrupted; the output is whole")
-    if _keep_or_discard(stage) is None:
+    kept = _keep_or_discard(stage)
+    if kept is None:
         return Interrupted("interrupted; the unfinished output was removed")
-    kept = f"{stage.kept} of {stage.total} tensors are kept, run the same command again to go on"
-    return Interrupted(f"interrupted; {kept}", hint=f"they are in {stage.root}; --no-resume starts afresh")
+    if not stage.kept:
+        return Interrupted("interrupted", hint=kept)
+    message = f"interrupted; {stage.kept} of {stage.total} tensors are kept, run the same command again to go on"
+    return Interrupted(message, hint=f"they are in {stage.root}; --no-resume starts afresh")
 
 
 def _out_of_memory(stage: Stage, host_bytes: int | None) -> HostMemoryError:
-    if stage.holds_unchecked_work:
-        stage.leave()
-        kept = None
-    else:
-        kept = _keep_or_discard(stage)
     takes = f": this run takes about {size(host_bytes)} of it" if host_bytes is not None else ""
     hint = "end other programs or raise the limit; on fewer cores (taskset) it takes less"
-    return HostMemoryError(f"memory ran out{takes}", hint="; ".join(filter(None, [hint, kept])))
+    return HostMemoryError(f"memory ran out{takes}", hint="; ".join(filter(None, [hint, _keep_or_discard(stage)])))
 
 
 class Stage:

@@ -14,10 +14,15 @@ import pytest
 from stopping import StopAfter, convert
 
 from aoconvert.checkpoint.unfinished import JOURNAL_NAME
+from aoconvert.engine.convert import run
 from aoconvert.engine.read import ComponentReading
 from aoconvert.engine.resume_file import JournalFile, TensorLine, read_journal
+from aoconvert.engine.staging import staged_output
 from aoconvert.errors import Interrupted, ReadError
+from aoconvert.options import QuantizeOptions
+from aoconvert.planning.make import make
 from aoconvert.progress import Silent
+from aoconvert.sources import resolve
 
 HERE = Path(__file__).parent
 SHARDS: dict[str, Any] = {"max_shard_size": "12KB"}
@@ -223,6 +228,25 @@ def test_interrupted_while_the_earlier_work_is_checked(source: Path, tmp_path: P
         convert(source, tmp_path / "out", Stop())
     result = convert(source, tmp_path / "out")
     assert result.resumed == 5
+    assert contents(tmp_path / "out") == expected
+
+
+def test_the_earlier_work_was_not_looked_at_yet(source: Path, tmp_path: Path, expected: Any) -> None:
+    """The next run is stopped at once, or cannot read the source when it begins: nothing is lost."""
+    partial = stop(source, tmp_path / "out", 5)
+    kept = f"what an earlier run left is still in {partial}; --no-resume starts afresh"
+    with pytest.raises(Interrupted) as stopped, staged_output(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert (stopped.value.message, stopped.value.hint) == ("interrupted", kept)
+    options = QuantizeOptions("int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
+    plan = make(resolve(str(source)), options, need_weights=True)
+    weights, aside = source / "model.safetensors", tmp_path / "aside"
+    weights.rename(aside)
+    with pytest.raises(ReadError) as caught:
+        run(plan, Silent(), command="")
+    assert caught.value.hint == f"check the source; {kept}"
+    aside.rename(weights)
+    assert convert(source, tmp_path / "out").resumed == 5
     assert contents(tmp_path / "out") == expected
 
 

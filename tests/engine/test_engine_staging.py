@@ -18,7 +18,7 @@ import torch
 
 import aoconvert
 from aoconvert.checkpoint.unfinished import JOURNAL_NAME
-from aoconvert.engine.staging import Stage
+from aoconvert.engine.staging import Stage, staged_output
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.hub.contents import read_contents
 from aoconvert.hub.types import PushOptions
@@ -81,6 +81,24 @@ def test_an_interrupt_waits_for_the_swap(tmp_path: Path, monkeypatch: pytest.Mon
         stage.publish(b"")
     monkeypatch.undo()
     assert sorted(path.name for path in out.iterdir()) == ["aoconvert.json", "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_after_it_is_published_speaks_of_no_kept_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fails when the folder above is flushed: the output is whole, and its lock is let go once."""
+    out, fsync = tmp_path / "out", os.fsync
+
+    def fail(descriptor: int) -> None:
+        if out.exists():
+            raise OSError(5, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(WriteError) as caught, staged_output(out) as stage:
+        stage.kept = stage.total = 5
+        stage.publish(b"")
+    assert caught.value.hint is None
+    assert [path.name for path in out.iterdir()] == ["aoconvert.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
