@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 CHECK_PERMISSIONS = "check the path and its permissions"
+DAMAGED_HINT = "download the file again, or point aoconvert at an intact copy"
 
 
 class AoconvertError(Exception):

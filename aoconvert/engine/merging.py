@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from aoconvert.errors import AoconvertError, ReadError
-from aoconvert.formats.safetensors import SafetensorsReader
+from aoconvert.formats.safetensors.reader import SafetensorsReader
 from aoconvert.models import transformers as transformers_models
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import BLOCK_BYTES, Load, MergeRecipe, Rows, build

@@ -53,7 +53,9 @@ class ComponentReading:
         earlier, files = digests or {}, plan.weights.files if hashed else ()
         self._digests = {path: earlier.get(path) or FileDigest(self._source.local(path)) for path in files}
         observe = self._feed if hashed else None
-        self._reader = CheckpointReader(self._source.root, plan.weights.files, plan.weights.index, observe)
+        self._reader = CheckpointReader(
+            self._source.root, plan.weights.files, plan.weights.index, observe, self._source.headers
+        )
         self._merging: Merging | None = open_merging(plan, whole, scratch, self._load)
         self._copied = isinstance(plan, ComponentPlan) and plan.copied is not None
         if self._copied:  # transformers read the files: each tensor may be made of any byte of them

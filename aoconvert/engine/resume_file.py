@@ -23,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from aoconvert.checkpoint.manifest import Sha256
 from aoconvert.environment import device_facts, versions
 from aoconvert.files import read_limited, writing
+from aoconvert.formats.registry import SAFETENSORS
+from aoconvert.formats.safetensors.header import header_of
 from aoconvert.planning.types import ComponentPlan
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ _CHAIN = ', "chain": "'
 _PACKAGES = ("aoconvert", "torch", "torchao", "diffusers", "transformers")
 _VERSION = re.compile(r"[\w.+!-]{1,40}")
 _MOST_BYTES = 1 << 30  # no journal is larger
-_MAX_HEADER = 100_000_000
 
 
 class _Line(BaseModel):
@@ -221,11 +222,7 @@ def _file_facts(source: Source, path: str) -> list[Any]:
     """Path, size, time of the last change, the Hub's digest, and for safetensors a digest of the header."""
     place = source.local(path)
     facts = place.stat()
-    header = None
-    if path.endswith(".safetensors"):
-        with place.open("rb") as file:
-            start = file.read(8)
-            header = hashlib.sha256(start + file.read(min(int.from_bytes(start, "little"), _MAX_HEADER))).hexdigest()
+    header = header_of(source, path).sha256 if SAFETENSORS.writes(path) else None
     return [path, facts.st_size, facts.st_mtime_ns, source.files()[path].sha256, header]
 
 

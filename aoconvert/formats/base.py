@@ -12,11 +12,9 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from aoconvert.errors import ReadError, SourceError
+from aoconvert.errors import DAMAGED_HINT, ReadError, SourceError
 from aoconvert.files import open_regular
 from aoconvert.formats.hashing import Prefix, advise, forget
-
-DAMAGED_HINT = "download the file again, or point aoconvert at an intact copy"
 
 Observe = Callable[[int, memoryview], None]
 """Told of the bytes of a file that are used, and their offset, as soon as they are read."""
@@ -49,6 +47,14 @@ class TensorInfo:
     def place(self) -> tuple[int, ...] | None:
         """Offset and strides: tensors of one file with the same place, shape and dtype are one under several names."""
         return None if self.stride is None else (self.offset, *self.stride)
+
+
+@dataclass(frozen=True)
+class FileContents:
+    """What a file of a source holds: tensors by name, and what else, name → what it is."""
+
+    tensors: Mapping[str, TensorInfo]
+    others: Mapping[str, str]
 
 
 class TensorReader(Protocol):
@@ -275,3 +281,21 @@ def read_bytes(
     if observe is not None:
         observe(offset, view)
     return data
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """An open file as a ``ByteSource``; ``observe`` is told of what is read of it."""
+
+    descriptor: int
+    path: Path
+    observe: Observe | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return os.fstat(self.descriptor).st_size
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Exactly ``count`` bytes from ``offset``."""
+        return read_bytes(self.descriptor, offset, count, str(self.path), observe=self.observe).numpy().tobytes()

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
 from aoconvert.sources.weights import Format
 
 if TYPE_CHECKING:
-    from aoconvert.formats.base import Observe, TensorReader, Writer
+    from aoconvert.formats.base import FileContents, Observe, TensorReader, Writer
+    from aoconvert.sources import Source
+
+    OpenReader = Callable[[Path, Observe | None, Any], TensorReader]
+    ReadContents = Callable[[Source, str], FileContents | None]
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,20 @@ class FileFormat:
     Attributes:
         name: what a manifest calls it.
         suffixes: of its files; the first one is the one that is written.
-        import_reader: imports what opens a file of it: a function of the path and of who observes what is read.
+        import_reader: imports what opens a file (its path, who observes what is read, what ``Source.headers`` has of it
+            or ``None``), and what says what a file of a source holds (``None``: it must be here for that).
         import_writer: imports its writer; ``None`` where it is only read.
     """
 
     name: Format
     suffixes: tuple[str, ...]
-    import_reader: Callable[[], Callable[[Path, Observe | None], TensorReader]]
+    import_reader: Callable[[], tuple[OpenReader, ReadContents]]
     import_writer: Callable[[], type[Writer]] | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Of the files that are written."""
+        return self.suffixes[0]
 
     @property
     def writer(self) -> type[Writer]:
@@ -36,26 +46,29 @@ class FileFormat:
         assert self.import_writer is not None
         return self.import_writer()
 
-    @property
-    def suffix(self) -> str:
-        """Of the files that are written."""
-        return self.suffixes[0]
-
     def writes(self, path: str) -> bool:
         """Whether a file has the suffix that is written."""
         return path.endswith(self.suffix)
 
+    def contents(self, source: Source, path: str) -> FileContents | None:
+        """What a file of a source holds; ``None`` where that cannot be said of one that is not on this machine.
 
-def _safetensors_reader() -> Callable[[Path, Observe | None], TensorReader]:
-    from aoconvert.formats.safetensors import SafetensorsReader
+        Raises:
+            SourceError: its reader refuses it.
+        """
+        return self.import_reader()[1](source, path)
 
-    return SafetensorsReader
+
+def _safetensors_reader() -> tuple[OpenReader, ReadContents]:
+    from aoconvert.formats.safetensors.reader import SafetensorsReader, contents
+
+    return SafetensorsReader, contents
 
 
-def _torch_bin_reader() -> Callable[[Path, Observe | None], TensorReader]:
-    from aoconvert.formats.torch_bin.reader import TorchBinReader
+def _torch_bin_reader() -> tuple[OpenReader, ReadContents]:
+    from aoconvert.formats.torch_bin.reader import TorchBinReader, contents
 
-    return TorchBinReader
+    return lambda path, observe, _header: TorchBinReader(path, observe), contents
 
 
 def _torch_bin_writer() -> type[Writer]:
@@ -74,14 +87,19 @@ OUTPUT = TORCH_BIN
 """What is written."""
 
 
-def open_reader(path: Path, observe: Observe | None = None) -> TensorReader:
-    """The reader for a weights file, by its extension; ``observe`` is told of the bytes that tensors are made of.
+def open_reader(path: Path, observe: Observe | None = None, header: Any = None) -> TensorReader:
+    """The reader for a weights file, by its extension.
+
+    Args:
+        path: the file.
+        observe: is told of the bytes that tensors are made of.
+        header: what ``Source.headers`` has of the file: what has not changed of it is not parsed again.
 
     Raises:
         SourceError: an unknown extension, or a file its reader refuses.
     """
     for entry in FORMATS.values():
         if path.suffix in entry.suffixes:
-            return entry.import_reader()(path, observe)
+            return entry.import_reader()[0](path, observe, header)
     known = ", ".join(suffix for entry in FORMATS.values() for suffix in entry.suffixes)
     raise SourceError(f"{path}: unknown kind of weights file", hint=f"aoconvert reads {known}")

@@ -7,20 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from aoconvert.errors import SourceError
 from aoconvert.formats.base import TensorInfo, TensorReader
 from aoconvert.formats.digest import changed_while_read
-from aoconvert.formats.registry import open_reader
+from aoconvert.formats.registry import SAFETENSORS, open_reader
 
 _KEPT_OPEN = 4
 
 
 def _is_loaded_whole(path: Path) -> bool:
     """A torch file from before torch 1.6, which its reader holds in memory."""
-    return path.suffix != ".safetensors" and not zipfile.is_zipfile(path)
+    return path.suffix != SAFETENSORS.suffix and not zipfile.is_zipfile(path)
 
 
 class CheckpointReader:
@@ -34,6 +35,7 @@ class CheckpointReader:
         files: weights files relative to ``root``, in the order they are to be read.
         index: tensor name -> file, where the checkpoint has one; decides between files that hold the same name.
         observe: is told of the bytes that tensors are made of: file, offset, bytes.
+        headers: of files that were looked at before, see ``Source.headers``.
 
     Raises:
         SourceError: a file that its reader refuses, a tensor in two files that no index decides, an index that does not
@@ -46,9 +48,11 @@ class CheckpointReader:
         files: Sequence[str],
         index: Mapping[str, str] | None = None,
         observe: Callable[[str, int, memoryview], None] | None = None,
+        headers: Mapping[str, Any] | None = None,
     ) -> None:
         self._root = root
         self._observe = observe
+        self._headers = headers or {}
         self._open: dict[str, TensorReader] = {}  # the one that was read last comes last
         self._infos: dict[str, TensorInfo] = {}
         index = index or {}
@@ -114,7 +118,7 @@ class CheckpointReader:
         """
         observe = partial(self._observe, file) if self._observe is not None else None
         try:
-            reader = open_reader(self._root / file, observe)
+            reader = open_reader(self._root / file, observe, self._headers.get(file))
         except SourceError as error:
             raise changed_while_read(file) from error
         if {name: replace(info, file=file) for name, info in reader.infos().items()} != self._by_file[file]:
@@ -128,7 +132,7 @@ class CheckpointReader:
             self._open.popitem()[1].close()
 
     def _file_infos(self, file: str) -> dict[str, TensorInfo]:
-        reader = open_reader(self._root / file)
+        reader = open_reader(self._root / file, header=self._headers.get(file))
         try:
             return {name: replace(info, file=file) for name, info in reader.infos().items()}
         finally:

@@ -8,34 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aoconvert.errors import UnsafeFileError
-from aoconvert.formats.byte_source import ByteSource
-from aoconvert.formats.headers import GGUF_MAGIC, read_gguf, read_safetensors
+from aoconvert.formats.gguf import GGUF_MAGIC, read_gguf
+from aoconvert.formats.safetensors.header import DTYPES, read_header
 from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.formats.torch_bin.header import read_source
 from aoconvert.inspection.foreign import classify
 from aoconvert.inspection.scheme import scheme_of, scheme_of_flat
 from aoconvert.inspection.types import FileFacts, TensorFact
-
-SAFETENSORS_DTYPES: Mapping[str, str] = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F4": "float4_e2m1fn_x2",
-}
-"""safetensors' dtype names → torch's, without ``torch.``; others are shown as they are."""
+from aoconvert.sources.byte_source import ByteSource
 
 
 def read_file(source: ByteSource, path: str, label: str, *, local: bool, config: Mapping[str, Any]) -> FileFacts:
@@ -102,17 +82,20 @@ def _nested(others: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> dict
 
 
 def _safetensors(source: ByteSource, path: str, label: str, config: Mapping[str, Any]) -> FileFacts:
-    entries, metadata = read_safetensors(source, label)
-    stored = {
-        name: (SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
-        for name, entry in entries.items()
-    }
+    header = read_header(source, label)
+    entries, metadata = header.entries, header.metadata
+    stored = {name: (_torch_name(entry.dtype), entry.shape) for name, entry in entries.items()}
     described = _described(metadata)
     if described:
         facts = tuple(_flat(stored, described))
         return FileFacts(path, source.size, "safetensors", len(entries), facts, "torchao-safetensors", (), metadata)
     kind, facts = classify(stored, config)
     return FileFacts(path, source.size, "safetensors", len(entries), facts, kind, (), metadata)
+
+
+def _torch_name(dtype: str) -> str:
+    """torch's name of a dtype, without ``torch.``; of one that is not known, the format's."""
+    return "float4_e2m1fn_x2" if dtype == "F4" else DTYPES.get(dtype, (dtype, 0))[0]
 
 
 def _described(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:

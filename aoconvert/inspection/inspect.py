@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, Manifest
 from aoconvert.checkpoint.manifest import load as load_manifest
 from aoconvert.errors import AoconvertError, SourceError
-from aoconvert.formats.byte_source import ByteSource, LocalFile
 from aoconvert.inspection.components import component, quantization_config
 from aoconvert.inspection.files import read_file
 from aoconvert.inspection.types import Component, FileFacts, Inspection
 from aoconvert.planning.overwriting import tidy
 from aoconvert.sources import WEIGHT_SUFFIXES, Source, find_weights, resolve
 from aoconvert.sources.base import is_safe_path
+from aoconvert.sources.byte_source import LocalFile
 from aoconvert.sources.folder import FolderSource
-from aoconvert.sources.hub_errors import not_cached
 from aoconvert.sources.remote import RangedFile
 from aoconvert.sources.weights import Library
 
@@ -57,7 +55,7 @@ def inspect(
                 f"{reference} is no weights file", hint=f"weights are in {', '.join(sorted(WEIGHT_SUFFIXES))}"
             )
         source: Source = FolderSource(place.parent)
-        reader = _Reader(source, token, offline=True)
+        reader = _Reader(source)
         part = reader.single(place.name)
         return Inspection(reference, None, part.library, part.class_name, (part,), 0)
     source = resolve(
@@ -70,18 +68,9 @@ def inspect(
     )
     if source.kind == "folder":
         tidy(source.root)
-    reader = _Reader(source, token, offline=local_files_only or _offline(source))
+    reader = _Reader(source)
     library, class_name, parts = reader.everything()
     return Inspection(reference, source.revision, library, class_name, tuple(parts), reader.fetched)
-
-
-def _offline(source: Source) -> bool:
-    """Whether the Hub client may not use the network (``HF_HUB_OFFLINE=1``)."""
-    if source.kind != "hub":
-        return True
-    from huggingface_hub import is_offline_mode
-
-    return is_offline_mode()
 
 
 def _file(reference: str) -> Path | None:
@@ -108,10 +97,8 @@ class _Reader:
         fetched: bytes of bodies that came over the network.
     """
 
-    def __init__(self, source: Source, token: str | None, *, offline: bool) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
-        self._token = token
-        self._offline = offline
         self._manifest: Manifest | None = None
         self.fetched = 0
 
@@ -178,22 +165,12 @@ class _Reader:
         return paths, problem
 
     def _facts(self, path: str, config: Mapping[str, Any]) -> FileFacts:
-        with self._open(path) as (source, local):
-            facts = read_file(source, path, f"{self._source.label}: {path}", local=local, config=config)
-            if isinstance(source, RangedFile):
-                self.fetched += source.fetched
+        local, label = self._source.is_local(path), f"{self._source.label}: {path}"
+        with self._source.open(path) as file:
+            facts = read_file(file, path, label, local=local, config=config)
+            if isinstance(file, RangedFile):
+                self.fetched += file.fetched
         return facts
-
-    @contextmanager
-    def _open(self, path: str) -> Iterator[tuple[ByteSource, bool]]:
-        entry = self._source.require(path)
-        if self._source.is_local(path):
-            with LocalFile(self._source.local(path)) as file:
-                yield file, True
-            return
-        if self._offline or self._source.repo_id is None or self._source.revision is None:
-            raise not_cached(f"{self._source.label}: {path}")
-        yield RangedFile(self._source.repo_id, self._source.revision, path, entry.size, self._token), False
 
     def _json(self, path: str) -> dict[str, Any]:
         """A JSON object of the source, fetched; empty where there is none.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aoconvert.errors import SourceError
+from aoconvert.formats.registry import FORMATS
 from aoconvert.models import Skeleton
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import CannotFollow, MergeRecipe, follow
@@ -101,13 +102,11 @@ def read_contents(source: Source, weights: WeightFiles) -> SourceTensors | None:
     found: dict[str, SourceTensor] = {}
     others: dict[str, str] = {}
     for path in weights.files:
-        if weights.format == "safetensors":
-            entries, rest = _safetensors(source, path)
-        elif source.is_local(path):
-            entries, rest = _torch_bin(source, path)
-        else:
+        contents = FORMATS[weights.format].contents(source, path)
+        if contents is None:
             return None
-        others |= rest
+        entries = [SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes, i.place) for i in contents.tensors.values()]
+        others |= contents.others
         for entry in entries:
             if entry.name in found:
                 _check_twice(source, weights, entry.name, found[entry.name].file, path)
@@ -126,38 +125,6 @@ def _check_twice(source: Source, weights: WeightFiles, name: str, first: str, la
             f"{source.label}: tensor {name!r} is in {first} and in {last}",
             hint="remove the file that does not belong to this checkpoint",
         )
-
-
-def _safetensors(source: Source, path: str) -> tuple[list[SourceTensor], dict[str, str]]:
-    from aoconvert.formats.safetensors import DTYPES, OTHER_DTYPES, read_header
-
-    if source.is_local(path):
-        others: dict[str, str] = {}
-        infos = read_header(source.local(path), others).values()
-        return [SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes) for i in infos], others
-    header: Mapping[str, Any] = source.safetensors_header(path)
-    found, rest = [], {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] in OTHER_DTYPES:
-            rest[name] = OTHER_DTYPES[entry["dtype"]]
-        elif entry["dtype"] not in DTYPES:
-            raise SourceError(f"{source.label}: {path}: tensor {name!r} has the unknown dtype {entry['dtype']}")
-        else:
-            found.append(SourceTensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin))
-    return found, rest
-
-
-def _torch_bin(source: Source, path: str) -> tuple[list[SourceTensor], dict[str, str]]:
-    from aoconvert.formats.torch_bin.reader import TorchBinReader
-
-    reader = TorchBinReader(source.local(path))
-    try:
-        infos = reader.infos().values()
-        tensors = [SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes, i.place) for i in infos]
-        return tensors, dict(reader.others)
-    finally:
-        reader.close()
 
 
 def match(skeleton: Skeleton, contents: SourceTensors, *, sharded: bool) -> Inventory:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
+from aoconvert.formats.safetensors.header import header_of
 from aoconvert.models.base import SourceTensor
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ class Values:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._readers: dict[str, TensorReader] = {}
-        self._places: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {}
 
     def are_equal(self, one: SourceTensor, other: SourceTensor, dtype: torch.dtype | None) -> bool:
         """Whether ``torch.equal`` says so after both are cast to ``dtype``, as when the library compares them.
@@ -64,17 +64,9 @@ class Values:
             reader = self._reader(tensor.file)
             return reader.read_rows(tensor.name, start, stop) if tensor.shape else reader.read(tensor.name)
         row = prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        begin = self._start(tensor) + start * row
+        begin = header_of(self._source, tensor.file).entries[tensor.name].begin + start * row
         data = self._source.read_range(tensor.file, begin, (stop - start) * row)
         return torch.frombuffer(bytearray(data), dtype=tensor.dtype)
-
-    def _start(self, tensor: SourceTensor) -> int:
-        """Where a tensor's data begin in a safetensors file on the Hub, in bytes."""
-        if tensor.file not in self._places:
-            length = int.from_bytes(self._source.read_range(tensor.file, 0, 8), "little")
-            self._places[tensor.file] = (8 + length, self._source.safetensors_header(tensor.file))
-        first, header = self._places[tensor.file]
-        return first + int(header[tensor.name]["data_offsets"][0])
 
     def close(self) -> None:
         """Close the files."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from aoconvert.errors import SourceError
+from aoconvert.errors import DAMAGED_HINT, SourceError
 from aoconvert.files import read_limited
 from aoconvert.json_text import CONFIG_BYTES, parse_json
-from aoconvert.sources.headers import REPLACE_HINT, read_local_header
+from aoconvert.sources.byte_source import ByteSource, LocalFile
 
 FetchProgress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); from several threads, but never from two at once."""
@@ -126,17 +128,19 @@ class Source(ABC):
         except ValueError as error:
             raise SourceError(f"{self.label}: {path} is {error}") from error
 
-    def safetensors_header(self, path: str) -> dict[str, dict[str, Any]]:
-        """What a safetensors file holds, read from its header alone.
+    @cached_property
+    def headers(self) -> dict[str, Any]:
+        """What a format's reader keeps of a file's header, by path: each is parsed once."""
+        return {}
 
-        Returns:
-            ``{tensor name: {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [begin, end]}}`` with byte
-            offsets into the data section, without ``__metadata__``.
+    def open(self, path: str) -> AbstractContextManager[ByteSource]:
+        """A file at random access.
 
         Raises:
-            SourceError: the file is missing, truncated, or not a safetensors file.
+            SourceError: it is not in the source, or cannot be opened.
+            HubError: it is not in the cache, and the Hub may not be asked.
         """
-        return read_local_header(self.local(path), f"{self.label}: {path}")
+        return LocalFile(self.local(path))
 
     def read_range(self, path: str, offset: int, count: int) -> bytes:
         """Bytes of a file.
@@ -152,7 +156,7 @@ class Source(ABC):
         except OSError as error:
             raise SourceError(f"{where} cannot be read: {error.strerror}") from error
         if len(data) != count:
-            raise SourceError(f"{where} is truncated", hint=REPLACE_HINT)
+            raise SourceError(f"{where} is truncated", hint=DAMAGED_HINT)
         return data
 
 

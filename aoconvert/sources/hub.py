@@ -7,13 +7,14 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from aoconvert.errors import HubError, SourceError
+from aoconvert.errors import DAMAGED_HINT, HubError, SourceError
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_path
+from aoconvert.sources.byte_source import ByteSource
 from aoconvert.sources.folder import list_folder
-from aoconvert.sources.headers import REPLACE_HINT, check_entries
 from aoconvert.sources.hub_errors import SPACE_HINT, check_token, not_cached, translated
 from aoconvert.sources.remote import RangedFile
 
@@ -52,7 +53,6 @@ class HubSource(Source):
         self._cache_dir = cache_dir
         self._token = token
         self._offline = offline
-        self._headers: dict[str, dict[str, dict[str, Any]]] = {}  # of files that were not fetched
 
     def __repr__(self) -> str:
         return f"HubSource({self.repo_id!r}, revision={self.revision!r})"
@@ -94,33 +94,17 @@ class HubSource(Source):
         if progress is not None:
             progress(total, total)
 
-    def safetensors_header(self, path: str) -> dict[str, dict[str, Any]]:
-        """As :meth:`Source.safetensors_header`; from the Hub, the first 100 kB and the rest of a longer header."""
+    def open(self, path: str) -> AbstractContextManager[ByteSource]:
+        """As :meth:`Source.open`; a file that was not fetched is read from the Hub by ranged requests."""
+        if self.is_local(path):
+            return super().open(path)
+        return nullcontext(self._ranged(path))
+
+    def _ranged(self, path: str) -> RangedFile:
         entry = self.require(path)
-        if (self.root / path).is_file():
-            return super().safetensors_header(path)
-        if path in self._headers:
-            return self._headers[path]
         if self._offline:
             raise not_cached(_list_files(self.repo_id, [entry]))
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import SafetensorsParsingError
-
-        name = f"{self.label}: {path}"
-        with translated(self.repo_id, self.revision):
-            try:
-                parsed = HfApi(token=self._token).parse_safetensors_file_metadata(
-                    self.repo_id, path, revision=self.revision
-                )
-            except (SafetensorsParsingError, TypeError, AttributeError) as error:
-                raise SourceError(f"{name} is not a safetensors file") from error
-        header = {
-            tensor: {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
-            for tensor, info in parsed.tensors.items()
-        }
-        check_entries(header, entry.size - 8, name)
-        self._headers[path] = header
-        return header
+        return RangedFile(self.repo_id, self.revision, path, entry.size, self._token)
 
     def read_range(self, path: str, offset: int, count: int) -> bytes:
         """As :meth:`Source.read_range`; from the Hub, by one request for just these bytes.
@@ -132,13 +116,11 @@ class HubSource(Source):
         entry = self.require(path)
         if (self.root / path).is_file():
             return super().read_range(path, offset, count)
-        if self._offline:
-            raise not_cached(_list_files(self.repo_id, [entry]))
+        file = self._ranged(path)
         if offset + count > entry.size:
-            raise SourceError(f"{self.label}: {path} is truncated", hint=REPLACE_HINT)
+            raise SourceError(f"{self.label}: {path} is truncated", hint=DAMAGED_HINT)
         if not count:
             return b""
-        file = RangedFile(self.repo_id, self.revision, path, entry.size, self._token)
         return file.read_range(offset, offset + count)
 
 

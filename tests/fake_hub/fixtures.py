@@ -32,11 +32,16 @@ from fake_hub.server import LoopbackHub
 
 REPO = Path(__file__).parents[2]
 
-# What every script can use: resolve, find_weights, and attempt(), which turns an error into a dict.
+# What every script can use: resolve, find_weights, entries(), and attempt(), which turns an error into a dict.
 PRELUDE = """
 import json, sys, traceback
 from aoconvert.errors import AoconvertError
+from aoconvert.formats.safetensors.header import header_of
 from aoconvert.sources import find_weights, resolve
+
+def entries(source, path):
+    header = header_of(source, path)
+    return {name: [entry.dtype, entry.shape, entry.begin, entry.end] for name, entry in header.entries.items()}
 
 def attempt(call):
     try:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from aoconvert.errors import AoconvertError, SourceError
-from aoconvert.formats.headers import read_gguf, read_safetensors
+from aoconvert.formats.gguf import read_gguf
+from aoconvert.formats.safetensors.header import read_header
 from aoconvert.inspection.inspect import inspect
 
 
@@ -187,7 +188,7 @@ def test_truncated_safetensors(cut: int, tmp_path: Path) -> None:
     folder = write(tmp_path, {"a.weight": empty(64, 64)})
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:cut])
-    with pytest.raises(SourceError, match=r"model\.safetensors is truncated"):
+    with pytest.raises(SourceError, match=r"model\.safetensors: is truncated"):
         inspect(folder)
 
 
@@ -363,9 +364,9 @@ def test_any_safetensors_header_is_an_error_or_a_header(content: Any) -> None:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     for file in (raw, struct.pack("<Q", len(raw)) + raw):
         try:
-            entries, metadata = read_safetensors(Bytes(file), "f")
+            header = read_header(Bytes(file), "f")
         except AoconvertError as error:
             assert "\n" not in error.message
         else:
-            assert isinstance(entries, dict)
-            assert all(isinstance(value, str) for value in metadata.values())
+            assert isinstance(header.entries, dict)
+            assert all(isinstance(value, str) for value in header.metadata.values())

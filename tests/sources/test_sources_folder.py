@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aoconvert.errors import SourceError, UsageError
+from aoconvert.formats.safetensors.header import HeaderEntry, SafetensorsHeader, header_of
 from aoconvert.sources import folder as folder_module
 from aoconvert.sources import resolve
 from aoconvert.sources.base import is_safe_path
@@ -180,10 +181,11 @@ def test_unreadable_folder(model: Path) -> None:
 
 
 def test_header(model: Path) -> None:
-    header = FolderSource(model).safetensors_header("transformer/model.safetensors")
-    assert header == {
-        "w": {"dtype": "I8", "shape": [8], "data_offsets": [0, 8]},
-        "b": {"dtype": "I8", "shape": [2], "data_offsets": [8, 10]},
+    header = header_of(FolderSource(model), "transformer/model.safetensors")
+    start = header.file_size - 10
+    assert header.entries == {
+        "w": HeaderEntry("I8", (8,), start, start + 8),
+        "b": HeaderEntry("I8", (2,), start + 8, start + 10),
     }
 
 
@@ -194,25 +196,34 @@ def with_header(header: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "truncated or not a safetensors file"),
-        (b"1234567", "truncated or not a safetensors file"),
-        (struct.pack("<Q", 1 << 40), "truncated or not a safetensors file"),
+        (b"", "is truncated: a safetensors file has at least 8 bytes, this one has 0"),
+        (b"1234567", "is truncated: a safetensors file has at least 8 bytes, this one has 7"),
+        (struct.pack("<Q", 1 << 40), "is not a safetensors file: its header would be 1099511627776 bytes long"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "x.safetensors is a git-lfs pointer"),
-        (with_header(b"{oops"), "its header is not JSON"),
-        (with_header(b"\xff\xfe{}"), "its header is not JSON"),
+        (with_header(b"{oops"), "its header is not valid JSON"),
+        (with_header(b"\xff\xfe{}"), "its header is not valid JSON"),
         (with_header(b"[]"), "not a JSON object"),
-        (with_header(b'{"w": 1}'), "header entry of tensor 'w' is malformed"),
-        (with_header(b'{"w": {"dtype": "I8", "shape": [1]}}'), "header entry of tensor 'w' is malformed"),
-        (with_header(b'{"w": {"dtype": "I8", "shape": [-1], "data_offsets": [0, 1]}}'), "'w' is malformed"),
-        (with_header(b'{"w": {"dtype": "I8", "shape": [1], "data_offsets": [1, 0]}}'), "'w' is malformed"),
-        (with_header(b'{"w": {"dtype": "I8", "shape": [true], "data_offsets": [0, 0]}}'), "'w' is malformed"),
-        (safetensors({"w": 8, "b": 2}, data=9), r"truncated: tensor 'b' ends 1 bytes past the end"),
+        (with_header(b'{"w": 1}'), "tensor 'w': its header entry is not a JSON object"),
+        (with_header(b'{"w": {"dtype": "I8", "shape": [1]}}'), "tensor 'w': its header entry has no data_offsets"),
+        (
+            with_header(b'{"w": {"dtype": "I8", "shape": [-1], "data_offsets": [0, 1]}}'),
+            "'w': its shape is not a list",
+        ),
+        (
+            with_header(b'{"w": {"dtype": "I8", "shape": [1], "data_offsets": [1, 0]}}'),
+            "'w': I8 of shape .* takes 1 bytes",
+        ),
+        (
+            with_header(b'{"w": {"dtype": "I8", "shape": [true], "data_offsets": [0, 0]}}'),
+            "'w': its shape is not a list",
+        ),
+        (safetensors({"w": 8, "b": 2}, data=9), r"is truncated: the header promises \d+ bytes, the file has \d+"),
     ],
 )
 def test_damaged_header(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(SourceError, match=message) as caught:
-        FolderSource(tmp_path).safetensors_header("x.safetensors")
+        header_of(FolderSource(tmp_path), "x.safetensors")
     assert "x.safetensors" in caught.value.message
     assert "\n" not in caught.value.message
 
@@ -224,7 +235,7 @@ def test_random_bytes_are_a_source_error_or_a_header(
     root = tmp_path_factory.mktemp("x", numbered=True)
     (root / "x.safetensors").write_bytes(with_header(raw) if framed else raw)
     with contextlib.suppress(SourceError):
-        assert isinstance(FolderSource(root).safetensors_header("x.safetensors"), dict)
+        assert isinstance(header_of(FolderSource(root), "x.safetensors"), SafetensorsHeader)
 
 
 def test_absurd_header_is_not_read(tmp_path: Path) -> None:
@@ -232,8 +243,8 @@ def test_absurd_header_is_not_read(tmp_path: Path) -> None:
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", 200_000_000))
         stream.truncate(300_000_000)  # sparse
-    with pytest.raises(SourceError, match="header would be 200,000,000 bytes long"):
-        FolderSource(tmp_path).safetensors_header("x.safetensors")
+    with pytest.raises(SourceError, match="header would be 200000000 bytes long"):
+        header_of(FolderSource(tmp_path), "x.safetensors")
 
 
 def test_real_safetensors_file(tmp_path: Path) -> None:
@@ -242,8 +253,8 @@ def test_real_safetensors_file(tmp_path: Path) -> None:
 
     tensors = {"a.weight": torch.zeros(3, 4, dtype=torch.bfloat16), "scalar": torch.tensor(1.0)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    header = FolderSource(tmp_path).safetensors_header("x.safetensors")
-    assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
-        "a.weight": ("BF16", [3, 4]),
-        "scalar": ("F32", []),
+    header = header_of(FolderSource(tmp_path), "x.safetensors")
+    assert {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()} == {
+        "a.weight": ("BF16", (3, 4)),
+        "scalar": ("F32", ()),
     }

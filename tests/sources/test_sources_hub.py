@@ -138,7 +138,7 @@ def test_fetch_only_what_is_asked_for(hub_client: HubClient) -> None:
         "seen = []\n"
         "before = attempt(lambda: str(s.local('sample.png')))\n"
         f"s.fetch(['{WEIGHTS}', 'sample.png', '{WEIGHTS}'], lambda *a: seen.append(a))\n"
-        f"result = [before, seen, s.local('{WEIGHTS}').read_bytes().hex(), s.safetensors_header('{WEIGHTS}'),\n"
+        f"result = [before, seen, s.local('{WEIGHTS}').read_bytes().hex(), entries(s, '{WEIGHTS}'),\n"
         "          attempt(lambda: s.fetch(['no.json'])), attempt(lambda: s.fetch(['../x']))]"
     )
     before, seen, content, header, absent, outside = result
@@ -146,7 +146,8 @@ def test_fetch_only_what_is_asked_for(hub_client: HubClient) -> None:
     expected = PIPELINE[WEIGHTS]
     assert isinstance(expected, bytes)
     assert bytes.fromhex(content) == expected
-    assert header == {"layer.0.weight": {"dtype": "I8", "shape": [1000], "data_offsets": [0, 1000]}}
+    start = len(expected) - 1000
+    assert header == {"layer.0.weight": ["I8", [1000], start, start + 1000]}
     total = len(expected) + 3
     assert seen[-1] == [total, total]
     done = [step[0] for step in seen]
@@ -165,16 +166,16 @@ def test_pattern_characters_fetch_nothing_else(hub_client: HubClient) -> None:
 
 
 def test_headers_fetch_no_weights(hub_client: HubClient) -> None:
-    """A plan of a 20 MB file costs the client's one fixed request of 100,001 bytes."""
-    publish(hub_client, files={"config.json": b"{}", "model.safetensors": safetensors(20_000_000, 40)})
+    """A plan of a 20 MB file costs one request of 64 KiB."""
+    content = safetensors(20_000_000, 40)
+    start = len(content) - 20_000_000
+    publish(hub_client, files={"config.json": b"{}", "model.safetensors": content})
     header = hub_client.run(
-        "s = resolve('user/model')\n"
-        "files = find_weights(s, '', 'transformers').files\n"
-        "result = s.safetensors_header(files[0])"
+        "s = resolve('user/model')\nfiles = find_weights(s, '', 'transformers').files\nresult = entries(s, files[0])"
     )
     assert len(header) == 40
-    assert header["layer.39.weight"] == {"dtype": "I8", "shape": [500_000], "data_offsets": [19_500_000, 20_000_000]}
-    assert total_bytes(hub_client.hub.requests("", server="store")) == 100_001
+    assert header["layer.39.weight"] == ["I8", [500_000], start + 19_500_000, start + 20_000_000]
+    assert total_bytes(hub_client.hub.requests("", server="store")) == 1 << 16
     assert total_bytes(hub_client.hub.log) < 110_000
     assert "model.safetensors" not in cached(hub_client)
 
@@ -183,9 +184,11 @@ def test_long_header_needs_one_more_request(hub_client: HubClient) -> None:
     content = safetensors(20_000_000, 4000)
     length = int.from_bytes(content[:8], "little")
     publish(hub_client, files={"config.json": b"{}", "model.safetensors": content})
-    names = hub_client.run("result = list(resolve('user/model').safetensors_header('model.safetensors'))")
+    names = hub_client.run("result = list(entries(resolve('user/model'), 'model.safetensors'))")
     assert names == [f"layer.{n}.weight" for n in range(4000)]
-    assert total_bytes(hub_client.hub.requests("", server="store")) == 100_001 + length
+    requests = hub_client.hub.requests("", server="store")
+    assert len(requests) == 2
+    assert total_bytes(requests) == -(-(8 + length) // (1 << 16)) * (1 << 16)  # whole blocks of 64 KiB
 
 
 def with_header(header: bytes) -> bytes:
@@ -205,12 +208,12 @@ def test_damaged_headers_on_the_hub(hub_client: HubClient) -> None:
     }
     publish(hub_client, files={"config.json": b"{}", **bad})
     result = hub_client.run(
-        f"s = resolve('user/model'); result = {{n: attempt(lambda: s.safetensors_header(n)) for n in {list(bad)!r}}}"
+        f"s = resolve('user/model'); result = {{n: attempt(lambda: entries(s, n)) for n in {list(bad)!r}}}"
     )
     for name, outcome in result.items():
         assert outcome["error"] == "SourceError", (name, outcome)
         assert outcome["message"].startswith(f"user/model: {name}"), outcome
-    assert "is truncated: tensor 'layer.0.weight' ends" in result["cut.safetensors"]["message"]
+    assert "is truncated: the header promises" in result["cut.safetensors"]["message"]
 
 
 def test_weights_of_a_pipeline_and_a_sharded_model(hub_client: HubClient) -> None:
@@ -269,8 +272,8 @@ def test_offline_uses_the_cache(hub_client: HubClient, how: str) -> None:
         "s.fetch(['vae/diffusion_pytorch_model.safetensors', 'model_index.json'])\n"
         "result = [s.revision, {p: [f.size, f.sha256] for p, f in s.files().items()},\n"
         "          s.read_json('transformer/config.json'),\n"
-        "          list(s.safetensors_header('vae/diffusion_pytorch_model.safetensors')),\n"
-        f"          attempt(lambda: s.fetch(['{WEIGHTS}'])), attempt(lambda: s.safetensors_header('{WEIGHTS}')),\n"
+        "          list(entries(s, 'vae/diffusion_pytorch_model.safetensors')),\n"
+        f"          attempt(lambda: s.fetch(['{WEIGHTS}'])), attempt(lambda: entries(s, '{WEIGHTS}')),\n"
         f"          attempt(lambda: resolve('user/model@dev', {argument}))]",
         env=offline,
     )
@@ -315,8 +318,8 @@ def test_token_is_sent_and_never_shown(hub_client: HubClient) -> None:
         "import sys\n"
         "token = sys.stdin.read()\n"
         "s = resolve('user/private', token=token)\n"
-        f"s.fetch(['{WEIGHTS}']); s.safetensors_header('{WEIGHTS}')\n"
-        "g = resolve('user/gated', token=token); g.safetensors_header('vae/diffusion_pytorch_model.safetensors')\n"
+        f"s.fetch(['{WEIGHTS}']); entries(s, '{WEIGHTS}')\n"
+        "g = resolve('user/gated', token=token); entries(g, 'vae/diffusion_pytorch_model.safetensors')\n"
         "names = ['user/broken', 'user/teapot', 'user/reset', 'user/none', 'user/private@none']\n"
         "result = [repr(s), str(s), repr(g)] + [attempt(lambda: resolve(n, token=token)) for n in names]\n"
         "result += [attempt(lambda: resolve('user/private', token=bad)) for bad in (token + '\\n', token + ' x', '')]\n"

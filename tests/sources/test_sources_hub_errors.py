@@ -84,7 +84,7 @@ def test_what_the_hub_refuses(client: HubClient) -> None:
         "from aoconvert.sources.base import SourceFile\n"
         "s = resolve('user/model')\n"
         "s._files = {**s.files(), 'gone.safetensors': SourceFile('gone.safetensors', 10)}\n"
-        "result.append(attempt(lambda: s.safetensors_header('gone.safetensors')))"
+        "result.append(attempt(lambda: entries(s, 'gone.safetensors')))"
     )
     check(missing, "there is no model user/missing on the Hub, or it is private", "check the spelling")
     check(private, "there is no model user/private on the Hub, or it is private", "hf auth login")

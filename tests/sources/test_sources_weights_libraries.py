@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from aoconvert.formats.safetensors.header import header_of
 from aoconvert.sources import weights
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.weights import WeightFiles, find_weights
@@ -34,7 +35,7 @@ def transformers_model(seed: int) -> Any:
 def names(found: WeightFiles | None, source: FolderSource) -> set[str]:
     """Tensor names, from the index and from the files, which must agree."""
     assert found is not None
-    held = {name: path for path in found.files for name in source.safetensors_header(path)}
+    held = {name: path for path in found.files for name in header_of(source, path).entries}
     if found.index is not None:
         assert found.index == held
     return set(held)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from aoconvert.errors import UnsafeFileError, UnsafePickleError
-from aoconvert.formats.byte_source import ByteSource, LocalFile
 from aoconvert.formats.torch_bin.contents import BinContents, BinTensor, StorageInfo, Value
 from aoconvert.formats.torch_bin.pickle_reader import MAX_PICKLE_BYTES, read_pickle
 from aoconvert.formats.torch_bin.pickle_vm import PickledPairs, refuse
 from aoconvert.formats.torch_bin.rebuild import Rebuilder
 from aoconvert.formats.torch_bin.zip_reader import Record, read_archive, read_record
+from aoconvert.sources.byte_source import ByteSource, LocalFile
 
 MAX_REPEATS = 16  # times that the bytes of a file may be read, beyond what costs little
 _FREE_BYTES = 256 << 20

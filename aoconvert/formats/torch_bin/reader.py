@@ -22,10 +22,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from aoconvert.errors import AoconvertError, SourceError, UnsafeFileError
-from aoconvert.formats.base import DAMAGED_HINT, Observe, TensorInfo, open_file, read_bytes
+from aoconvert.errors import DAMAGED_HINT, AoconvertError, SourceError, UnsafeFileError
+from aoconvert.formats.base import FileContents, Observe, OpenFile, TensorInfo, open_file, read_bytes
 from aoconvert.formats.torch_bin.contents import BinTensor, Instance, Value
 from aoconvert.formats.torch_bin.header import read_source
+from aoconvert.sources import Source
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_BUFFER = 1 << 20
@@ -103,7 +104,7 @@ class TorchBinReader:
         self._descriptor = open_file(path)
         try:
             if os.pread(self._descriptor, 4, 0) == _ZIP_MAGIC:
-                self._places, self.others = _places(_Bytes(self._descriptor, path, observe), path)
+                self._places, self.others = _places(OpenFile(self._descriptor, path, observe), path)
                 self._infos = {name: _info(name, place, path) for name, place in self._places.items()}
             else:
                 content = _load_legacy(self._descriptor, path, observe)
@@ -151,29 +152,24 @@ class TorchBinReader:
             self._descriptor = -1
 
 
+def contents(source: Source, path: str) -> FileContents | None:
+    """What a file of a source holds; ``None`` where it is not on this machine.
+
+    Raises:
+        SourceError: as ``TorchBinReader``.
+    """
+    if not source.is_local(path):
+        return None
+    reader = TorchBinReader(source.local(path))
+    reader.close()
+    return FileContents(reader.infos(), reader.others)
+
+
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-@dataclass(frozen=True)
-class _Bytes:
-    """An open file as a ``ByteSource``."""
-
-    descriptor: int
-    path: Path
-    observe: Observe | None
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return os.fstat(self.descriptor).st_size
-
-    def read(self, offset: int, count: int) -> bytes:
-        """Exactly ``count`` bytes from ``offset``."""
-        return read_bytes(self.descriptor, offset, count, str(self.path), observe=self.observe).numpy().tobytes()
-
-
-def _places(source: _Bytes, path: Path) -> tuple[dict[str, _StoragePosition], dict[str, str]]:
+def _places(source: OpenFile, path: Path) -> tuple[dict[str, _StoragePosition], dict[str, str]]:
     """The tensors by name, and what else there is; one enclosing ``{"state_dict": ...}`` is opened."""
     try:
         contents = read_source(source, str(path), expanded=True)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aoconvert.errors import UnsafeZipError
-from aoconvert.formats.byte_source import ByteSource
+from aoconvert.sources.byte_source import ByteSource
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")

@@ -30,11 +30,11 @@ from torchao.quantization import (
 
 from aoconvert import schemes
 from aoconvert.errors import SourceError, UnsafePickleError
-from aoconvert.formats.byte_source import LocalFile
 from aoconvert.formats.torch_bin.contents import BinTensor, Instance, Symbol
 from aoconvert.formats.torch_bin.header import read_bin, read_loadable, read_source
 from aoconvert.formats.torch_bin.writer import TorchBinWriter
 from aoconvert.schemes.apply import quantize_weight
+from aoconvert.sources.byte_source import LocalFile
 
 ROOT = Path(__file__).parents[2]
 LEGACY = sorted((ROOT / "fixtures" / "legacy").glob("*/*/*.bin"))

@@ -11,9 +11,9 @@ import torch
 from hostile_pickles import archive, tensor, top
 
 from aoconvert.errors import UnsafeZipError
-from aoconvert.formats.byte_source import LocalFile
 from aoconvert.formats.torch_bin.header import read_bin
 from aoconvert.formats.torch_bin.zip_reader import read_archive, read_record
+from aoconvert.sources.byte_source import LocalFile
 
 CLEAN = archive(top(tensor()))
 

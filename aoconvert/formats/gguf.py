@@ -1,55 +1,22 @@
-"""Headers of safetensors and GGUF files, read from any ``ByteSource``.
+"""The header of a GGUF file.
 
-Formats: https://huggingface.co/docs/safetensors/index#format and
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from aoconvert.errors import SourceError
-from aoconvert.formats.byte_source import ByteSource
-from aoconvert.sources.headers import MAX_HEADER_BYTES, REPLACE_HINT, check_entries
+from aoconvert.errors import DAMAGED_HINT, SourceError
+from aoconvert.sources.byte_source import ByteSource
 
 GGUF_MAGIC = b"GGUF"
 _GGUF_FIRST = 1 << 16  # the scalars that matter stand before the tokenizer, which can have megabytes
 _GGUF_STRING = 8
 _GGUF_ARRAY = 9
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-
-
-def read_safetensors(source: ByteSource, label: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Tensors and metadata of a safetensors header.
-
-    Returns:
-        ``{tensor: {"dtype", "shape", "data_offsets"}}`` and ``__metadata__``.
-
-    Raises:
-        SourceError: truncated, or not a safetensors file.
-    """
-    if source.size < 8:
-        raise SourceError(f"{label} is truncated or not a safetensors file", hint=REPLACE_HINT)
-    length = int.from_bytes(source.read(0, 8), "little")
-    if length > source.size - 8:
-        raise SourceError(f"{label} is truncated or not a safetensors file", hint=REPLACE_HINT)
-    if length > MAX_HEADER_BYTES:
-        raise SourceError(f"{label} is not a safetensors file: its header would be {length:,} bytes long")
-    try:
-        entries = json.loads(source.read(8, length))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{label} is not a safetensors file: its header is not JSON") from error
-    if not isinstance(entries, dict):
-        raise SourceError(f"{label} is not a safetensors file: its header is not a JSON object")
-    metadata = entries.pop("__metadata__", None) or {}
-    if not isinstance(metadata, Mapping):
-        raise SourceError(f"{label} is not a safetensors file: its metadata is not a JSON object")
-    check_entries(entries, source.size - 8 - length, label)
-    return entries, {str(key): value for key, value in metadata.items() if isinstance(value, str)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +42,7 @@ def read_gguf(source: ByteSource, label: str) -> GgufHeader:
     """
     head = source.read(0, min(source.size, _GGUF_FIRST))
     if len(head) < 24 or head[:4] != GGUF_MAGIC:
-        raise SourceError(f"{label} is truncated or not a GGUF file", hint=REPLACE_HINT)
+        raise SourceError(f"{label} is truncated or not a GGUF file", hint=DAMAGED_HINT)
     order = "<" if head[4:6] != b"\0\0" else ">"
     version, tensors, count = struct.unpack_from(f"{order}IQQ", head, 4)
     if version not in (2, 3):
