@@ -111,7 +111,7 @@ def assert_as_torchao(source: Path, row: str, made: Made, dtype: torch.dtype = t
     theirs = reference(source, row, made, dtype)
     assert set(made.written) == set(theirs)
     for tensor in made.component.tensors:
-        assert_same(tensor.name, made.written[tensor.name], theirs[tensor.name])
+        assert_same(made.written[tensor.name], theirs[tensor.name], tensor.name)
         assert (tensor.reason is None) == (tensor.action == "quantize"), tensor.name
 
 
@@ -155,7 +155,7 @@ def test_shapes_that_divide_by_nothing(
     assert_as_torchao(source, row, made)
     opened = tiny.transformers.BertModel.from_pretrained(made.folder).state_dict()
     for tensor in made.component.tensors:
-        assert_same(tensor.name, opened[tensor.name], made.written[tensor.name])
+        assert_same(opened[tensor.name], made.written[tensor.name], tensor.name)
 
 
 def test_an_empty_weight_is_left_alone(tmp_path: Path) -> None:
