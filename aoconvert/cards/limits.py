@@ -6,7 +6,7 @@ group_offloading; transformers' quantizer_torchao; peft's tuners/lora/torchao.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from aoconvert.cards.layers import role
 from aoconvert.cards.markdown import Md, code, text
@@ -17,14 +17,15 @@ from aoconvert.checkpoint.report import Strategy
 from aoconvert.inspection.compat import short
 from aoconvert.inspection.release_names import RELEASES
 from aoconvert.schemes import int4
+from aoconvert.schemes.table import SchemeEntry, catalogue
+from aoconvert.schemes.table.entry import TOKEN, WHOLE_INPUT
+from aoconvert.schemes.tensor_classes import CLASSES, class_named
 
 _DTYPE = (
     "keep `torch_dtype`: without it diffusers opens everything that is not quantized in float32, and the first forward "
     "pass fails."
 )
 _ASSIGN = "`from_pretrained` alone does not open this checkpoint; the code above does."
-_CAST_INT8 = "`.to(torch.float32)` leaves the quantized weights in their dtype, and says nothing."
-_CAST_FLOAT8 = "after `.to(torch.float32)` the quantized weights keep their dtype, and a forward pass fails."
 _BIN = (
     "a `.bin` names torchao's own classes, and releases drop old ones{known}. Where it has to load for years, keep the "
     "pins."
@@ -80,26 +81,25 @@ def _limits(target: Checkpoint, strategy: Strategy) -> Iterable[tuple[str, str]]
     assert target.manifest is not None
     components = target.manifest.components
     tensors = [tensor for entry in components for tensor in entry.tensors if tensor.action == "quantize"]
-    classes = {tensor.class_name.rpartition(".")[2] for tensor in tensors}
+    classes = {class_named(tensor.class_name).name for tensor in tensors}
+    used = [known for name, known in CLASSES.items() if name in classes]
+    entries = _entries(tensors)
     if target.kind == "pipeline":
         yield "dtype", _DTYPE
     if strategy == "assign":
         yield "loading", _ASSIGN
     if target.runs_code:
         yield "code", _CODE
-    if "Int8Tensor" in classes:
-        yield "casting", _CAST_INT8
-    if "Float8Tensor" in classes:
-        yield "casting", _CAST_FLOAT8
+    yield from (("casting", known.casting) for known in used if known.casting is not None)
     if any(entry.format == "bin" for entry in components):
         spans = {span for entry in components if (span := ranges(entry.loads_with).get("torchao")) is not None}
         needs = ", ".join(text(span.replace(">=", "≥ ")) for span in sorted(spans))
         known = f" (torchao {needs}; {short(len(RELEASES) - 1)} is the newest that aoconvert knows)" if needs else ""
         yield "torchao", _BIN.format(known=known)
-    if "IntxUnpackedToInt8Tensor" in classes or any("mxfp6" in (tensor.scheme or "") for tensor in tensors):
+    if any(known.byte_per_value for known in used) or any(entry.padded for entry in entries):
         yield "size", _BYTES
     yield from _of_layout(target)
-    yield from _of_layers(target, tensors)
+    yield from _of_layers(target, tensors, {entry.zero_input for entry in entries} - {None})
     yield from _of_source(components)
     yield "LoRA", _LORA
     if target.kind == "transformers":
@@ -119,14 +119,18 @@ def _of_layout(target: Checkpoint) -> Iterable[tuple[str, str]]:
             yield "one kind of CPU", _ONE_CPU.format(layout=code(cpu))
 
 
-def _of_layers(target: Checkpoint, tensors: Sequence[TensorEntry]) -> Iterable[tuple[str, str]]:
+def _entries(tensors: Sequence[TensorEntry]) -> list[SchemeEntry]:
+    """What the catalogue says of the tensors' schemes."""
+    names = {tensor.scheme for tensor in tensors}
+    return [entry for entry in catalogue() if entry.name in names]
+
+
+def _of_layers(target: Checkpoint, tensors: Sequence[TensorEntry], zeros: Set[str | None]) -> Iterable[tuple[str, str]]:
     assert target.manifest is not None
     if repaired := sum(tensor.repaired_rows for tensor in tensors):
         yield "zeros", _ZEROS.format(count=repaired, rows="row was" if repaired == 1 else "rows were")
-    dynamic = {tensor.scheme for tensor in tensors if (tensor.scheme or "").startswith("float8dq")}
-    if dynamic:
-        what = "a whole input" if dynamic == {"float8dq"} else "a token"
-        yield "zeros in the input", _ZERO_INPUT.format(what=what)
+    if zeros:  # the smallest that is lost
+        yield "zeros in the input", _ZERO_INPUT.format(what=TOKEN if TOKEN in zeros else WHOLE_INPUT)
     if any(part.config.get("experts_implementation") == "eager" for part in target.parts):
         yield "experts", _EAGER
     if any(role(tensor) == "embedding" for tensor in tensors):

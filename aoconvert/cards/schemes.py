@@ -33,7 +33,7 @@ def _row(name: str, members: list[TensorEntry], entry: ComponentEntry, granulari
         "name": name,
         "weights": known.weight_dtype if known is not None else name,
         "granularity": granularity,
-        "dynamic": "DynamicActivation" in (known.config_class if known is not None else str(entry.config.get("_type"))),
+        "dynamic": known.activation is not None if known is not None else _is_dynamic(entry.config),
         "tensors": len(members),
         "experts": sum(len(tensor.shape) == 3 for tensor in members),
         "parameters": parameters,
@@ -41,6 +41,16 @@ def _row(name: str, members: list[TensorEntry], entry: ComponentEntry, granulari
         "median": statistics.median(values) if values else None,
         "lowest": min(values, default=None),
     }
+
+
+def _is_dynamic(config: Mapping[str, Any]) -> bool:
+    return "DynamicActivation" in str(config.get("_type"))
+
+
+def _group_of_format(config_class: str) -> int | None:
+    """How many values share a scale where the format says it, and torchao's config has no field for it."""
+    makers = (entry for entry in catalogue() if config_class in (entry.config_class, *entry.aliases))
+    return next((entry.tensor_class.group_size for entry in makers), None)
 
 
 def _known(name: str, entry: ComponentEntry) -> SchemeEntry | None:
@@ -96,8 +106,8 @@ def granularity(config: Mapping[str, Any]) -> str | None:
     data = config.get("_data")
     if not isinstance(data, Mapping):
         return None
-    if str(config.get("_type")).startswith("NVFP4"):
-        return "16 values"  # of the format: torchao's config has no field for it
+    if (size := _group_of_format(str(config.get("_type")))) is not None:
+        return f"{size} values"
     found = data.get("weight_granularity") or data.get("granularity")
     if isinstance(found, list) and found:  # activations, then weights
         found = found[-1]

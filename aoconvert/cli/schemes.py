@@ -59,7 +59,7 @@ def _data(entry: SchemeEntry) -> dict[str, Any]:
         "config": entry.config,
         "settings": dict((*entry.fields, *entry.defaults)),
         "weight_dtype": entry.weight_dtype,
-        "tensor_class": entry.tensor_class,
+        "tensor_class": entry.tensor_class.name,
         "packing": entry.packing,
         "group_size_option": entry.group_field is not None,
         "requires": list(entry.requires),
@@ -106,7 +106,7 @@ def _layouts(entry: SchemeEntry) -> list[dict[str, Any]]:
             {
                 "layout_device": device,
                 "packing": layout.packing,
-                "tensor_class": layout.tensor_class,
+                "tensor_class": layout.tensor_class.name,
                 "quantizes_here": why is None,
                 "why_not_quantized": why,
                 "runs_here": cannot is None,

@@ -20,7 +20,7 @@ from aoconvert.engine.quantize import not_finite, quantize_rows
 from aoconvert.errors import DeviceError, DeviceMemoryError
 from aoconvert.planning.slices import BUFFERS, DEVICE_BLOCK, PER_DEVICE, SLICE_BYTES
 from aoconvert.schemes.error_stats import ErrorStats, differences, squares
-from aoconvert.schemes.repair import repair
+from aoconvert.schemes.tensors import repair
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme

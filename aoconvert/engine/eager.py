@@ -16,7 +16,7 @@ from aoconvert.engine.blocks import Blocks, cut, quantize_block, torchao_at_work
 from aoconvert.planning.slices import at_once
 from aoconvert.schemes.apply import flatten, unflatten
 from aoconvert.schemes.error_stats import ErrorStats
-from aoconvert.schemes.repair import repair
+from aoconvert.schemes.tensors import repair
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme

@@ -16,6 +16,7 @@ from aoconvert.inspection.foreign import PACKAGES, scheme_of_kind
 from aoconvert.inspection.types import Component, FileFacts, Loading
 from aoconvert.inspection.writer import written_by
 from aoconvert.schemes import int4
+from aoconvert.schemes.tensor_classes import PackedLayout
 
 # It reads only torchao configs there; which release first refused a name is not known (shared facts).
 _NO_NAMES = "0.42"
@@ -121,7 +122,7 @@ def _problems(
     kind: str,
     files: Sequence[FileFacts],
     loading: Loading | None,
-    layout: compat.PackedLayout | None,
+    layout: PackedLayout | None,
     needs: Sequence[str],
     library: str | None,
     config: Mapping[str, Any],
@@ -162,7 +163,7 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def _device_here(layout: compat.PackedLayout) -> bool | None:
+def _device_here(layout: PackedLayout) -> bool | None:
     """Whether the layout's device is here; ``None`` where torch cannot be asked. Only asked for packed layouts."""
     if layout.device == "cpu":
         return None if layout.note else True
@@ -206,7 +207,7 @@ def _advice(
     scheme: str | None,
     files: Sequence[FileFacts],
     loading: Loading | None,
-    layout: compat.PackedLayout | None,
+    layout: PackedLayout | None,
     config: Mapping[str, Any],
     entries: Sequence[BinTensor],
 ) -> list[str]:

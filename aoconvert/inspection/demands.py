@@ -1,6 +1,6 @@
 """What a header does not say in one place: the device that can run the weights, and which integers have a zero point.
 
-A tensor's class tells most packed layouts (``compat.LAYOUTS``). For the others its scheme does: it says whether
+A tensor's class tells most packed layouts (``schemes.tensor_classes``). For the others its scheme does: it says whether
 activations are quantized too, and which GPU can multiply them.
 """
 
@@ -13,14 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 from aoconvert.formats.torch_bin.contents import BinTensor, Instance
-from aoconvert.inspection.compat import PackedLayout, layout_of_classes, parts
-from aoconvert.inspection.scheme import scheme_of
+from aoconvert.inspection.compat import layout_of_classes, parts
+from aoconvert.inspection.scheme import scheme_name, scheme_of
 from aoconvert.inspection.types import FileFacts, TensorFact
 from aoconvert.schemes.table import catalogue
+from aoconvert.schemes.tensor_classes import PackedLayout, WeightFacts
+from aoconvert.schemes.tensor_classes.current import INTX
 
 _EMULATED = "emulated"
-# One name for several layouts; LAYOUTS knows them by class.
-_BY_CLASS = frozenset({"int4wo"})
 
 
 def demand_of(files: Sequence[FileFacts]) -> PackedLayout | None:
@@ -61,7 +61,8 @@ def _demands() -> Mapping[str, PackedLayout]:
     return {
         entry.name: PackedLayout(entry.device, entry.min_capability, packed=False)
         for entry in catalogue()
-        if entry.name not in _BY_CLASS and (entry.device != "any" or entry.min_capability is not None)
+        # what --layout-device chooses has one name for several layouts: their classes tell
+        if entry.layout_device is None and (entry.device != "any" or entry.min_capability is not None)
     }
 
 
@@ -74,17 +75,21 @@ def _emulated(entry: BinTensor | None) -> bool:
 
 
 def signs(files: Sequence[FileFacts], quantization: Mapping[str, Any]) -> tuple[FileFacts, ...]:
-    """The files with ``uintXwo`` in place of ``intxXwo`` where the model's config says so.
+    """The files with the scheme that has zero points in place of the one without where the model's config says so.
 
     The class is the same: only the zero points differ, and those are not read. A config in which the same width has
     both kinds leaves the name as it is.
     """
     kinds: dict[str, set[bool]] = {}
-    for bits, asymmetric in _mappings(quantization):
-        kinds.setdefault(f"intx{bits}wo", set()).add(asymmetric)
-    renamed = {name: f"uint{name[4:]}" for name, found in kinds.items() if found == {True}}
+    for dtype, asymmetric in _mappings(quantization):
+        kinds.setdefault(dtype, set()).add(asymmetric)
+    renamed = {
+        scheme_name(WeightFacts(INTX, dtype)): scheme_name(WeightFacts(INTX, dtype, asymmetric=True))
+        for dtype, found in kinds.items()
+        if found == {True}
+    }
     return tuple(
-        replace(file, tensors=tuple(replace(t, scheme=renamed.get(t.scheme or "", t.scheme)) for t in file.tensors))
+        replace(file, tensors=tuple(replace(t, scheme=renamed.get(t.scheme, t.scheme)) for t in file.tensors))
         if renamed
         else file
         for file in files
@@ -92,14 +97,14 @@ def signs(files: Sequence[FileFacts], quantization: Mapping[str, Any]) -> tuple[
 
 
 def _mappings(quantization: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """(bits, asymmetric) of every weight-only integer config in a ``quantization_config``."""
+    """(dtype, asymmetric) of every weight-only integer config in a ``quantization_config``."""
     for config in _configs(quantization.get("quant_type")):
         data = config.get("_data")
         if config.get("_type") != "IntxWeightOnlyConfig" or not isinstance(data, Mapping):
             continue
-        bits = re.fullmatch(r"int([1-8])", str(_inner(data.get("weight_dtype"))))
-        if bits is not None:
-            yield bits[1], _inner(data.get("mapping_type")) == "ASYMMETRIC"
+        dtype = str(_inner(data.get("weight_dtype")))
+        if re.fullmatch(r"int[1-8]", dtype):
+            yield dtype, _inner(data.get("mapping_type")) == "ASYMMETRIC"
 
 
 def _configs(quant_type: Any) -> Iterator[Mapping[str, Any]]:

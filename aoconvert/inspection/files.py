@@ -13,8 +13,9 @@ from aoconvert.formats.safetensors.header import DTYPES, read_header
 from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.formats.torch_bin.header import read_source
 from aoconvert.inspection.foreign import classify
-from aoconvert.inspection.scheme import scheme_of, scheme_of_flat
+from aoconvert.inspection.scheme import scheme_of, tensor_of_metadata
 from aoconvert.inspection.types import FileFacts, TensorFact
+from aoconvert.schemes.tensor_classes import class_named
 from aoconvert.sources.byte_source import ByteSource
 
 
@@ -126,8 +127,8 @@ def _flat(
         data = entry.get("_data")
         attributes = data if isinstance(data, dict) else {}
         dtype, shape = stored.get(f"{prefix}qdata", (None, ()))
-        scheme = scheme_of_flat(kind, attributes, dtype) or "unknown"
-        numel = _shape_numel(attributes) or math.prod(shape) * _values_a_byte(kind, dtype)
+        scheme = scheme_of(tensor_of_metadata(kind, attributes, dtype)) or "unknown"
+        numel = _shape_numel(attributes) or math.prod(shape) * (2 if dtype in class_named(kind).packed_in else 1)
         yield TensorFact(name, f"torchao.{kind}", dtype or "unknown", numel, scheme)
     for name, (dtype, shape) in stored.items():
         if name not in helpers:
@@ -139,8 +140,3 @@ def _shape_numel(attributes: Mapping[str, Any]) -> int:
     if isinstance(shape, list) and shape and all(type(side) is int and side >= 0 for side in shape):
         return math.prod(shape)
     return 0
-
-
-def _values_a_byte(kind: str, dtype: str | None) -> int:
-    packed = kind in ("Int4Tensor", "NVFP4Tensor") or (kind == "MXTensor" and dtype in ("uint8", "float4_e2m1fn_x2"))
-    return 2 if packed else 1

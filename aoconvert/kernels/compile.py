@@ -25,7 +25,7 @@ import torch
 
 from aoconvert.environment import import_torchao
 from aoconvert.schemes.apply import flatten, quantize_with
-from aoconvert.schemes.dequantize import dequantize
+from aoconvert.schemes.tensors import dequantize
 
 _LIMIT_S = 600
 _ROWS = 96  # of the example that is traced; the sizes themselves stay symbolic

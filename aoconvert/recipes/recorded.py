@@ -269,7 +269,7 @@ def _made(choice: Choice) -> Scheme | None:
 
 def _candidates(config: Any, layout_device: str | None) -> Iterator[Choice]:
     """Every scheme of the config's class, with the settings that differ from what its name gives."""
-    if type(config).__name__ == "Int4WeightOnlyConfig":
+    if type(config).__name__ == INT4["cpu"].config_class:
         device = _INT4_DEVICES.get(_text(config.int4_packing_format) or "")
         algorithm = _text(config.int4_choose_qparams_algorithm) or ""
         if device is not None and isinstance(config.group_size, int):

@@ -11,8 +11,6 @@ from aoconvert.formats.content import own_bytes
 from aoconvert.schemes import int4
 from aoconvert.schemes.int4_parts import Parts, opaque, padded, parameters, plain_int32, tile_packed
 
-CLASSES = ("Int4TilePackedTo4dTensor", "Int4OpaqueTensor", "Int4PlainInt32Tensor", "Int4Tensor")
-
 
 class CannotCarry(Exception):
     """The other layout cannot hold this weight's values exactly; says why."""

@@ -36,7 +36,7 @@ from aoconvert.progress import Progress
 from aoconvert.rewriting.int4_weights import CannotCarry, carry, digest, pack
 from aoconvert.rewriting.repack_plan import PartPlan, prepare
 from aoconvert.rewriting.stored import StoredFile
-from aoconvert.schemes.int4_parts import take_apart
+from aoconvert.schemes.tensors import take_apart
 from aoconvert.sources.folder import FolderSource
 
 

@@ -17,17 +17,18 @@ from aoconvert.errors import PlanError, SourceError, UsageError
 from aoconvert.formats.registry import TORCH_BIN
 from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.planning.output import output_problems, space_problems
-from aoconvert.rewriting.int4_weights import CLASSES
 from aoconvert.schemes import int4
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.schemes.base import Layout, Scheme
 from aoconvert.schemes.imports import imports
 from aoconvert.schemes.layouts import merged
 from aoconvert.schemes.table import INT4
+from aoconvert.schemes.tensor_classes import class_named
+from aoconvert.schemes.tensor_classes.current import INT4_OPAQUE
 from aoconvert.sources.folder import FolderSource
 
 DEVICES = ("cpu", "cuda", "xpu")
-_CONFIG = "Int4WeightOnlyConfig"
+_CONFIG = INT4["cpu"].config_class
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
     plans: dict[str, PartPlan] = {}
     problems: list[str] = []
     for entry in manifest.components:
-        names = frozenset(t.name for t in entry.tensors if t.class_name.rpartition(".")[2] in CLASSES)
+        names = frozenset(t.name for t in entry.tensors if class_named(t.class_name).take_apart is not None)
         if names:
             try:
                 problems += _weights_problems(folder, entry, names, device)
@@ -191,7 +192,7 @@ def _weights_problems(folder: Path, entry: ComponentEntry, names: frozenset[str]
         return [_labelled(entry, f"{entry.format} files cannot be repacked")]
     problems = []
     layout = int4.cpu_layout(entry.layout.packing)
-    if any(t.name in names and t.class_name.endswith("Int4OpaqueTensor") for t in entry.tensors) and layout is None:
+    if any(t.name in names and class_named(t.class_name) is INT4_OPAQUE for t in entry.tensors) and layout is None:
         problems.append(_labelled(entry, "its manifest does not say in which of the CPU's layouts it is packed"))
     for file in entry.files:
         if not TORCH_BIN.writes(file.path):

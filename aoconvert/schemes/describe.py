@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from aoconvert.schemes.table.entry import TOKEN
+
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
 
@@ -50,20 +52,19 @@ def activation(sample: Any) -> str | None:
 def min_torchao(entry: SchemeEntry, config: AOBaseConfig, group_size: int | None) -> str:
     """Files of torchao 0.18 were loaded and run in 0.13, 0.14.1, 0.15, 0.16 and 0.17.
 
-    Before 0.17, Int8Tensor loads groups but fails in forward, and silently takes asymmetric activations for symmetric.
+    Before a class computes right with them, it loads groups but fails in forward, and silently takes asymmetric
+    activations for symmetric.
     """
     asymmetric = getattr(getattr(config, "act_mapping_type", None), "name", None) == "ASYMMETRIC"
-    if entry.tensor_class == "Int8Tensor" and (group_size is not None or asymmetric):
-        return "0.17"
-    return entry.min_torchao
+    since = entry.tensor_class.groups_since
+    return since if since and (group_size is not None or asymmetric) else entry.min_torchao
 
 
 def notes(entry: SchemeEntry, bits: float, granularity: str, *, bounded: bool = False) -> tuple[str, ...]:
     """What whoever chooses it should know first; ``bounded``: the scale of the activations has a least value."""
     found = []
-    value_bits = bits_of(entry.weight_dtype)
-    if value_bits < round(bits):
-        found.append(f"stores each {value_bits}-bit value in one byte: the file is not smaller than int8wo's")
+    if entry.value_bits < round(bits):
+        found.append(f"stores each {entry.value_bits}-bit value in one byte: the file is not smaller than int8wo's")
         if granularity == "per row":
             found.append("one scale for a whole row: a group size of 32 to 128 is more accurate")
     if entry.fails_on_single_row:
@@ -72,17 +73,12 @@ def notes(entry: SchemeEntry, bits: float, granularity: str, *, bounded: bool = 
         found.append(f"runs on {entry.device} devices only")
     if entry.min_capability is not None:
         found.append(f"on CUDA it runs from compute capability {capability(entry.min_capability)} on")
-    if entry.name in ("float8dq_row", "float8dq_block") and not bounded:
+    if entry.zero_input == TOKEN and not bounded:
         found.append(
             "a row of zeros in a layer's input (padded text) becomes NaN in torchao 0.18's own path; "
             "--set activation_value_lb=1e-12 avoids that"
         )
     return tuple(found)
-
-
-def bits_of(dtype: str) -> int:
-    """How many bits a value has: ``int4``, ``float8_e4m3fn``."""
-    return int(dtype.removeprefix("int").removeprefix("float").partition("_")[0])
 
 
 def capability(version: tuple[int, int]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aoconvert.schemes.dequantize import dequantize
+from aoconvert.schemes.tensors import dequantize
 
 # Elements that are widened to float64 at once
 _WIDE = 1 << 19

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, cast
 from aoconvert.environment import import_torchao, torch_build
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.schemes import cpu_packing
-from aoconvert.schemes.int4_parts import dequantize as dequantize
 from aoconvert.schemes.int4_parts import padded, parameters, plain_int32, tile_packed
 
 if TYPE_CHECKING:

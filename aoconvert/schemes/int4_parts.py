@@ -39,52 +39,53 @@ class Parts:
     group_size: int
 
 
-def take_apart(tensor: Any, layout: str | None = None) -> Parts:
-    """The parts of a quantized weight, without what its layout fills up.
+def of_tiles(tensor: Any, cpu_layout: str | None) -> Parts:
+    """The parts of a weight that is packed for CUDA."""
+    rows, columns = tensor.shape
+    size = _group_size(tensor)
+    codes = tile_packing.unpack(tensor.qdata, INNER_K_TILES)[:rows, :columns]
+    scale, zero = _both(tensor.scale_and_zero[: columns // size, :rows])
+    return Parts(codes.contiguous(), scale, zero, False, size)
 
-    Args:
-        tensor: one of torchao's four classes for int4 in groups, on any device.
-        layout: of a weight for the CPU: the one it is packed in, this machine's if it is not said.
+
+def of_opaque(tensor: Any, cpu_layout: str | None) -> Parts:
+    """The parts of a weight that is packed for the CPU, by default in this machine's layout.
 
     Raises:
-        PlanError: a class, or an activation scale, that this function does not know.
+        PlanError: a layout that is not known here.
     """
+    if (layout := cpu_layout or cpu_packing.machine_layout()) not in cpu_packing.LAYOUTS:
+        raise PlanError([f"{layout!r} is no known layout of int4 for the CPU"], hint="upgrade aoconvert")
+    scale, zero = _both(tensor.scale_and_zero)
+    return Parts(cpu_packing.unpack(tensor.qdata, layout).contiguous(), scale, zero, False, _group_size(tensor))
+
+
+def of_plain_int32(tensor: Any, cpu_layout: str | None) -> Parts:
+    """The parts of a weight for Intel GPUs."""
+    return Parts(_halves(tensor), tensor.scale.t(), tensor.zero_point.t(), True, _group_size(tensor))
+
+
+def of_plain(tensor: Any, cpu_layout: str | None) -> Parts:
+    """The parts of a weight for mslk, whose codes are signed: two's complement."""
+    return Parts(_halves(tensor) ^ 8, tensor.scale.t(), tensor.zero_point.t(), False, _group_size(tensor))
+
+
+def _group_size(tensor: Any) -> int:
+    return int(tensor.block_size[-1])
+
+
+def _halves(tensor: Any) -> torch.Tensor:
+    """The two codes of each byte, the lower half first."""
     import torch
 
-    name = type(tensor).__name__
-    if getattr(tensor, "act_pre_scale", None) is not None or getattr(tensor, "act_mapping_type", None) is not None:
-        raise PlanError([f"this {name} also says what to do with activations"])
-    rows, columns = tensor.shape
-    group_size = int(tensor.block_size[-1])
-    groups = columns // group_size
-    if name == "Int4TilePackedTo4dTensor":
-        codes = tile_packing.unpack(tensor.qdata, INNER_K_TILES)[:rows, :columns]
-        scale, zero = _both(tensor.scale_and_zero[:groups, :rows])
-    elif name == "Int4OpaqueTensor":
-        if (layout := layout or cpu_packing.machine_layout()) not in cpu_packing.LAYOUTS:
-            raise PlanError([f"{layout!r} is no known layout of int4 for the CPU"], hint="upgrade aoconvert")
-        codes = cpu_packing.unpack(tensor.qdata, layout)
-        scale, zero = _both(tensor.scale_and_zero)
-    elif name in ("Int4PlainInt32Tensor", "Int4Tensor"):
-        bytes_ = tensor.qdata.contiguous().view(torch.uint8)
-        codes = torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).reshape(rows, columns)
-        if name == "Int4Tensor":  # mslk: signed codes, two's complement
-            codes = codes ^ 8
-        scale, zero = tensor.scale.t(), tensor.zero_point.t()
-    else:
-        raise PlanError([f"{name} is no int4 weight in groups"])
-    return Parts(codes.contiguous(), scale, zero, name == "Int4PlainInt32Tensor", group_size)
+    bytes_ = tensor.qdata.contiguous().view(torch.uint8)
+    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).reshape(tensor.shape)
 
 
-def dequantize(tensor: Any, layout: str | None = None) -> torch.Tensor:
-    """The values that a quantized weight stands for: float32, of its shape, on its device.
-
-    Args:
-        tensor, layout: as :func:`take_apart` takes them.
-    """
+def dequantize(parts: Parts) -> torch.Tensor:
+    """The values that a weight stands for: float32, of its shape, on its device."""
     import torch
 
-    parts = take_apart(tensor, layout)
     rows, columns = parts.codes.shape
     values = parts.codes.reshape(rows, -1, parts.group_size).to(torch.float32)
     scale, zero = parts.scale.float().unsqueeze(-1), parts.zero.float().unsqueeze(-1)

@@ -13,25 +13,8 @@ from typing import Any
 _NVFP4_SMALLEST = 2.0**-6
 
 
-def repair(tensor: Any) -> int:
-    """Give values without a scale one, and the code 0, in place; they load as zeros then.
-
-    Args:
-        tensor: what :func:`aoconvert.schemes.apply.quantize_weight` returned, also a plain tensor or one on ``meta``.
-
-    Returns:
-        How many rows, groups, blocks or weights there were; 0: nothing was changed.
-    """
-    if tensor.is_meta:
-        return 0
-    if type(tensor).__name__ == "Float8Tensor":
-        return _float8(tensor)
-    if type(tensor).__name__ == "NVFP4Tensor" and tensor.per_tensor_scale is not None:
-        return _nvfp4(tensor)
-    return 0
-
-
-def _float8(tensor: Any) -> int:
+def repair_float8(tensor: Any) -> int:
+    """Give rows, groups or blocks without a scale one, in place; how many there were."""
     import torch
 
     lost = tensor.scale == 0
@@ -45,9 +28,12 @@ def _float8(tensor: Any) -> int:
     return count
 
 
-def _nvfp4(tensor: Any) -> int:
+def repair_nvfp4(tensor: Any) -> int:
+    """Give matrices without a scale one, in place; how many there were."""
     import torch
 
+    if tensor.per_tensor_scale is None:
+        return 0
     lost = tensor.per_tensor_scale == 0
     count = int(lost.sum())
     if count:

@@ -164,7 +164,7 @@ def _sample(entry: SchemeEntry, config: AOBaseConfig) -> torch.Tensor:
         made = quantize_with(weight, config)
     except Exception as error:
         raise UsageError(f"{entry.name}: torchao cannot quantize with this config: {_why(error)}") from error
-    if type(made).__name__ != entry.tensor_class:
+    if type(made).__name__ != entry.tensor_class.name:
         raise UsageError(f"{entry.name}: with this config torchao makes a {type(made).__name__} instead")
     return made
 

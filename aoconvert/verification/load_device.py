@@ -12,10 +12,10 @@ from aoconvert.checkpoint.checkpoint import Checkpoint
 from aoconvert.environment import choose_device, device_facts
 from aoconvert.errors import PlanError
 from aoconvert.formats.torch_bin.header import read_bin
-from aoconvert.inspection.compat import PackedLayout
 from aoconvert.inspection.demands import demand_of_entries
 from aoconvert.schemes import int4
 from aoconvert.schemes.describe import capability
+from aoconvert.schemes.tensor_classes import PackedLayout
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from aoconvert.options import make_options
 from aoconvert.planning import Plan
 from aoconvert.planning.make import make
 from aoconvert.schemes import int4
-from aoconvert.schemes.dequantize import dequantize
 from aoconvert.schemes.error_stats import ErrorStats
+from aoconvert.schemes.tensors import dequantize
 from aoconvert.sources import Source
 
 _TOLERANCE_DB = 0.05
@@ -114,16 +114,9 @@ def _compare(
         same = torch.equal(original.to(written.dtype), written)
         return math.inf, None if same else f"{name} is not the source's tensor"
     error = ErrorStats()
-    error.add(original, _values(written, packing))
+    error.add(original, dequantize(written, int4.cpu_layout(packing)))
     sqnr = error.sqnr_db if error.sqnr_db is not None else math.inf
     stated = entry.sqnr_db if entry.sqnr_db is not None else math.inf
     if sqnr != stated and not abs(sqnr - stated) <= _TOLERANCE_DB:
         return sqnr, f"{name} has an SQNR of {sqnr:.2f} dB to the source, the manifest says {stated:.2f}"
     return sqnr, None
-
-
-def _values(written: torch.Tensor, packing: str) -> torch.Tensor:
-    """What a quantized tensor stands for; int4 for the CPU in the layout it was packed in, wherever this runs."""
-    if type(written).__name__ == "Int4OpaqueTensor":
-        return int4.dequantize(written, int4.cpu_layout(packing))
-    return dequantize(written)

@@ -23,7 +23,7 @@ import aoconvert
 from aoconvert import schemes
 from aoconvert.checkpoint.manifest import ComponentEntry
 from aoconvert.errors import PlanError, QuantizeError
-from aoconvert.schemes.dequantize import dequantize
+from aoconvert.schemes.tensors import dequantize
 
 LAYER = "encoder.layer.0."
 QUERY, KEY, VALUE = (f"{LAYER}attention.self.{name}.weight" for name in ("query", "key", "value"))

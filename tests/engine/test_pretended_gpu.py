@@ -27,10 +27,10 @@ from aoconvert.engine.device_streams import Lane, Lanes
 from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.environment import choose_device
 from aoconvert.errors import AoconvertError, DeviceError, DeviceMemoryError, PlanError, QuantizeError
-from aoconvert.inspection.compat import PackedLayout
 from aoconvert.planning import needs, slices
 from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme, int4
+from aoconvert.schemes.tensor_classes import PackedLayout
 from aoconvert.searching import measure as measuring
 from aoconvert.verification import load_device
 

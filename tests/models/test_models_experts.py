@@ -128,7 +128,7 @@ def test_what_settles_is_what_a_reloaded_model_does(
     write(source, tmp_path / "out", quantized, scheme, **named)
     loaded = cls.from_pretrained(tmp_path / "out").eval()
     kept = loaded.state_dict()
-    assert {type(kept[key]).__name__ for key in experts} == {chosen.entry.tensor_class}
+    assert {type(kept[key]).__name__ for key in experts} == {chosen.entry.tensor_class.name}
     assert set(loaded.get_experts_implementation().values()) == {works}
     model.load_state_dict({k: v.dequantize() if k in experts else v for k, v in quantized.items()}, strict=False)
     model.set_experts_implementation(works)

@@ -127,7 +127,9 @@ def test_a_shared_tensor_that_is_written_once_may_be_quantized(name: str, scheme
     }
     loaded = reopened(model, tmp_path / "source", tmp_path / "out", written)
     kept = loaded.state_dict()
-    assert {type(kept[key]).__name__ for key in (*shared, *tied) if key.endswith("weight")} == {chosen.tensor_class}
+    assert {type(kept[key]).__name__ for key in (*shared, *tied) if key.endswith("weight")} == {
+        chosen.entry.tensor_class.name
+    }
     assert set(loaded.all_tied_weights_keys) == tied
     after = forward(loaded)
     assert not torch.equal(after, before)

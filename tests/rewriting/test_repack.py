@@ -22,7 +22,7 @@ from aoconvert.errors import Interrupted, PlanError, QuantizeError, SourceError,
 from aoconvert.progress import Silent
 from aoconvert.schemes import cpu_packing
 from aoconvert.schemes import int4 as layouts
-from aoconvert.schemes.int4_parts import take_apart
+from aoconvert.schemes.tensors import take_apart
 from aoconvert.verification.load_device import choose_load_device
 
 OTHER = {"cpu": "cuda", "cuda": "cpu"}

@@ -17,7 +17,7 @@ from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
 
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.schemes import cpu_packing, int4
-from aoconvert.schemes.int4_parts import take_apart
+from aoconvert.schemes.tensors import dequantize, take_apart
 
 MADE = (("cuda", "tinygemm"), ("cuda", "hqq"), ("cpu", "tinygemm"), ("cpu", "hqq"), ("xpu", "tinygemm"))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -111,7 +111,7 @@ def test_a_weight_is_taken_where_torchao_takes_it(
     assert (reason is None) == (taken and all(shape))
     if reason is None:
         made = int4.quantize(weight, group_size=size, device=device)
-        assert torch.isfinite(int4.dequantize(made)).all()
+        assert torch.isfinite(dequantize(made)).all()
 
 
 def test_stacked_experts_are_not_taken() -> None:
@@ -127,7 +127,7 @@ def test_what_the_cpu_computes_with_is_what_dequantizing_gives(rows: int, dtype:
     made = int4.quantize(normal(rows, 128, dtype), group_size=32, device="cpu")
     computed = torch.nn.functional.linear(torch.eye(128, dtype=dtype), made).t()
     # the kernel multiplies and adds in one step, in float32
-    torch.testing.assert_close(computed, int4.dequantize(made).to(dtype), rtol=0, atol=5e-7 * (dtype == torch.float32))
+    torch.testing.assert_close(computed, dequantize(made).to(dtype), rtol=0, atol=5e-7 * (dtype == torch.float32))
 
 
 def test_dequantizing_is_torchaos_formula_for_the_other_layouts() -> None:
@@ -142,8 +142,8 @@ def test_dequantizing_is_torchaos_formula_for_the_other_layouts() -> None:
             expected = quant_primitives.dequantize_affine(
                 codes, [1, 32], scale, zero.int(), torch.int32, 0, 15, output_dtype=torch.float32
             )
-        assert torch.equal(int4.dequantize(made), expected)
-        assert (int4.dequantize(made) - weight.float()).norm() < 0.1 * weight.float().norm()
+        assert torch.equal(dequantize(made), expected)
+        assert (dequantize(made) - weight.float()).norm() < 0.1 * weight.float().norm()
 
 
 def test_codes_of_the_plain_layout_are_signed() -> None:
@@ -152,7 +152,7 @@ def test_codes_of_the_plain_layout_are_signed() -> None:
     codes = torch.tensor([[-8, 7, -1, 0] * 8], dtype=torch.int8)
     packed = codes[:, ::2] & 15 | codes[:, 1::2] << 4  # mslk.quantize.shuffle.pack_int4
     made = Int4Tensor(packed, torch.tensor([[0.5]]), torch.tensor([[2.0]]), [1, 32], torch.Size((1, 32)))
-    assert torch.equal(int4.dequantize(made), codes * 0.5 + 2.0)
+    assert torch.equal(dequantize(made), codes * 0.5 + 2.0)
 
 
 def test_a_weight_of_another_cpu_layout_is_read_in_that_layout() -> None:
@@ -160,14 +160,14 @@ def test_a_weight_of_another_cpu_layout_is_read_in_that_layout() -> None:
     codes = take_apart(made).codes
     for layout in cpu_packing.LAYOUTS:
         other = Int4OpaqueTensor(cpu_packing.pack(codes, layout), made.scale_and_zero, made.block_size, made.shape)
-        assert torch.equal(int4.dequantize(other, layout), int4.dequantize(made))
-        assert torch.equal(int4.dequantize(other), int4.dequantize(made)) == int4.fits_machine(layout)
+        assert torch.equal(dequantize(other, layout), dequantize(made))
+        assert torch.equal(dequantize(other), dequantize(made)) == int4.fits_machine(layout)
 
 
 def test_the_packing_says_the_cpus_layout() -> None:
     assert int4.machine_layout() in cpu_packing.LAYOUTS
     assert int4.cpu_layout(int4.machine_packing()) == int4.machine_layout()
-    assert int4.cpu_layout(f"plain+{int4.packing('cpu')}") == int4.machine_layout()
+    assert int4.cpu_layout(f"plain+{int4.machine_packing()}") == int4.machine_layout()
     assert int4.cpu_layout("plain+tile_packed_to_4d") is None
     assert not int4.fits_machine(cpu_packing.UNKNOWN)
 
@@ -201,4 +201,4 @@ def test_a_gpu_makes_the_same_tensor_with_torchaos_own_code(shape: tuple[int, in
     inputs = torch.eye(shape[1], dtype=torch.bfloat16, device="cuda")
     computed = torch.nn.functional.linear(inputs, made.cuda()).t().cpu()
     # the kernel computes in bfloat16
-    torch.testing.assert_close(computed.float(), int4.dequantize(made), rtol=2**-7, atol=2**-5)
+    torch.testing.assert_close(computed.float(), dequantize(made), rtol=2**-7, atol=2**-5)

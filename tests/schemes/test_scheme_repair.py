@@ -11,8 +11,7 @@ from scheme_table import ROWS, attributes, inner
 
 from aoconvert import schemes
 from aoconvert.schemes.apply import quantize_weight
-from aoconvert.schemes.dequantize import dequantize
-from aoconvert.schemes.repair import repair
+from aoconvert.schemes.tensors import dequantize, repair
 
 FLOAT8 = [row.scheme for row in ROWS if row.tensor_class == "Float8Tensor"]
 FEW = [row.scheme for row in ROWS if row.tensor_class != "IntxUnpackedToInt8Tensor"] + ["intx4wo", "uint4wo", "int4dq"]
@@ -35,7 +34,7 @@ def test_a_weight_of_zeros_loads_as_zeros(name: str) -> None:
     assert repair(made) == 0
     rows_or_whole = {"per row": 128, "per tensor": 1, "per block of 128x128": 2, "per group of 16, and per tensor": 1}
     broken = name in FLOAT8 or name.startswith("nvfp4")
-    assert repaired == (rows_or_whole[schemes.get(name).granularity] if broken else 0)
+    assert repaired == (rows_or_whole[schemes.get(name).format.granularity] if broken else 0)
 
 
 @pytest.mark.parametrize("name", FEW)

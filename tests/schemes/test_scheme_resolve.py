@@ -50,7 +50,7 @@ def pieces_equal_whole(values: torch.Tensor, made: schemes.Scheme, cuts: list[in
 def test_defaults(row: Row) -> None:
     made = schemes.get(row.scheme)
     assert type(made.config).__name__ == row.config
-    assert (made.name, made.entry.tensor_class, made.entry.weight_dtype) == (
+    assert (made.name, made.entry.tensor_class.name, made.entry.weight_dtype) == (
         row.scheme,
         row.tensor_class,
         row.weight_dtype,
@@ -93,7 +93,7 @@ def test_int4_is_what_its_layout_makes(device: str) -> None:
     made = schemes.get("int4wo", group_size=32, layout_device=device)
     values = weight(32, 128, torch.bfloat16, 4)
     got = quantize_weight(values, made)
-    assert type(got).__name__ == made.entry.tensor_class
+    assert type(got).__name__ == made.entry.tensor_class.name
     expected = int4.quantize(values, group_size=32, device=device, algorithm="tinygemm")
     assert inner(got).keys() == inner(expected).keys()
     assert all(same(tensor, inner(expected)[name]) for name, tensor in inner(got).items())
@@ -118,7 +118,7 @@ def test_description_is_what_torchao_makes(variant: Any) -> None:
     made = get(variant)
     rows, columns = weight_shape(made, 9, 6 if made.group_size else 30)
     whole = quantize(weight(rows, columns, torch.bfloat16, 1), made.config)
-    assert type(whole).__name__ == made.entry.tensor_class
+    assert type(whole).__name__ == made.entry.tensor_class.name
     expected = {
         "per row": [1, columns],
         "per tensor": [rows, columns],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import aoconvert
 from aoconvert import schemes
 from aoconvert.schemes.apply import quantize_weight
-from aoconvert.schemes.dequantize import dequantize
+from aoconvert.schemes.tensors import dequantize
 
 DEFAULT = ("int4wo", "int8wo", "float8wo")
 

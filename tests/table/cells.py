@@ -89,7 +89,7 @@ class Table:
             record["experts"] = "; ".join(sorted(reason or "quantized" for reason in stacks))
         opened = _open(family, output, record)
         part = getattr(opened, family.component) if family.component else opened
-        _in_place(part, written, quantized, scheme.entry.tensor_class)
+        _in_place(part, written, quantized, scheme.entry.tensor_class.name)
         part = None if wide and family_name not in TRANSFORMERS else part  # a denoiser alone is not used
         record["forward"] = _forward(family, opened, part, component.layout)
         return record

@@ -20,9 +20,9 @@ from aoconvert.checkpoint.load_code import load_code
 from aoconvert.checkpoint.report import Report
 from aoconvert.schemes import int4, int4_parts
 from aoconvert.schemes.apply import quantize_weight
+from aoconvert.schemes.tensors import dequantize, take_apart
 from aoconvert.verification.children import load_child
 from aoconvert.verification.load_device import choose_load_device
-from aoconvert.verification.numbers import _values
 
 CELLS = [*((entry.name, None) for entry in schemes.catalogue()), ("int4wo", "cuda"), ("int4wo", "xpu")]
 RECIPE = """
@@ -179,8 +179,8 @@ def test_int4_for_another_cpu(packed: Callable[[str], Path]) -> None:
 def test_the_numbers_of_another_cpu_s_int4(layout: str) -> None:
     weight = torch.randn(144, 256).bfloat16()
     here: Any = quantize_weight(weight, schemes.get("int4wo", layout_device="cpu"))
-    there = int4_parts.opaque(int4_parts.take_apart(here), layout)
-    assert torch.equal(_values(there, f"opaque_{layout}"), int4.dequantize(here))
+    there = int4_parts.opaque(take_apart(here), layout)
+    assert torch.equal(dequantize(there, int4.cpu_layout(f"opaque_{layout}")), dequantize(here))
 
 
 # --- scales of zero

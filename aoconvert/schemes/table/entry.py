@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aoconvert.schemes.tensor_classes.entry import TensorClass
+
+WHOLE_INPUT, TOKEN = "a whole input", "a token"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -50,7 +53,7 @@ class SchemeEntry:
     fields: tuple[tuple[str, str], ...] = ()
     defaults: tuple[tuple[str, str], ...] = ()
     group_field: str | None = None
-    tensor_class: str
+    tensor_class: TensorClass
     weight_dtype: str
     activation: str | None = None
     granularity: str = "per row"
@@ -77,6 +80,23 @@ class SchemeEntry:
     def config_class(self) -> str:
         """The name of the torchao config class, without its module."""
         return self.config.rpartition(".")[2]
+
+    @property
+    def value_bits(self) -> int:
+        """How many bits a value has, of which a stored one may have more."""
+        return int(self.weight_dtype.removeprefix("int").removeprefix("float").partition("_")[0])
+
+    @property
+    def padded(self) -> bool:
+        """Whether a stored value has more bits than it means."""
+        return self.value_bits < int(8 * self.bytes_per_parameter)
+
+    @property
+    def zero_input(self) -> str | None:
+        """What of a layer's input becomes NaN where it is all zero, as torchao gives it no scale; ``None``: nothing."""
+        if self.activation is None or not self.tensor_class.zero_inputs_fail:
+            return None
+        return WHOLE_INPUT if "per tensor" in self.activation else TOKEN
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from aoconvert.schemes.table.entry import SchemeEntry
+from aoconvert.schemes.tensor_classes.current import FLOAT8 as FLOAT8_TENSOR
+from aoconvert.schemes.tensor_classes.current import MX as MX_TENSOR
+from aoconvert.schemes.tensor_classes.current import NVFP4 as NVFP4_TENSOR
 
 _QUANTIZATION = "torchao.quantization."
 _MX = "torchao.prototype.mx_formats."
@@ -19,7 +22,7 @@ def _float8wo(name: str, aliases: tuple[str, ...], dtype: str, summary: str) -> 
         config=_QUANTIZATION + "Float8WeightOnlyConfig",
         fields=(("weight_dtype", dtype),),
         group_field="granularity",
-        tensor_class="Float8Tensor",
+        tensor_class=FLOAT8_TENSOR,
         weight_dtype=dtype,
         ranks=(2, 3),
         embeddings=True,
@@ -68,7 +71,7 @@ def _float8dq(
     values: dict[str, object] = {
         "config": _QUANTIZATION + "Float8DynamicActivationFloat8WeightConfig",
         "fields": (("weight_dtype", "float8_e4m3fn"), ("packing_format", "plain"), *fields),
-        "tensor_class": "Float8Tensor",
+        "tensor_class": FLOAT8_TENSOR,
         "weight_dtype": "float8_e4m3fn",
         "activation": "float8_e4m3fn per tensor, dynamic",
         "granularity": "per tensor",
@@ -127,7 +130,7 @@ def _mx(name: str, aliases: tuple[str, ...], dtype: str, label: str, *, emulated
         aliases=aliases,
         config=_MX + "MXDynamicActivationMXWeightConfig",
         fields=(("weight_dtype", dtype), ("activation_dtype", dtype), ("block_size", "32"), *kernel),
-        tensor_class="MXTensor",
+        tensor_class=MX_TENSOR,
         weight_dtype=label,
         activation=f"{label} per group of 32, dynamic",
         granularity="per group of 32",
@@ -193,7 +196,7 @@ MICROSCALING = (
         fields=(("step", "none"),),
         # torchao's default needs the package mslk at run time
         defaults=(("use_triton_kernel", "false"),),
-        tensor_class="NVFP4Tensor",
+        tensor_class=NVFP4_TENSOR,
         weight_dtype="float4_e2m1",
         activation="float4_e2m1 per group of 16, dynamic",
         granularity=_NVFP4_SCALES,
@@ -213,7 +216,7 @@ MICROSCALING = (
         name="nvfp4wo",
         aliases=("nvfp4_weight_only", "NVFP4WeightOnlyConfig"),
         config=_MX + "NVFP4WeightOnlyConfig",
-        tensor_class="NVFP4Tensor",
+        tensor_class=NVFP4_TENSOR,
         weight_dtype="float4_e2m1",
         granularity=_NVFP4_SCALES,
         bytes_per_parameter=0.56,

@@ -6,6 +6,9 @@ import dataclasses
 
 from aoconvert.schemes import cpu_packing, tile_packing
 from aoconvert.schemes.table.entry import SchemeEntry
+from aoconvert.schemes.tensor_classes.current import INT4_OPAQUE, INT4_PLAIN, INT4_PLAIN_INT32, INT4_TILES
+from aoconvert.schemes.tensor_classes.current import INT8 as INT8_TENSOR
+from aoconvert.schemes.tensor_classes.current import INTX as INTX_TENSOR
 
 _QUANTIZATION = "torchao.quantization."
 _UNPACKED = ("intx_packing_format", "unpacked_to_int8")
@@ -18,7 +21,7 @@ INT8 = (
         aliases=("int8_weight_only", "Int8WeightOnlyConfig", "quanto_int8", "quanto_qint8"),
         config=_QUANTIZATION + "Int8WeightOnlyConfig",
         group_field="granularity",
-        tensor_class="Int8Tensor",
+        tensor_class=INT8_TENSOR,
         weight_dtype="int8",
         ranks=(2, 3),
         embeddings=True,
@@ -35,7 +38,7 @@ INT8 = (
             "Int8DynamicActivationInt8WeightConfig",
         ),
         config=_QUANTIZATION + "Int8DynamicActivationInt8WeightConfig",
-        tensor_class="Int8Tensor",
+        tensor_class=INT8_TENSOR,
         weight_dtype="int8",
         activation="int8 per token, dynamic",
         ranks=(2, 3),
@@ -52,7 +55,7 @@ _INT4 = SchemeEntry(
     aliases=("int4_weight_only", "Int4WeightOnlyConfig", "PrototypeInt4WeightOnlyConfig"),
     config=_QUANTIZATION + "Int4WeightOnlyConfig",
     group_field="group_size",
-    tensor_class="Int4OpaqueTensor",
+    tensor_class=INT4_OPAQUE,
     weight_dtype="int4",
     granularity="per group of 128",
     bytes_per_parameter=0.53,
@@ -73,7 +76,7 @@ INT4 = {
     "cpu": _INT4,
     "cuda": dataclasses.replace(
         _INT4,
-        tensor_class="Int4TilePackedTo4dTensor",
+        tensor_class=INT4_TILES,
         packing="tile_packed_to_4d",
         device="cuda",
         layout_device="cuda",
@@ -85,7 +88,7 @@ INT4 = {
     ),
     "xpu": dataclasses.replace(
         _INT4,
-        tensor_class="Int4PlainInt32Tensor",
+        tensor_class=INT4_PLAIN_INT32,
         packing="plain_int32",
         device="xpu",
         layout_device="xpu",
@@ -96,7 +99,7 @@ INT4 = {
     ),
     "plain": dataclasses.replace(
         _INT4,
-        tensor_class="Int4Tensor",
+        tensor_class=INT4_PLAIN,
         packing="plain",
         device="cuda",
         layout_device="plain",
@@ -121,7 +124,7 @@ def _intxwo(bits: int) -> SchemeEntry:
         config=_QUANTIZATION + "IntxWeightOnlyConfig",
         fields=(("weight_dtype", f"int{bits}"), _UNPACKED),
         group_field="granularity",
-        tensor_class="IntxUnpackedToInt8Tensor",
+        tensor_class=INTX_TENSOR,
         weight_dtype=f"int{bits}",
         embeddings=True,
         packing="unpacked_to_int8",
@@ -138,7 +141,7 @@ def _uintxwo(bits: int) -> SchemeEntry:
         config=_QUANTIZATION + "IntxWeightOnlyConfig",
         fields=(("weight_dtype", f"int{bits}"), ("mapping_type", "asymmetric"), _UNPACKED),
         group_field="granularity",
-        tensor_class="IntxUnpackedToInt8Tensor",
+        tensor_class=INTX_TENSOR,
         weight_dtype=f"int{bits}",
         embeddings=True,
         packing="unpacked_to_int8",
@@ -174,7 +177,7 @@ def _int8dq_intx(bits: int) -> SchemeEntry:
         config=_QUANTIZATION + "Int8DynamicActivationIntxWeightConfig",
         fields=(("weight_dtype", f"int{bits}"), _UNPACKED),
         group_field="weight_granularity",
-        tensor_class="IntxUnpackedToInt8Tensor",
+        tensor_class=INTX_TENSOR,
         weight_dtype=f"int{bits}",
         activation="int8 per token, asymmetric, dynamic",
         granularity="per group of 32",
