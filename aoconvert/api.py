@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from aoconvert.environment import check_device_names, host_by_default
 from aoconvert.errors import SourceError
 from aoconvert.humanize import argument
-from aoconvert.options import QuantizeKwargs, QuantizeOptions, make_options
+from aoconvert.options import HubOptions, QuantizeKwargs, QuantizeOptions, make_options
 from aoconvert.options.fields import record
 from aoconvert.progress import Progress, Silent
 
@@ -98,7 +98,7 @@ def inspect(
     """
     from aoconvert.inspection.inspect import inspect as run
 
-    return run(str(checkpoint), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    return run(str(checkpoint), HubOptions(revision, token, cache_dir, local_files_only))
 
 
 @host_by_default()
@@ -151,18 +151,12 @@ def verify(
     check_device_names(device)
     if source is not None:
         check_reference(source)
-    folder, published = _checkpoint(checkpoint, revision, token, cache_dir, local_files_only)
+    hub = HubOptions(revision, token, cache_dir, local_files_only)
+    folder, published = _checkpoint(checkpoint, hub)
     original = None
     if source is not None:
-        original = resolve_original(
-            source,
-            folder,
-            revision=source_revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-        )
+        hub = replace(hub, revision=source_revision)
+        original = resolve_original(source, folder, hub, trust_remote_code=trust_remote_code)
     from aoconvert.verification.verify import VerifyOptions
     from aoconvert.verification.verify import verify as run
 
@@ -197,7 +191,8 @@ def load(
     """
     from aoconvert.checkpoint.opening import open_checkpoint
 
-    return open_checkpoint(_checkpoint(checkpoint, revision, token, cache_dir, local_files_only)[0], kwargs)
+    hub = HubOptions(revision, token, cache_dir, local_files_only)
+    return open_checkpoint(_checkpoint(checkpoint, hub)[0], kwargs)
 
 
 @host_by_default()
@@ -305,9 +300,7 @@ def push(
     return run(Path(checkpoint), repo_id, PushOptions(**options), progress or Silent())
 
 
-def _checkpoint(
-    checkpoint: str | Path, revision: str | None, token: str | None, cache_dir: Path | None, local_files_only: bool
-) -> tuple[Path, Published | None]:
+def _checkpoint(checkpoint: str | Path, hub: HubOptions) -> tuple[Path, Published | None]:
     """The checkpoint's folder, and where it is on the Hub, from which it was fetched; ``None`` without the network."""
     from huggingface_hub import is_offline_mode
 
@@ -315,23 +308,21 @@ def _checkpoint(
     from aoconvert.sources import resolve
     from aoconvert.sources.references import parse_repo
 
-    source = resolve(
-        str(checkpoint), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    source = resolve(str(checkpoint), hub)
     if source.kind != "hub":
         return source.root, None
     if not set(source.files()) - {".gitattributes"}:
         raise SourceError(
-            f"{source.label} holds no files at {revision or 'its default branch'}",
+            f"{source.label} holds no files at {hub.revision or 'its default branch'}",
             hint="--revision names another branch",
         )
     source.fetch(list(source.files()))
-    if local_files_only or is_offline_mode():
+    if hub.local_files_only or is_offline_mode():
         return source.root, None
     assert source.repo_id is not None and source.revision is not None
     total = sum(file.size for file in source.files().values())
-    asked = revision or parse_repo(str(checkpoint))[1]
-    return source.root, Published(source.repo_id, source.revision, asked, total, token)
+    asked = hub.revision or parse_repo(str(checkpoint))[1]
+    return source.root, Published(source.repo_id, source.revision, asked, total, hub.token)
 
 
 @host_by_default()
@@ -361,14 +352,7 @@ def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
     for name in {options.scheme, *options.components.values(), *options.candidates}:
         if name is not None and not (name == options.scheme and options.searches):
             schemes.find(name, options.settings)
-    return resolve(
-        str(source),
-        revision=options.revision,
-        token=options.token,
-        cache_dir=options.cache_dir,
-        local_files_only=options.local_files_only,
-        trust_remote_code=options.trust_remote_code,
-    )
+    return resolve(str(source), options.hub, trust_remote_code=options.trust_remote_code)
 
 
 @host_by_default()

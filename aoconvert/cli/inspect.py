@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from aoconvert.cli.options import common
+from aoconvert.cli.options import common, with_options
 from aoconvert.cli.output import Output
 from aoconvert.errors import UnsafeFileError
 from aoconvert.humanize import size
+from aoconvert.options import HubOptions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,12 +29,9 @@ Examples:
 
 @click.command("inspect", epilog=EXAMPLES)
 @click.argument("path", metavar="PATH|REPO_ID")
-@click.option("--revision", help="Branch, tag or commit of a Hub repo.")
-@click.option("--token", envvar="HF_TOKEN", help="Hub token; never stored.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder.")
-@click.option("--local-files-only", is_flag=True, help="Use the Hub cache, touch no network.")
+@with_options(HubOptions)
 @common
-def command(*, path: str, out: Output, **options: Any) -> int:
+def command(*, path: str, out: Output, **hub: Any) -> int:
     """Say what a checkpoint is and what can load it, from headers alone.
 
     A folder, one weights file (.bin, .pt, .safetensors, .gguf), or a Hub repo, whose weights are not downloaded. No
@@ -43,7 +40,7 @@ def command(*, path: str, out: Output, **options: Any) -> int:
     with out.watch(f"inspect {path}"):
         from aoconvert.api import inspect
 
-        found = inspect(path, **options)
+        found = inspect(path, **hub)
     out.result(lambda: _human(found), found.to_dict(), found.scheme or found.kind)
     return UnsafeFileError.exit_code if found.unsafe else 0
 

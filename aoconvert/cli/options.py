@@ -33,27 +33,27 @@ def common(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def takes(cls: type[Any], name: str, make: Callable[[dict[str, Any]], Any]) -> Callable[[F], F]:
-    """Every option of a dataclass; the command receives what ``make`` makes of them as ``name``."""
+def with_options(cls: type[Any]) -> Callable[[F], F]:
+    """Every option of a dataclass; the command receives what was typed by the names of the fields."""
     known, defaults = options_of(cls), defaults_of(cls)
 
     def decorate(function: F) -> F:
-        @functools.wraps(function)
-        def wrapped(*args: Any, **values: Any) -> Any:
-            given = {field: values.pop(field) for field in known}
-            return function(*args, **{name: make(given)}, **values)
-
         for field, option in reversed(list(known.items())):
-            wrapped = _click_option(field, option, defaults.get(field))(wrapped)
-        return wrapped  # type: ignore[return-value]
+            function = _click_option(field, option, defaults.get(field))(function)
+        return function
 
     return decorate
 
 
 def conversion(function: F) -> F:
     """Everything ``quantize`` and ``plan`` take; the command receives ``options: QuantizeOptions``."""
-    every = takes(QuantizeOptions, "options", lambda values: make_options(values.pop("scheme"), values))
-    return click.argument("source", metavar="SOURCE")(every(function))
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **values: Any) -> Any:
+        typed = {field: values.pop(field) for field in options_of(QuantizeOptions)}
+        return function(*args, options=make_options(typed.pop("scheme"), typed), **values)
+
+    return click.argument("source", metavar="SOURCE")(with_options(QuantizeOptions)(wrapped))  # type: ignore[return-value]
 
 
 _TYPES: dict[str, Any] = {

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from aoconvert.cli.options import common
+from aoconvert.cli.options import common, with_options
 from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
 from aoconvert.errors import UsageError
+from aoconvert.options import HubOptions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,10 +49,7 @@ _COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 @click.option("--example", is_flag=True, help="Also run the model card's example, at the smallest sizes.")
 @click.option("--require-device", is_flag=True, help="A layout whose device is not here is a failure.")
 @click.option("--trust-remote-code", is_flag=True, help="Run model code that is inside the checkpoint and the source.")
-@click.option("--revision", help="Branch, tag or commit of a Hub repo.")
-@click.option("--token", envvar="HF_TOKEN", help="Hub token; never stored.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache folder.")
-@click.option("--local-files-only", is_flag=True, help="Use the Hub cache, touch no network.")
+@with_options(HubOptions)
 @common
 def command(
     *,
@@ -59,10 +57,6 @@ def command(
     out: Output,
     no_reload: bool,
     no_forward: bool,
-    revision: str | None,
-    token: str | None,
-    cache_dir: Path | None,
-    local_files_only: bool,
     **choices: Any,
 ) -> int:
     """Prove that a converted checkpoint loads, in a fresh process. Default: ./out.
@@ -76,17 +70,7 @@ def command(
     from aoconvert import api
 
     with out.watch(f"verify {checkpoint}") as progress:
-        report = api.verify(
-            checkpoint,
-            progress=progress,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            reload=not no_reload,
-            forward=not no_forward,
-            **choices,
-        )
+        report = api.verify(checkpoint, progress=progress, reload=not no_reload, forward=not no_forward, **choices)
     if report.unwritten is not None:
         out.warning(report.unwritten)
     out.result(lambda: table(report), report.to_dict(), "ok" if report.ok else "failed")

@@ -13,6 +13,7 @@ from aoconvert.errors import AoconvertError, SourceError
 from aoconvert.inspection.components import component, quantization_config
 from aoconvert.inspection.files import read_file
 from aoconvert.inspection.types import Component, FileFacts, Inspection
+from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.planning.overwriting import tidy
 from aoconvert.sources import WEIGHT_SUFFIXES, Source, find_weights, resolve
 from aoconvert.sources.base import is_safe_path
@@ -29,19 +30,12 @@ _NO_WEIGHTS = frozenset(
 )
 
 
-def inspect(
-    reference: str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
-) -> Inspection:
+def inspect(reference: str, hub: HubOptions = DEFAULT_HUB) -> Inspection:
     """Say what a checkpoint is; weights are not downloaded, no pickle is run, no torchao is needed.
 
     Args:
         reference: a folder, one weights file, or a Hub repo.
-        revision, token, cache_dir, local_files_only: for a Hub repo, see ``sources.resolve``.
+        hub: how to ask for a Hub repo, see ``sources.resolve``.
 
     Raises:
         SourceError: nothing there, no weights in it, or a header that cannot be read.
@@ -58,14 +52,7 @@ def inspect(
         reader = _Reader(source)
         part = reader.single(place.name)
         return Inspection(reference, None, part.library, part.class_name, (part,), 0)
-    source = resolve(
-        reference,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        small_files=False,
-    )
+    source = resolve(reference, hub, small_files=False)
     if source.kind == "folder":
         tidy(source.root)
     reader = _Reader(source)

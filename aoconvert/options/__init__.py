@@ -1,7 +1,7 @@
 """What the user asked for: frozen values that the command line and the Python API both fill in."""
 
 from aoconvert.options.fields import parse_size
-from aoconvert.options.hub import HubOptions
+from aoconvert.options.hub import DEFAULT_HUB, HubOptions
 from aoconvert.options.quantize import (
     AUTO,
     DEFAULT_DTYPE,
@@ -15,6 +15,7 @@ from aoconvert.options.quantize import (
 __all__ = [
     "AUTO",
     "DEFAULT_DTYPE",
+    "DEFAULT_HUB",
     "DTYPES",
     "LAYOUT_DEVICES",
     "HubOptions",

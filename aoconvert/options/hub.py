@@ -31,3 +31,6 @@ class HubOptions:
     token: Token = field(default=None, repr=False)
     cache_dir: CacheDir = None
     local_files_only: LocalFilesOnly = False
+
+
+DEFAULT_HUB = HubOptions()

@@ -27,7 +27,7 @@ from aoconvert.options.fields import (
     choice,
     read_values,
 )
-from aoconvert.options.hub import CacheDir, LocalFilesOnly, Revision, Token
+from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
 
 AUTO = "auto"
 LAYOUT_DEVICES = ("cpu", "cuda", "xpu")
@@ -267,6 +267,11 @@ class QuantizeOptions:
                         re.compile(pattern[3:])
                     except re.error as error:
                         raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def hub(self) -> HubOptions:
+        """How the Hub is asked for the source."""
+        return HubOptions(self.revision, self.token, self.cache_dir, self.local_files_only)
 
     @property
     def searches(self) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from aoconvert.errors import CHECK_PERMISSIONS, SourceError, UsageError
+from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, show
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.hub import open_hub
@@ -18,11 +20,8 @@ WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".g
 
 def resolve(
     reference: str,
+    hub: HubOptions = DEFAULT_HUB,
     *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
     trust_remote_code: bool = False,
     small_files: bool = True,
 ) -> Source:
@@ -31,10 +30,7 @@ def resolve(
     Args:
         reference: a folder, ``user/repo``, ``user/repo@revision``, ``hf://user/repo[@revision]``, or the address of a
             model page.
-        revision: branch, tag or commit hash of a Hub repo; ``None`` for the default branch.
-        token: for a private or gated repo; ``None`` uses what the Hub client finds.
-        cache_dir: the Hub cache; ``None`` uses the Hub client's.
-        local_files_only: never use the network.
+        hub: revision, token, cache and whether to use the network; for a repo.
         trust_remote_code: also fetch the repo's ``.py`` files.
         small_files: fetch a repo's configs, tokenizers and the like at once.
 
@@ -45,7 +41,7 @@ def resolve(
     """
     place = _local_place(reference)
     if place is not None and place.is_dir():
-        if revision is not None:
+        if hub.revision is not None:
             raise UsageError(
                 f"{show(reference)} is a folder, and a folder has no revision", hint="leave out --revision"
             )
@@ -58,17 +54,14 @@ def resolve(
             )
         raise SourceError(f"{show(reference)} is a file", hint="give the folder that holds the model")
     repo_id, named_revision = parse_repo(reference)
-    if revision is not None and named_revision not in (None, revision):
+    if hub.revision is not None and named_revision not in (None, hub.revision):
         raise UsageError(
-            f"two revisions are given: {show(named_revision or '')} in {show(reference)}, and {show(revision)}",
+            f"two revisions are given: {show(named_revision or '')} in {show(reference)}, and {show(hub.revision)}",
             hint="leave out one",
         )
     return open_hub(
         repo_id,
-        revision=revision if revision is not None else named_revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
+        replace(hub, revision=hub.revision if hub.revision is not None else named_revision),
         trust_remote_code=trust_remote_code,
         small_files=small_files,
     )

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from aoconvert.errors import DAMAGED_HINT, HubError, SourceError
+from aoconvert.options import HubOptions
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_path
 from aoconvert.sources.byte_source import ByteSource
 from aoconvert.sources.folder import list_folder
@@ -42,16 +43,14 @@ class HubSource(Source):
         files: Mapping[str, SourceFile],
         *,
         snapshot: Path,
-        cache_dir: Path | None,
-        token: str | None,
+        hub: HubOptions,
         offline: bool,
     ) -> None:
         self.repo_id = self.label = repo_id
         self.revision = revision
         self._files = files
         self.root = snapshot
-        self._cache_dir = cache_dir
-        self._token = token
+        self._hub = hub
         self._offline = offline
 
     def __repr__(self) -> str:
@@ -83,8 +82,7 @@ class HubSource(Source):
             self.repo_id,
             self.revision,
             [entry.path for entry in missing],
-            cache_dir=self._cache_dir,
-            token=self._token,
+            self._hub,
             report=None if progress is None else lambda done: progress(min(done, total), total),
         )
         # Where the Hub fails, the client may return an incomplete snapshot without a word.
@@ -104,7 +102,7 @@ class HubSource(Source):
         entry = self.require(path)
         if self._offline:
             raise not_cached(_list_files(self.repo_id, [entry]))
-        return RangedFile(self.repo_id, self.revision, path, entry.size, self._token)
+        return RangedFile(self.repo_id, self.revision, path, entry.size, self._hub.token)
 
     def read_range(self, path: str, offset: int, count: int) -> bytes:
         """As :meth:`Source.read_range`; from the Hub, by one request for just these bytes.
@@ -124,24 +122,13 @@ class HubSource(Source):
         return file.read_range(offset, offset + count)
 
 
-def open_hub(
-    repo_id: str,
-    *,
-    revision: str | None,
-    token: str | None,
-    cache_dir: Path | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
-    small_files: bool = True,
-) -> HubSource:
+def open_hub(repo_id: str, hub: HubOptions, *, trust_remote_code: bool, small_files: bool = True) -> HubSource:
     """Pin a repo to a commit and fetch its small files; weights stay on the Hub until :meth:`HubSource.fetch`.
 
     Args:
         repo_id: ``user/repo``.
-        revision: branch, tag or commit hash; ``None`` for the default branch.
-        token: ``None`` uses the token the Hub client finds (``HF_TOKEN``, ``hf auth login``).
-        cache_dir: ``None`` uses the Hub client's cache.
-        local_files_only: use what is in the cache; so does ``HF_HUB_OFFLINE=1``.
+        hub: without a token, the Hub client finds one (``HF_TOKEN``, ``hf auth login``); as ``local_files_only`` does
+            ``HF_HUB_OFFLINE=1``.
         trust_remote_code: also fetch the repo's ``.py`` files.
         small_files: fetch configs, tokenizers and the like; without it nothing is fetched yet.
 
@@ -150,27 +137,25 @@ def open_hub(
     """
     from huggingface_hub import is_offline_mode
 
-    check_token(token)
-    if local_files_only or is_offline_mode():
-        return _open_cached(repo_id, revision, cache_dir)
-    commit, files = _pin(repo_id, revision, token, cache_dir)
-    snapshot = _snapshot_folder(repo_id, commit, cache_dir)
+    check_token(hub.token)
+    if hub.local_files_only or is_offline_mode():
+        return _open_cached(repo_id, hub)
+    commit, files = _pin(repo_id, hub)
+    snapshot = _snapshot_folder(repo_id, commit, hub.cache_dir)
     small = [entry.path for entry in files.values() if small_files and _is_small(entry, trust_remote_code)]
     if small:
-        snapshot = download(repo_id, commit, small, cache_dir=cache_dir, token=token, report=None)
-    return HubSource(repo_id, commit, files, snapshot=snapshot, cache_dir=cache_dir, token=token, offline=False)
+        snapshot = download(repo_id, commit, small, hub, report=None)
+    return HubSource(repo_id, commit, files, snapshot=snapshot, hub=hub, offline=False)
 
 
-def _pin(
-    repo_id: str, revision: str | None, token: str | None, cache_dir: Path | None
-) -> tuple[str, dict[str, SourceFile]]:
+def _pin(repo_id: str, hub: HubOptions) -> tuple[str, dict[str, SourceFile]]:
     """The commit hash a revision means now, and every file of that commit."""
     from huggingface_hub import HfApi
 
-    with translated(repo_id, revision):
-        api = HfApi(token=token)
+    with translated(repo_id, hub.revision):
+        api = HfApi(token=hub.token)
         # resolve_revision also notes in the cache what the branch means, for a later run without the network.
-        commit = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved
+        commit = api.resolve_revision(repo_id, revision=hub.revision, cache_dir=hub.cache_dir).resolved
         siblings = api.model_info(repo_id, revision=commit, files_metadata=True).siblings or []
     files = {}
     for sibling in sorted(siblings, key=lambda sibling: sibling.rfilename):
@@ -189,15 +174,18 @@ def _snapshot_folder(repo_id: str, commit: str, cache_dir: Path | None) -> Path:
     return Path(cache_dir or constants.HF_HUB_CACHE) / folder / "snapshots" / commit
 
 
-def _open_cached(repo_id: str, revision: str | None, cache_dir: Path | None) -> HubSource:
+def _open_cached(repo_id: str, hub: HubOptions) -> HubSource:
     """The source as the cache knows it: the files that are there, and the commit's listing where it was kept."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    with translated(repo_id, revision):
+    cache_dir = hub.cache_dir
+    with translated(repo_id, hub.revision):
         # No pattern, so an incomplete snapshot is good enough: ours hold the small files only, at first.
         snapshot = Path(
-            snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[])
+            snapshot_download(
+                repo_id, revision=hub.revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[]
+            )
         )
         commit = snapshot.name
         try:
@@ -212,8 +200,7 @@ def _open_cached(repo_id: str, revision: str | None, cache_dir: Path | None) -> 
         commit,
         dict(sorted(files.items())),
         snapshot=snapshot,
-        cache_dir=cache_dir,
-        token=None,
+        hub=hub,
         offline=True,
     )
 
@@ -222,9 +209,8 @@ def download(
     repo_id: str,
     commit: str,
     paths: Sequence[str],
+    hub: HubOptions,
     *,
-    cache_dir: Path | None,
-    token: str | None,
     report: Callable[[int], None] | None,
 ) -> Path:
     """Fetch files of one commit into the cache, and nothing else.
@@ -246,8 +232,8 @@ def download(
             snapshot_download(
                 repo_id,
                 revision=commit,
-                cache_dir=cache_dir,
-                token=token,
+                cache_dir=hub.cache_dir,
+                token=hub.token,
                 allow_patterns=[glob.escape(path) for path in paths],
                 tqdm_class=_bar_class(report),
             )

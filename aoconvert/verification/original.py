@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from aoconvert.checkpoint import manifest as manifests
@@ -11,6 +12,7 @@ from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import FileEntry, SourceEntry
 from aoconvert.checkpoint.report import Status, some
 from aoconvert.errors import SourceError, UsageError
+from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.sources import Source, resolve
 from aoconvert.sources.references import parse_repo
 
@@ -30,36 +32,22 @@ def check_reference(reference: str) -> None:
 
 
 def resolve_original(
-    reference: str,
-    checkpoint: Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
+    reference: str, checkpoint: Path, hub: HubOptions = DEFAULT_HUB, *, trust_remote_code: bool = False
 ) -> Source:
     """The source to compare with.
 
     Args:
         reference: a folder or a repo.
         checkpoint: the checkpoint's folder. A repo that its manifest names is taken at the commit that was quantized.
-        revision: in place of that commit.
-        token, cache_dir, local_files_only, trust_remote_code: as for :func:`aoconvert.sources.resolve`.
+        hub, trust_remote_code: as for :func:`aoconvert.sources.resolve`; a revision is taken in place of that commit.
 
     Raises:
         UsageError: neither a folder nor a repo; a revision of a folder.
         HubError: the Hub said no.
     """
     try:
-        return resolve(
-            reference,
-            revision=revision or _pinned(reference, checkpoint),
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-        )
+        pinned = replace(hub, revision=hub.revision or _pinned(reference, checkpoint))
+        return resolve(reference, pinned, trust_remote_code=trust_remote_code)
     except SourceError as error:
         raise UsageError(f"--source: {error.message}", hint=error.hint) from error
 

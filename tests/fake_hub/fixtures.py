@@ -32,11 +32,12 @@ from fake_hub.server import LoopbackHub
 
 REPO = Path(__file__).parents[2]
 
-# What every script can use: resolve, find_weights, entries(), and attempt(), which turns an error into a dict.
+# What every script can use: resolve, HubOptions, find_weights, entries(); attempt() turns an error into a dict.
 PRELUDE = """
 import json, sys, traceback
 from aoconvert.errors import AoconvertError
 from aoconvert.formats.safetensors.header import header_of
+from aoconvert.options import HubOptions
 from aoconvert.sources import find_weights, resolve
 
 def entries(source, path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from aoconvert.errors import SourceError, UsageError
 from aoconvert.formats.safetensors.header import HeaderEntry, SafetensorsHeader, header_of
+from aoconvert.options import HubOptions
 from aoconvert.sources import folder as folder_module
 from aoconvert.sources import resolve
 from aoconvert.sources.base import is_safe_path
@@ -57,7 +58,7 @@ def test_existing_folder_wins_over_repo_id(model: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(model.parent)
     assert resolve("my-model/transformer").kind == "folder"
     with pytest.raises(UsageError, match="has no revision"):
-        resolve("my-model", revision="main")
+        resolve("my-model", HubOptions(revision="main"))
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "b.bin", "c.pt", "d.ckpt"])

@@ -116,9 +116,10 @@ def test_revisions(hub_client: HubClient) -> None:
         "import os\n"
         "names = ['user/model', 'user/model@v1', 'hf://user/model@refs/pr/1', 'user/model@refs/pr/1',\n"
         f"         'user/model@{dev}', os.environ['HF_ENDPOINT'] + '/user/model/tree/v1']\n"
-        "result = [resolve(n).revision for n in names] + [resolve('user/model', revision='refs/pr/1').revision,\n"
-        "          resolve('user/model@v1', revision='v1').revision,\n"
-        "          attempt(lambda: resolve('user/model@v1', revision='v2'))]"
+        "result = [resolve(n).revision for n in names]\n"
+        "result += [resolve('user/model', HubOptions(revision='refs/pr/1')).revision,\n"
+        "          resolve('user/model@v1', HubOptions(revision='v1')).revision,\n"
+        "          attempt(lambda: resolve('user/model@v1', HubOptions(revision='v2')))]"
     )
     assert result[:-1] == [main, main, dev, dev, dev, main, dev, main]
     assert (result[-1]["error"], result[-1]["exit_code"]) == ("UsageError", 2)
@@ -247,7 +248,7 @@ def test_weights_of_a_pipeline_and_a_sharded_model(hub_client: HubClient) -> Non
 def test_cache_dir(hub_client: HubClient, tmp_path: Path) -> None:
     publish(hub_client)
     place = hub_client.run(
-        f"from pathlib import Path\ns = resolve('user/model', cache_dir=Path({str(tmp_path / 'c')!r}))\n"
+        f"from pathlib import Path\ns = resolve('user/model', HubOptions(cache_dir=Path({str(tmp_path / 'c')!r})))\n"
         f"s.fetch(['{WEIGHTS}']); result = str(s.local('{WEIGHTS}'))"
     )
     assert place.startswith(str(tmp_path / "c" / "models--user--model"))
@@ -258,7 +259,7 @@ def test_cache_dir(hub_client: HubClient, tmp_path: Path) -> None:
 def test_offline_uses_the_cache(hub_client: HubClient, how: str) -> None:
     sha = publish(hub_client)
     offline = {"HF_HUB_OFFLINE": "1"} if how == "HF_HUB_OFFLINE" else {}
-    argument = "local_files_only=True" if how == "argument" else ""
+    argument = "HubOptions(local_files_only=True)" if how == "argument" else ""
     nothing = hub_client.run(f"result = attempt(lambda: resolve('user/model', {argument}))", env=offline)
     assert (nothing["error"], nothing["exit_code"]) == ("HubError", 5)
     assert nothing["message"] == "user/model is not in the cache, and the network may not be used"
@@ -297,7 +298,7 @@ def test_offline_without_a_listing(hub_client: HubClient) -> None:
     hub_client.run("resolve('user/model')")
     shutil.rmtree(hub_client.home / "hub" / "models--user--model" / "trees")
     result = hub_client.run(
-        "s = resolve('user/model', local_files_only=True); result = [s.revision, sorted(s.files())]"
+        "s = resolve('user/model', HubOptions(local_files_only=True)); result = [s.revision, sorted(s.files())]"
     )
     assert result == [sha, sorted(SMALL)]
 
@@ -317,13 +318,14 @@ def test_token_is_sent_and_never_shown(hub_client: HubClient) -> None:
     result = hub_client.run(
         "import sys\n"
         "token = sys.stdin.read()\n"
-        "s = resolve('user/private', token=token)\n"
+        "s = resolve('user/private', HubOptions(token=token))\n"
         f"s.fetch(['{WEIGHTS}']); entries(s, '{WEIGHTS}')\n"
-        "g = resolve('user/gated', token=token); entries(g, 'vae/diffusion_pytorch_model.safetensors')\n"
+        "g = resolve('user/gated', HubOptions(token=token)); entries(g, 'vae/diffusion_pytorch_model.safetensors')\n"
         "names = ['user/broken', 'user/teapot', 'user/reset', 'user/none', 'user/private@none']\n"
-        "result = [repr(s), str(s), repr(g)] + [attempt(lambda: resolve(n, token=token)) for n in names]\n"
-        "result += [attempt(lambda: resolve('user/private', token=bad)) for bad in (token + '\\n', token + ' x', '')]\n"
-        "result += [attempt(lambda: s.fetch(['no'])), attempt(lambda: resolve('user/private', token=token + 'x'))]",
+        "result = [repr(s), str(s), repr(g)] + [attempt(lambda: resolve(n, HubOptions(token=token))) for n in names]\n"
+        "private = lambda token: attempt(lambda: resolve('user/private', HubOptions(token=token)))\n"
+        "result += [private(token + '\\n'), private(token + ' x'), private('')]\n"
+        "result += [attempt(lambda: s.fetch(['no'])), private(token + 'x')]",
         stdin=TOKEN,
     )
     assert [outcome["exit_code"] for outcome in result[3:11]] == [5] * 8

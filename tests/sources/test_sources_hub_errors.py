@@ -80,7 +80,7 @@ def test_what_the_hub_refuses(client: HubClient) -> None:
     missing, private, revision, gated, gated_stranger, entry = client.run(
         "names = ['user/missing', 'user/private', 'user/model@nope', 'user/gated']\n"
         "result = [attempt(lambda: resolve(n)) for n in names]\n"
-        "result.append(attempt(lambda: resolve('user/gated', token='hf_stranger')))\n"
+        "result.append(attempt(lambda: resolve('user/gated', HubOptions(token='hf_stranger'))))\n"
         "from aoconvert.sources.base import SourceFile\n"
         "s = resolve('user/model')\n"
         "s._files = {**s.files(), 'gone.safetensors': SourceFile('gone.safetensors', 10)}\n"
@@ -227,8 +227,8 @@ def test_full_disk(client: HubClient, tmp_path: Path) -> None:
     full, foreseen = client.run(
         "from pathlib import Path\n"
         f"cache = Path({str(small)!r})\n"
-        "result = [attempt(lambda: resolve('user/big', cache_dir=cache))]\n"
-        "s = resolve('user/model', cache_dir=cache)\n"
+        "result = [attempt(lambda: resolve('user/big', HubOptions(cache_dir=cache)))]\n"
+        "s = resolve('user/model', HubOptions(cache_dir=cache))\n"
         "result.append(attempt(lambda: s.fetch(['model.safetensors'])))",
         prefix=prefix,
     )
@@ -247,7 +247,7 @@ def test_cache_that_cannot_be_a_folder(client: HubClient, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     outcome = client.run(
         "from pathlib import Path\n"
-        f"result = attempt(lambda: resolve('user/model', cache_dir=Path({str(tmp_path / 'file')!r})))"
+        f"result = attempt(lambda: resolve('user/model', HubOptions(cache_dir=Path({str(tmp_path / 'file')!r}))))"
     )
     check(outcome, "the cache cannot be written", "--cache-dir")
 

@@ -206,7 +206,7 @@ def test_a_repo_is_taken_at_the_commit_that_was_quantized(hub_client: HubClient,
         f"from aoconvert.verification.original import {resolve_original.__name__} as resolve\n"
         f"folder = Path({str(copy)!r})\n"
         "references = [('user/llama', None), ('user/llama', 'main'), ('user/llama@main', None)]\n"
-        "result = [resolve(name, folder, revision=revision).revision for name, revision in references]"
+        "result = [resolve(name, folder, HubOptions(revision)).revision for name, revision in references]"
     )
     assert found == [made, later, later]
 
