@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
-from aoconvert.environment import check_device_names, host_by_default
+from aoconvert.environment import host_by_default
 from aoconvert.errors import SourceError
 from aoconvert.humanize import argument
-from aoconvert.options import HubOptions, QuantizeKwargs, QuantizeOptions, make_options
-from aoconvert.options.fields import record
+from aoconvert.options import HubOptions, QuantizeKwargs, QuantizeOptions, VerifyKwargs, VerifyOptions, make_options
+from aoconvert.options.fields import read_values, record
 from aoconvert.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -106,19 +106,7 @@ def verify(
     checkpoint: str | Path,
     *,
     progress: Progress | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: Path | None = None,
-    local_files_only: bool = False,
-    source: str | None = None,
-    source_revision: str | None = None,
-    trust_remote_code: bool = False,
-    strategy: Literal["auto", "from-pretrained", "assign"] = "auto",
-    device: str = "auto",
-    reload: bool = True,
-    forward: bool = True,
-    example: bool = False,
-    require_device: bool = False,
+    **options: Unpack[VerifyKwargs],
 ) -> Report:
     """Prove that a converted checkpoint loads, in fresh processes; ``aoconvert.verify.json`` holds the report.
 
@@ -126,16 +114,7 @@ def verify(
         checkpoint: a folder, or a Hub repo id: the whole repo is fetched and checked, and then opened from the Hub by
             the code of its card, at that commit and with an empty cache, unless the network is not to be used.
         progress: is told what happens; default: silent.
-        revision, token, cache_dir, local_files_only: for a Hub repo.
-        source: the original, a folder or a repo id: its library opens both, and everything is compared.
-        source_revision: of a repo; default: the commit that was quantized.
-        trust_remote_code: run model code that is inside the checkpoint and the source.
-        strategy: way of loading to prove; ``auto`` takes ``assign`` where ``from_pretrained`` fails.
-        device: where to open it; ``auto``: the device its layout is for, else the CPU.
-        reload: open it with its library, which holds the whole model.
-        forward: take one forward pass of what was opened.
-        example: also run the model card's example, at the smallest sizes.
-        require_device: a layout whose device is not here is a failure, not a skipped check.
+        **options: fields of ``aoconvert.options.VerifyOptions``: ``source`` names the original to compare with.
 
     Returns:
         The report; ``report.ok`` says whether every check passed or had a reason to be skipped.
@@ -148,22 +127,17 @@ def verify(
     """
     from aoconvert.verification.original import check_reference, resolve_original
 
-    check_device_names(device)
-    if source is not None:
-        check_reference(source)
-    hub = HubOptions(revision, token, cache_dir, local_files_only)
-    folder, published = _checkpoint(checkpoint, hub)
+    wanted = VerifyOptions(**read_values(VerifyOptions, options))
+    if wanted.source is not None:
+        check_reference(wanted.source)
+    folder, published = _checkpoint(checkpoint, wanted.hub)
     original = None
-    if source is not None:
-        hub = replace(hub, revision=source_revision)
-        original = resolve_original(source, folder, hub, trust_remote_code=trust_remote_code)
-    from aoconvert.verification.verify import VerifyOptions
+    if wanted.source is not None:
+        hub = replace(wanted.hub, revision=wanted.source_revision)
+        original = resolve_original(wanted.source, folder, hub, trust_remote_code=wanted.trust_remote_code)
     from aoconvert.verification.verify import verify as run
 
-    options = VerifyOptions(
-        strategy, reload, forward, require_device, device, example, original, published, trust_remote_code
-    )
-    return run(folder, str(checkpoint), options, progress or Silent())
+    return run(folder, str(checkpoint), wanted, progress or Silent(), original=original, published=published)
 
 
 def load(

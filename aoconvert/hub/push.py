@@ -186,12 +186,13 @@ def _open_again(folder: Path, job: Job, commit: str, progress: Progress) -> Repo
     from aoconvert.cards.proof import prove
     from aoconvert.checkpoint.checkpoint import from_manifest
     from aoconvert.checkpoint.published import Published
-    from aoconvert.verification.verify import VerifyOptions, verify
+    from aoconvert.options import VerifyOptions
+    from aoconvert.verification.verify import verify
 
     total = sum(file.size for file in job.files)
     published = Published(job.repo_id, commit, job.options.branch, total, job.options.token)
     claimed = prove(folder, from_manifest(folder, job.manifest)).example
-    return verify(folder, job.repo_id, VerifyOptions(published=published, example=claimed), progress)
+    return verify(folder, job.repo_id, VerifyOptions(example=claimed), progress, published=published)
 
 
 def _found(job: Job, commit: str, report: Report) -> list[str]:

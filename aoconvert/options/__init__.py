@@ -11,6 +11,7 @@ from aoconvert.options.quantize import (
     QuantizeOptions,
     make_options,
 )
+from aoconvert.options.verify import VerifyKwargs, VerifyOptions
 
 __all__ = [
     "AUTO",
@@ -21,6 +22,8 @@ __all__ = [
     "HubOptions",
     "QuantizeKwargs",
     "QuantizeOptions",
+    "VerifyKwargs",
+    "VerifyOptions",
     "make_options",
     "parse_size",
 ]

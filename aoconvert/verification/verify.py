@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import (
@@ -43,6 +43,7 @@ from aoconvert.files import check_replaceable, is_there, read_limited, write_who
 from aoconvert.formats.torch_bin.header import read_loadable
 from aoconvert.humanize import size
 from aoconvert.models.bounds import Held, check_config
+from aoconvert.options import VerifyOptions
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
 from aoconvert.recipes.foreign_configs import check_quantization
@@ -61,37 +62,6 @@ from aoconvert.verification.loading import (
 from aoconvert.verification.original import check_source
 from aoconvert.verification.process import Children
 from aoconvert.verification.versions import version_problems
-
-Choice = Literal["auto", "from-pretrained", "assign"]
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """What to check.
-
-    Attributes:
-        strategy: way of loading to prove; ``auto`` takes ``assign`` where ``from_pretrained`` fails.
-        reload: open the checkpoint with the library, which holds the whole model.
-        forward: take one forward pass of what was opened.
-        example: also run the model card's example, at the smallest sizes.
-        device: where to open it and take the forward pass; ``auto``: the layout's device where it is here, else the
-            CPU.
-        require_device: weights that cannot run here are a failure, not a skipped check.
-        source: the original, to compare everything with.
-        published: open it from the Hub, by the code of its card and with an empty cache, in place of the folder, which
-            holds the same files; nothing is written into the folder then.
-        trust_remote_code: run model code that is inside the checkpoint and the source.
-    """
-
-    strategy: Choice = "auto"
-    reload: bool = True
-    forward: bool = True
-    require_device: bool = False
-    device: str = "auto"
-    example: bool = False
-    source: Source | None = None
-    published: Published | None = None
-    trust_remote_code: bool = False
 
 
 class Stop(Exception):
@@ -123,6 +93,8 @@ class _Run:
     label: str
     options: VerifyOptions
     progress: Progress
+    original: Source | None = None
+    published: Published | None = None
     checks: list[Check] = field(default_factory=list)
     strategy: Strategy | None = None
     device: str | None = None
@@ -148,7 +120,15 @@ class _Run:
             raise Stop
 
 
-def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress) -> Report:
+def verify(
+    folder: Path,
+    label: str,
+    options: VerifyOptions,
+    progress: Progress,
+    *,
+    original: Source | None = None,
+    published: Published | None = None,
+) -> Report:
     """Check a checkpoint, and write ``aoconvert.verify.json`` beside its manifest.
 
     Args:
@@ -156,6 +136,9 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         label: what the report calls it.
         options: what to check.
         progress: is told what happens.
+        original: the source, to compare everything with.
+        published: open it from the Hub, by the code of its card and with an empty cache, in place of the folder, which
+            holds the same files; nothing is written into the folder then.
 
     Raises:
         SourceError: the folder holds no torchao checkpoint at all.
@@ -165,11 +148,11 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
     if options.device != "auto" and options.reload:
         choose_device(options.device)
     tidy(folder)
-    writes = options.published is None and is_there(folder / MANIFEST_NAME)
+    writes = published is None and is_there(folder / MANIFEST_NAME)
     if writes:
         with writing(folder / REPORT_NAME):
             check_replaceable(folder / REPORT_NAME)
-    run = _Run(folder, label, options, progress)
+    run = _Run(folder, label, options, progress, original, published)
     with contextlib.suppress(Stop):
         _checks(run)
     target = run.target
@@ -193,7 +176,7 @@ def verify(folder: Path, label: str, options: VerifyOptions, progress: Progress)
         example=run.example,
         ran=tuple(run.ran),
         forward=run.forward,
-        published=options.published.to_dict() if options.published is not None else None,
+        published=published.to_dict() if published is not None else None,
     )
     if report.manifest_sha256 is None or not writes:
         return report
@@ -232,7 +215,7 @@ def _checks_side_by_side(run: _Run, target: Checkpoint, children: Children, pool
     loaded.wait = lambda: wait([load])
     reloading = pool.submit(_outcome, lambda: _reload(run, target, loaded, children))
     comparing = pool.submit(_outcome, lambda: _library(run, target, findings, children))
-    source, manifest = run.options.source, target.manifest
+    source, manifest = run.original, target.manifest
     if source is not None and manifest is not None:
         asking = pool.submit(_outcome, lambda: check_source(source, manifest.source))
     run.require("load", load)
@@ -241,7 +224,7 @@ def _checks_side_by_side(run: _Run, target: Checkpoint, children: Children, pool
         run.check("source", asking)
     run.check("library", comparing)
     left = findings[0].left if findings else None
-    run.check("numbers", lambda: check_numbers(target, loaded, run.options.source, left))
+    run.check("numbers", lambda: check_numbers(target, loaded, run.original, left))
     asked = run.options.reload and (run.options.forward or run.options.example)
     obstacle = run.place.obstacle if run.place is not None else None
     run.check("forward", lambda: check_forward(loaded, asked=asked, obstacle=obstacle))
@@ -346,7 +329,7 @@ def _reload(run: _Run, target: Checkpoint, loaded: Loaded, children: Children) -
         return "skipped", f"{CODE_INSIDE}: read it, then --trust-remote-code"
     where = run.place or choose_load_device(target, run.options.device)
     failures: list[str] = []
-    for strategy in _strategies(target, run.options):
+    for strategy in _strategies(target, run.options, run.published):
         try:
             status, detail = _open(run, target, loaded, children, strategy, where)
         except OtherWeights as error:  # another way of loading does not help who takes this one
@@ -356,7 +339,7 @@ def _reload(run: _Run, target: Checkpoint, loaded: Loaded, children: Children) -
             before = f" (from_pretrained could not: {failures[0]})" if failures else ""
             on = "" if where.obstacle is None else f", on {where.device}"
             return "passed", f"{strategy}: {detail}{on}{before}"
-        failures.append(f"{strategy}: {detail}" if run.options.published is not None else detail)
+        failures.append(f"{strategy}: {detail}" if run.published is not None else detail)
     return "failed", "; ".join(failures)
 
 
@@ -364,14 +347,14 @@ def _open(
     run: _Run, target: Checkpoint, loaded: Loaded, children: Children, strategy: Strategy, where: LoadDevice
 ) -> tuple[Status, str]:
     """Open the checkpoint by one way, from its folder or from the Hub, and use what was opened where that can run."""
-    published = run.options.published
+    published = run.published
     place = published.repo_id if published is not None else str(target.folder.resolve())
     commit = published.commit if published is not None else None
     code = load_code(target, place, strategy, device=where.device, hub=published is not None, revision=commit)
     forward = run.options.forward and where.obstacle is None
     wanted = run.options.example and where.obstacle is None
     example = usage_code(target, place, small=True, revision=commit) if wanted else None
-    source = run.options.source if forward else None
+    source = run.original if forward else None
     wishes: dict[str, Any] = {
         "forward": forward,
         "example": example,
@@ -390,11 +373,11 @@ def _open(
 
 def _library(run: _Run, target: Checkpoint, findings: list[LibraryFindings], children: Children) -> tuple[Status, str]:
     """The library's own comparison with the source, where there is one."""
-    if run.options.source is None:
+    if run.original is None:
         return "skipped", "no source given"
     if not run.options.reload:
         return "skipped", "not asked for"
-    found = compare_by_library(target, run.options.source, children, trust=run.options.trust_remote_code)
+    found = compare_by_library(target, run.original, children, trust=run.options.trust_remote_code)
     findings.append(found)
     return found.status, found.detail
 
@@ -413,9 +396,9 @@ def _card_shows(target: Checkpoint, published: Published, strategy: Strategy) ->
     return "" if any(code in text for code in codes) else f"; {CARD_NAME} shows other code than this"
 
 
-def _strategies(target: Checkpoint, options: VerifyOptions) -> Iterator[Strategy]:
+def _strategies(target: Checkpoint, options: VerifyOptions, published: Published | None) -> Iterator[Strategy]:
     """Ways of loading to try; from the Hub only the one that the card shows, where a manifest says which."""
-    if options.published is not None and options.strategy == "auto" and target.manifest is not None:
+    if published is not None and options.strategy == "auto" and target.manifest is not None:
         yield card_strategy(target)
         return
     if options.strategy == "from-pretrained" or (options.strategy == "auto" and not target.fused):

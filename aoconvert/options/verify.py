@@ -1,0 +1,82 @@
+"""What ``verify`` can be told. A new option is a field here, and its line in ``VerifyKwargs``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, TypedDict
+
+from aoconvert.environment import check_device_names
+from aoconvert.options.fields import SWITCH, Option, choice
+from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
+
+Choice = Literal["auto", "from-pretrained", "assign"]
+
+
+class VerifyKwargs(TypedDict, total=False):
+    """``VerifyOptions`` as keyword arguments, for type checkers; a test holds the two equal."""
+
+    source: str | None
+    source_revision: str | None
+    strategy: Choice
+    device: str
+    reload: bool
+    forward: bool
+    example: bool
+    require_device: bool
+    trust_remote_code: bool
+    revision: str | None
+    token: str | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to check; the help of each field says what it is.
+
+    ``source`` is a folder or a repo, of which the commit that was quantized is taken where ``source_revision`` names no
+    other. A ``strategy`` of ``auto`` takes ``assign`` where ``from_pretrained`` fails, a ``device`` of ``auto`` is the
+    layout's where that is here, else the CPU.
+    """
+
+    source: Annotated[
+        str | None,
+        Option("Have the library open this original too, a folder or a repo id, and compare everything."),
+    ] = None
+    source_revision: Annotated[
+        str | None, Option("Branch, tag or commit of the source. Default: the commit that was quantized.")
+    ] = None
+    strategy: Annotated[
+        Choice,
+        Option(
+            "Way of loading to prove; auto takes assign where from_pretrained fails.",
+            choice("auto", "from-pretrained", "assign"),
+            show_default=True,
+        ),
+    ] = "auto"
+    device: Annotated[
+        str, Option("Where to open the model.", metavar="auto|cpu|cuda|cuda:N|xpu", show_default=True)
+    ] = "auto"
+    reload: Annotated[
+        bool,
+        Option("Do not open the model: files, pickles, versions and torch.load only.", SWITCH, ("--no-reload",)),
+    ] = True
+    forward: Annotated[bool, Option("No forward pass.", SWITCH, ("--no-forward",))] = True
+    example: Annotated[bool, Option("Also run the model card's example, at the smallest sizes.", SWITCH)] = False
+    require_device: Annotated[bool, Option("A layout whose device is not here is a failure.", SWITCH)] = False
+    trust_remote_code: Annotated[
+        bool, Option("Run model code that is inside the checkpoint and the source.", SWITCH)
+    ] = False
+    revision: Revision = None
+    token: Token = field(default=None, repr=False)
+    cache_dir: CacheDir = None
+    local_files_only: LocalFilesOnly = False
+
+    def __post_init__(self) -> None:
+        check_device_names(self.device)
+
+    @property
+    def hub(self) -> HubOptions:
+        """How the Hub is asked for the checkpoint."""
+        return HubOptions(self.revision, self.token, self.cache_dir, self.local_files_only)
