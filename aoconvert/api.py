@@ -27,12 +27,20 @@ if TYPE_CHECKING:
     from aoconvert.sources import Source
 
 
-def plan(source: str | Path, scheme: str | None = None, **options: Unpack[QuantizeKwargs]) -> Plan:
+@host_by_default()
+def plan(
+    source: str | Path,
+    scheme: str | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[QuantizeKwargs],
+) -> Plan:
     """Decide everything about a conversion and write nothing. Only ``auto`` reads weights.
 
     Args:
         source: a Hub repo id or a folder.
         scheme: a scheme name, see ``aoconvert schemes``.
+        progress: is told what happens; default: silent.
         **options: fields of ``aoconvert.QuantizeOptions``; paths and sizes may be text.
 
     Returns:
@@ -44,9 +52,11 @@ def plan(source: str | Path, scheme: str | None = None, **options: Unpack[Quanti
         UsageError: an unknown scheme, or options that make no sense.
         HubError: the Hub said no.
     """
-    return plan_options(source, make_options(scheme, options))
+    wanted = make_options(scheme, options)
+    return _made(_resolved(source, wanted), wanted, progress or Silent(), need_weights=False)
 
 
+@host_by_default()
 def quantize(
     source: str | Path,
     scheme: str | None = None,
@@ -70,7 +80,26 @@ def quantize(
             the output's name. After a stop (also Ctrl-C, a kill, a full disk) the same call goes on where it was;
             ``resume=False`` starts afresh.
     """
-    return quantize_options(source, make_options(scheme, options), progress=progress or Silent())
+    wanted = make_options(scheme, options)
+    progress = progress or Silent()
+    from aoconvert.planning.make import refuse_early
+    from aoconvert.planning.overwriting import tidy
+
+    tidy(wanted.output)
+    resolved = _resolved(source, wanted)
+    refuse_early(resolved, wanted)
+    from aoconvert.engine.prehash import HashingAhead
+    from aoconvert.planning.weights import local_weights, unreadable_headers
+
+    with HashingAhead(local_weights(resolved, wanted)) as ahead:
+        from aoconvert.engine.convert import run
+
+        _download(resolved, unreadable_headers(resolved, wanted), progress)
+        made = _made(resolved, wanted, progress, need_weights=True)
+        if made.source.kind == "hub":
+            _download(made.source, made.fetch, progress)
+        digests = ahead.stop()
+    return run(made, progress, command=command_line(made, wanted), resume=wanted.resume, begun=digests)
 
 
 @host_by_default()
@@ -299,12 +328,6 @@ def _checkpoint(checkpoint: str | Path, hub: HubOptions) -> tuple[Path, Publishe
     return source.root, Published(source.repo_id, source.revision, asked, total, hub.token)
 
 
-@host_by_default()
-def plan_options(source: str | Path, options: QuantizeOptions, *, progress: Progress | None = None) -> Plan:
-    """``plan`` with its options already made."""
-    return _made(_resolved(source, options), options, progress or Silent(), need_weights=False)
-
-
 def _made(source: Source, options: QuantizeOptions, progress: Progress, *, need_weights: bool) -> Plan:
     """The plan; with ``auto`` the schemes are searched first."""
     from aoconvert.planning.make import make
@@ -327,29 +350,6 @@ def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
         if name is not None and not (name == options.scheme and options.searches):
             schemes.find(name, options.settings)
     return resolve(str(source), options.hub, trust_remote_code=options.trust_remote_code)
-
-
-@host_by_default()
-def quantize_options(source: str | Path, options: QuantizeOptions, *, progress: Progress) -> QuantizeResult:
-    """``quantize`` with its options already made."""
-    from aoconvert.planning.make import refuse_early
-    from aoconvert.planning.overwriting import tidy
-
-    tidy(options.output)
-    resolved = _resolved(source, options)
-    refuse_early(resolved, options)
-    from aoconvert.engine.prehash import HashingAhead
-    from aoconvert.planning.weights import local_weights, unreadable_headers
-
-    with HashingAhead(local_weights(resolved, options)) as ahead:
-        from aoconvert.engine.convert import run
-
-        _download(resolved, unreadable_headers(resolved, options), progress)
-        made = _made(resolved, options, progress, need_weights=True)
-        if made.source.kind == "hub":
-            _download(made.source, made.fetch, progress)
-        digests = ahead.stop()
-    return run(made, progress, command=command_line(made, options), resume=options.resume, begun=digests)
 
 
 def _download(source: Source, paths: Sequence[str], progress: Progress) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from aoconvert.environment import import_diffusers
 from aoconvert.errors import PlanError, VerificationError
 from aoconvert.humanize import first
-from aoconvert.options import make_options
 from aoconvert.planning.output import refuse_output
 from aoconvert.progress import Progress
 from aoconvert.sources.folder import FolderSource
@@ -140,8 +139,7 @@ def run(folder: Path, scheme: str, progress: Progress) -> DemoResult:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     _place_pipeline(source)
-    options = make_options(scheme, {"output": output, "overwrite": True, "device": "cpu"})
-    result = api.quantize_options(source, options, progress=progress)
+    result = api.quantize(source, scheme, progress=progress, output=output, overwrite=True, device="cpu")
     report = api.verify(output, progress=progress, example=True, source=str(source))
     if not report.ok:
         failed = report.failed[0]

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 
 @click.command()
 @conversion
-def typed(*, source: str, options: QuantizeOptions) -> QuantizeOptions:
-    return options
+def typed(*, source: str, **options: Any) -> QuantizeOptions:
+    return make_options(options.pop("scheme"), options)
 
 
 def parse(words: list[str]) -> QuantizeOptions:

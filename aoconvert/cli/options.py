@@ -11,7 +11,7 @@ import click
 
 from aoconvert.cli.completion import complete_candidates, complete_component, complete_scheme_or_auto
 from aoconvert.cli.output import Output
-from aoconvert.options import QuantizeOptions, make_options
+from aoconvert.options import QuantizeOptions
 from aoconvert.options.fields import SWITCH, Option, defaults_of, options_of
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,14 +46,8 @@ def with_options(cls: type[Any]) -> Callable[[F], F]:
 
 
 def conversion(function: F) -> F:
-    """Everything ``quantize`` and ``plan`` take; the command receives ``options: QuantizeOptions``."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **values: Any) -> Any:
-        typed = {field: values.pop(field) for field in options_of(QuantizeOptions)}
-        return function(*args, options=make_options(typed.pop("scheme"), typed), **values)
-
-    return click.argument("source", metavar="SOURCE")(with_options(QuantizeOptions)(wrapped))  # type: ignore[return-value]
+    """Everything ``quantize`` and ``plan`` take: ``source``, and the fields of ``QuantizeOptions``."""
+    return click.argument("source", metavar="SOURCE")(with_options(QuantizeOptions)(function))
 
 
 _TYPES: dict[str, Any] = {

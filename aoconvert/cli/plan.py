@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from aoconvert.cli.options import common, conversion
 from aoconvert.cli.output import FOLD, NUMBER, Output
 from aoconvert.humanize import first, size
-from aoconvert.options import QuantizeOptions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,7 +30,7 @@ Examples:
 @conversion
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @common
-def command(*, source: str, options: QuantizeOptions, out: Output, tensors: bool) -> None:
+def command(*, source: str, out: Output, tensors: bool, **options: Any) -> None:
     """Show what quantize would do with SOURCE: every decision, and the exact sizes. Nothing is written.
 
     Reads configs and headers, never weights (only --scheme auto does). Of a Hub repo only those are fetched. A folder
@@ -40,12 +39,12 @@ def command(*, source: str, options: QuantizeOptions, out: Output, tensors: bool
     show(source, options, out, tensors=tensors)
 
 
-def show(source: str, options: QuantizeOptions, out: Output, *, tensors: bool) -> None:
+def show(source: str, options: Mapping[str, Any], out: Output, *, tensors: bool) -> None:
     """Make the plan and print it."""
     from aoconvert import api
 
     with out.watch(f"plan {source}") as progress:
-        made = api.plan_options(source, options, progress=progress)
+        made = api.plan(source, progress=progress, **options)
     for line in made.warnings:
         out.warning(line)
     out.result(lambda: _render(made, tensors=tensors), made.to_dict(), str(sum(file.size for file in _files(made))))

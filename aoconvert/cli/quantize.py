@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +11,6 @@ from aoconvert.cli import verify as verify_command
 from aoconvert.cli.options import common, conversion
 from aoconvert.cli.output import Output
 from aoconvert.humanize import first, number, size
-from aoconvert.options import QuantizeOptions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,7 +33,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing, like 'aoconvert plan'.")
 @click.option("--verify", is_flag=True, help="Run 'aoconvert verify' on the result; exit code 4 if it fails.")
 @common
-def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool, verify: bool) -> int:
+def command(*, source: str, out: Output, dry_run: bool, verify: bool, **options: Any) -> int:
     """Quantize SOURCE, a Hub repo id or a folder, into a torchao checkpoint.
 
     Reads a diffusers pipeline, a diffusers model or a transformers model one tensor at a time, quantizes with
@@ -46,7 +45,7 @@ def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool
     with out.watch(f"quantize {source}") as progress:
         from aoconvert import api
 
-        result = api.quantize_options(source, options, progress=progress)
+        result = api.quantize(source, progress=progress, **options)
     for line in result.warnings:
         out.warning(line)
     if not verify:
@@ -57,10 +56,10 @@ def command(*, source: str, options: QuantizeOptions, out: Output, dry_run: bool
             result.output,
             progress=progress,
             source=result.manifest.source.repo_id or source,  # a repo at the commit that was quantized
-            trust_remote_code=options.trust_remote_code,
-            token=options.token,
-            cache_dir=options.cache_dir,
-            local_files_only=options.local_files_only,
+            trust_remote_code=options["trust_remote_code"],
+            token=options["token"],
+            cache_dir=options["cache_dir"],
+            local_files_only=options["local_files_only"],
         )
     if report.unwritten is not None:
         out.warning(report.unwritten)

@@ -10,7 +10,7 @@ import click
 from aoconvert.cli.options import common, with_options
 from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
 from aoconvert.errors import UsageError
-from aoconvert.options import HubOptions
+from aoconvert.options import VerifyOptions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,35 +30,9 @@ _COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 @click.command("verify", epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="[PATH|REPO_ID]", default=_DEFAULT)
-@click.option(
-    "--source", help="Have the library open this original too, a folder or a repo id, and compare everything."
-)
-@click.option("--source-revision", help="Branch, tag or commit of the source. Default: the commit that was quantized.")
-@click.option(
-    "--strategy",
-    type=click.Choice(["auto", "from-pretrained", "assign"]),
-    default="auto",
-    show_default=True,
-    help="Way of loading to prove; auto takes assign where from_pretrained fails.",
-)
-@click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N|xpu", help="Where to open the model."
-)
-@click.option("--no-reload", is_flag=True, help="Do not open the model: files, pickles, versions and torch.load only.")
-@click.option("--no-forward", is_flag=True, help="No forward pass.")
-@click.option("--example", is_flag=True, help="Also run the model card's example, at the smallest sizes.")
-@click.option("--require-device", is_flag=True, help="A layout whose device is not here is a failure.")
-@click.option("--trust-remote-code", is_flag=True, help="Run model code that is inside the checkpoint and the source.")
-@with_options(HubOptions)
+@with_options(VerifyOptions)
 @common
-def command(
-    *,
-    checkpoint: str,
-    out: Output,
-    no_reload: bool,
-    no_forward: bool,
-    **choices: Any,
-) -> int:
+def command(*, checkpoint: str, out: Output, **options: Any) -> int:
     """Prove that a converted checkpoint loads, in a fresh process. Default: ./out.
 
     Checks the manifest, the files, the pickles (read without executing anything), the versions, torch.load with
@@ -70,7 +44,7 @@ def command(
     from aoconvert import api
 
     with out.watch(f"verify {checkpoint}") as progress:
-        report = api.verify(checkpoint, progress=progress, reload=not no_reload, forward=not no_forward, **choices)
+        report = api.verify(checkpoint, progress=progress, **options)
     if report.unwritten is not None:
         out.warning(report.unwritten)
     out.result(lambda: table(report), report.to_dict(), "ok" if report.ok else "failed")
