@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aoconvert.cards.reproduce import OPTIONS
+from aoconvert.cli.inspect import command as inspect
 from aoconvert.cli.options import conversion
+from aoconvert.cli.verify import command as verify
 from aoconvert.errors import UsageError
-from aoconvert.options import HubOptions, QuantizeKwargs, QuantizeOptions, make_options
+from aoconvert.options import HubOptions, QuantizeKwargs, QuantizeOptions, VerifyKwargs, VerifyOptions, make_options
 from aoconvert.options.fields import defaults_of, options_of, record
 
 ROOT = Path(__file__).parents[1]
@@ -32,23 +34,31 @@ def parse(words: list[str]) -> QuantizeOptions:
     return found
 
 
-def test_the_keywords_that_a_type_checker_knows_are_the_fields() -> None:
-    assert [*QuantizeKwargs.__annotations__] == [*QuantizeOptions.__dataclass_fields__][1:]
+@pytest.mark.parametrize(("keywords", "options"), [(QuantizeKwargs, QuantizeOptions), (VerifyKwargs, VerifyOptions)])
+def test_the_keywords_that_a_type_checker_knows_are_the_fields(keywords: type, options: type) -> None:
+    assert [*keywords.__annotations__] == [name for name in options_of(options) if name != "scheme"]
 
 
-def test_each_field_is_an_option_of_the_command_line() -> None:
-    assert [*options_of(QuantizeOptions)] == [*QuantizeOptions.__dataclass_fields__]
-    assert {parameter.name for parameter in typed.params} == {"source", *QuantizeOptions.__dataclass_fields__}
-    shown = CliRunner().invoke(typed, ["--help"]).output
-    for field, option in options_of(QuantizeOptions).items():
+@pytest.mark.parametrize(
+    ("command", "options"), [(typed, QuantizeOptions), (verify, VerifyOptions), (inspect, HubOptions)]
+)
+def test_each_field_is_an_option_of_the_command_line(command: click.Command, options: Any) -> None:
+    assert [*options_of(options)] == [*options.__dataclass_fields__]
+    assert {parameter.name for parameter in command.params} > {*options.__dataclass_fields__}
+    shown = CliRunner().invoke(command, ["--help"]).output
+    for field, option in options_of(options).items():
         assert all(re.search(rf"{name}\b", shown) for name in option.names(field)), field
         assert option.help.partition(" ")[0] in shown
 
 
-def test_the_hub_is_asked_by_the_same_options_everywhere() -> None:
-    ours, theirs = options_of(HubOptions), options_of(QuantizeOptions)
-    assert {field: theirs[field] for field in ours} == ours
-    assert "hf_secret" not in repr(HubOptions(token="hf_secret"))
+@pytest.mark.parametrize("options", [QuantizeOptions, VerifyOptions])
+def test_the_hub_is_asked_by_the_same_options_everywhere(options: Any) -> None:
+    ours = options_of(HubOptions)
+    assert {field: options_of(options)[field] for field in ours} == ours
+    given = {"revision": "v1", "token": "hf_secret", "cache_dir": Path("cache"), "local_files_only": True}
+    made = options(**given, **({"scheme": "int8wo"} if options is QuantizeOptions else {}))
+    assert made.hub == HubOptions(**given)
+    assert "hf_secret" not in repr(made) + repr(made.hub)
 
 
 def test_defaults_are_those_of_the_dataclass() -> None:
