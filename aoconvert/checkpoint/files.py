@@ -16,7 +16,6 @@ from aoconvert.formats.registry import OUTPUT
 from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.sources.folder import list_folder, stays_inside
 
-_CHUNK = 1 << 22
 # made later than the manifest, by the Hub, or notes and samples that somebody put beside it; no loader looks at them
 _BESIDE = re.compile(
     r"aoconvert(\.verify)?\.json|\.gitattributes|(.*/)?(LICEN[CS]E|NOTICE)[^/]*"
@@ -138,8 +137,5 @@ def _json(path: Path) -> Mapping[str, object]:
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with os.fdopen(open_regular(path), "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

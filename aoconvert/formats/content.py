@@ -41,4 +41,4 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 def own_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, which may be a part of its storage; not copied."""
     start = int(tensor.storage_offset()) * tensor.element_size()
-    return bytes_of(tensor)[start : start + tensor.numel() * tensor.element_size()]
+    return bytes_of(tensor)[start : start + tensor.nbytes]

@@ -29,6 +29,7 @@ import torch
 
 from aoconvert import cache
 from aoconvert.environment import version_of
+from aoconvert.formats.dtypes import dtype_name
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -181,8 +182,8 @@ class Building:
         request = {
             "config": scheme.config_dict,
             "group_size": scheme.group_size,
-            "source": str(source).removeprefix("torch."),
-            "base": str(base).removeprefix("torch."),
+            "source": dtype_name(source),
+            "base": dtype_name(base),
         }
         try:
             if self._folder is None:

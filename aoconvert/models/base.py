@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aoconvert.errors import SourceError
+from aoconvert.formats.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +133,7 @@ class Skeleton:
 
 def to_json(tensors: Sequence[TensorSpec]) -> list[dict[str, Any]]:
     """The tensors as JSON values."""
-    return [{**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for spec in tensors]
+    return [{**asdict(spec), "dtype": dtype_name(spec.dtype)} for spec in tensors]
 
 
 def from_json(values: Any) -> tuple[TensorSpec, ...]:

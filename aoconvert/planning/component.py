@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aoconvert.formats.dtypes import dtype_name
+from aoconvert.formats.registry import OUTPUT
 from aoconvert.models import ModelLayout, ModelPart, Skeleton, build_skeleton, join
 from aoconvert.models.bounds import Held, bounded, check_config
 from aoconvert.models.pipeline import refuse_quantized
@@ -115,14 +117,14 @@ def _draft(
     options: QuantizeOptions,
     checkpoint: tuple[SourceTensors, bool] | None,
     held: Held | None,
-    dtype_name: str,
+    asked_dtype: str,
     *,
     fuse_qkv: bool,
 ) -> _Draft:
     """``checkpoint``: what its files hold, and whether there is an index. The library gets what they call for."""
     import torch
 
-    dtype = None if dtype_name == "auto" else getattr(torch, dtype_name)
+    dtype = None if asked_dtype == "auto" else getattr(torch, asked_dtype)
     code = source.root / component.folder if options.trust_remote_code else None
     problems: list[str] = []
     free: Mapping[str, str] = {}
@@ -142,7 +144,7 @@ def _draft(
             )
         wishes = Wishes(options.include_embeddings, options.default_skips)
         decisions = decide(skeleton, rules, wishes, dtype, found, free)
-    return _Draft(dtype_name, skeleton, found, decisions, (*problems, *decisions.problems))
+    return _Draft(asked_dtype, skeleton, found, decisions, (*problems, *decisions.problems))
 
 
 def _build(
@@ -158,13 +160,14 @@ def _build(
     inventory = found.inventory if found is not None else None
     source_order = inventory.order if inventory else ()
     tensors, order, files = lay_out(
-        component, folder, decisions.tensors, decisions.outputs, source_order, options.max_shard_size
+        component, OUTPUT, folder, decisions.tensors, decisions.outputs, source_order, options.max_shard_size
     )
     return ComponentPlan(
         component=_with_config(skeleton.component, decisions, drop_unknown=options.drop_unknown),
         rules=rules,
         config=_config(rules, decisions, skeleton),
         folder=folder,
+        format=OUTPUT,
         dtype=draft.dtype,
         tensors=tensors,
         order=order,
@@ -206,7 +209,7 @@ def _most_common_dtype(found: SourceCheckpoint | None) -> str:
     counts: Counter[str] = Counter()
     for tensor in found.inventory.direct.values() if found is not None else ():
         if tensor.dtype.is_floating_point:
-            counts[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+            counts[dtype_name(tensor.dtype)] += tensor.nbytes
     return counts.most_common(1)[0][0] if counts else "float32"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import QuantizeError
+from aoconvert.formats.dtypes import dtype_name
 from aoconvert.models import Skeleton, TensorSpec
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import MergeRecipe
@@ -47,7 +48,7 @@ def nbytes(tensor: torch.Tensor) -> int:
     """Bytes of a tensor's data; of a torchao tensor all its inner tensors together."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
-        return tensor.numel() * tensor.element_size()
+        return tensor.nbytes
     names, _ = flatten()
     return sum(nbytes(getattr(tensor, name)) for name in names)
 
@@ -155,8 +156,8 @@ class _Decider:
         return TensorPlan(
             name=spec.name,
             shape=spec.shape,
-            dtype=str(target).removeprefix("torch."),
-            source_dtype=str(found).removeprefix("torch."),
+            dtype=dtype_name(target),
+            source_dtype=dtype_name(found),
             action=action,
             reason=why,
             candidate=spec.parameter and len(spec.shape) > 1 and spec.kind != "embedding",
@@ -197,7 +198,7 @@ class _Decider:
             return False
         small = [tensor.dtype for tensor in (recipe or [origin]) if tensor is not None and tensor.dtype.itemsize == 1]
         if spec.floating and small:
-            what = str(small[0]).removeprefix("torch.")
+            what = dtype_name(small[0])
             self.faults.setdefault(what, []).append(f"{spec.name} is already {what}")
             return False
         return True
@@ -250,7 +251,7 @@ class _Decider:
             return []
         made = []
         for tensor in self.found.inventory.unknown:
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype = dtype_name(tensor.dtype)
             self.outputs[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             made.append(
                 TensorPlan(

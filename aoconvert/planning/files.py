@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from aoconvert.formats.registry import OUTPUT, FileFormat
+from aoconvert.formats.registry import FileFormat
 from aoconvert.models import ModelPart, join
 from aoconvert.planning.types import FilePlan, TensorPlan
 from aoconvert.sources.weights import STEMS
@@ -32,6 +32,7 @@ def index_name(component: ModelPart, format_: FileFormat) -> str:
 
 def lay_out(
     component: ModelPart,
+    format_: FileFormat,
     folder: str,
     planned: Sequence[TensorPlan],
     outputs: Mapping[str, torch.Tensor],
@@ -42,6 +43,7 @@ def lay_out(
 
     Args:
         component: the model.
+        format_: of its files.
         folder: its folder in the output.
         planned: its tensors, in state-dict order.
         outputs: what is written for them, on ``meta``.
@@ -51,20 +53,19 @@ def lay_out(
     Returns:
         The tensors with their files, names in the order they are written, and the files.
     """
-    predict_size = OUTPUT.writer.predict_size
     default = DIFFUSERS_FILE_BYTES if component.library == "diffusers" else TRANSFORMERS_FILE_BYTES
     dealt = assign(planned, order, limit or default)
     where: dict[str, str] = {}
     files = []
     for number, names in enumerate(dealt, start=1):
-        path = join(folder, weights_name(component, OUTPUT, number, len(dealt)))
+        path = join(folder, weights_name(component, format_, number, len(dealt)))
         where.update(dict.fromkeys(names, path))
         also = {tensor.name: tensor.same_as for tensor in planned if tensor.same_as in where}
         also = {name: same for name, same in also.items() if where[same] == path}
         where.update(dict.fromkeys(also, path))
         # the file lists tensors in state-dict order, their data lies in the order it was read
         listed = [tensor.name for tensor in planned if where.get(tensor.name) == path]
-        files.append(FilePlan(path, predict_size({name: outputs[name] for name in names}, listed, also)))
+        files.append(FilePlan(path, format_.writer.predict_size({name: outputs[name] for name in names}, listed, also)))
     tensors = tuple(replace(tensor, file=where.get(tensor.name)) for tensor in planned)
     return tensors, tuple(name for names in dealt for name in names), tuple(files)
 

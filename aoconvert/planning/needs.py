@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 from aoconvert.planning.slices import (
-    BLOCK_BYTES,
     BUFFERS,
+    BYTES_PER_VALUE,
     CPU_BLOCK,
     DEVICE_BLOCK,
     PER_DEVICE,
@@ -129,7 +129,7 @@ def _temporaries(tensor: TensorPlan) -> int:
         return tensor.numel * scheme.entry.hqq_bytes
     columns = tensor.shape[-1]
     values = scheme.block(CPU_BLOCK // columns) * columns * at_once(scheme, columns)
-    return min(tensor.numel, values) * BLOCK_BYTES
+    return min(tensor.numel, values) * BYTES_PER_VALUE
 
 
 def _waiting(results: Sequence[int]) -> int:

@@ -30,7 +30,7 @@ WHOLE_BYTES = 128 << 20
 CPU_BLOCK = 1 << 19
 # The same on a GPU, where larger blocks do more at once
 DEVICE_BLOCK = 1 << 22
-BLOCK_BYTES = 24
+BYTES_PER_VALUE = 24
 """Temporaries of torchao for each value of a block of rows. Measured."""
 
 # Most of these for blocks that are worked on at the same time
@@ -40,7 +40,7 @@ _AT_ONCE_BYTES = 256 << 20
 def at_once(scheme: Scheme, columns: int) -> int:
     """How many blocks of a matrix are worked on at a time on a CPU, each by a core: wide blocks take memory."""
     values = scheme.block(CPU_BLOCK // columns) * columns
-    return max(1, min(available_cores(), _AT_ONCE_BYTES // (values * BLOCK_BYTES)))
+    return max(1, min(available_cores(), _AT_ONCE_BYTES // (values * BYTES_PER_VALUE)))
 
 
 def by_rows(tensor: TensorPlan) -> bool:

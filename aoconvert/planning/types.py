@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.version import Version
 
-from aoconvert.formats.registry import OUTPUT, FileFormat
 from aoconvert.schemes.base import Layout
 from aoconvert.schemes.layouts import merged
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
 
+    from aoconvert.formats.registry import FileFormat
     from aoconvert.models import ModelLayout, ModelPart, Skeleton
     from aoconvert.models.conversions import MergeRecipe
     from aoconvert.recipes.rules import Rules
@@ -151,6 +151,7 @@ class ComponentPlan:
     rules: Rules
     config: AOBaseConfig
     folder: str
+    format: FileFormat
     dtype: str
     tensors: tuple[TensorPlan, ...]
     order: tuple[str, ...]
@@ -164,7 +165,6 @@ class ComponentPlan:
     skeleton: Skeleton = field(repr=False, compare=False)
     recipes: Mapping[str, MergeRecipe] = field(default_factory=dict, repr=False, compare=False)
     cannot_run: tuple[str, str] | None = None
-    format: FileFormat = OUTPUT
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -243,12 +243,12 @@ class UnquantizedPlan:
 
     component: ModelPart
     folder: str
+    format: FileFormat
     tensors: tuple[TensorPlan, ...]
     order: tuple[str, ...]
     files: tuple[FilePlan, ...]
     weights: WeightFiles
     dropped: tuple[LeftOut, ...] = ()
-    format: FileFormat = OUTPUT
 
     @property
     def bytes_in(self) -> int:

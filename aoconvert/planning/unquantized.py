@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import SourceError
+from aoconvert.formats.dtypes import dtype_name
 from aoconvert.formats.registry import OUTPUT
 from aoconvert.models import ModelLayout, ModelPart, join
 from aoconvert.models.base import SourceTensor
@@ -88,7 +89,7 @@ def _plan(
     if contents is None:  # a .bin on the Hub: what it holds is known when it is here
         size = sum(source.files()[path].size for path in weights.files)
         files = (FilePlan(join(folder, weights_name(component, OUTPUT, 1, 1)), size),)
-        return UnquantizedPlan(component, folder, (), (), files, weights)
+        return UnquantizedPlan(component, folder, OUTPUT, (), (), files, weights)
     found = contents.tensors
     planned = _tensors(found)
     outputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in found.items()}
@@ -96,7 +97,12 @@ def _plan(
         limit = 1 + sum(tensor.nbytes for tensor in found.values())
     dropped = tuple(LeftOut(name, why) for name, why in contents.others.items())
     return UnquantizedPlan(
-        component, folder, *lay_out(component, folder, planned, outputs, list(found), limit), weights, dropped
+        component,
+        folder,
+        OUTPUT,
+        *lay_out(component, OUTPUT, folder, planned, outputs, list(found), limit),
+        weights,
+        dropped,
     )
 
 
@@ -107,7 +113,7 @@ def _tensors(found: Mapping[str, SourceTensor]) -> list[TensorPlan]:
     for name, tensor in found.items():
         place = (tensor.file, tensor.place, tensor.dtype, tensor.shape)
         same = first.setdefault(place, name) if tensor.place is not None and tensor.nbytes else name
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         written = same == name
         planned.append(
             TensorPlan(

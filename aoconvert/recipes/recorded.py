@@ -18,6 +18,7 @@ from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
 from aoconvert.checkpoint.manifest_text import parse
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import AoconvertError, UsageError
+from aoconvert.formats.dtypes import dtype_name
 from aoconvert.recipes.base import Choice, Recipe, RecipeRule, Section
 from aoconvert.recipes.foreign_configs import check_quantization
 from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
@@ -318,7 +319,7 @@ def _text(value: Any) -> str | None:
     if value is None or isinstance(value, bool | int | float | str):
         return str(value).lower()
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return dtype_name(value)
     if isinstance(value, list | tuple):
         parts = [_text(part) for part in value]
         return None if None in parts else ",".join(map(str, parts))

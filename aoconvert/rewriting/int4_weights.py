@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from aoconvert.formats.content import own_bytes
+from aoconvert.formats.dtypes import dtype_name
 from aoconvert.schemes import int4
 from aoconvert.schemes.int4_parts import Parts, opaque, padded, parameters, plain_int32, tile_packed
 
@@ -26,7 +27,7 @@ def carry(parts: Parts, device: str) -> Parts:
     Raises:
         CannotCarry: its zero points or the dtype of its scales have no exact counterpart there.
     """
-    dtype = str(parts.scale.dtype).removeprefix("torch.")
+    dtype = dtype_name(parts.scale.dtype)
     if device == "cuda" and parts.scale.dtype != torch.bfloat16:
         raise CannotCarry(f"its scales are {dtype}, the layout for cuda has bfloat16")
     if device == "xpu" and parts.scale.dtype not in (torch.bfloat16, torch.float16):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from aoconvert.formats.dtypes import dtype_name
 from aoconvert.schemes.table.entry import TOKEN
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ def activation(sample: Any) -> str | None:
         return None
     kind = type(kwargs).__name__
     if kind == "QuantizeTensorToMXKwargs":
-        element = str(kwargs.elem_dtype).removeprefix("torch.")
+        element = dtype_name(kwargs.elem_dtype)
         return f"{_ELEMENTS.get(element, element)} per group of {kwargs.block_size}, dynamic"
     if kind == "QuantizeTensorToNVFP4Kwargs":
         return "float4_e2m1 per group of 16, dynamic"
     per = {"PerTensor": "per tensor", "PerRow": "per token"}.get(type(kwargs.granularity).__name__)
     if kind == "QuantizeTensorToFloat8Kwargs":
-        dtype = str(kwargs.float8_dtype).removeprefix("torch.")
+        dtype = dtype_name(kwargs.float8_dtype)
         return f"{dtype} {per or f'per group of {kwargs.granularity.block_size[-1]}'}, dynamic"
     return f"int8 {per}, {'asymmetric, ' if kwargs.mapping_type.name == 'ASYMMETRIC' else ''}dynamic"
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aoconvert.environment import import_torchao, torch_build
 from aoconvert.errors import PlanError, UsageError
+from aoconvert.formats.dtypes import dtype_name
 from aoconvert.schemes import cpu_packing
 from aoconvert.schemes.int4_parts import padded, parameters, plain_int32, tile_packed
 
@@ -77,7 +78,7 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, *, group_size: int, devi
     """Why a weight cannot be packed for a device, in words; ``None`` if it can."""
     import torch
 
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if len(shape) != 2:
         return f"int4 takes matrices, not {len(shape)} dimensions"
     if not all(shape):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import PlanError, UsageError
+from aoconvert.formats.dtypes import dtype_name
 from aoconvert.schemes import settings as values
 from aoconvert.schemes.apply import flatten, quantize_with
 from aoconvert.schemes.base import Layout, RowIndependence, Scheme, WeightFormat
@@ -114,7 +115,7 @@ def _check_activations(entry: SchemeEntry, config: Any) -> None:
 
     kinds = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
     if config.activation_dtype not in kinds.values():
-        found = str(config.activation_dtype).removeprefix("torch.")
+        found = dtype_name(config.activation_dtype)
         raise UsageError(f"{entry.name} cannot multiply by {found}", hint=f"activation_dtype takes {', '.join(kinds)}")
     low, high = config.activation_value_lb, config.activation_value_ub
     if (low is not None and low < 0) or (high is not None and high <= max(low or 0.0, 0.0)):

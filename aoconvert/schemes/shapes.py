@@ -9,6 +9,8 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
+from aoconvert.formats.dtypes import dtype_name
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,7 +33,7 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str |
     if scheme.own_blocker is not None:
         return scheme.own_blocker(shape, dtype)
     entry, granularity = scheme.entry, scheme.format.granularity
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in entry.dtypes:
         many = "none of " if len(entry.dtypes) > 1 else "not "
         return f"dtype {name} is {many}{', '.join(entry.dtypes)}"

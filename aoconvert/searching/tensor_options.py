@@ -175,5 +175,5 @@ def files_size(plan: ComponentPlan, limit: int | None, outputs: Mapping[str, tor
     tensors = [
         replace(tensor, bytes_out=nbytes(outputs[tensor.name])) for tensor in plan.tensors if tensor.name in outputs
     ]
-    _, _, files = lay_out(plan.component, plan.folder, tensors, outputs, plan.order, limit)
+    _, _, files = lay_out(plan.component, plan.format, plan.folder, tensors, outputs, plan.order, limit)
     return sum(file.size for file in files)

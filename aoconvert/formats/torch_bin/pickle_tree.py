@@ -27,6 +27,8 @@ from torch._utils import (
     _rebuild_wrapper_subclass,
 )
 
+from aoconvert.formats.dtypes import dtype_name
+
 Node: TypeAlias = "bool | int | float | str | tuple[Node, ...] | Items | Pairs | Global | Call | Storage | None"
 
 StoreTensor: TypeAlias = Callable[[torch.Tensor], str]
@@ -108,7 +110,7 @@ def describe(value: object, store: StoreTensor) -> Node:
     if isinstance(value, (type, FunctionType, BuiltinFunctionType)):
         return _global(value)
     if isinstance(value, torch.dtype):
-        return Global("torch", str(value).removeprefix("torch."))
+        return Global("torch", dtype_name(value))
     if isinstance(value, torch.device) and value.type == "meta":
         value = torch.device("cpu")
     return _describe_object(value, store)
@@ -202,7 +204,7 @@ def _describe_dense(tensor: torch.Tensor, store: StoreTensor) -> Call:
 def own_storage(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` as a plain tensor that fills its storage: itself, or a contiguous copy of a view."""
     plain = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg()
-    if plain.numel() * plain.element_size() == plain.untyped_storage().nbytes():
+    if plain.nbytes == plain.untyped_storage().nbytes():
         return plain
     return plain.clone(memory_format=torch.contiguous_format)
 

@@ -329,7 +329,6 @@ def _state_dict(content: object, path: Path) -> tuple[dict[str, torch.Tensor], d
 def _legacy_infos(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, TensorInfo]:
     infos, offset = {}, 0
     for name, tensor in tensors.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.size()), nbytes, str(path), offset)
-        offset += nbytes
+        infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.size()), tensor.nbytes, str(path), offset)
+        offset += tensor.nbytes
     return infos
