@@ -44,7 +44,7 @@ class Card:
     warnings: tuple[str, ...]
 
 
-def edited(folder: Path) -> bool:
+def is_edited(folder: Path) -> bool:
     """Whether the folder has a ``README.md`` that aoconvert did not write, or that was changed since."""
     try:
         content = read_limited(folder / CARD_NAME, CARD_BYTES)

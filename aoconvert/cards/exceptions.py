@@ -27,13 +27,13 @@ def _rows(manifest: Manifest) -> Iterator[tuple[str, str, int, str]]:
         missing = [(tensor.name, tensor.reason) for tensor in entry.missing]
         dropped = [(tensor.name, tensor.reason) for tensor in entry.dropped]
         for what, tensors in (("carried over", carried), ("not in the files", missing), ("left out", dropped)):
-            yield from _cut(what, [(prefix + name, count, reason) for name, count, reason in _grouped(tensors)])
+            yield from _cut(what, [(prefix + name, count, reason) for name, count, reason in _group(tensors)])
     for part in manifest.unquantized:
         yield "taken over", part.name, len(part.tensors), f"{part.class_name}, its tensors bit for bit"
     yield from _cut("left behind", [(item.path, 1, item.reason) for item in manifest.left_behind])
 
 
-def _grouped(tensors: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:
+def _group(tensors: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:
     """Patterns of names, how many each stands for, and the reason, in order."""
     named = list(tensors)
     shown = patterns(name for name, _ in named)

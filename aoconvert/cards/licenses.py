@@ -47,12 +47,12 @@ def of_source(manifest: Manifest) -> SourceLicense:
     if said.lower() not in LICENSES:  # the Hub would refuse it
         name = name or said
         link = link or _source_page(manifest)
-        terms = {"license": "other", "license_name": _named(name), "license_link": link}
+        terms = {"license": "other", "license_name": _spell(name), "license_link": link}
         return SourceLicense(said, terms, listed=False)
-    return SourceLicense(name or said, {"license": said.lower(), "license_name": _named(name), "license_link": link})
+    return SourceLicense(name or said, {"license": said.lower(), "license_name": _spell(name), "license_link": link})
 
 
-def _named(name: str | None) -> str | None:
+def _spell(name: str | None) -> str | None:
     """A name as the Hub takes it: small letters, digits, ``-`` and ``.``."""
     if name is None or _NAME.fullmatch(name):
         return name

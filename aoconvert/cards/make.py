@@ -19,7 +19,7 @@ from aoconvert.cards.markdown import is_page
 from aoconvert.cards.metadata import front_matter, is_repo_id, to_yaml
 from aoconvert.cards.picture import draw
 from aoconvert.cards.proof import Proof, prove
-from aoconvert.cards.reproduce import make_again, needed, pinned
+from aoconvert.cards.reproduce import make_again, parse_requirements, pin
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import Checkpoint, from_manifest
 from aoconvert.checkpoint.load_code import code_device, load_code
@@ -128,9 +128,13 @@ def _install(target: Checkpoint, names: list[str], proof: Proof, more: tuple[str
     manifest = target.manifest
     assert manifest is not None
     opened = dict(proof.versions) if proof.ok else {}
-    words = [pinned(name, opened.get(name) or getattr(manifest.environment, name)) for name in names]
+    words = [pin(name, opened.get(name) or getattr(manifest.environment, name)) for name in names]
     for entry in manifest.components:
-        words += [f"{item.name}{item.specifier}" for item in needed(entry.layout.requires) if item.name not in names]
+        words += [
+            f"{item.name}{item.specifier}"
+            for item in parse_requirements(entry.layout.requires)
+            if item.name not in names
+        ]
     words += more
     return "pip install " + " ".join(shlex.quote(word) for word in dict.fromkeys(words))
 

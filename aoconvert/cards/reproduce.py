@@ -89,7 +89,7 @@ def _options(words: Sequence[str]) -> list[tuple[str, str]] | None:
     return found
 
 
-def pinned(package: str, version: str) -> str:
+def pin(package: str, version: str) -> str:
     """``package==version`` for pip; the name alone where it is none that can have made the checkpoint."""
     try:
         public = Version(version).public
@@ -99,7 +99,7 @@ def pinned(package: str, version: str) -> str:
     return f"{package}=={public}" if known is not None and known.contains(public, prereleases=True) else package
 
 
-def needed(lines: Sequence[str]) -> Iterator[Requirement]:
+def parse_requirements(lines: Sequence[str]) -> Iterator[Requirement]:
     """Requirements of a layout, those on packages that a layout can need: names and least versions only."""
     for line in lines:
         try:

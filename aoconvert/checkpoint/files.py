@@ -50,7 +50,7 @@ def check_files(folder: Path, manifest: Manifest) -> tuple[list[str], int]:
             hashed += entry.size
             if (problem := content_problem(folder, entry)) is not None:
                 problems.append(problem)
-    problems += [f"{path} is not in the manifest" for path in unlisted(folder, set(listed))]
+    problems += [f"{path} is not in the manifest" for path in find_unlisted(folder, set(listed))]
     return problems, hashed
 
 
@@ -68,7 +68,7 @@ def other_content(path: str) -> str:
     return f"{path} is not the file the manifest lists (its SHA-256 differs)"
 
 
-def unlisted(folder: Path, listed: set[str]) -> list[str]:
+def find_unlisted(folder: Path, listed: set[str]) -> list[str]:
     """Files that a loader could look at and that nobody vouches for."""
     found = list_folder(folder, folder.name)
     return [path for path in found if path not in listed and not _BESIDE.fullmatch(path)]

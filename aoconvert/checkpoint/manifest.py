@@ -308,7 +308,7 @@ def _digest_is_right(raw: bytes, digest: str) -> bool:
     return found.hexdigest() == digest
 
 
-def _checked(values: Any, path: Path) -> Manifest:
+def _validate(values: Any, path: Path) -> Manifest:
     """What ``parse`` gave, as a manifest.
 
     Raises:
@@ -360,7 +360,7 @@ def load(folder: Path) -> Manifest:
         values = parse(raw)
     except ValueError as error:
         raise SourceError(f"{path} cannot be read: it is {error}", hint="make the checkpoint again") from error
-    found = _checked(values, path)
+    found = _validate(values, path)
     if found.run.digest is not None and not _digest_is_right(raw, found.run.digest):
         raise SourceError(f"{path} was edited or damaged: its digest is wrong", hint="make the checkpoint again")
     _LOADED[digest] = found

@@ -53,7 +53,7 @@ def _strategies(target: Checkpoint) -> tuple[Strategy, ...]:
 
 
 @contextlib.contextmanager
-def allowed(target: Checkpoint) -> Iterator[None]:
+def allow_globals(target: Checkpoint) -> Iterator[None]:
     """Have ``torch.load(weights_only=True)`` accept what a checkpoint's pickles name."""
     import torch
 
@@ -70,7 +70,7 @@ def allowed(target: Checkpoint) -> Iterator[None]:
 
 def _open(target: Checkpoint, strategy: Strategy, kwargs: dict[str, Any]) -> Any:
     import_diffusers()
-    with allowed(target):
+    with allow_globals(target):
         if strategy == "from-pretrained":
             return _from_pretrained(target, kwargs)
         names: dict[str, Any] = {}

@@ -71,7 +71,7 @@ def command(
 
         options = cards.CardOptions(template, license, parse_metadata(metadata))
         card = cards.render(path, options, repo_id=repo_id)
-    if write and not overwrite and cards.edited(path):
+    if write and not overwrite and cards.is_edited(path):
         raise PlanError(
             [f"{path / cards.CARD_NAME} was changed by hand, or was not written by aoconvert"],
             hint="--overwrite replaces it; without --write the card is printed",

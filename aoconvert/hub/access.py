@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from aoconvert.checkpoint.report import some
 from aoconvert.errors import HubError, HubRefusal
 from aoconvert.hub.ownership import BranchFile
-from aoconvert.hub.remote import Changes, Job, Tip, changes, find_tip, refusals
-from aoconvert.sources.hub_errors import LOGIN_HINT, WRITE_HINT, failed_status, translated
+from aoconvert.hub.remote import BranchHead, Changes, Job, changes, find_head, refusals
+from aoconvert.sources.hub_errors import LOGIN_HINT, WRITE_HINT, failed_status, translate_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import GitRefs, HfApi, ModelInfo
@@ -22,18 +22,18 @@ _BAD_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|^[/.-]|/\.|[/.]$|\.
 
 
 @dataclass(frozen=True)
-class Standing:
+class Preflight:
     """What the Hub allows and holds.
 
     Attributes:
         exists: whether the repo is there.
-        tip: where the commit goes.
+        head: where the commit goes.
         changes: what it has to change.
         warnings: one line each.
     """
 
     exists: bool
-    tip: Tip
+    head: BranchHead
     changes: Changes
     warnings: tuple[str, ...]
 
@@ -47,7 +47,7 @@ def ref_problem(option: str, name: str | None) -> list[str]:
     return []
 
 
-def check_access(job: Job, me: Mapping[str, Any]) -> Standing:
+def check_access(job: Job, me: Mapping[str, Any]) -> Preflight:
     """Ask the Hub for everything that could stand in the way.
 
     Args:
@@ -66,23 +66,23 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Standing:
     problems += _collection_problems(job)
     if info is None:
         problems += _namespace_problems(job, me)
-        tip = Tip(job.branch, None, {}, BranchFile(), exists=False)
-        found = changes(job, tip)
+        head = BranchHead(job.branch, None, {}, BranchFile(), exists=False)
+        found = changes(job, head)
     else:
         problems += _repo_problems(job, info, asked=role != "read")
-        tip = find_tip(job)
-        found = changes(job, tip)
-        problems += _ref_problems(job, tip, found)
+        head = find_head(job)
+        found = changes(job, head)
+        problems += _ref_problems(job, head, found)
     problems += refusals(job, found)
     if problems:
         raise HubRefusal(problems, hint=WRITE_HINT if any("may not write" in line for line in problems) else None)
     warnings = []
     if not found.none:
-        warnings += [f"{job.repo_id}: {line}" for line in tip.held.notes]
-        warnings += [f"it takes the place of another model: {tip.held.model}"] if tip.held.model is not None else []
+        warnings += [f"{job.repo_id}: {line}" for line in head.held.notes]
+        warnings += [f"it takes the place of another model: {head.held.model}"] if head.held.model is not None else []
     if found.others:
         warnings.append(f"{job.repo_id} keeps files that this push does not know: {some(list(found.others))}")
-    return Standing(info is not None, tip, found, tuple(warnings))
+    return Preflight(info is not None, head, found, tuple(warnings))
 
 
 def whoami(api: HfApi) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def whoami(api: HfApi) -> dict[str, Any]:
     Raises:
         HubError: no token, one that the Hub does not know, or the Hub cannot be asked.
     """
-    with translated("Hugging Face Hub", None, doing="write"):
+    with translate_errors("Hugging Face Hub", None, doing="write"):
         answer = api.whoami()
         if not isinstance(answer, dict) or not isinstance(answer.get("name"), str):
             raise HubError(f"{api.endpoint} does not answer like a Hub", hint="check HF_ENDPOINT and the proxy")
@@ -102,7 +102,7 @@ def _info(job: Job) -> ModelInfo | None:
     """The repo, if it is there and this token may see it."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    with translated(job.repo_id, None, doing="write"):
+    with translate_errors(job.repo_id, None, doing="write"):
         try:
             return job.api.model_info(job.repo_id)
         except GatedRepoError:
@@ -145,7 +145,7 @@ def _may_write(job: Job) -> bool:
     """Whether the token may commit; for a pull request, whether it may see the repo's files."""
     proposes = job.options.create_pr or (job.options.revision or "").startswith("refs/pr/")
     try:
-        with translated(job.repo_id, None, doing="write"):
+        with translate_errors(job.repo_id, None, doing="write"):
             job.api.auth_check(job.repo_id, write=not proposes)
     except HubError as error:
         if failed_status(error.__cause__) in (401, 403, 404):
@@ -154,9 +154,9 @@ def _may_write(job: Job) -> bool:
     return True
 
 
-def _ref_problems(job: Job, tip: Tip, found: Changes) -> list[str]:
+def _ref_problems(job: Job, head: BranchHead, found: Changes) -> list[str]:
     """Names of branches and tags that do not fit."""
-    with translated(job.repo_id, None, doing="write"):
+    with translate_errors(job.repo_id, None, doing="write"):
         refs: GitRefs = job.api.list_repo_refs(job.repo_id)
     tags = {tag.name: tag.target_commit for tag in refs.tags}
     problems = []
@@ -165,7 +165,7 @@ def _ref_problems(job: Job, tip: Tip, found: Changes) -> list[str]:
     tag = job.options.tag
     if tag is not None and tag in {branch.name for branch in refs.branches}:
         problems.append(f"{tag} is a branch of {job.repo_id}, and cannot be a tag too")
-    if tag in tags and not (found.none and tags[tag] == tip.commit):
+    if tag in tags and not (found.none and tags[tag] == head.commit):
         problems.append(f"{job.repo_id} has a tag {tag} already, on another commit ({tags[tag][:12]})")
     return problems
 
@@ -175,7 +175,7 @@ def _collection_problems(job: Job) -> list[str]:
     if slug is None:
         return []
     try:
-        with translated(slug, None, doing="write"):
+        with translate_errors(slug, None, doing="write"):
             job.api.get_collection(slug)
     except HubError as error:
         if failed_status(error.__cause__) not in (401, 403, 404):

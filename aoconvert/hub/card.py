@@ -10,7 +10,7 @@ from aoconvert.cards import CARD_NAME, PICTURE_NAME
 from aoconvert.checkpoint.manifest import CARD_BYTES
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.files import read_limited
-from aoconvert.hub.types import PushOptions, Sent
+from aoconvert.hub.types import PushOptions, UploadFile
 from aoconvert.sources.folder import stays_inside
 
 
@@ -25,7 +25,7 @@ class CardFiles:
         kept: the folder's own card is sent as it is, and nothing is written.
     """
 
-    files: tuple[Sent, ...]
+    files: tuple[UploadFile, ...]
     text: str
     warnings: tuple[str, ...]
     kept: bool
@@ -37,7 +37,7 @@ def own_card(folder: Path, options: PushOptions) -> CardFiles | None:
     Raises:
         PlanError: it cannot be sent, or the options would change it.
     """
-    return _kept(folder, options) if cards.edited(folder) else None
+    return _keep_card(folder, options) if cards.is_edited(folder) else None
 
 
 def render_card(folder: Path, repo_id: str, options: PushOptions) -> CardFiles:
@@ -52,9 +52,9 @@ def render_card(folder: Path, repo_id: str, options: PushOptions) -> CardFiles:
         metadata=options.metadata,
     )
     card = cards.render(folder, wanted, repo_id=repo_id, revision=options.branch)
-    files = [Sent.from_bytes(CARD_NAME, card.text.encode())]
+    files = [UploadFile.from_bytes(CARD_NAME, card.text.encode())]
     if card.picture is not None:
-        files.append(Sent.from_bytes(PICTURE_NAME, card.picture.encode()))
+        files.append(UploadFile.from_bytes(PICTURE_NAME, card.picture.encode()))
     return CardFiles(tuple(files), card.text, card.warnings, kept=False)
 
 
@@ -73,12 +73,12 @@ def write_card(folder: Path, card: CardFiles) -> str | None:
     return None
 
 
-def _has(folder: Path, file: Sent) -> bool:
+def _has(folder: Path, file: UploadFile) -> bool:
     place = folder / file.path
     return place.is_file() and place.stat().st_size == file.size and place.read_bytes() == file.content
 
 
-def _kept(folder: Path, options: PushOptions) -> CardFiles:
+def _keep_card(folder: Path, options: PushOptions) -> CardFiles:
     """The card that somebody wrote."""
     given = {"--card-template": options.card_template, "--license": options.license, "--set-metadata": options.metadata}
     names = [name for name, value in given.items() if value]
@@ -91,12 +91,12 @@ def _kept(folder: Path, options: PushOptions) -> CardFiles:
     outside = [f"{name} is a link that leaves the folder" for name in found if not stays_inside(folder, name)]
     if outside:
         raise PlanError(outside)
-    files = tuple(Sent.from_bytes(name, read_limited(folder / name, CARD_BYTES)) for name in found)
-    text = _checked(files[0])
+    files = tuple(UploadFile.from_bytes(name, read_limited(folder / name, CARD_BYTES)) for name in found)
+    text = _check_card(files[0])
     return CardFiles(files, text, (f"{CARD_NAME} was written by hand, and is sent as it is",), kept=True)
 
 
-def _checked(card: Sent) -> str:
+def _check_card(card: UploadFile) -> str:
     """The text of a card whose front matter can be read."""
     from huggingface_hub.repocard import ModelCard
 

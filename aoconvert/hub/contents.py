@@ -15,7 +15,7 @@ from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.files import content_problem, file_sha256, shadows
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME, FileEntry, Manifest
 from aoconvert.checkpoint.report import Report, read_report, some
-from aoconvert.hub.types import PushOptions, Sent
+from aoconvert.hub.types import PushOptions, UploadFile
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
 from aoconvert.sources.folder import list_folder, stays_inside
@@ -42,7 +42,7 @@ class UploadContents:
 
     manifest: Manifest
     manifest_sha256: str
-    files: tuple[Sent, ...]
+    files: tuple[UploadFile, ...]
     hashed: frozenset[str]
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -67,12 +67,12 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
         problems += _rehash(folder, list(entries.values()), progress)
         hashed = frozenset(entries) if not problems else hashed
     elif report is not None:
-        problems += _changed(folder, entries)
+        problems += _find_changed_files(folder, entries)
     problems += shadows(folder, manifest.weights_by_folder())
-    files = [Sent(entry.path, entry.size, entry.sha256, folder / entry.path) for entry in entries.values()]
-    files.append(Sent.from_bytes(MANIFEST_NAME, manifests.read(folder)))
+    files = [UploadFile(entry.path, entry.size, entry.sha256, folder / entry.path) for entry in entries.values()]
+    files.append(UploadFile.from_bytes(MANIFEST_NAME, manifests.read(folder)))
     if report is not None:
-        files.append(Sent.from_bytes(REPORT_NAME, public_report(report.to_dict(), folder, repo_id)))
+        files.append(UploadFile.from_bytes(REPORT_NAME, public_report(report.to_dict(), folder, repo_id)))
         warnings += _weak_spots(report)
     warnings += _large(files) + _left_out(folder, {file.path for file in files})
     return UploadContents(manifest, manifest_sha256, tuple(files), hashed, tuple(problems), tuple(warnings))
@@ -124,7 +124,7 @@ def _weak_spots(report: Report) -> list[str]:
     return [f"the verification did not open the model ({why})"]
 
 
-def _changed(folder: Path, entries: dict[str, FileEntry]) -> list[str]:
+def _find_changed_files(folder: Path, entries: dict[str, FileEntry]) -> list[str]:
     """Files that were written after the verification."""
     limit = (folder / REPORT_NAME).stat().st_mtime_ns
     late = [path for path in entries if (folder / path).is_file() and (folder / path).stat().st_mtime_ns > limit]
@@ -145,7 +145,7 @@ def _rehash(folder: Path, entries: list[FileEntry], progress: Progress) -> list[
     return problems
 
 
-def _large(files: list[Sent]) -> list[str]:
+def _large(files: list[UploadFile]) -> list[str]:
     names = [file.path for file in files if FILE_RECOMMENDED < file.size <= FILE_LIMIT]
     return [f"over 20 GB, which the Hub advises against: {some(names)}"] if names else []
 

@@ -16,8 +16,8 @@ from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME, FileEntry, Manifest
 from aoconvert.errors import AoconvertError
 from aoconvert.hub.identity import other_config, other_model, other_schemes
-from aoconvert.hub.types import RemoteFile, Sent
-from aoconvert.sources.hub_errors import translated
+from aoconvert.hub.types import RemoteFile, UploadFile
+from aoconvert.sources.hub_errors import translate_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -60,7 +60,7 @@ class Branch:
         Raises:
             HubError: the Hub said no, or cannot be reached.
         """
-        with translated(self.repo_id, self.commit, doing="write"):
+        with translate_errors(self.repo_id, self.commit, doing="write"):
             return Path(self.api.hf_hub_download(self.repo_id, path, revision=self.commit, local_dir=folder))
 
     def is_small(self, path: str) -> bool:
@@ -68,7 +68,7 @@ class Branch:
         return path in self.files and self.files[path].size <= _SMALL
 
 
-def look(branch: Branch, sent: Mapping[str, Sent], manifest: Manifest, *, card_by_hand: bool) -> BranchFile:
+def look(branch: Branch, sent: Mapping[str, UploadFile], manifest: Manifest, *, card_by_hand: bool) -> BranchFile:
     """Compare what a branch holds with what is to be sent.
 
     Args:
@@ -105,7 +105,7 @@ def _manifest(branch: Branch, folder: Path) -> Manifest | None:
         return None
 
 
-def _as_pushed(branch: Branch, entry: FileEntry, sent: Sent | None, folder: Path) -> bool:
+def _as_pushed(branch: Branch, entry: FileEntry, sent: UploadFile | None, folder: Path) -> bool:
     """Whether a file is what an earlier manifest says; one that does not change is not looked into."""
     there = branch.files.get(entry.path)
     if there is None or there.size != entry.size:
@@ -117,7 +117,7 @@ def _as_pushed(branch: Branch, entry: FileEntry, sent: Sent | None, folder: Path
     return file_sha256(branch.fetch(entry.path, folder)) == entry.sha256
 
 
-def _may_replace_card(branch: Branch, sent: Mapping[str, Sent], folder: Path) -> bool:
+def _may_replace_card(branch: Branch, sent: Mapping[str, UploadFile], folder: Path) -> bool:
     """Whether the card on the branch is one that aoconvert wrote, or has no text, as where the Hub made it."""
     there = branch.files.get(CARD_NAME)
     if there is None or (CARD_NAME in sent and there.holds(sent[CARD_NAME])):
@@ -125,7 +125,7 @@ def _may_replace_card(branch: Branch, sent: Mapping[str, Sent], folder: Path) ->
     if not branch.is_small(CARD_NAME):
         return False
     branch.fetch(CARD_NAME, folder)
-    return not cards.edited(folder) or not cards.has_text(folder)
+    return not cards.is_edited(folder) or not cards.has_text(folder)
 
 
 def _is_front_matter(folder: Path) -> bool:
@@ -133,7 +133,7 @@ def _is_front_matter(folder: Path) -> bool:
     return (folder / CARD_NAME).is_file() and (folder / CARD_NAME).stat().st_size > 0 and not cards.has_text(folder)
 
 
-def _another_config(branch: Branch, sent: Mapping[str, Sent], folder: Path) -> str | None:
+def _another_config(branch: Branch, sent: Mapping[str, UploadFile], folder: Path) -> str | None:
     """What a repo without a manifest holds by its configs, where that is another model."""
     ours, theirs = (next((name for name in _CONFIGS if name in files), None) for files in (sent, branch.files))
     if ours is None or theirs is None or not branch.is_small(theirs):

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from aoconvert.checkpoint.report import Report, some
 from aoconvert.errors import HubError, Interrupted, PlanError, UsageError
-from aoconvert.hub.access import Standing, check_access, no_token, ref_problem, whoami
+from aoconvert.hub.access import Preflight, check_access, no_token, ref_problem, whoami
 from aoconvert.hub.card import CardFiles, own_card, render_card, write_card
 from aoconvert.hub.contents import VERIFY_HINT, UploadContents, read_contents
-from aoconvert.hub.remote import Job, Tip, differences, find_tip, list_files, pull_request_url
+from aoconvert.hub.remote import BranchHead, Job, differences, find_head, list_files, pull_request_url
 from aoconvert.hub.secrets import find_secrets, secrets_in
 from aoconvert.hub.types import Pushed, PushOptions
-from aoconvert.hub.upload import Arrived, Sending, again, hash_files, send
+from aoconvert.hub.upload import CommitRef, Sending, again, hash_files, send
 from aoconvert.progress import Progress
-from aoconvert.sources.hub_errors import AGAIN_HINT, check_token, failed_status, never_answered, translated
+from aoconvert.sources.hub_errors import AGAIN_HINT, check_token, failed_status, never_answered, translate_errors
 from aoconvert.version import __version__
 
 
@@ -53,12 +53,12 @@ def push(folder: Path, repo_id: str, options: PushOptions, progress: Progress) -
         card = _card(folder, repo_id, options, own)
         if is_offline_mode() or options.token is None:
             why = "HF_HUB_OFFLINE is set" if is_offline_mode() else "there is no token"
-            return _unasked(repo_id, contents, card, f"the Hub was not asked: {why}")
+            return _plan_without_hub(repo_id, contents, card, f"the Hub was not asked: {why}")
         with _quiet_client(progress):
             return _publish(folder, repo_id, options, contents, card, progress)
     except HubError as error:
         if options.dry_run and failed_status(error.__cause__) is None and never_answered(error.__cause__):
-            return _unasked(repo_id, contents, card, f"the Hub could not be asked: {error.message}")
+            return _plan_without_hub(repo_id, contents, card, f"the Hub could not be asked: {error.message}")
         raise
     except KeyboardInterrupt:
         raise Interrupted("interrupted; nothing was sent") from None
@@ -147,28 +147,28 @@ def _publish(
     job = Job(
         api, repo_id, me["name"], files, contents.manifest_sha256, options, contents.manifest, card_by_hand=card.kept
     )
-    standing = check_access(job, me)
-    notes = [*contents.warnings, *card.warnings, *standing.warnings]
+    preflight = check_access(job, me)
+    notes = [*contents.warnings, *card.warnings, *preflight.warnings]
     result = Pushed(
         repo_id=repo_id,
         url=_page(job),
         commit=None,
         pr_url=None,
         files=files,
-        sent=frozenset(file.path for file in standing.changes.missing),
-        deleted=standing.changes.deleted,
+        sent=frozenset(file.path for file in preflight.changes.missing),
+        deleted=preflight.changes.deleted,
         warnings=tuple(notes),
-        nothing_to_do=standing.changes.none and standing.tip.exists,
+        nothing_to_do=preflight.changes.none and preflight.head.exists,
         dry_run=options.dry_run,
         card=card.text,
     )
     if options.dry_run:
         return result
     failed = write_card(folder, card)
-    arrived = _send(Sending(job, progress), standing, contents.hashed)
+    arrived = _send(Sending(job, progress), preflight, contents.hashed)
     report = _open_again(folder, job, arrived.commit, progress) if options.verify_hub else None
     notes += [failed] if failed else []
-    notes += _found(job, arrived.commit, report) if report is not None else []
+    notes += _find_problems(job, arrived.commit, report) if report is not None else []
     return replace(
         result,
         commit=arrived.commit,
@@ -195,7 +195,7 @@ def _open_again(folder: Path, job: Job, commit: str, progress: Progress) -> Repo
     return verify(folder, job.repo_id, VerifyOptions(example=claimed), progress, published=published)
 
 
-def _found(job: Job, commit: str, report: Report) -> list[str]:
+def _find_problems(job: Job, commit: str, report: Report) -> list[str]:
     """What is wrong with a commit that is there already, or was not looked at, and what to do."""
     if report.ok:
         reload = report.check("reload")
@@ -215,15 +215,15 @@ def _page(job: Job) -> str:
     return page if job.branch == "main" else f"{page}/tree/{job.branch}"
 
 
-def _send(sending: Sending, standing: Standing, hashed: frozenset[str]) -> Arrived:
+def _send(sending: Sending, preflight: Preflight, hashed: frozenset[str]) -> CommitRef:
     """Change the Hub: the repo, the branch, the commit, the tag, the collection."""
     job = sending.job
     try:
-        if standing.changes.none and standing.tip.commit is not None and standing.tip.exists:
-            arrived = Arrived(standing.tip.commit, standing.tip.pull_request)
+        if preflight.changes.none and preflight.head.commit is not None and preflight.head.exists:
+            arrived = CommitRef(preflight.head.commit, preflight.head.pull_request)
         else:
-            hash_files(sending, standing.changes.missing, hashed)
-            arrived = send(sending, _make_place(job, standing))
+            hash_files(sending, preflight.changes.missing, hashed)
+            arrived = send(sending, _make_place(job, preflight))
         sending.state = f"the commit {arrived.commit[:12]} is there; run the same command again to finish"
         _compare(job, arrived.commit)
         _label(job, arrived.commit)
@@ -232,22 +232,22 @@ def _send(sending: Sending, standing: Standing, hashed: frozenset[str]) -> Arriv
     return arrived
 
 
-def _make_place(job: Job, standing: Standing) -> Tip:
+def _make_place(job: Job, preflight: Preflight) -> BranchHead:
     """The repo and the branch, made where they are not there."""
-    tip = standing.tip
-    if not standing.exists:
+    head = preflight.head
+    if not preflight.exists:
         _once(job, lambda: job.api.create_repo(job.repo_id, repo_type="model", private=job.options.private), _is_there)
-        tip = find_tip(job)
-    if not tip.exists and tip.revision != "main":
-        _once(job, lambda: job.api.create_branch(job.repo_id, branch=tip.revision), _has_branch)
-        tip = find_tip(job)
-    return tip
+        head = find_head(job)
+    if not head.exists and head.revision != "main":
+        _once(job, lambda: job.api.create_branch(job.repo_id, branch=head.revision), _has_branch)
+        head = find_head(job)
+    return head
 
 
 def _once(job: Job, make: Callable[[], object], made: Callable[[Job], bool]) -> None:
     """Make something on the Hub; where that fails, it may be there nevertheless: the answer was lost."""
     try:
-        with translated(job.repo_id, None, doing="write"):
+        with translate_errors(job.repo_id, None, doing="write"):
             make()
     except HubError as error:
         status = failed_status(error.__cause__)
@@ -262,12 +262,12 @@ def _once(job: Job, make: Callable[[], object], made: Callable[[Job], bool]) -> 
 
 
 def _is_there(job: Job) -> bool:
-    with translated(job.repo_id, None, doing="write"):
+    with translate_errors(job.repo_id, None, doing="write"):
         return bool(job.api.repo_exists(job.repo_id))
 
 
 def _has_branch(job: Job) -> bool:
-    with translated(job.repo_id, None, doing="write"):
+    with translate_errors(job.repo_id, None, doing="write"):
         return job.branch in {branch.name for branch in job.api.list_repo_refs(job.repo_id).branches}
 
 
@@ -289,17 +289,17 @@ def _label(job: Job, commit: str) -> None:
     """The tag and the collection."""
     if job.options.tag is not None:
         tag = job.options.tag
-        with translated(job.repo_id, None, doing="write"):
+        with translate_errors(job.repo_id, None, doing="write"):
             job.api.create_tag(job.repo_id, tag=tag, revision=commit, exist_ok=True)
             tags = {found.name: found.target_commit for found in job.api.list_repo_refs(job.repo_id).tags}
         if tags.get(tag) != commit:
             raise HubError(f"{job.repo_id}: somebody else made a tag {tag} in the meantime", hint="give another --tag")
     if job.options.collection is not None:
-        with translated(job.options.collection, None, doing="write"):
+        with translate_errors(job.options.collection, None, doing="write"):
             job.api.add_collection_item(job.options.collection, job.repo_id, "model", exists_ok=True)
 
 
-def _unasked(repo_id: str, contents: UploadContents, card: CardFiles, why: str) -> Pushed:
+def _plan_without_hub(repo_id: str, contents: UploadContents, card: CardFiles, why: str) -> Pushed:
     """A dry run that knows nothing about the Hub."""
     from huggingface_hub import constants
 

@@ -12,8 +12,8 @@ from aoconvert.checkpoint.files import LOADED
 from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.checkpoint.report import some
 from aoconvert.hub.ownership import Branch, BranchFile, look
-from aoconvert.hub.types import MARKER, PushOptions, RemoteFile, Sent
-from aoconvert.sources.hub_errors import translated
+from aoconvert.hub.types import MARKER, PushOptions, RemoteFile, UploadFile
+from aoconvert.sources.hub_errors import translate_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -42,7 +42,7 @@ class Job:
     api: HfApi
     repo_id: str
     user: str
-    files: tuple[Sent, ...]
+    files: tuple[UploadFile, ...]
     manifest_sha256: str
     options: PushOptions
     manifest: Manifest
@@ -74,7 +74,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Tip:
+class BranchHead:
     """A branch or a pull request as it is now.
 
     Attributes:
@@ -107,7 +107,7 @@ class Changes:
         others: files of somebody else that stay, pictures and licences not counted.
     """
 
-    missing: tuple[Sent, ...]
+    missing: tuple[UploadFile, ...]
     deleted: tuple[str, ...]
     foreign: tuple[str, ...]
     others: tuple[str, ...]
@@ -120,7 +120,7 @@ class Changes:
         return not (self.missing or self.deleted)
 
 
-def find_tip(job: Job) -> Tip:
+def find_head(job: Job) -> BranchHead:
     """The branch, or the pull request, that the commit goes to.
 
     Raises:
@@ -128,8 +128,8 @@ def find_tip(job: Job) -> Tip:
     """
     number = _own_pull_request(job) if job.options.create_pr else None
     if number is not None:
-        return _read_tip(job, f"refs/pr/{number}", number)
-    return _read_tip(job, job.branch, _number(job.branch))
+        return _read_head(job, f"refs/pr/{number}", number)
+    return _read_head(job, job.branch, _number(job.branch))
 
 
 def _number(revision: str) -> int | None:
@@ -137,10 +137,10 @@ def _number(revision: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _read_tip(job: Job, revision: str, pull_request: int | None) -> Tip:
+def _read_head(job: Job, revision: str, pull_request: int | None) -> BranchHead:
     from huggingface_hub.errors import RevisionNotFoundError
 
-    with translated(job.repo_id, revision, doing="write"):
+    with translate_errors(job.repo_id, revision, doing="write"):
         try:
             commit = job.api.model_info(job.repo_id, revision=revision).sha
             exists = True
@@ -149,22 +149,22 @@ def _read_tip(job: Job, revision: str, pull_request: int | None) -> Tip:
                 raise
             exists = False
     if not exists and revision != "main":
-        base = _read_tip(job, "main", None)
-        return Tip(revision, base.commit, base.files, base.held, exists=False)
+        base = _read_head(job, "main", None)
+        return BranchHead(revision, base.commit, base.files, base.held, exists=False)
     if not exists or commit is None:
-        return Tip(revision, None, {}, BranchFile(), exists=False)
+        return BranchHead(revision, None, {}, BranchFile(), exists=False)
     files = list_files(job, commit)
     branch = Branch(job.api, job.repo_id, commit, files)
     sent = {file.path: file for file in job.files}
     held = look(branch, sent, job.manifest, card_by_hand=job.card_by_hand)
-    return Tip(revision, commit, files, held, pull_request=pull_request)
+    return BranchHead(revision, commit, files, held, pull_request=pull_request)
 
 
 def list_files(job: Job, commit: str) -> dict[str, RemoteFile]:
     """Every file of a commit."""
     from huggingface_hub.hf_api import RepoFile
 
-    with translated(job.repo_id, commit, doing="write"):
+    with translate_errors(job.repo_id, commit, doing="write"):
         return {
             item.path: RemoteFile(item.size, item.blob_id, item.lfs.sha256 if item.lfs else None)
             for item in job.api.list_repo_tree(job.repo_id, recursive=True, revision=commit)
@@ -174,7 +174,7 @@ def list_files(job: Job, commit: str) -> dict[str, RemoteFile]:
 
 def _own_pull_request(job: Job) -> int | None:
     """The number of an open pull request that this account opened for the same manifest."""
-    with translated(job.repo_id, None, doing="write"):
+    with translate_errors(job.repo_id, None, doing="write"):
         found = job.api.get_repo_discussions(
             job.repo_id, author=job.user, discussion_type="pull_request", discussion_status="open"
         )
@@ -192,22 +192,22 @@ def pull_request_url(job: Job, number: int) -> str:
     return f"{job.api.endpoint}/{job.repo_id}/discussions/{number}"
 
 
-def changes(job: Job, tip: Tip) -> Changes:
-    """What a commit on this tip has to change for the branch to hold the checkpoint."""
-    missing = tuple(file for file in job.files if file.path not in tip.files or not tip.files[file.path].holds(file))
-    ours = tip.held.ours
-    old = {path for path in tip.files if path in ours and path not in job.paths and not _KEPT.fullmatch(path)}
-    foreign = job.weights(tip.files) - old
-    taken = {file.path for file in missing if file.path in tip.files and file.path not in ours}
+def changes(job: Job, head: BranchHead) -> Changes:
+    """What a commit on this head has to change for the branch to hold the checkpoint."""
+    missing = tuple(file for file in job.files if file.path not in head.files or not head.files[file.path].holds(file))
+    ours = head.held.ours
+    old = {path for path in head.files if path in ours and path not in job.paths and not _KEPT.fullmatch(path)}
+    foreign = job.weights(head.files) - old
+    taken = {file.path for file in missing if file.path in head.files and file.path not in ours}
     asked = job.options.replace
-    others = {path for path in set(tip.files) - job.paths - old - foreign if not _HARMLESS.fullmatch(path)}
+    others = {path for path in set(head.files) - job.paths - old - foreign if not _HARMLESS.fullmatch(path)}
     return Changes(
         missing,
         tuple(sorted(old | foreign if asked else old)),
         () if asked else tuple(sorted(foreign)),
         tuple(sorted(others)),
         () if asked else tuple(sorted(taken)),
-        None if asked else tip.held.model,
+        None if asked else head.held.model,
     )
 
 
@@ -247,11 +247,11 @@ def refusals(job: Job, found: Changes) -> list[str]:
     return problems
 
 
-def conflict(job: Job, before: Tip, now: Tip) -> list[str]:
+def conflict(job: Job, before: BranchHead, now: BranchHead) -> list[str]:
     """Files of ours that somebody else changed in the meantime, so that a commit would undo it."""
 
-    def other(tip: Tip, file: Sent) -> Any:
-        there = tip.files.get(file.path)
+    def other(head: BranchHead, file: UploadFile) -> Any:
+        there = head.files.get(file.path)
         return None if there is None or there.holds(file) else there
 
     return [file.path for file in job.files if other(now, file) is not None and other(now, file) != other(before, file)]

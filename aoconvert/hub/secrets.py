@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from aoconvert.hub.types import Sent
+from aoconvert.hub.types import UploadFile
 
 _KINDS = {
     "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}\b",
@@ -28,7 +28,7 @@ _MOST_TEXT = 200_000_000
 _WEIGHTS = re.compile(r".*\.(bin|safetensors|pt|pth|ckpt|gguf|onnx|h5|msgpack)")
 
 
-def find_secrets(files: Iterable[Sent], token: str | None) -> list[str]:
+def find_secrets(files: Iterable[UploadFile], token: str | None) -> list[str]:
     """Where secrets stand in the text files among these, one line each; the secret itself is in no line.
 
     Args:

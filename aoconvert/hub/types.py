@@ -83,7 +83,7 @@ class PushOptions:
 
 
 @dataclass(frozen=True)
-class Sent:
+class UploadFile:
     """A file that the repo is to hold: size in bytes, SHA-256 of its content, and where the content is."""
 
     path: str
@@ -92,7 +92,7 @@ class Sent:
     content: Path | bytes = field(repr=False)
 
     @classmethod
-    def from_bytes(cls, path: str, content: bytes) -> Sent:
+    def from_bytes(cls, path: str, content: bytes) -> UploadFile:
         """A file that was made in memory."""
         return cls(path, len(content), hashlib.sha256(content).hexdigest(), content)
 
@@ -121,7 +121,7 @@ class RemoteFile:
     blob_id: str
     sha256: str | None
 
-    def holds(self, file: Sent) -> bool:
+    def holds(self, file: UploadFile) -> bool:
         """Whether this is the same content."""
         if self.size != file.size:
             return False
@@ -151,7 +151,7 @@ class Pushed:
     url: str
     commit: str | None
     pr_url: str | None
-    files: tuple[Sent, ...]
+    files: tuple[UploadFile, ...]
     sent: frozenset[str]
     deleted: tuple[str, ...]
     warnings: tuple[str, ...]

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from aoconvert.checkpoint.files import other_content
 from aoconvert.checkpoint.report import some
 from aoconvert.errors import HubError, HubRefusal, PlanError
-from aoconvert.hub.remote import Changes, Job, Tip, changes, conflict, find_tip, refusals
-from aoconvert.hub.types import Sent
+from aoconvert.hub.remote import BranchHead, Changes, Job, changes, conflict, find_head, refusals
+from aoconvert.hub.types import UploadFile
 from aoconvert.hub.upload_progress import FileWatch
 from aoconvert.progress import Progress
-from aoconvert.sources.hub_errors import AGAIN_HINT, failed_status, never_answered, retry_after, translated
+from aoconvert.sources.hub_errors import AGAIN_HINT, failed_status, never_answered, retry_after, translate_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
@@ -43,14 +43,14 @@ class Sending:
 
 
 @dataclass(frozen=True)
-class Arrived:
+class CommitRef:
     """The commit that holds everything, and the pull request it is in."""
 
     commit: str
     pull_request: int | None
 
 
-def hash_files(sending: Sending, files: Sequence[Sent], hashed: frozenset[str]) -> None:
+def hash_files(sending: Sending, files: Sequence[UploadFile], hashed: frozenset[str]) -> None:
     """Let the client take the SHA-256 of each file, and compare it with the manifest's before anything leaves.
 
     Raises:
@@ -77,31 +77,31 @@ def hash_files(sending: Sending, files: Sequence[Sent], hashed: frozenset[str]) 
         raise PlanError(problems, hint="make the checkpoint again, or verify what is there")
 
 
-def send(sending: Sending, first: Tip) -> Arrived:
+def send(sending: Sending, first: BranchHead) -> CommitRef:
     """Bring the branch from what it is to the whole checkpoint, in one commit.
 
-    The commit names the tip it was made for, so it can never be made twice. Where nobody knows what became of it, the
-    branch is looked at: either it holds exactly this now, or the commit is tried again on the new tip.
+    The commit names the head it was made for, so it can never be made twice. Where nobody knows what became of it, the
+    branch is looked at: either it holds exactly this now, or the commit is tried again on the new head.
 
     Raises:
         HubError: the Hub said no, or it cannot be reached; the branch is unchanged, or holds everything.
     """
-    job, tip, failure = sending.job, first, None
+    job, head, failure = sending.job, first, None
     for attempt in range(TRIES):
         if attempt:
-            tip = _look_again(sending, first, failure, attempt)
-        todo = changes(job, tip)
-        if todo.none and tip.commit is not None and tip.exists:
-            return Arrived(tip.commit, tip.pull_request)
+            head = _look_again(sending, first, failure, attempt)
+        todo = changes(job, head)
+        if todo.none and head.commit is not None and head.exists:
+            return CommitRef(head.commit, head.pull_request)
         try:
-            _upload(sending, tip, todo)
-            info = _commit(sending, tip, todo)
+            _upload(sending, head, todo)
+            info = _commit(sending, head, todo)
         except HubError as error:
             if sending.state != _COMMITTING or not _may_try_again(error):
                 raise
             failure = error
             continue
-        return Arrived(info.oid, info.pr_num if info.pr_num is not None else tip.pull_request)
+        return CommitRef(info.oid, info.pr_num if info.pr_num is not None else head.pull_request)
     assert failure is not None
     raise failure
 
@@ -117,8 +117,8 @@ def _may_try_again(error: HubError) -> bool:
     return status in (408, 409, 412, 429) or status >= 500
 
 
-def _look_again(sending: Sending, first: Tip, failure: HubError | None, attempt: int) -> Tip:
-    """The tip after a commit that failed, or of which nobody knows.
+def _look_again(sending: Sending, first: BranchHead, failure: HubError | None, attempt: int) -> BranchHead:
+    """The head after a commit that failed, or of which nobody knows.
 
     Raises:
         HubError: somebody else changed what this commit would change; or the Hub cannot be asked.
@@ -126,14 +126,14 @@ def _look_again(sending: Sending, first: Tip, failure: HubError | None, attempt:
     assert failure is not None
     time.sleep(_wait(failure, attempt))
     try:
-        tip = find_tip(sending.job)
+        head = find_head(sending.job)
     except HubError:
         raise failure from failure.__cause__
     sending.state = "nothing was committed"
-    if tip.commit == first.commit:
-        return tip
-    problems = changes(sending.job, tip)
-    others = conflict(sending.job, first, tip)
+    if head.commit == first.commit:
+        return head
+    problems = changes(sending.job, head)
+    others = conflict(sending.job, first, head)
     if others:
         raise HubError(
             f"{sending.job.repo_id}: somebody else committed in the meantime, and changed {some(others)}",
@@ -141,7 +141,7 @@ def _look_again(sending: Sending, first: Tip, failure: HubError | None, attempt:
         )
     if refused := refusals(sending.job, problems):
         raise HubRefusal(refused)
-    return tip
+    return head
 
 
 def _wait(failure: HubError, attempt: int) -> float:
@@ -157,7 +157,7 @@ def _wait(failure: HubError, attempt: int) -> float:
     return asked if asked is not None else _WAITS[min(attempt, len(_WAITS)) - 1]
 
 
-def _upload(sending: Sending, tip: Tip, todo: Changes) -> None:
+def _upload(sending: Sending, head: BranchHead, todo: Changes) -> None:
     """Upload what is no plain git file. Files that have arrived are not sent again.
 
     Large files go one by one: the client waits for all files of a call before it lets Ctrl-C through.
@@ -170,23 +170,23 @@ def _upload(sending: Sending, tip: Tip, todo: Changes) -> None:
     sending.progress.start("upload", sum(sizes.values()))
     with FileWatch(sizes, sending.progress.advance):
         for group in [small, *large]:
-            with translated(job.repo_id, None, doing="write"):
+            with translate_errors(job.repo_id, None, doing="write"):
                 job.api.preupload_lfs_files(
                     job.repo_id,
                     additions=[sending.prepared[file.path] for file in group],
-                    revision=tip.revision,
-                    create_pr=_opens(job, tip),
+                    revision=head.revision,
+                    create_pr=_opens(job, head),
                     free_memory=False,
                 )
     sending.progress.finish()
 
 
-def _opens(job: Job, tip: Tip) -> bool:
+def _opens(job: Job, head: BranchHead) -> bool:
     """Whether the commit is to open a pull request."""
-    return job.options.create_pr and tip.pull_request is None
+    return job.options.create_pr and head.pull_request is None
 
 
-def _commit(sending: Sending, tip: Tip, todo: Changes) -> CommitInfo:
+def _commit(sending: Sending, head: BranchHead, todo: Changes) -> CommitInfo:
     from huggingface_hub import CommitOperationDelete
 
     job = sending.job
@@ -197,16 +197,16 @@ def _commit(sending: Sending, tip: Tip, todo: Changes) -> CommitInfo:
     description = "\n\n".join(filter(None, [job.options.commit_description, job.marker]))
     sending.state = _COMMITTING
     sending.progress.start("commit", 0)
-    with translated(job.repo_id, None, doing="write"), warnings.catch_warnings():
+    with translate_errors(job.repo_id, None, doing="write"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the Hub's advice about the card, as a Python warning
         info = job.api.create_commit(
             job.repo_id,
             operations,
             commit_message=message(job),
             commit_description=description,
-            revision=tip.revision,
-            parent_commit=tip.commit,
-            create_pr=_opens(job, tip),
+            revision=head.revision,
+            parent_commit=head.commit,
+            create_pr=_opens(job, head),
         )
     sending.progress.finish()
     return info

@@ -94,7 +94,7 @@ class _Reader:
         config = self._json(_CONFIG)
         library, class_name = _model(config)
         facts = self._facts(name, quantization_config(config))
-        return component("", library, class_name, [facts], config, self._listed(name))
+        return component("", library, class_name, [facts], config, self._find_manifest(name))
 
     def everything(self) -> tuple[str | None, str | None, list[Component]]:
         """Library and class of the whole, and its components."""
@@ -129,7 +129,7 @@ class _Reader:
         if not paths:
             return None
         facts = [self._facts(path, quantization_config(config)) for path in paths]
-        return component(name, library, class_name, facts, config, self._listed(paths[0]), problem)
+        return component(name, library, class_name, facts, config, self._find_manifest(paths[0]), problem)
 
     def _weights(self, folder: str, library: str | None) -> tuple[list[str], str | None]:
         """The files a loader would take, or all weights of the folder and why no loader takes them."""
@@ -179,7 +179,7 @@ class _Reader:
         self._source.fetch([path])
         self.fetched += self._source.require(path).size
 
-    def _listed(self, path: str) -> Manifest | None:
+    def _find_manifest(self, path: str) -> Manifest | None:
         """The manifest, when it lists the file; one that cannot be read says nothing."""
         if self._manifest is None and self._source.has(MANIFEST_NAME):
             self._fetch(MANIFEST_NAME)

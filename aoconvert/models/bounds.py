@@ -82,7 +82,7 @@ def _numbers(value: Any, path: str) -> Iterator[tuple[str, str, float]]:
 
 
 @contextmanager
-def bounded(title: str, held: Held | None) -> Iterator[None]:
+def limit_model(title: str, held: Held | None) -> Iterator[None]:
     """Within, a model may have so many modules and parameters, and take so much memory, as ``held`` calls for.
 
     Raises:

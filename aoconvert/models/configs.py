@@ -25,7 +25,7 @@ _QUANTIZATION = "quantization_config"
 
 
 @contextmanager
-def written(config: Mapping[str, Any]) -> Iterator[Path]:
+def write_folder(config: Mapping[str, Any]) -> Iterator[Path]:
     """A folder that holds nothing but this config."""
     with tempfile.TemporaryDirectory(prefix="aoconvert-") as place:
         folder = Path(place)
@@ -48,7 +48,7 @@ def read(config: Mapping[str, Any], config_class: Any) -> Any:
     Raises:
         Exception: of whatever kind the class raises.
     """
-    with written(config) as folder:
+    with write_folder(config) as folder:
         return config_class.from_pretrained(folder, local_files_only=True)
 
 

@@ -28,7 +28,7 @@ Load = Callable[[SourceTensor, Rows | None], "torch.Tensor"]
 BLOCK_BYTES = 2 << 20
 
 
-class CannotFollow(Exception):
+class CannotConvert(Exception):
     """A conversion that cannot be done tensor by tensor; the message says why.
 
     Attributes:
@@ -115,7 +115,7 @@ class MergeRecipe:
         return 3 * made * self.block_rows // max(1, self.targets[target][0])
 
 
-def follow(
+def resolve_conversions(
     skeleton: Skeleton, conversions: Sequence[Conversion], found: Mapping[str, SourceTensor]
 ) -> list[MergeRecipe]:
     """Try every conversion on meta tensors.
@@ -126,7 +126,7 @@ def follow(
         found: the checkpoint's tensors by name.
 
     Raises:
-        CannotFollow: a converter fails, or makes something else than the model has.
+        CannotConvert: a converter fails, or makes something else than the model has.
     """
     shapes = {spec.name: spec.shape for spec in skeleton}
     recipes, made = [], set[str]()
@@ -137,11 +137,11 @@ def follow(
             results = build(recipe, skeleton.model, None, _empty)
         except Exception as error:  # an operation may fail in its own way
             blind = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
-            raise CannotFollow(f"{item.layer}: {error}".splitlines()[0], for_want_of_data=blind) from error
+            raise CannotConvert(f"{item.layer}: {error}".splitlines()[0], for_want_of_data=blind) from error
         targets = {name: tuple(tensor.shape) for name, tensor in results.items()}
         wrong = [name for name, shape in targets.items() if shapes.get(name) != shape or name in made]
         if wrong or item.layer not in targets:
-            raise CannotFollow(f"{(wrong or [item.layer])[0]} would not come out as the model has it")
+            raise CannotConvert(f"{(wrong or [item.layer])[0]} would not come out as the model has it")
         made |= set(targets)
         recipes.append(_with_rows(replace(recipe, targets=targets), skeleton.model))
     return recipes
@@ -162,7 +162,7 @@ def build(recipe: MergeRecipe, model: Any, rows: Rows | None, load: Load) -> dic
     import torch
 
     converter = deepcopy(recipe.converter)
-    for pattern, source, part in _wanted(recipe, rows):
+    for pattern, source, part in _select_sources(recipe, rows):
         converter.add_tensor(recipe.layer, source.name, pattern, _later(load, source, part))
     seen = model if rows is None else _RowsOf(model, rows)
     with torch.no_grad():
@@ -197,7 +197,7 @@ def _empty(source: SourceTensor, rows: Rows | None) -> torch.Tensor:
     return torch.empty(shape, dtype=source.dtype, device="meta")
 
 
-def _wanted(recipe: MergeRecipe, rows: Rows | None) -> Iterator[tuple[str, SourceTensor, Rows | None]]:
+def _select_sources(recipe: MergeRecipe, rows: Rows | None) -> Iterator[tuple[str, SourceTensor, Rows | None]]:
     """The sources (pattern, tensor, rows of it) that take part in the rows to make."""
     if rows is None or recipe.along == "stacked":
         for pattern, tensors in recipe.sources.items():

@@ -12,7 +12,7 @@ from aoconvert.environment import import_diffusers, version_of
 from aoconvert.errors import SourceError
 from aoconvert.models import base
 from aoconvert.models.base import ModelPart, Skeleton, build_empty, describe_tensors, from_json, to_json
-from aoconvert.models.own_classes import is_pipeline_module, located, own_class
+from aoconvert.models.own_classes import is_pipeline_module, locate, own_class
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def model_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
         SourceError: diffusers has no such model class.
     """
     diffusers = import_diffusers()
-    component = located(component)
+    component = locate(component)
     if component.module is not None:
         cls = own_class(component, code_root=code_root)
     else:
@@ -92,7 +92,7 @@ def kept_in_float32(model: nn.Module) -> frozenset[str]:
 def skeleton(component: ModelPart, *, code_root: Path | None = None) -> Skeleton:
     """Build the empty model, unless its tensors are known from an earlier run."""
     built: Skeleton | None = None
-    component = located(component)
+    component = locate(component)
 
     def make() -> list[dict[str, Any]] | None:
         nonlocal built
@@ -102,7 +102,7 @@ def skeleton(component: ModelPart, *, code_root: Path | None = None) -> Skeleton
         built = Skeleton(component, model, described, code_root=code_root)
         renames = any(getattr(module, "_from_deprecated_attn_block", False) for module in model.modules())
         foreign = component.module is not None and not is_pipeline_module(component.module)
-        return None if renames or foreign or _unreleased() else to_json(built.tensors)
+        return None if renames or foreign or _is_unreleased() else to_json(built.tensors)
 
     # building the model takes two seconds of imports; its tensors follow from class, config and versions alone
     known = remembered(
@@ -127,7 +127,7 @@ def _versions() -> dict[str, Any]:
     return {"versions": {name: version_of(name) for name in _PACKAGES}, "code": digests}
 
 
-def _unreleased() -> bool:
+def _is_unreleased() -> bool:
     """A version that does not tell one state of the code from another."""
     return any("dev" in (version_of(name) or "dev") for name in _PACKAGES)
 

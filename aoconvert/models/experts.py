@@ -139,7 +139,7 @@ def _quantize(
     for name, scheme in schemes.items():
         written = quantize(probe.get_parameter(name).data.to("meta"), scheme)
         kinds.add(type(written).__name__)
-        probe._parameters[name] = torch.nn.Parameter(_filled(written), requires_grad=False)
+        probe._parameters[name] = torch.nn.Parameter(_fill_with_zeros(written), requires_grad=False)
     return sorted(kinds)
 
 
@@ -181,7 +181,7 @@ def _trial(module: Any, dtype: torch.dtype, inner: int | None) -> tuple[nn.Modul
     return probe, shapes[up][columns]
 
 
-def _filled(tensor: torch.Tensor) -> torch.Tensor:
+def _fill_with_zeros(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with zeros in memory in place of ``meta``."""
     import torch
 
@@ -189,6 +189,6 @@ def _filled(tensor: torch.Tensor) -> torch.Tensor:
     if flatten is None:
         return torch.zeros_like(tensor, device="cpu")
     names, context = flatten()
-    inner = {name: _filled(getattr(tensor, name)) for name in names}
+    inner = {name: _fill_with_zeros(getattr(tensor, name)) for name in names}
     filled: torch.Tensor = type(tensor).__tensor_unflatten__(inner, context, None, None)  # type: ignore[attr-defined]
     return filled

@@ -75,7 +75,7 @@ def skeleton(component: ModelPart) -> Skeleton:
 
 
 def conversions(skeleton: Skeleton) -> tuple[Conversion, ...]:
-    """How the fused tensors are made of the checkpoint's, for ``conversions.follow``."""
+    """How the fused tensors are made of the checkpoint's, for ``conversions.resolve_conversions``."""
     from transformers.core_model_loading import Concatenate, WeightConverter
 
     made = []

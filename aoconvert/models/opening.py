@@ -72,7 +72,7 @@ def ask(
     def make() -> dict[str, Any] | None:
         return _to_json(_open(component, dtype, found, sharded=sharded, code_root=code_root))
 
-    if code_root is not None or _unreleased():  # code that no version tells apart
+    if code_root is not None or _is_unreleased():  # code that no version tells apart
         return _from_json(make())
     facts = {
         "class": [component.library, component.module, component.class_name],
@@ -89,7 +89,7 @@ def ask(
         return _from_json(make())
 
 
-def _unreleased() -> bool:
+def _is_unreleased() -> bool:
     return any("dev" in (version_of(name) or "dev") for name in _PACKAGES)
 
 
@@ -118,7 +118,7 @@ def _open(
     code_root: Path | None,
 ) -> Opening:
     open_with = _open_diffusers if component.library == "diffusers" else _open_transformers
-    with configs.written(component.config) as folder:
+    with configs.write_folder(component.config) as folder:
         try:
             return open_with(component, dtype, found, folder, sharded, code_root)
         except Exception as error:  # each class has its own way to refuse
@@ -169,7 +169,7 @@ def _open_diffusers(
             model, report = opened()
     finally:
         diffusers.logging.set_verbosity(level)
-    shared = _shared(model)
+    shared = _find_shared(model)
     there = {name for group in shared if not set(group) <= set(report["missing_keys"]) for name in group}
     return Opening(
         missing=frozenset(report["missing_keys"]) - there,  # set through the other name
@@ -207,7 +207,7 @@ def _open_transformers(
             local_files_only=True,
         )
     missing = set(report["missing_keys"])
-    shared = _shared(model)
+    shared = _find_shared(model)
     same = {name: group for group in shared for name in group}
     contested = [
         (name, origin)
@@ -223,7 +223,7 @@ def _open_transformers(
     )
 
 
-def _shared(model: Any) -> tuple[tuple[str, ...], ...]:
+def _find_shared(model: Any) -> tuple[tuple[str, ...], ...]:
     """Names of parameters that are one object."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

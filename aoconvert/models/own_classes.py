@@ -22,7 +22,7 @@ def is_pipeline_module(name: str) -> bool:
     return hasattr(pipelines, name)
 
 
-def located(component: ModelPart) -> ModelPart:
+def locate(component: ModelPart) -> ModelPart:
     """The component with the pipeline module that its class is in, where nobody has named one.
 
     A part that is a source of its own has no model_index.json to name it.

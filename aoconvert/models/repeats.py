@@ -43,7 +43,7 @@ class _Once:
         self._outputs = outputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key = _shown(args), _shown(kwargs)
+        key = _describe(args), _describe(kwargs)
         if key not in self._outputs:
             self._outputs[key] = self._forward(*args, **kwargs)
         return self._outputs[key]
@@ -62,14 +62,14 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     return tuple(sorted(plain, key=lambda item: item[0]))
 
 
-def _shown(value: Any) -> Any:
+def _describe(value: Any) -> Any:
     """A value as far as it matters where no tensor has values."""
     if isinstance(value, torch.Tensor):
         return type(value), tuple(value.shape), value.dtype, value.device.type
     if isinstance(value, Mapping):
-        return tuple((key, _shown(item)) for key, item in value.items())
+        return tuple((key, _describe(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(map(_shown, value))
+        return tuple(map(_describe, value))
     return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
 
 

@@ -36,7 +36,7 @@ class Untied:
     stuck: Mapping[str, str]
 
 
-def settled(
+def settle_ties(
     skeleton: Skeleton, opening: Opening, are_equal: Callable[[Collection[str], Collection[str]], bool]
 ) -> tuple[Skeleton, tuple[tuple[str, str], ...]]:
     """The ties as the library leaves them when it has opened the checkpoint, whatever config and class declare.
@@ -78,7 +78,7 @@ def settled(
     return replace(skeleton, tensors=tuple(specs)), tuple(apart)
 
 
-def untied(skeleton: Skeleton, dtype: torch.dtype, *, code_root: Path | None = None) -> Untied:
+def untie(skeleton: Skeleton, dtype: torch.dtype, *, code_root: Path | None = None) -> Untied:
     """Set ``tie_word_embeddings`` to false, and ask the class what is tied then.
 
     Classes differ: T5's config insists on true, and its encoder's and decoder's embeddings are one tensor in any case;

@@ -20,7 +20,7 @@ from aoconvert.errors import SourceError
 from aoconvert.models import configs
 from aoconvert.models.base import ModelPart, Skeleton, build_empty, describe_tensors
 from aoconvert.models.conversions import Conversion
-from aoconvert.models.own_classes import located, own_class
+from aoconvert.models.own_classes import locate, own_class
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def model_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
     """
     import transformers
 
-    component = located(component)
+    component = locate(component)
     if component.module is not None:
         return own_class(component, code_root=code_root)
     reference = _own_code(component)

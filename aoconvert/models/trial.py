@@ -122,7 +122,9 @@ class Trial:
         if not wanted or self.seen.values is None:
             return {}
         question = {name: key(scheme) for name, scheme in wanted.items()}
-        answer: Mapping[str, str] | None = self._ask(question, lambda: self._faults(self._written(wanted, quantize)))
+        answer: Mapping[str, str] | None = self._ask(
+            question, lambda: self._faults(self._quantize_on_meta(wanted, quantize))
+        )
         return answer or {}
 
     @cached_property
@@ -170,7 +172,7 @@ class Trial:
         usual = {spec.name for spec in self._skeleton if spec.single_row}
         taken = 0
         assert self._given is not None
-        for larger in islice(_enlarged(self._given, _FACTORS[: 1 if values else None]), _LARGER):
+        for larger in islice(_enlarge(self._given, _FACTORS[: 1 if values else None]), _LARGER):
             if taken == _TAKEN or all(count > 1 or name in usual for name, count in most.items()):
                 break
             outcome = self._attempt(self._dtypes, {}, values=values, given=larger)
@@ -193,7 +195,9 @@ class Trial:
                 faults |= outcome.faults
         return faults
 
-    def _written(self, wanted: Mapping[str, S], quantize: Callable[[torch.Tensor, S], torch.Tensor]) -> Quantized:
+    def _quantize_on_meta(
+        self, wanted: Mapping[str, S], quantize: Callable[[torch.Tensor, S], torch.Tensor]
+    ) -> Quantized:
         """What is written for the weights, on ``meta``; one tensor for all that are alike."""
         import torch
 
@@ -309,7 +313,7 @@ def _mark_quantized(model: Any) -> None:
             module.config._is_quantized = True
 
 
-def _enlarged(found: Found, factors: Sequence[int]) -> Iterator[Found]:
+def _enlarge(found: Found, factors: Sequence[int]) -> Iterator[Found]:
     """Larger inputs: in one dimension, the batch excepted, of all tensors that have that size or of one."""
     from aoconvert.inputs.blanks import replace_at, tensors
 

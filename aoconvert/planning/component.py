@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from aoconvert.formats.dtypes import dtype_name
 from aoconvert.formats.registry import OUTPUT
 from aoconvert.models import ModelLayout, ModelPart, Skeleton, build_skeleton, join
-from aoconvert.models.bounds import Held, bounded, check_config
+from aoconvert.models.bounds import Held, check_config, limit_model
 from aoconvert.models.pipeline import refuse_quantized
-from aoconvert.models.ties import untied
+from aoconvert.models.ties import untie
 from aoconvert.models.unknown import other_weights
 from aoconvert.options import DEFAULT_DTYPE, QuantizeOptions
 from aoconvert.planning.choices import Wishes
@@ -129,10 +129,10 @@ def _draft(
     problems: list[str] = []
     free: Mapping[str, str] = {}
     found = None
-    with bounded(component.title, held):
+    with limit_model(component.title, held):
         skeleton = build_skeleton(component, dtype or torch.bfloat16, code_root=code, fuse_qkv=fuse_qkv)
         if options.untie:
-            apart = untied(skeleton, dtype or torch.bfloat16, code_root=code)
+            apart = untie(skeleton, dtype or torch.bfloat16, code_root=code)
             skeleton, free = apart.skeleton, apart.free
             if not free:
                 why = next(iter(apart.stuck.values()), "none of its tensors share their memory")

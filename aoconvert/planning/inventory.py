@@ -10,7 +10,7 @@ from aoconvert.errors import SourceError
 from aoconvert.formats.registry import FORMATS
 from aoconvert.models import Skeleton
 from aoconvert.models.base import SourceTensor
-from aoconvert.models.conversions import CannotFollow, MergeRecipe, follow
+from aoconvert.models.conversions import CannotConvert, MergeRecipe, resolve_conversions
 from aoconvert.models.fused import conversions
 
 if TYPE_CHECKING:
@@ -153,12 +153,12 @@ def match(skeleton: Skeleton, contents: SourceTensors, *, sharded: bool) -> Inve
     finish = _Finish(skeleton, contents, names, resolved.passed, unreadable, frozenset(needs_data))
     try:
         if resolved.clash is not None:
-            raise CannotFollow(f"the checkpoint holds {resolved.clash} and what it is made from")
-        made = follow(skeleton, resolved.conversions, found)
+            raise CannotConvert(f"the checkpoint holds {resolved.clash} and what it is made from")
+        made = resolve_conversions(skeleton, resolved.conversions, found)
         recipes = {name: recipe for recipe in made for name in recipe.targets}
         if twice := recipes.keys() & resolved.direct.keys():
-            raise CannotFollow(f"the checkpoint holds {min(twice)} and what it is made from")
-    except CannotFollow as reason:
+            raise CannotConvert(f"the checkpoint holds {min(twice)} and what it is made from")
+    except CannotConvert as reason:
         into_copy = {name for item in resolved.conversions for names in item.sources.values() for name in names}
         made_whole = finish.inventory(merged=resolved.merged, obstacle=str(reason), used=into_copy)
         return replace(made_whole, for_want_of_data=reason.for_want_of_data)
@@ -178,7 +178,7 @@ def _match_diffusers(skeleton: Skeleton, contents: SourceTensors, *, sharded: bo
         return finish.inventory()
     here = {name: found[origin] for name, origin in there.items()}
     whole = [item for item in conversions(skeleton) if all(n in here for part in item.sources.values() for n in part)]
-    recipes = {name: made for made in follow(skeleton, whole, here) for name in made.targets}
+    recipes = {name: made for made in resolve_conversions(skeleton, whole, here) for name in made.targets}
     return finish.inventory(merged=frozenset(recipes), recipes=recipes)
 
 

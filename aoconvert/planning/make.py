@@ -23,7 +23,7 @@ from aoconvert.planning.output import output_problems, space_problems
 from aoconvert.planning.types import ComponentPlan, Plan, StreamedPlan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose_components, is_only, load_recipe
-from aoconvert.recipes.rules import Rules, allowing, skipping, unmatched
+from aoconvert.recipes.rules import Rules, allowing, find_unmatched, skipping
 
 if TYPE_CHECKING:
     from aoconvert.models import ModelLayout
@@ -207,7 +207,7 @@ def _unmatched(components: Sequence[ComponentPlan]) -> list[str]:
     """One line for every rule that no tensor of the components answers to."""
     rules = list(dict.fromkeys(rule for component in components for rule in component.rules))
     specs = [spec for component in components for spec in component.skeleton]
-    return unmatched(rules, [name for spec in specs for name in (spec.name, spec.module)])
+    return find_unmatched(rules, [name for spec in specs for name in (spec.name, spec.module)])
 
 
 def _unmatched_missing(components: Sequence[ComponentPlan], options: QuantizeOptions) -> list[str]:
@@ -215,4 +215,4 @@ def _unmatched_missing(components: Sequence[ComponentPlan], options: QuantizeOpt
     if not any(component.weights for component in components):
         return []
     names = [item.name for component in components for item in component.missing]
-    return unmatched(allowing(options.allow_missing), [*names, *(name.rpartition(".")[0] for name in names)])
+    return find_unmatched(allowing(options.allow_missing), [*names, *(name.rpartition(".")[0] for name in names)])

@@ -11,7 +11,7 @@ from aoconvert.errors import SourceError
 from aoconvert.models import Skeleton, join
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.opening import Opening, ask
-from aoconvert.models.ties import settled
+from aoconvert.models.ties import settle_ties
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.inventory import Inventory, SourceTensors, match
 from aoconvert.planning.values import Values
@@ -85,7 +85,7 @@ def read_checkpoint(
             # what is merged is not compared: written apart, the library does it when it opens the result
             return first is not None and second is not None and values.are_equal(first, second, cast)
 
-        skeleton, apart = settled(skeleton, opening, are_equal)
+        skeleton, apart = settle_ties(skeleton, opening, are_equal)
     return skeleton, replace(found, apart=apart)
 
 

@@ -105,7 +105,7 @@ def _recipe(values: Mapping[str, Any], origin: str) -> Recipe:
     try:
         parsed = _File.model_validate(values)
     except ValidationError as error:
-        raise _refused(error, origin) from None
+        raise _explain(error, origin) from None
     components = {name: _section(part, origin, f"{_component(name)} ") for name, part in parsed.component.items()}
     recipe = Recipe(origin, _section(parsed, origin, ""), components)
     if recipe.base == Section() and not components:
@@ -121,7 +121,7 @@ def _section(parsed: _Section, origin: str, prefix: str) -> Section:
         try:
             default = _choice(_Choice.model_validate(parsed.default), origin, f"{prefix}default")
         except ValidationError as error:
-            raise _refused(error, origin, f"{prefix}default", "default") from None
+            raise _explain(error, origin, f"{prefix}default", "default") from None
     elif parsed.default is not None:
         raise UsageError(
             f"{origin}, {prefix}default: {parsed.default!r} is neither a scheme nor a table",
@@ -193,7 +193,7 @@ _TYPES = {
 }
 
 
-def _refused(error: ValidationError, origin: str, place: str = "", kind: str = "file") -> UsageError:
+def _explain(error: ValidationError, origin: str, place: str = "", kind: str = "file") -> UsageError:
     """The first thing that is wrong, with its place in words."""
     first = error.errors()[0]
     keys = list(first["loc"])

@@ -124,7 +124,7 @@ def allowing(patterns: Iterable[str]) -> tuple[Rule, ...]:
     return tuple(Rule(pattern, None, "--allow-missing") for pattern in patterns)
 
 
-def unmatched(rules: Iterable[Rule], names: Iterable[str]) -> list[str]:
+def find_unmatched(rules: Iterable[Rule], names: Iterable[str]) -> list[str]:
     """One line for every rule that matches none of these tensors and modules, for a few with the nearest names."""
     known = sorted({name for name in names if name})
     exact = frozenset(known)

@@ -16,7 +16,7 @@ from aoconvert.options import HubOptions
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, is_safe_path
 from aoconvert.sources.byte_source import ByteSource
 from aoconvert.sources.folder import list_folder
-from aoconvert.sources.hub_errors import SPACE_HINT, check_token, not_cached, translated
+from aoconvert.sources.hub_errors import SPACE_HINT, check_token, not_cached, translate_errors
 from aoconvert.sources.remote import RangedFile
 
 # Fetched when the source is opened: configs, indexes, tokenizers and what the model card needs, never weights.
@@ -152,7 +152,7 @@ def _pin(repo_id: str, hub: HubOptions) -> tuple[str, dict[str, SourceFile]]:
     """The commit hash a revision means now, and every file of that commit."""
     from huggingface_hub import HfApi
 
-    with translated(repo_id, hub.revision):
+    with translate_errors(repo_id, hub.revision):
         api = HfApi(token=hub.token)
         # resolve_revision also notes in the cache what the branch means, for a later run without the network.
         commit = api.resolve_revision(repo_id, revision=hub.revision, cache_dir=hub.cache_dir).resolved
@@ -180,7 +180,7 @@ def _open_cached(repo_id: str, hub: HubOptions) -> HubSource:
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     cache_dir = hub.cache_dir
-    with translated(repo_id, hub.revision):
+    with translate_errors(repo_id, hub.revision):
         # No pattern, so an incomplete snapshot is good enough: ours hold the small files only, at first.
         snapshot = Path(
             snapshot_download(
@@ -227,7 +227,7 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
-    with translated(repo_id, commit):
+    with translate_errors(repo_id, commit):
         return Path(
             snapshot_download(
                 repo_id,

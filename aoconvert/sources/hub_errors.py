@@ -30,10 +30,10 @@ Doing = Literal["read", "write"]
 
 
 @contextmanager
-def translated(repo_id: str, revision: str | None, *, doing: Doing = "read") -> Iterator[None]:
+def translate_errors(repo_id: str, revision: str | None, *, doing: Doing = "read") -> Iterator[None]:
     """Turn whatever the Hub client raises into a :class:`HubError`; put nothing but calls to the client inside."""
     try:
-        with _unlogged():
+        with _silence_client():
             yield
     except AoconvertError:
         raise
@@ -42,7 +42,7 @@ def translated(repo_id: str, revision: str | None, *, doing: Doing = "read") -> 
 
 
 @contextmanager
-def _unlogged() -> Iterator[None]:
+def _silence_client() -> Iterator[None]:
     """Keep what the client logs off stderr: its retries hold signed addresses, and what fails is raised as well.
 
     A handler that writes to no stream stays, such as one that shows on a progress bar that the client waits.

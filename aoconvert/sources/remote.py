@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aoconvert.errors import HubError
-from aoconvert.sources.hub_errors import translated
+from aoconvert.sources.hub_errors import translate_errors
 
 # One request costs more time than 64 kB; a zip directory and a small data.pkl fit into one or two.
 _BLOCK = 1 << 16
@@ -81,7 +81,7 @@ class RangedFile:
             "Range": f"bytes={begin}-{end - 1}",
             "Accept-Encoding": "identity",
         }
-        with translated(self._repo_id, self._commit):
+        with translate_errors(self._repo_id, self._commit):
             url = hf_hub_url(self._repo_id, self._path, revision=self._commit)
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
             with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response:

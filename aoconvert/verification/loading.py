@@ -169,7 +169,7 @@ def check_published(
     with published.empty_cache() as home:
         environment = published.environment(os.environ, home)
         size = published.size
-        status, detail = _reloaded(
+        status, detail = _compare_reloaded(
             target, lambda: _reopen(children, request, nbytes=size, fetched=size, environment=environment), loaded
         )
         others = published.other_files(home)
@@ -196,7 +196,7 @@ def check_reload(
         OtherWeights: it opens, and other tensors, from other files, or made anew by the library, are in the model.
     """
     request = _request(target, code, originals, forward=forward, example=example)
-    return _reloaded(target, lambda: _reopen(children, request, nbytes=target.nbytes), loaded)
+    return _compare_reloaded(target, lambda: _reopen(children, request, nbytes=target.nbytes), loaded)
 
 
 def _request(
@@ -207,7 +207,7 @@ def _request(
     return {
         "code": code,
         "folder": str(folder),
-        "parts": {part.name: _expected(target, part) for part in target.parts},
+        "parts": {part.name: _list_expected(target, part) for part in target.parts},
         "reports": {
             part.name: {"folder": str(folder / part.folder), "kwargs": dict(part.kwargs)}
             for part in target.parts
@@ -232,10 +232,10 @@ def _reopen(children: Children, request: dict[str, Any], **limits: Any) -> list[
         opened = [answer for answer in error.answers if "tensors" in answer or "report" in answer]
         if len(opened) < len(request["parts"]) + len(request["reports"]):
             raise
-        return [*error.answers, *_unfinished(request, error)]
+        return [*error.answers, *_answer_for_unfinished(request, error)]
 
 
-def _unfinished(request: dict[str, Any], error: Ended) -> Iterator[dict[str, Any]]:
+def _answer_for_unfinished(request: dict[str, Any], error: Ended) -> Iterator[dict[str, Any]]:
     """The forward passes and the example that an interpreter was ended in, and those that would have come after.
 
     A machine with too little memory says nothing of the checkpoint.
@@ -249,7 +249,9 @@ def _unfinished(request: dict[str, Any], error: Ended) -> Iterator[dict[str, Any
         yield {"example": True, "forward": given}
 
 
-def _reloaded(target: Checkpoint, open_it: Callable[[], list[dict[str, Any]]], loaded: Loaded) -> tuple[Status, str]:
+def _compare_reloaded(
+    target: Checkpoint, open_it: Callable[[], list[dict[str, Any]]], loaded: Loaded
+) -> tuple[Status, str]:
     """Whether what was opened is what was written."""
     try:
         first, *answers = open_it()
@@ -261,16 +263,16 @@ def _reloaded(target: Checkpoint, open_it: Callable[[], list[dict[str, Any]]], l
     lines = [(answer["part"], line) for answer in answers for line in answer.get("problems", ())]
     for part in target.parts:
         own = [answer for answer in answers if answer.get("part") == part.name]
-        lines += [(part.name, line) for line in (*_changed(part, own, loaded), *_made_anew(target, part, own))]
+        lines += [(part.name, line) for line in (*_find_changed(part, own, loaded), *_made_anew(target, part, own))]
     problems = [f"{part}: {line}".removeprefix(": ") for part, line in lines] + _foreign(target, first["opened"])
     if problems:
         raise OtherWeights(some(problems))
     loaded.forward = [answer for answer in answers if "forward" in answer]
-    count = sum(len(_expected(target, part)) for part in target.parts)
+    count = sum(len(_list_expected(target, part)) for part in target.parts)
     return "passed", f"{first['loaded']}, {count} quantized tensors in place"
 
 
-def _changed(part: Part, answers: list[dict[str, Any]], loaded: Loaded) -> list[str]:
+def _find_changed(part: Part, answers: list[dict[str, Any]], loaded: Loaded) -> list[str]:
     """Tensors that are not what the part's files hold under their names; a cast one cannot be compared."""
     held = loaded.tensors.get(part.name, {})
     found = {name: tensor for answer in answers for name, tensor in answer.get("tensors", {}).items()}
@@ -314,7 +316,7 @@ def _foreign(target: Checkpoint, opened: list[str]) -> list[str]:
     ]
 
 
-def _expected(target: Checkpoint, part: Part) -> dict[str, list[str | None]]:
+def _list_expected(target: Checkpoint, part: Part) -> dict[str, list[str | None]]:
     """Quantized tensor → its class and content hash."""
     if part.tensors is not None:
         return {t.name: [t.class_name, t.sha256] for t in part.tensors.values() if t.action == "quantize"}

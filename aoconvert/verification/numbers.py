@@ -12,7 +12,7 @@ import torch
 
 from aoconvert.checkpoint.checkpoint import Checkpoint, Part
 from aoconvert.checkpoint.manifest import ComponentEntry
-from aoconvert.checkpoint.opening import allowed
+from aoconvert.checkpoint.opening import allow_globals
 from aoconvert.engine.read import ComponentReading
 from aoconvert.environment import import_torchao
 from aoconvert.errors import SourceError
@@ -100,7 +100,7 @@ def load_state(target: Checkpoint, part: Part) -> dict[str, torch.Tensor]:
     Its pickles were found safe before.
     """
     state: dict[str, torch.Tensor] = {}
-    with allowed(target):
+    with allow_globals(target):
         for file in part.files:
             state |= torch.load(target.folder / file, weights_only=True, mmap=True)
     return state

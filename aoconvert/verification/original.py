@@ -46,13 +46,13 @@ def resolve_original(
         HubError: the Hub said no.
     """
     try:
-        pinned = replace(hub, revision=hub.revision or _pinned(reference, checkpoint))
+        pinned = replace(hub, revision=hub.revision or _find_commit(reference, checkpoint))
         return resolve(reference, pinned, trust_remote_code=trust_remote_code)
     except SourceError as error:
         raise UsageError(f"--source: {error.message}", hint=error.hint) from error
 
 
-def _pinned(reference: str, checkpoint: Path) -> str | None:
+def _find_commit(reference: str, checkpoint: Path) -> str | None:
     """The commit that the manifest names, where it names this repo; what is wrong with a manifest is said later."""
     if Path(reference).expanduser().exists():
         return None

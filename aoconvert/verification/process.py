@@ -56,7 +56,7 @@ class _Child:
     def answers(self) -> list[dict[str, Any]]:
         """What it answered; a line that was cut short is not an answer."""
         self.written.out.seek(0)
-        return list(_parsed(self.written.out))
+        return list(_parse(self.written.out))
 
     def last_line(self) -> str:
         """The last line of what it said."""
@@ -66,7 +66,7 @@ class _Child:
         return lines[-1] if lines else "no output"
 
 
-def _parsed(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
+def _parse(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
     for line in lines:
         with contextlib.suppress(ValueError):
             answer = json.loads(line)

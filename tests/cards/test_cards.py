@@ -279,14 +279,14 @@ def test_a_repo_id_that_is_none(repo_id: str, pipeline: Path) -> None:
 
 
 def test_an_edited_card_is_seen(pipeline: Path) -> None:
-    assert not cards.edited(pipeline)  # there is none
+    assert not cards.is_edited(pipeline)  # there is none
     paths = cards.write(pipeline, render(pipeline, CardOptions()))
     assert [path.name for path in paths] == ["sqnr.svg", "README.md"]
     readme = pipeline / "README.md"
     text = readme.read_text()
-    assert not cards.edited(pipeline)
+    assert not cards.is_edited(pipeline)
     readme.write_bytes(text.replace("\n", "\r\n").encode())  # as git may check it out
-    assert not cards.edited(pipeline)
+    assert not cards.is_edited(pipeline)
     for changed in (
         text.replace("int8", "int4", 1),
         text + "more",
@@ -296,7 +296,7 @@ def test_an_edited_card_is_seen(pipeline: Path) -> None:
         text.replace("sha256", ""),
     ):
         readme.write_text(changed)
-        assert cards.edited(pipeline), changed[-200:]
+        assert cards.is_edited(pipeline), changed[-200:]
 
 
 def test_the_public_function(pipeline: Path) -> None:

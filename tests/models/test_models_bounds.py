@@ -10,7 +10,7 @@ import pytest
 
 import aoconvert
 from aoconvert.errors import SourceError
-from aoconvert.models.bounds import Held, bounded, check_config
+from aoconvert.models.bounds import Held, check_config, limit_model
 
 HELD = Held.of([2] * 20)
 
@@ -66,7 +66,10 @@ def test_what_registers_too_much_is_stopped():
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
     began = time.process_time()
-    with pytest.raises(SourceError, match="asks for more than 11,280 modules and parameters"), bounded("Model", HELD):
+    with (
+        pytest.raises(SourceError, match="asks for more than 11,280 modules and parameters"),
+        limit_model("Model", HELD),
+    ):
         nn.ModuleList(nn.Identity() for _ in range(1_000_000))
     assert time.process_time() - began < 10
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
@@ -78,7 +81,7 @@ def test_memory_has_a_limit_too():
     import numpy as np
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    with pytest.raises(MemoryError), bounded("Model", HELD):
+    with pytest.raises(MemoryError), limit_model("Model", HELD):
         np.ones(3 << 30)  # 24 GB
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 

@@ -15,7 +15,7 @@ from aoconvert import schemes
 from aoconvert.errors import SourceError
 from aoconvert.models import Skeleton, build_skeleton
 from aoconvert.models.base import ModelPart, SourceTensor
-from aoconvert.models.conversions import MergeRecipe, Rows, build, follow
+from aoconvert.models.conversions import MergeRecipe, Rows, build, resolve_conversions
 from aoconvert.models.fused import FUSED, conversions
 from aoconvert.schemes.apply import flatten, quantize_weight
 
@@ -104,7 +104,7 @@ class Fused:
             key: SourceTensor("file", key, value.dtype, tuple(value.shape), value.nbytes)
             for key, value in self.state.items()
         }
-        self.recipes: list[MergeRecipe] = follow(self.skeleton, conversions(self.skeleton), found)
+        self.recipes: list[MergeRecipe] = resolve_conversions(self.skeleton, conversions(self.skeleton), found)
         self.made = {key: value for recipe in self.recipes for key, value in self.build(recipe, None).items()}
 
     def build(self, recipe: MergeRecipe, rows: Rows | None) -> dict[str, torch.Tensor]:

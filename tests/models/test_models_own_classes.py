@@ -286,7 +286,7 @@ def test_every_class_with_weights_is_found() -> None:
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
     from aoconvert.models import ModelPart
-    from aoconvert.models.own_classes import is_model, located, own_class
+    from aoconvert.models.own_classes import is_model, locate, own_class
 
     bases = (tiny.diffusers.ModelMixin, tiny.transformers.PreTrainedModel)
     found = set()
@@ -306,7 +306,7 @@ def test_every_class_with_weights_is_found() -> None:
             library = "diffusers" if issubclass(cls, bases[0]) else "transformers"
             assert own_class(ModelPart("part", "part", library, name, {}, info.name)) is cls
             assert is_model(info.name, name)
-            alone = located(ModelPart("", "", library, name, {}))
+            alone = locate(ModelPart("", "", library, name, {}))
             assert alone.module is None or own_class(alone) is cls
             found.add(info.name)
     assert found >= {

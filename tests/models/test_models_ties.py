@@ -14,7 +14,7 @@ from helpers import tiny
 
 from aoconvert import schemes
 from aoconvert.models import Skeleton, build_skeleton, identify
-from aoconvert.models.ties import untied
+from aoconvert.models.ties import untie
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.sources import resolve
 
@@ -141,7 +141,7 @@ def test_a_shared_tensor_that_is_written_once_may_be_quantized(name: str, scheme
 )
 def test_untied_tensors_have_schemes_of_their_own(name: str, tmp_path: Path) -> None:
     model, skeleton = saved(name, tmp_path / "source")
-    result = untied(skeleton, torch.bfloat16)
+    result = untie(skeleton, torch.bfloat16)
     assert not result.stuck
     assert set(result.free) == {spec.name for spec in skeleton if spec.tied_to}
     assert not any(spec.tied_to for spec in result.skeleton)
@@ -181,7 +181,7 @@ def test_untied_tensors_have_schemes_of_their_own(name: str, tmp_path: Path) -> 
 )
 def test_what_cannot_be_untied_says_why(name: str, why: str, tmp_path: Path) -> None:
     _, skeleton = saved(name, tmp_path / "source")
-    result = untied(skeleton, torch.bfloat16)
+    result = untie(skeleton, torch.bfloat16)
     assert result.skeleton is skeleton
     assert not result.free and not result.config
     assert set(result.stuck) == {spec.name for spec in skeleton if spec.tied_to}
@@ -192,6 +192,6 @@ def test_a_model_without_ties(checkpoints: Callable[[str], Path]) -> None:
     component = identify(resolve(str(checkpoints("bert")))).component("")
     assert component is not None
     skeleton = build_skeleton(component, torch.bfloat16)
-    result = untied(skeleton, torch.bfloat16)
+    result = untie(skeleton, torch.bfloat16)
     assert result.skeleton is skeleton
     assert not (result.free or result.stuck or result.config)

@@ -12,7 +12,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, PerGroup, quantize_
 
 from aoconvert import schemes
-from aoconvert.recipes.rules import Rule, Rules, skipping, unmatched
+from aoconvert.recipes.rules import Rule, Rules, find_unmatched, skipping
 
 NAMES = st.text("ab.1", min_size=1, max_size=6)
 
@@ -30,7 +30,7 @@ def test_exact_patterns(names: list[str], patterns: list[str]) -> None:
         found = rules.match(name, module_of(name))
         assert (found.pattern if found else None) == next(iter(by_name + by_module), None)
     unused = [pattern for pattern in patterns if pattern not in names and pattern not in map(module_of, names)]
-    lines = unmatched(rules, [*names, *map(module_of, names)])
+    lines = find_unmatched(rules, [*names, *map(module_of, names)])
     assert len(lines) == len(unused)
     for pattern, line in zip(unused, lines, strict=True):
         assert line.startswith(f"--skip {pattern!r} matches nothing")
@@ -43,7 +43,7 @@ def test_an_escaped_name_as_a_regex_is_the_exact_name(names: list[str], name: st
         bool(exact.match(item, module_of(item))) for item in names
     ]
     everything = [*names, *map(module_of, names)]
-    assert bool(unmatched(regex, everything)) == bool(unmatched(exact, everything))
+    assert bool(find_unmatched(regex, everything)) == bool(find_unmatched(exact, everything))
 
 
 LAYERS = ("a.x", "a.y", "b.x", "b.y")
@@ -95,16 +95,16 @@ def test_a_rule_for_every_layer_of_a_large_model() -> None:
     names = [f"model.layers.{layer}.{part}_proj" for layer in range(500) for part in "qkvo"]
     rules = Rules(tuple(Rule(name, None, "recipe.toml") for name in reversed(names)), None)
     assert all(rules.match(f"{name}.weight", name) == Rule(name, None, "recipe.toml") for name in names)
-    assert unmatched(rules, names) == []
+    assert find_unmatched(rules, names) == []
     # of another model; the nearest of 2000 names take 0.7 s to find, so only for the first few
-    lines = unmatched(rules, [name.replace("model.", "decoder.") for name in names])
+    lines = find_unmatched(rules, [name.replace("model.", "decoder.") for name in names])
     assert len(lines) == len(names)
     assert "nearest: decoder.layers.499" in lines[0]
     assert sum("nearest" in line for line in lines) == 3
 
 
 def test_a_star_is_told_what_a_pattern_is() -> None:
-    [line] = unmatched(skipping(["model.layers.*.mlp"]), ["model.layers.0.mlp"])
+    [line] = find_unmatched(skipping(["model.layers.*.mlp"]), ["model.layers.0.mlp"])
     pattern = line.partition("re:")[2].rstrip(")")
     assert line.startswith("--skip 'model.layers.*.mlp' matches nothing (it is taken for a name")
-    assert unmatched(skipping([f"re:{pattern}"]), ["model.layers.0.mlp"]) == []
+    assert find_unmatched(skipping([f"re:{pattern}"]), ["model.layers.0.mlp"]) == []

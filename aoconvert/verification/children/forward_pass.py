@@ -97,7 +97,7 @@ def run_original(how: dict[str, Any], found: Any, package: Any) -> tuple[list[to
     folder, dtype = Path(how["folder"]), getattr(torch, how["dtype"])
     try:
         files = opening.weights_files(folder, how["variant"])
-        count = sum(size // kind.itemsize for file in files for _, kind, size in opening.stored(file))
+        count = sum(size // kind.itemsize for file in files for _, kind, size in opening.list_stored(file))
         needed, there = count * dtype.itemsize, package.available_memory()
         if needed > there:
             return f"the original takes {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB are there"

@@ -118,7 +118,7 @@ def _tokenizers(name: str, source: Any, result: Any) -> Iterator[str]:
     for what, look in _LOOKS.items():
         first, second = look(source), look(result)
         if first != second:
-            yield f"{name}: {what} {'are' if what.endswith('s') else 'is'} not the source's{_shown(first, second)}"
+            yield f"{name}: {what} {'are' if what.endswith('s') else 'is'} not the source's{_contrast(first, second)}"
 
 
 def _encodings(tokenizer: Any) -> list[Any]:
@@ -145,7 +145,7 @@ _LOOKS: Mapping[str, Callable[[Any], Any]] = {
     "encodings": _encodings,
     "longest input": lambda t: t.model_max_length,
     "padding and truncation sides": lambda t: [t.padding_side, t.truncation_side],
-    "other settings": lambda t: _digest({k: repr(_placed(v)) for k, v in t.init_kwargs.items() if k not in _SEEN}),
+    "other settings": lambda t: _digest({k: repr(_read_path(v)) for k, v in t.init_kwargs.items() if k not in _SEEN}),
     "rules of text": _backend,
 }
 
@@ -191,11 +191,11 @@ def _differences(where: str, first: Any, second: Any, ignored: set[str]) -> Iter
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         for key in sorted((first.keys() | second.keys()) - ignored, key=str):
             yield from _differences(f"{where}.{key}", first.get(key), second.get(key), ignored)
-    elif _json(_placed(first)) != _json(_placed(second)):
-        yield f"{where} is not the source's{_shown(first, second)}"
+    elif _json(_read_path(first)) != _json(_read_path(second)):
+        yield f"{where} is not the source's{_contrast(first, second)}"
 
 
-def _placed(value: Any) -> Any:
+def _read_path(value: Any) -> Any:
     """The value, but of a file what is in it, and of a folder that it is one: where they are differs."""
     place = Path(value) if isinstance(value, str) else Path()
     if not place.is_absolute():
@@ -209,7 +209,7 @@ def _placed(value: Any) -> Any:
         return value
 
 
-def _shown(first: Any, second: Any) -> str:
+def _contrast(first: Any, second: Any) -> str:
     one, other = (value if isinstance(value, str) else _json(value) for value in (first, second))
     return f" ({other} for {one})" if len(one) + len(other) < 120 else ""
 

@@ -41,7 +41,7 @@ def weights_files(folder: Path, variant: str | None) -> list[Path]:
 
     Others beside them are data: voices, filters, the authors' own layout.
     """
-    if named := _named(folder):
+    if named := _list_named_files(folder):
         return named
     found = sorted(path for path in folder.glob("*") if _WEIGHTS.fullmatch(path.name) and path.is_file())
     for suffix in (".safetensors", ".bin"):
@@ -64,7 +64,7 @@ def read_json(path: Path, most: int) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _named(folder: Path) -> list[Path]:
+def _list_named_files(folder: Path) -> list[Path]:
     """What ``transformers_weights`` of a config names: a file of weights, or an index of some."""
     config = folder / "config.json"
     name = read_json(config, CONFIG_BYTES).get("transformers_weights") if config.is_file() else None
@@ -76,7 +76,7 @@ def _named(folder: Path) -> list[Path]:
     return [folder / name]
 
 
-def stored(file: Path) -> Iterator[tuple[str, torch.dtype, int]]:
+def list_stored(file: Path) -> Iterator[tuple[str, torch.dtype, int]]:
     """Name, dtype and size in bytes of each tensor of a weights file, from its header or its pickle."""
     if file.suffix == ".safetensors":
         from safetensors import safe_open
@@ -108,7 +108,7 @@ def stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
     """The floating dtype that most of a model's bytes are stored in; ``None`` where there is none."""
     counts: Counter[torch.dtype] = Counter()
     for file in weights_files(folder, variant):
-        for _, dtype, size in stored(file):
+        for _, dtype, size in list_stored(file):
             if dtype in (torch.float32, torch.float16, torch.bfloat16):
                 counts[dtype] += size
     return counts.most_common(1)[0][0] if counts else None
@@ -116,7 +116,7 @@ def stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
 
 def stored_names(folder: Path, variant: str | None) -> dict[str, Path]:
     """Name of each tensor in a model's files → the file."""
-    return {name: file for file in weights_files(folder, variant) for name, _, _ in stored(file)}
+    return {name: file for file in weights_files(folder, variant) for name, _, _ in list_stored(file)}
 
 
 def read(name: str, file: Path) -> torch.Tensor:
@@ -175,7 +175,7 @@ def require_memory(request: dict[str, Any], root: Path, folder: str, variant: st
         TooLarge: there is not.
     """
     files = weights_files(root / folder, variant)
-    sizes = {name: size for file in files for name, _, size in stored(file)}
+    sizes = {name: size for file in files for name, _, size in list_stored(file)}
     if sum(sizes.values()) <= available:
         return
     whole = sum(file.stat().st_size for file in files if file.suffix == ".bin" and not zipfile.is_zipfile(file))

@@ -43,7 +43,7 @@ def answer(request: dict[str, Any]) -> None:
     except Exception as error:
         say({"error": root_cause(error)})
         return
-    say({"loaded": type(whole).__name__, "opened": sorted(opened | mapped(request["folder"]))})
+    say({"loaded": type(whole).__name__, "opened": sorted(opened | find_mapped(request["folder"]))})
     for part, expected in request["parts"].items():
         say({"part": part, "problems": compare(models[part], expected), "tensors": plain(models[part], expected)})
     for part, how in request["reports"].items():
@@ -77,7 +77,7 @@ def watch(folder: str) -> set[str]:
     return found
 
 
-def mapped(folder: str) -> set[str]:
+def find_mapped(folder: str) -> set[str]:
     """The files of weights in the folder that are mapped: safetensors opens its files without Python."""
     root, maps = f"{Path(folder).resolve()}/", Path("/proc/self/maps")
     lines = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.is_file() else []
