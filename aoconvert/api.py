@@ -53,7 +53,7 @@ def plan(
         HubError: the Hub said no.
     """
     wanted = make_options(scheme, options)
-    return _made(_resolved(source, wanted), wanted, progress or Silent(), need_weights=False)
+    return _build_plan(_resolve_source(source, wanted), wanted, progress or Silent(), need_weights=False)
 
 
 @host_by_default()
@@ -82,11 +82,11 @@ def quantize(
     """
     wanted = make_options(scheme, options)
     progress = progress or Silent()
-    from aoconvert.planning.make import refuse_early
+    from aoconvert.planning.build import refuse_early
     from aoconvert.planning.overwriting import tidy
 
     tidy(wanted.output)
-    resolved = _resolved(source, wanted)
+    resolved = _resolve_source(source, wanted)
     refuse_early(resolved, wanted)
     from aoconvert.engine.prehash import HashingAhead
     from aoconvert.planning.weights import local_weights, unreadable_headers
@@ -95,11 +95,11 @@ def quantize(
         from aoconvert.engine.convert import run
 
         _download(resolved, unreadable_headers(resolved, wanted), progress)
-        made = _made(resolved, wanted, progress, need_weights=True)
-        if made.source.kind == "hub":
-            _download(made.source, made.fetch, progress)
+        plan = _build_plan(resolved, wanted, progress, need_weights=True)
+        if plan.source.kind == "hub":
+            _download(plan.source, plan.fetch, progress)
         digests = ahead.stop()
-    return run(made, progress, command=command_line(made, wanted), resume=wanted.resume, begun=digests)
+    return run(plan, progress, command=command_line(plan, wanted), resume=wanted.resume, begun=digests)
 
 
 @host_by_default()
@@ -328,21 +328,21 @@ def _checkpoint(checkpoint: str | Path, hub: HubOptions) -> tuple[Path, Publishe
     return source.root, Published(source.repo_id, source.revision, asked, total, hub.token)
 
 
-def _made(source: Source, options: QuantizeOptions, progress: Progress, *, need_weights: bool) -> Plan:
-    """The plan; with ``auto`` the schemes are searched first."""
-    from aoconvert.planning.make import make
+def _build_plan(source: Source, options: QuantizeOptions, progress: Progress, *, need_weights: bool) -> Plan:
+    """Build the plan; with ``auto`` the schemes are searched first."""
+    from aoconvert.planning.build import build_plan
 
     if not options.searches:
-        return make(source, options, need_weights=need_weights)
+        return build_plan(source, options, need_weights=need_weights)
     from aoconvert.searching import search
 
     found = search(source, options, progress, lambda paths: _download(source, paths, progress))
-    made = make(source, options, need_weights=need_weights, rules=found.rules)
-    return replace(made, warnings=(*made.warnings, *found.warnings))
+    plan = build_plan(source, options, need_weights=need_weights, rules=found.rules)
+    return replace(plan, warnings=(*plan.warnings, *found.warnings))
 
 
-def _resolved(source: str | Path, options: QuantizeOptions) -> Source:
-    """The source; a wrong scheme name is said before anything is fetched."""
+def _resolve_source(source: str | Path, options: QuantizeOptions) -> Source:
+    """Find the source; a wrong scheme name is said before anything is fetched."""
     from aoconvert import schemes
     from aoconvert.sources import resolve
 
@@ -367,8 +367,8 @@ def _download(source: Source, paths: Sequence[str], progress: Progress) -> None:
     progress.finish()
 
 
-def command_line(made: Plan, options: QuantizeOptions) -> str:
+def command_line(plan: Plan, options: QuantizeOptions) -> str:
     """The command that makes the same result again: no token, no absolute path, the revision pinned."""
-    device = made.device.partition(":")[0]  # another kind may make other bytes, another number does not
-    words = record(options, {"revision": made.source.revision, "device": device})
-    return shlex.join(["aoconvert", "quantize", made.source.repo_id or argument(made.source.label), *words])
+    device = plan.device.partition(":")[0]  # another kind may make other bytes, another number does not
+    words = record(options, {"revision": plan.source.revision, "device": device})
+    return shlex.join(["aoconvert", "quantize", plan.source.repo_id or argument(plan.source.label), *words])

@@ -10,7 +10,7 @@ from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.models import identify
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning.make import make, resolve_rules
+from aoconvert.planning.build import build_plan, resolve_rules
 from aoconvert.planning.types import ComponentPlan, Plan
 from aoconvert.planning.weights import choose_components
 from aoconvert.progress import Progress
@@ -103,7 +103,7 @@ def _base(
     for scheme in candidates:
         try:
             rules = dict.fromkeys(free, Rules((), scheme, skipping(options.skip)))
-            return make(source, anything, rules={**given, **rules})
+            return build_plan(source, anything, rules={**given, **rules})
         except PlanError as error:
             first = first or error
     assert first is not None

@@ -18,7 +18,7 @@ from aoconvert.environment import import_torchao
 from aoconvert.errors import SourceError
 from aoconvert.options import make_options
 from aoconvert.planning import Plan
-from aoconvert.planning.make import make
+from aoconvert.planning.build import build_plan
 from aoconvert.schemes import int4
 from aoconvert.schemes.error_stats import ErrorStats
 from aoconvert.schemes.tensors import dequantize
@@ -91,7 +91,7 @@ def _reading_plan(source: Source, scratch: Path, part: Part, entry: ComponentEnt
     }
     if entry.name:
         options["components"] = {entry.name: None}
-    return make(source, make_options("int8wo", options), need_weights=True)
+    return build_plan(source, make_options("int8wo", options), need_weights=True)
 
 
 def load_state(target: Checkpoint, part: Part) -> dict[str, torch.Tensor]:

@@ -362,9 +362,9 @@ def test_a_mistake_of_ours_is_one_line_too(
     call: Call, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What cannot be foreseen is said in one line, with what to do."""
-    from aoconvert.planning import make
+    from aoconvert.planning import build
 
-    monkeypatch.delattr(make, "choose_devices")
+    monkeypatch.delattr(build, "choose_devices")
     done = call("plan", llama, "--scheme", "int8wo", "-o", tmp_path / "out")
     assert done.code == 1
     error, hint = done.stderr.splitlines()

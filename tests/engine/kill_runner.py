@@ -25,7 +25,7 @@ from aoconvert.checkpoint import manifest
 from aoconvert.engine.convert import run
 from aoconvert.formats.hashing import hash_on
 from aoconvert.options import make_options
-from aoconvert.planning.make import make
+from aoconvert.planning.build import build_plan
 from aoconvert.progress import Silent
 from aoconvert.sources import resolve
 
@@ -60,7 +60,7 @@ def start(task, output, report, room=None):
         return process
     try:
         options = make_options(task["scheme"], {"output": output, "device": "cpu", **task["options"]})
-        plan = make(resolve(str(task["source"])), options, need_weights=True)
+        plan = build_plan(resolve(str(task["source"])), options, need_weights=True)
         if room is not None:
             free = shutil.disk_usage(output.parent).free
             with (output.parent / "ballast").open("xb") as file:

@@ -20,7 +20,7 @@ from aoconvert.engine.staging import Stage
 from aoconvert.errors import Interrupted, WriteError
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan
-from aoconvert.planning.make import make
+from aoconvert.planning.build import build_plan
 from aoconvert.progress import Silent
 from aoconvert.sources import resolve
 
@@ -114,7 +114,7 @@ def stopped(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     (folder / "source").symlink_to(checkpoints("llama-tied"))
     with pytest.raises(Interrupted):
         convert(folder / "source", folder / "out", StopAfter(6))
-    plan = make(
+    plan = build_plan(
         resolve(str(folder / "source")),
         QuantizeOptions("int8wo", output=folder / "again" / "out", device="cpu", min_quantized=0.0),
         need_weights=True,

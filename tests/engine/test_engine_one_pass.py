@@ -19,8 +19,8 @@ from aoconvert.errors import QuantizeError, WriteError
 from aoconvert.formats.digest import Mark
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan, slices
+from aoconvert.planning.build import build_plan
 from aoconvert.planning.inventory import Readable
-from aoconvert.planning.make import make
 from aoconvert.progress import Silent
 from aoconvert.searching.measure import Measuring
 from aoconvert.sources import resolve
@@ -76,7 +76,7 @@ def opened(stack: ExitStack, plan: Plan, stage: Stage) -> Journal:
 @pytest.mark.usefixtures("small")
 def test_two_schemes_and_a_measurement_from_one_pass(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     source, kinds = checkpoints("opt"), tuple(SCHEMES)
-    plans = {kind: make(resolve(str(source)), options(kind, tmp_path / kind)) for kind in kinds}
+    plans = {kind: build_plan(resolve(str(source)), options(kind, tmp_path / kind)) for kind in kinds}
     with ExitStack() as stack:
         stages = {kind: Stage(plan.output) for kind, plan in plans.items()}
         conversions = {
@@ -111,7 +111,7 @@ def test_two_schemes_and_a_measurement_from_one_pass(checkpoints: Callable[[str]
 def test_one_that_fails_ends_the_pass(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     """Its error is raised, whichever consumer it is of, and every thread ends."""
     source = checkpoints("opt")
-    plans = [make(resolve(str(source)), options(kind, tmp_path / kind)) for kind in ("rows", "groups")]
+    plans = [build_plan(resolve(str(source)), options(kind, tmp_path / kind)) for kind in ("rows", "groups")]
     with ExitStack() as stack:
         stages = [Stage(plan.output) for plan in plans]
         journals = [opened(stack, plan, stage) for plan, stage in zip(plans, stages, strict=True)]
@@ -127,7 +127,7 @@ def test_a_weight_that_is_at_fault_ends_the_pass(checkpoints: Callable[[str], Pa
             data = super().read(tensor, rows, into)
             return data.fill_(torch.nan) if data.is_floating_point() else data
 
-    plan = make(resolve(str(checkpoints("opt"))), options("rows", tmp_path / "out"))
+    plan = build_plan(resolve(str(checkpoints("opt"))), options("rows", tmp_path / "out"))
     with ExitStack() as stack:
         conversion = Conversion(plan.components[0], opened(stack, plan, Stage(plan.output)), Silent())
         reading = stack.enter_context(ComponentReading(plan.components[0], plan, tmp_path))

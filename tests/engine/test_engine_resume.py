@@ -20,7 +20,7 @@ from aoconvert.engine.resume_file import JournalFile, TensorLine, read_journal
 from aoconvert.engine.staging import staged_output
 from aoconvert.errors import Interrupted, ReadError
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning.make import make
+from aoconvert.planning.build import build_plan
 from aoconvert.progress import Silent
 from aoconvert.sources import resolve
 
@@ -239,7 +239,7 @@ def test_the_earlier_work_was_not_looked_at_yet(source: Path, tmp_path: Path, ex
         raise KeyboardInterrupt
     assert (stopped.value.message, stopped.value.hint) == ("interrupted", kept)
     options = QuantizeOptions("int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
-    plan = make(resolve(str(source)), options, need_weights=True)
+    plan = build_plan(resolve(str(source)), options, need_weights=True)
     weights, aside = source / "model.safetensors", tmp_path / "aside"
     weights.rename(aside)
     with pytest.raises(ReadError) as caught:

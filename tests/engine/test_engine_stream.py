@@ -19,7 +19,7 @@ import aoconvert
 from aoconvert.engine.channel import Channel, Closed
 from aoconvert.errors import QuantizeError, ReadError, WriteError
 from aoconvert.options import QuantizeOptions
-from aoconvert.planning.make import make
+from aoconvert.planning.build import build_plan
 from aoconvert.sources import resolve
 
 
@@ -152,7 +152,7 @@ def test_a_source_that_shrinks_after_the_plan(checkpoints: Callable[[str], Path]
 
     source = tmp_path / "source"
     shutil.copytree(checkpoints("llama-tied"), source)
-    plan = make(resolve(str(source)), QuantizeOptions("int8wo", output=tmp_path / "out", device="cpu"))
+    plan = build_plan(resolve(str(source)), QuantizeOptions("int8wo", output=tmp_path / "out", device="cpu"))
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-2000])
     with pytest.raises((ReadError, aoconvert.SourceError), match=r"model\.safetensors"):

@@ -28,7 +28,7 @@ from aoconvert.engine.read import ComponentReading
 from aoconvert.models.conversions import BLOCK_BYTES
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan
-from aoconvert.planning.make import make
+from aoconvert.planning.build import build_plan
 from aoconvert.sources import resolve
 
 T: Any = tiny.transformers
@@ -48,7 +48,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def plan_of(folder: Path, output: Path, dtype: str = "bfloat16") -> Plan:
-    return make(
+    return build_plan(
         resolve(str(folder)),
         QuantizeOptions(output=output, scheme="int8wo", min_quantized=0.0, device="cpu", dtype=dtype),
     )

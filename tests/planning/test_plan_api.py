@@ -12,7 +12,7 @@ def test_the_function_stays_when_the_package_is_imported() -> None:
 import sys
 import aoconvert
 assert not {"torch", "pydantic", "diffusers", "transformers", "huggingface_hub"} & set(sys.modules)
-import aoconvert.planning.make
+import aoconvert.planning.build
 from aoconvert.planning import Plan
 assert callable(aoconvert.plan) and aoconvert.plan.__module__ == "aoconvert.api", aoconvert.plan
 """

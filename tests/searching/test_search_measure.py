@@ -18,7 +18,7 @@ from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import AoconvertError, QuantizeError
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan, slices
-from aoconvert.planning.make import make
+from aoconvert.planning.build import build_plan
 from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.error_stats import ErrorStats
@@ -34,7 +34,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(folder: Path) -> tuple[Plan, dict[str, list[Scheme]]]:
-    made = make(resolve(str(folder)), QuantizeOptions(scheme="int8wo", device="cpu", output=folder.parent / "out"))
+    made = build_plan(
+        resolve(str(folder)), QuantizeOptions(scheme="int8wo", device="cpu", output=folder.parent / "out")
+    )
     candidates = [schemes.get(name, group_size=32 if name.startswith("intx") else None) for name in NAMES]
     return made, {t.name: candidates for t in made.components[0].tensors if t.scheme is not None}
 

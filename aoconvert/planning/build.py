@@ -1,4 +1,4 @@
-"""Make the plan: every decision and every problem, from configs and headers, with no weights read."""
+"""Builds the plan: every decision and every problem, from configs and headers, with no weights read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from aoconvert.sources import Source
 
 
-def make(
+def build_plan(
     source: Source,
     options: QuantizeOptions,
     *,
@@ -63,13 +63,9 @@ def make(
     problems += [*unusable, *found, *_unmatched(components), *_unmatched_missing(components, options)]
     # a plan writes nothing: what is in the way of carrying it out is worth knowing, no more
     obstacles = problems if need_weights else warnings
-
-    unquantized: tuple[UnquantizedPlan, ...] = ()
-    if chosen and layout.kind == "pipeline" and not is_only(layout, options):
-        obstacles += part_problems(source, layout, chosen, options.variant)
-        if not options.keep_original_files:
-            unquantized = plan_unquantized(source, layout, chosen, options)
-            warnings += [line for part in unquantized for line in dropped_warning(part.component.title, part.dropped)]
+    unquantized, incomplete, dropped = _plan_others(source, layout, chosen, options)
+    obstacles += incomplete
+    warnings += dropped
     streamed: tuple[StreamedPlan, ...] = (*components, *unquantized)
     fetch = [path for model in streamed if model.weights for path in model.weights.paths]
     copied, left_behind = sort_files(source, layout, chosen, fetch, options)
@@ -161,6 +157,19 @@ def _plan_components(
     if refusals and len(refusals) == len(components):
         raise refusals[0]
     return components, problems, [*warnings, *(f"{refusal}: its projections stay apart" for refusal in refusals)]
+
+
+def _plan_others(
+    source: Source, layout: ModelLayout, chosen: Sequence[ModelPart], options: QuantizeOptions
+) -> tuple[tuple[UnquantizedPlan, ...], list[str], list[str]]:
+    """The parts of a pipeline that are written as they are, what others lack, and what the user should know."""
+    if not chosen or layout.kind != "pipeline" or is_only(layout, options):
+        return (), [], []
+    problems = part_problems(source, layout, chosen, options.variant)
+    if options.keep_original_files:
+        return (), problems, []
+    parts = plan_unquantized(source, layout, chosen, options)
+    return parts, problems, [line for part in parts for line in dropped_warning(part.component.title, part.dropped)]
 
 
 def _unreadable(source: Source, paths: Sequence[str]) -> list[str]:
