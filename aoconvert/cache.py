@@ -27,7 +27,10 @@ _log = logging.getLogger(__name__)
 
 # what marks a folder as ours, and tells backup programs to pass it by: https://bford.info/cachedir/
 _TAG = "CACHEDIR.TAG"
-_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# made by aoconvert; all of it can be made again\n"
+_SIGNATURE = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n# written by aoconvert; it can be deleted: aoconvert "
+    "recreates what it needs\n"
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def clear() -> None:
         except FileNotFoundError:  # another process clears it too
             continue
         except OSError as error:
-            raise WriteError(f"{error.filename or place}: {error.strerror}", hint="remove it by hand") from error
+            raise WriteError(f"{error.filename or place}: {error.strerror}", hint="delete it by hand") from error
 
 
 def _kinds() -> list[Path]:
@@ -100,7 +103,7 @@ def folder(kind: str) -> Path | None:
             if not (place / _TAG).exists():
                 (place / _TAG).write_text(_SIGNATURE, encoding="ascii")
             return place
-        _log.warning("%s is not used: it must be a folder of this user with mode 0700", place)
+        _log.warning("%s is not used: it must be a folder that belongs to this user and has mode 0700", place)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         _log.debug("no cache: %s", error)
     return None

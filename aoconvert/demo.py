@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from aoconvert.checkpoint.report import Report
     from aoconvert.engine.results import QuantizeResult
 
-_ANOTHER = "name another folder"
+_ANOTHER = "choose another folder"
 _PROMPT = "a panda plays a guitar in a bamboo forest"
 
 
@@ -89,7 +89,7 @@ def _check_folder(folder: Path, source: Path) -> None:
         raise PlanError([f"{folder} is not a folder"], hint=_ANOTHER)
     held = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
     if held and not (source / "model_index.json").is_file():
-        raise PlanError([f"{folder} is not empty and holds no earlier demo"], hint=_ANOTHER)
+        raise PlanError([f"{folder} is not empty, and is not an earlier demo"], hint=_ANOTHER)
     refuse_output(FolderSource(source), folder / "out", overwrite=True)
 
 
@@ -106,7 +106,7 @@ def _place_pipeline(source: Path) -> None:
         if not source.exists():
             built.rename(source)
         elif other := _differences(source, built):
-            raise PlanError([f"{source} is not the demo's pipeline as it is made here: {first(other)}"], hint=_ANOTHER)
+            raise PlanError([f"{source} is not the pipeline that this demo builds: {first(other)}"], hint=_ANOTHER)
 
 
 def _differences(one: Path, other: Path) -> list[str]:

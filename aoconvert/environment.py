@@ -131,7 +131,7 @@ def choose_device(requested: str) -> str:
     kind, index = _split(requested)
     if kind in ACCELERATORS and (count := accelerators.count(kind)) <= (index or 0):
         here = "; ".join((_count_text(kind, count), *_cpu_build(kind)))
-        raise PlanError([f"device {requested} is not here: {here}"], hint="--device auto takes what is there")
+        raise PlanError([f"device {requested} is not available: {here}"], hint="--device auto uses what is available")
     return requested
 
 
@@ -216,7 +216,7 @@ def _kernels() -> str:
         return "off (AOCONVERT_COMPILE=0)"
     compiler = os.environ.get("CXX") or "g++"
     found = shutil.which(compiler)
-    return f"compiled with {found}" if found is not None else f"not compiled: there is no {compiler}"
+    return f"compiled with {found}" if found is not None else f"not compiled: {compiler} is not installed"
 
 
 @contextlib.contextmanager

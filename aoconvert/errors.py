@@ -22,7 +22,7 @@ class AoconvertError(Exception):
         message: one line, no trailing full stop needed.
         hint: the next thing to do, or ``None`` where there is nothing sensible to say.
         exit_code: what the command line exits with.
-        retryable: the same command can succeed later though nothing was changed: the network, a busy Hub, a stop.
+        retryable: the same command can succeed later without any change: the network, a busy Hub, a stop.
         problems: everything that is wrong, one line each; for most errors the message alone.
     """
 

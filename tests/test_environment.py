@@ -106,7 +106,7 @@ def test_what_is_no_device(name: str) -> None:
 def test_a_device_that_is_not_here(kind: str) -> None:
     absent = f"{kind}:{getattr(torch, kind).device_count()}"
     for ask in (choose_device, device_facts):
-        with pytest.raises(PlanError, match=f"device {absent} is not here: torch sees") as caught:
+        with pytest.raises(PlanError, match=f"device {absent} is not available: torch sees") as caught:
             ask(absent)
         assert caught.value.exit_code == 3
 

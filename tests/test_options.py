@@ -63,12 +63,12 @@ def test_wrong_values(values: dict[str, object], what: str) -> None:
 @pytest.mark.parametrize("name", ["min_sqnr", "target_bits", "target_size"])
 def test_a_goal_is_a_finite_positive_number(goal: dict[str, float], name: str) -> None:
     (value,) = goal.values()
-    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be a positive number"):
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} must be a positive, finite number"):
         QuantizeOptions(scheme="auto", **{name: value})
 
 
 def test_a_size_that_no_float_can_count_is_no_goal() -> None:
-    with pytest.raises(UsageError, match="--target-size must be a positive number"):
+    with pytest.raises(UsageError, match="--target-size must be a positive, finite number"):
         QuantizeOptions(scheme="auto", target_size=parse_size("9" * 400))
 
 
@@ -77,13 +77,13 @@ def test_no_scheme_is_needed_where_every_component_has_its_own() -> None:
     with pytest.raises(UsageError, match="no scheme"):
         QuantizeOptions(None, components={"transformer": "int8wo", "vae": None})
     for scheme in (None, "auto"):
-        with pytest.raises(UsageError, match="auto is not the scheme of one component"):
+        with pytest.raises(UsageError, match="auto cannot be the scheme of a single component"):
             QuantizeOptions(scheme, components={"transformer": "Auto"}, min_sqnr=30.0)
 
 
 @pytest.mark.parametrize("values", [{"group_size": 32}, {"settings": {"granularity": "per_row"}}])
 def test_options_of_a_scheme_without_a_scheme(values: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match="are for --scheme, and there is none"):
+    with pytest.raises(UsageError, match="need --scheme, which is missing"):
         QuantizeOptions(None, recipe=Path("r.toml"), **values)
     assert QuantizeOptions("int8wo", recipe=Path("r.toml"), **values).recipe
     assert QuantizeOptions(None, recipe=Path("r.toml"), components={"vae": "int8wo"}, **values).recipe

@@ -29,8 +29,8 @@ def _rows(manifest: Manifest) -> Iterator[tuple[str, str, int, str]]:
         for what, tensors in (("carried over", carried), ("not in the files", missing), ("left out", dropped)):
             yield from _cut(what, [(prefix + name, count, reason) for name, count, reason in _group(tensors)])
     for part in manifest.unquantized:
-        yield "taken over", part.name, len(part.tensors), f"{part.class_name}, its tensors bit for bit"
-    yield from _cut("left behind", [(item.path, 1, item.reason) for item in manifest.left_behind])
+        yield "unchanged", part.name, len(part.tensors), f"{part.class_name}, its tensors bit for bit"
+    yield from _cut("not copied", [(item.path, 1, item.reason) for item in manifest.left_behind])
 
 
 def _group(tensors: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:

@@ -77,7 +77,7 @@ def chosen(known: SourceLicense, license: str | None) -> Mapping[str, str | None
         return known.terms
     raise PlanError(
         [f"--license {license} contradicts the source's card, which says {known.said}"],
-        hint="leave it out; if you hold the rights, --set-metadata license=… puts another one on the card",
+        hint="leave it out; if you hold the rights, --set-metadata license=… sets another licence",
     )
 
 
@@ -85,7 +85,10 @@ def deviations(known: SourceLicense, values: Mapping[str, Any]) -> Iterable[str]
     """Where the front matter says otherwise than the source's card; one line each."""
     unlisted = known.said if known.id == "other" and not known.listed else None
     if unlisted is not None and unlisted.lower() != known.terms["license_name"]:
-        yield f"the source's licence, {unlisted!r}, is not on the Hub's list: it is the name of a licence 'other' there"
+        yield (
+            f"the source's licence, {unlisted!r}, is not on the Hub's list: the card gives it as license_name, "
+            "with license: other"
+        )
     if known.id not in (None, "unknown") and values["license"] != known.id:
         yield f"licence {values['license'] or 'left out'}: the source's card says {known.said}"
 

@@ -22,34 +22,36 @@ from aoconvert.schemes.table.entry import TOKEN, WHOLE_INPUT
 from aoconvert.schemes.tensor_classes import CLASSES, class_named
 
 _DTYPE = (
-    "keep `torch_dtype`: without it diffusers opens everything that is not quantized in float32, and the first forward "
+    "keep `torch_dtype`: without it diffusers opens every unquantized tensor in float32, and the first forward "
     "pass fails."
 )
 _ASSIGN = "`from_pretrained` alone does not open this checkpoint; the code above does."
 _BIN = (
-    "a `.bin` names torchao's own classes, and releases drop old ones{known}. Where it has to load for years, keep the "
-    "pins."
+    "a `.bin` names torchao's own classes, and torchao releases remove old ones{known}. Keep the pinned versions for "
+    "as long as it has to load."
 )
-_BYTES = "torchao keeps each of these values in a whole byte: the file is no smaller than one of int8."
-_UNCONFIRMED = "unconfirmed: {why}. `aoconvert verify` on such a device tells."
+_BYTES = "torchao stores each of these values in a whole byte: the file is not smaller than an int8 file."
+_UNCONFIRMED = "unconfirmed: {why}. Run `aoconvert verify` on such a device to find out."
 _ONE_CPU = (
-    "PyTorch packs 4-bit weights for the vector instructions of the CPU, here {layout}; on a CPU with others they load "
-    "and give wrong numbers. `aoconvert verify` tells, `aoconvert repack --layout-device cpu` packs them again."
+    "PyTorch packs 4-bit weights for the vector instructions of the CPU, here {layout}; on a CPU with other vector "
+    "instructions they load and give wrong numbers. `aoconvert verify` detects this; `aoconvert repack "
+    "--layout-device cpu` packs them again."
 )
 _ZEROS = (
-    "torchao has no scale for values that are all zero and would make NaN of them. {count} such {rows} given one, and "
-    "load as zeros."
+    "torchao computes no valid scale for values that are all zero and would turn them into NaN. {count} such {rows} "
+    "given a valid scale, and load as zeros."
 )
 _ZERO_INPUT = (
-    "torchao gives float8 activations that are all zero no scale either: {what} of zeros, such as one that is masked "
+    "torchao computes no valid scale for float8 activations that are all zero either: {what} of zeros, such as one "
+    "that is masked "
     "out, becomes NaN."
 )
 _EAGER = (
-    "`config.json` asks for `experts_implementation: eager`, a loop over the experts. transformers' default, one "
-    "product for all, cannot multiply these weights."
+    "`config.json` asks for `experts_implementation: eager`, which loops over the experts. transformers' default, "
+    "one product for all experts, cannot multiply these weights."
 )
 _EMBEDDINGS = "the embedding tables are quantized too{shared}."
-_UNTIED = "the output head was tied to the embedding table in the source, and is a tensor of its own here."
+_UNTIED = "the output head was tied to the embedding table in the source, and is a separate tensor here."
 _CARRIED = (
     "the model class does not know {names}: {are} in the weights file as in the source, for loaders that use {them}. "
     "`from_pretrained` ignores {them}."
@@ -57,17 +59,21 @@ _CARRIED = (
 _DROPPED = "the source's weights files also hold {names}, left out here."
 _MISSING = "the source does not hold {names}: {library} {makes} {them} when it opens the model, as with the source."
 _FUSED = (
-    "query, key and value projections are one layer each. `from_pretrained` alone builds them apart; adapters for the "
-    "model with separate projections do not fit."
+    "query, key and value projections are one layer each. `from_pretrained` alone builds separate layers; adapters "
+    "for the model with separate projections do not fit."
 )
-_LORA = "adapters need peft and torchao 0.16 or later. Merging or fusing one dequantizes, adds, and quantizes again."
+_LORA = (
+    "adapters need peft and torchao 0.16 or later. Merging or fusing an adapter dequantizes the weights, adds "
+    "it, and quantizes them again."
+)
 _OFFLOAD_TRANSFORMERS = "transformers refuses a `device_map` that puts part of the model on disk."
 _OFFLOAD_DIFFUSERS = (
     "diffusers refuses a `device_map` that puts part of the quantized model on the CPU or on disk, and group offload "
     "to disk."
 )
 _CODE = (
-    "its class is code inside this repo, and `trust_remote_code=True` runs that code on your machine: read it first."
+    "its class is defined by code inside this repo, and `trust_remote_code=True` runs that code on your machine: "
+    "read it first."
 )
 _BOT = "a bot of the Hub may offer a safetensors variant of these weights. It loses the quantization: do not merge it."
 
@@ -159,7 +165,7 @@ def _of_source(components: Sequence[ComponentEntry]) -> Iterable[tuple[str, str]
     for entry in components:
         if missing := [item.name for item in entry.missing]:
             them = "it" if len(missing) == 1 else "them"
-            makes, them = ("makes", them) if entry.library == "transformers" else ("gives", f"{them} no values")
+            makes, them = ("initializes", them) if entry.library == "transformers" else ("gives", f"{them} no values")
             yield (
                 "missing tensors",
                 _MISSING.format(names=_names(missing), library=entry.library, makes=makes, them=them),
@@ -181,7 +187,7 @@ def hardware(target: Checkpoint) -> Md:
         least = ".".join(map(str, layout.min_capability or []))
         needs = f", compute capability {least} or higher" if least else ""
         if layout.device == "any":
-            needs = f", of CUDA devices those of compute capability {least} or higher" if least else ""
+            needs = f"; a CUDA device needs compute capability {least} or higher" if least else ""
         device = "any device" if layout.device == "any" else f"{layout.device} only"
         lines.append(f"{device}{needs} ({text(layout.packing)} layout)")
     return Md("; ".join(dict.fromkeys(lines)))

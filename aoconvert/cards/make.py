@@ -53,7 +53,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     """
     tidy(folder)
     if repo_id is not None and not is_repo_id(repo_id):
-        raise UsageError(f"{repo_id!r} is no name of a repo on the Hub", hint="it is user/name")
+        raise UsageError(f"{repo_id!r} is not a valid repo id", hint="a repo id is user/name")
     manifest = manifests.load(folder)
     target = from_manifest(folder, manifest)
     library = "transformers" if target.kind == "transformers" else "diffusers"

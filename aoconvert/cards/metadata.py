@@ -40,7 +40,7 @@ def parse_metadata(items: Iterable[str]) -> dict[str, Any]:
         try:
             value = yaml.load(text, Loader=loader)  # both make plain values only
         except yaml.YAMLError as error:
-            raise UsageError(f"--set-metadata {key}: {text!r} is no YAML", hint="quote the value") from error
+            raise UsageError(f"--set-metadata {key}: {text!r} is not YAML", hint="quote the value") from error
         value = None if value in ("", "null", "~") else value
         found[key] = check(key, value)
     return found
@@ -58,7 +58,7 @@ def check(key: str, value: Any) -> Any:
         hint = f"did you mean {close[0]}? The keys are in {_SPEC}" if close else f"the keys are in {_SPEC}"
         raise UsageError(f"the Hub's model cards have no metadata key {key!r}", hint=hint)
     if kind == "nested":
-        raise UsageError(f"{key} has parts of its own, which KEY=VALUE cannot give", hint="write it into README.md")
+        raise UsageError(f"{key} is a nested value, which KEY=VALUE cannot express", hint="write it into README.md")
     if value is None:
         return None
     items = value if isinstance(value, list) else [value]
@@ -70,7 +70,7 @@ def check(key: str, value: Any) -> Any:
         what = {"flag": "true or false", "number": "a number", "text": "a text", "texts": "a text or a list of texts"}
         raise UsageError(f"metadata {key} takes {what[kind]}, not {value!r}")
     if any(isinstance(item, str) and not (item.strip() and item.isprintable()) for item in items):
-        raise UsageError(f"metadata {key}: {value!r} is empty, or holds what cannot be printed")
+        raise UsageError(f"metadata {key}: {value!r} is empty, or contains unprintable characters")
     if key == "base_model_relation" and value not in RELATIONS:
         raise UsageError(f"base_model_relation is one of {', '.join(RELATIONS)}, not {value!r}")
     return value
@@ -149,14 +149,14 @@ def is_repo_id(text: str | None) -> bool:
 def _missing(values: Mapping[str, Any]) -> Iterable[str]:
     license, name = values.get("license"), values.get("license_name")
     if license is None:
-        yield "no licence is known: the source's card names none; give it with --license"
+        yield "the licence is unknown: the source's card names none; give it with --license"
     elif license not in LICENSES:
         close = difflib.get_close_matches(str(license).lower(), LICENSES, n=1)
         yield f"licence {license!r} is not on the Hub's list" + (f"; did you mean {close[0]}?" if close else "")
     elif license == "other" and not (name and values.get("license_link")):
         yield "licence 'other' needs a name and a link: --set-metadata license_name=… and license_link=…"
     if name is not None and not _LICENSE_NAME.fullmatch(name):
-        yield f"the Hub takes no license_name {name!r}: small letters, digits, '-' and '.' only"
+        yield f"the Hub does not accept the license_name {name!r}: use lower-case letters, digits, '-' and '.' only"
     if values.get("pipeline_tag") not in (None, *TASKS):
         close = difflib.get_close_matches(str(values["pipeline_tag"]), TASKS, n=1)
         yield f"the Hub has no task {values['pipeline_tag']!r}" + (f"; did you mean {close[0]}?" if close else "")

@@ -51,11 +51,11 @@ def prove(folder: Path, target: Checkpoint) -> Proof:
     try:
         report = read_report(folder)
     except FileNotFoundError:
-        return Proof(False, "No verification was run.", usual)
+        return Proof(False, "`aoconvert verify` has not been run.", usual)
     except (OSError, ValueError):  # of pydantic's, too
-        return Proof(False, "The report of the verification cannot be read.", usual)
+        return Proof(False, "The verification report cannot be read.", usual)
     if report.manifest_sha256 != file_sha256(folder / MANIFEST_NAME):
-        return Proof(False, "The last verification was of another conversion.", usual)
+        return Proof(False, "The last verification checked another conversion.", usual)
     strategy = report.strategy or usual
     reason = _doubt(report, target, strategy)
     return Proof(
@@ -87,7 +87,7 @@ def _doubt(report: Report, target: Checkpoint, strategy: Strategy) -> str:
         why = f" ({reload.detail})" if reload is not None else ""
         return f"The verification passed without opening the model{why}."
     if report.code_sha256 != code_sha256(target, strategy):
-        return "The last verification ran other code than this."
+        return "The last verification ran different code."
     if report.ran and report.device not in report.ran_on("load", report.code_sha256):
         return "The last verification does not say where this code ran."
     return ""

@@ -67,7 +67,7 @@ def render(template: Path | None, values: dict[str, Any]) -> str:
     try:
         source = (template or _OWN).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"the card template {shown} cannot be read: {why}") from error
     environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, finalize=_escape, trim_blocks=True, lstrip_blocks=True, autoescape=False

@@ -125,10 +125,12 @@ def validate(manifest: Manifest) -> None:
         if entry.name:
             _identifier(entry.name)
         if entry.fused_qkv and entry.library != "diffusers":
-            raise SourceError(f"the manifest says that {entry.class_name} has fused projections, as in diffusers only")
+            raise SourceError(
+                f"the manifest says that {entry.class_name} has fused projections, which only diffusers models can have"
+            )
         for name in entry.imports:
             if not _MODULE.fullmatch(name):
-                raise SourceError(f"the manifest wants to import {name!r}, which is no part of torchao")
+                raise SourceError(f"the manifest wants to import {name!r}, which is not part of torchao")
         for key, value in entry.load.kwargs.items():
             if value not in _KWARGS.get(key, ()):
                 raise SourceError(f"the manifest wants to load {entry.class_name} with {key}={value!r}")
@@ -138,7 +140,7 @@ def validate(manifest: Manifest) -> None:
             raise SourceError(f"the manifest wants to load {entry.class_name} with {entry.load.class_name[:100]!r}")
         for name in entry.safe_globals:
             if name not in known:
-                raise SourceError(f"the manifest asks for {name!r}, which is not on the list of safe names")
+                raise SourceError(f"the manifest asks for {name!r}, which is not in the list of safe names")
 
 
 def from_manifest(folder: Path, manifest: Manifest) -> Checkpoint:
@@ -158,10 +160,10 @@ def _part(folder: Path, layout: ModelLayout, entry: ComponentEntry) -> Part:
     # one component of a pipeline, written by itself, has the name that it had there
     component = layout.component(entry.name if layout.kind == "pipeline" else "")
     if component is None or component.folder != entry.path:
-        raise SourceError(f"the manifest names a component {entry.name!r} in {entry.path!r}, which is not there")
+        raise SourceError(f"the manifest names a component {entry.name!r} in {entry.path!r}, which does not exist")
     if (component.library, component.class_name) != (entry.library, entry.class_name):
         raise SourceError(
-            f"{component.title}: config.json says {component.class_name}, the manifest says {entry.class_name}"
+            f"{component.title}: config.json says {component.class_name}, but the manifest says {entry.class_name}"
         )
     needs_code = _needs_code(folder, layout, component, entry)
     return Part(
@@ -233,7 +235,7 @@ def from_folder(folder: Path, label: str | None = None) -> Checkpoint:
     if not parts:
         raise SourceError(
             f"{source.label} holds no torchao model: no config.json with a torchao quantization_config",
-            hint="aoconvert inspect says what it is",
+            hint="run aoconvert inspect to see what it is",
         )
     return Checkpoint(folder, layout.kind, _identifier(layout.class_name), tuple(parts), ("torchao",), None)
 

@@ -45,7 +45,7 @@ def check_files(folder: Path, manifest: Manifest) -> tuple[list[str], int]:
         elif not stays_inside(folder, path):
             problems.append(f"{path} is a link that leaves the folder")
         elif place.stat().st_size != entry.size:
-            problems.append(f"{path} has {place.stat().st_size} bytes, the manifest says {entry.size}")
+            problems.append(f"{path} has {place.stat().st_size} bytes, but the manifest says {entry.size}")
         else:
             hashed += entry.size
             if (problem := content_problem(folder, entry)) is not None:
@@ -65,7 +65,7 @@ def content_problem(folder: Path, entry: FileEntry) -> str | None:
 
 def other_content(path: str) -> str:
     """The problem of a file that was changed."""
-    return f"{path} is not the file the manifest lists (its SHA-256 differs)"
+    return f"{path} is not the file that the manifest lists (its SHA-256 differs)"
 
 
 def find_unlisted(folder: Path, listed: set[str]) -> list[str]:
@@ -100,7 +100,7 @@ def shadows(folder: Path, parts: Mapping[str, tuple[str, ...]], listed: Collecti
         if path.is_file() and path.relative_to(folder).as_posix() not in listed:
             shown = path.relative_to(folder).as_posix()
             problems.append(
-                f"{shown} is an adapter, which transformers loads on top of the weights where peft is there"
+                f"{shown} is an adapter, which transformers loads on top of the weights where peft is installed"
             )
     return problems
 
@@ -112,7 +112,7 @@ def notes(folder: Path) -> list[str]:
     found = []
     with contextlib.suppress(OSError):
         if not is_sealed(read_limited(folder / CARD_NAME, CARD_BYTES)):
-            found.append(f"{CARD_NAME} was changed by hand")
+            found.append(f"{CARD_NAME} was edited by hand")
     for path in list_folder(folder, folder.name):
         name = Path(path).name
         if name == _ADAPTER:

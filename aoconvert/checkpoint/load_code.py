@@ -54,7 +54,9 @@ def load_code(
     if strategy == "assign":
         _assign(program, target, f"snapshot_download({opened})" if whole else opened)
     elif whole:
-        program.body.append("# all files: of safetensors and .bin in one pipeline diffusers fetches one kind only")
+        program.body.append(
+            "# all files: diffusers itself would fetch either the safetensors or the .bin files of a pipeline, not both"
+        )
         program.body.append(f"folder = snapshot_download({opened})")
         _from_pretrained(program, target, "folder")
     else:

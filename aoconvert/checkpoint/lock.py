@@ -56,7 +56,7 @@ def _lock(output: Path, kind: int) -> int:
             retryable=True,
         ) from None
     except OSError:
-        logging.getLogger(__name__).debug("no locks on the file system of %s", folder)
+        logging.getLogger(__name__).debug("the file system of %s has no locks", folder)
     return lock
 
 

@@ -70,14 +70,16 @@ class SourceCard(_Model):
     Keys: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
     """
 
-    license: str | None = Field(default=None, description="as it stands there; a list has ', ' between its entries")
+    license: str | None = Field(default=None, description="as the card has it; entries of a list are joined by ', '")
     license_name: str | None = None
     license_link: str | None = None
     language: list[str] = Field(default_factory=list)
     pipeline_tag: str | None = None
     library_name: str | None = None
     tags: list[str] = Field(default_factory=list)
-    prior: list[str] = Field(default_factory=list, description="repos that diffusers opens with a connected pipeline")
+    prior: list[str] = Field(
+        default_factory=list, description="repos that diffusers opens together with a pipeline that names them"
+    )
 
 
 class SourceEntry(_Model):
@@ -165,11 +167,13 @@ class ComponentEntry(_Model):
     library: Literal["diffusers", "transformers"]
     class_name: str
     module: str | None = Field(
-        default=None, description="where a class of a pipeline's own is: a module of diffusers.pipelines, or own code"
+        default=None,
+        description="where the class of a pipeline-specific part is: a module of diffusers.pipelines, "
+        "or code inside the checkpoint",
     )
     scheme: str
     config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict")
-    dtype: str = Field(description="of what is not quantized, and the base of what is")
+    dtype: str = Field(description="dtype of unquantized tensors, and the dtype that quantized ones dequantize to")
     layout: LayoutEntry
     format: Format
     files: list[FileEntry]
@@ -182,10 +186,11 @@ class ComponentEntry(_Model):
         default=None, description="with several schemes: pattern of the FqnToConfig → scheme, null where it is skipped"
     )
     missing: list[LeftOutEntry] = Field(
-        default_factory=list, description="tensors of the model that its source does not hold: the library makes them"
+        default_factory=list,
+        description="tensors of the model that its source does not hold: the library initializes them",
     )
     dropped: list[LeftOutEntry] = Field(
-        default_factory=list, description="what the source's weights files hold and the result does not"
+        default_factory=list, description="tensors that the source's weights files hold and the result does not"
     )
     tensors: list[TensorEntry]
     totals: Totals
@@ -196,7 +201,7 @@ class UnquantizedEntry(_Model):
 
     name: str
     path: RelativeFolder
-    library: Literal["diffusers", "transformers"] = Field(description="by which of the two its weights are loaded")
+    library: Literal["diffusers", "transformers"] = Field(description="how its weights are loaded")
     class_name: str
     files: list[FileEntry]
     tensors: list[StoredEntry]
@@ -349,7 +354,9 @@ def load(folder: Path) -> Manifest:
         if not folder.is_dir():
             what = f"{folder} is not a folder" if folder.exists() else f"no such folder: {folder}"
             raise SourceError(what, hint="give the output folder of aoconvert quantize") from None
-        raise SourceError(f"{folder} has no {MANIFEST_NAME}", hint="is it the output of aoconvert quantize?") from None
+        raise SourceError(
+            f"{folder} has no {MANIFEST_NAME}", hint="was this folder written by aoconvert quantize?"
+        ) from None
     except OSError as error:
         hint = CHECK_PERMISSIONS if isinstance(error, PermissionError) else "make the checkpoint again"
         raise SourceError(f"{path} cannot be read: {error.strerror or ''}", hint=hint) from error
@@ -359,10 +366,10 @@ def load(folder: Path) -> Manifest:
     try:
         values = parse(raw)
     except ValueError as error:
-        raise SourceError(f"{path} cannot be read: it is {error}", hint="make the checkpoint again") from error
+        raise SourceError(f"{path} cannot be read: {error}", hint="make the checkpoint again") from error
     found = _validate(values, path)
     if found.run.digest is not None and not _digest_is_right(raw, found.run.digest):
-        raise SourceError(f"{path} was edited or damaged: its digest is wrong", hint="make the checkpoint again")
+        raise SourceError(f"{path} was edited or damaged: its digest does not match", hint="make the checkpoint again")
     _LOADED[digest] = found
     return found
 

@@ -42,7 +42,7 @@ def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
             return _open(target, strategy, kwargs)
         except Exception as error:  # whatever the libraries raise; the next way may work
             failures.append(f"{strategy}: {type(error).__name__}: {error}".splitlines()[0])
-    raise VerificationError(f"{folder} cannot be opened: {'; '.join(failures)}", hint="aoconvert verify says more")
+    raise VerificationError(f"{folder} cannot be opened: {'; '.join(failures)}", hint="aoconvert verify gives details")
 
 
 def _strategies(target: Checkpoint) -> tuple[Strategy, ...]:

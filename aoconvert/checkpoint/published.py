@@ -97,7 +97,7 @@ class Published:
             free = shutil.disk_usage(folder).free
             if free < self.size:
                 raise VerificationError(
-                    f"an empty cache would take {size(self.size)}, and {folder.parent} has {size(free)}",
+                    f"the files need {size(self.size)} in an empty cache, and {folder.parent} has {size(free)} free",
                     hint="free space, or set HF_HOME to a folder on another disk",
                 )
             yield folder

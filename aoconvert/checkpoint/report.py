@@ -58,7 +58,8 @@ class Ran(_Model):
     device: str
     code_sha256: str | None
     inputs: dict[str, str] | None = Field(
-        description="of a forward pass, component to who made its inputs: pipeline, processor, dummy_inputs or search"
+        description="for the forward pass of each component, where its inputs came from: pipeline, processor, "
+        "dummy_inputs or search"
     )
 
 
@@ -70,9 +71,10 @@ class ForwardPass(_Model):
     status: Status
     detail: str
     output_sqnr_db: float | None = Field(
-        description="of the output, to the original's on the same input; null where they are equal or not compared"
+        description="SQNR of the output to the original's on the same input; null where they are equal or were not "
+        "compared"
     )
-    inputs: str | None = Field(description="who made its inputs; null where none passed")
+    inputs: str | None = Field(description="where its inputs came from; null where no forward pass passed")
 
 
 class Report(_Model):

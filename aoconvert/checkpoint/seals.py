@@ -1,4 +1,4 @@
-"""A text that aoconvert wrote ends with its own digest: by it everyone sees whether it was changed by hand since."""
+"""A text that aoconvert wrote ends with its own digest: by it everyone sees whether it was edited by hand since."""
 
 from __future__ import annotations
 

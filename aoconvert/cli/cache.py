@@ -23,10 +23,10 @@ Examples:
 
 
 @click.command("cache", epilog=EXAMPLES)
-@click.option("--clear", is_flag=True, help="Remove everything in it; it is made again when it is needed.")
+@click.option("--clear", is_flag=True, help="Delete everything in the cache; aoconvert recreates what it needs.")
 @common
 def command(*, clear: bool, out: Output) -> None:
-    """Say where aoconvert's cache is and how large, or clear it.
+    """Show where aoconvert's cache is and how large it is, or clear it.
 
     It holds compiled kernels and what is known of model classes. AOCONVERT_CACHE_DIR puts it elsewhere; empty, it
     switches it off. Downloaded models are in the Hub's cache, which 'hf cache' looks after.

@@ -11,7 +11,8 @@ from aoconvert.cli.output import Output
 from aoconvert.errors import PlanError
 
 EPILOG = """\
-A template of your own (--card-template) is the card's body in Jinja, sandboxed; what it prints is escaped for Markdown.
+--card-template names a Jinja template for the card's body. It runs in a sandbox, and its output is escaped for
+Markdown.
 
 \b
 Its variables: title, repo_id, place, kind, class_name, schemes, picture, license, license_url, source,
@@ -19,7 +20,7 @@ code (load, usage, install, packages, strategy, to_device), proof (ok, reason, d
 checks, example, forward, not_run), components, sizes, hardware, limits, verify, files, copied, apart,
 command, date, versions, device_name, tool. Its filters: code, block("python"), link(url), size, number,
 percent, plural.
-aoconvert/cards/template.py says more; aoconvert/cards/template.md.jinja is an example.
+aoconvert/cards/template.py documents them; aoconvert/cards/template.md.jinja is an example.
 
 \b
 Examples:
@@ -32,19 +33,25 @@ Examples:
 
 @click.command("card", epilog=EPILOG)
 @click.argument("path", metavar="[PATH]", type=click.Path(path_type=Path), default=Path("out"))
-@click.option("--write", is_flag=True, help="Put README.md and its picture into the folder.")
-@click.option("--overwrite", is_flag=True, help="Replace a README.md that was changed by hand.")
-@click.option("--repo-id", metavar="REPO_ID", help="Where it will be published; the code on the card opens that.")
+@click.option("--write", is_flag=True, help="Write README.md and its picture into the folder.")
+@click.option("--overwrite", is_flag=True, help="Replace a README.md that was edited by hand.")
 @click.option(
-    "--card-template", "template", metavar="FILE", type=click.Path(path_type=Path), help="Jinja template of the body."
+    "--repo-id", metavar="REPO_ID", help="Repo that the card will be published in; the code on the card opens it."
 )
-@click.option("--license", metavar="NAME", help="Licence of the result, where the source's card names none.")
+@click.option(
+    "--card-template",
+    "template",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Jinja template for the card's body.",
+)
+@click.option("--license", metavar="NAME", help="Licence of the result, if the source's card names none.")
 @click.option(
     "--set-metadata",
     "metadata",
     multiple=True,
     metavar="KEY=VALUE",
-    help="A key of the front matter; VALUE is a YAML scalar or list, empty leaves the key out. Repeatable.",
+    help="Set a key of the card's metadata; VALUE is a YAML scalar or list, an empty one removes the key. Repeatable.",
 )
 @common
 def command(
@@ -60,8 +67,8 @@ def command(
 ) -> None:
     """Print the model card of a converted checkpoint. Default: ./out.
 
-    It is made from the manifest and the last verification, and says what was proven. With --write the paths of the
-    files are printed in its place.
+    The card is built from the manifest and the last verification, and says what was proven. With --write the paths of
+    the files are printed in its place.
     """
     if overwrite and not write:
         raise click.UsageError("--overwrite needs --write")
@@ -73,7 +80,7 @@ def command(
         card = cards.render(path, options, repo_id=repo_id)
     if write and not overwrite and cards.is_edited(path):
         raise PlanError(
-            [f"{path / cards.CARD_NAME} was changed by hand, or was not written by aoconvert"],
+            [f"{path / cards.CARD_NAME} was edited by hand, or was not written by aoconvert"],
             hint="--overwrite replaces it; without --write the card is printed",
         )
     for line in card.warnings:

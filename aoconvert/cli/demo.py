@@ -32,7 +32,7 @@ Examples:
     show_default=True,
     metavar="NAME",
     shell_complete=complete_scheme,
-    help="What to quantize to.",
+    help="Scheme to quantize to.",
 )
 @common
 def command(*, folder: Path, scheme: str, out: Output) -> None:

@@ -19,9 +19,9 @@ Examples:
 @click.command("env", epilog=EXAMPLES)
 @common
 def command(*, out: Output) -> None:
-    """Say what aoconvert would run with here: versions, devices, compiler, caches. Paste it into a report.
+    """Show what aoconvert would run with here: versions, devices, compiler, caches. Paste it into a bug report.
 
-    Nothing of it is a secret: of the token it says only whether there is one.
+    The output contains no secrets: it says only whether there is a Hub token.
     """
     with out.watch("look around"):
         from aoconvert.environment import survey

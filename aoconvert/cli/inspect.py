@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from aoconvert.inspection.types import Component, Inspection
 
-EXAMPLES = """Exit code 4: a pickle names or calls what no checkpoint needs, or its archive is damaged.
+EXAMPLES = """Exit code 4: a pickle names or calls something that no checkpoint needs, or its archive is damaged.
 
 \b
 Examples:
   aoconvert inspect out
-  aoconvert inspect somebody/CogVideoX-5b-int8wo
+  aoconvert inspect user/CogVideoX-5b-int8wo
   aoconvert inspect model.bin --json
 """
 
@@ -32,10 +32,10 @@ Examples:
 @with_options(HubOptions)
 @common
 def command(*, path: str, out: Output, **hub: Any) -> int:
-    """Say what a checkpoint is and what can load it, from headers alone.
+    """Show what a checkpoint is and what can load it, from headers alone.
 
-    A folder, one weights file (.bin, .pt, .safetensors, .gguf), or a Hub repo, whose weights are not downloaded. No
-    pickle is run, nothing that the file names is imported, and torchao need not be installed.
+    PATH is a folder or one weights file (.bin, .pt, .safetensors, .gguf). The weights of a Hub repo are not downloaded.
+    No pickle is executed, nothing that the file names is imported, and torchao need not be installed.
     """
     with out.watch(f"inspect {path}"):
         from aoconvert.api import inspect
@@ -83,7 +83,7 @@ def _rows(part: Component) -> list[tuple[str, str, str]]:
     rows.append(("written by", _writer(part), ""))
     names = [name for file in part.files for name in file.globals if not name.startswith(("torch.", "collections."))]
     if names:
-        rows.append(("names in it", ", ".join(sorted(set(names))), ""))
+        rows.append(("names in its pickles pickle", ", ".join(sorted(set(names))), ""))
     rows += _loading(part)
     rows += [("unsafe", line, "bold red") for line in part.unsafe]
     rows += [("to do" if place == 0 else "", line, "") for place, line in enumerate(part.advice)]

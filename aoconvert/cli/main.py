@@ -30,11 +30,11 @@ _COMMANDS = {
     "verify": "Prove that a converted checkpoint loads.",
     "card": "Print the model card of a converted checkpoint, or write it.",
     "push": "Publish a converted checkpoint on the Hugging Face Hub.",
-    "inspect": "Say what a checkpoint is and what can load it, from headers alone.",
+    "inspect": "Show what a checkpoint is and what can load it, from headers alone.",
     "schemes": "List the quantization schemes, or show one.",
-    "env": "Say what aoconvert would run with here: versions, devices, caches.",
-    "cache": "Say where aoconvert's cache is and how large, or clear it.",
-    "demo": "Build, quantize and verify a tiny pipeline; needs no network.",
+    "env": "Show what aoconvert would run with here: versions, devices, caches.",
+    "cache": "Show where aoconvert's cache is and how large it is, or clear it.",
+    "demo": "Build, quantize and verify a tiny pipeline, without a network.",
 }
 _TAKE_TOKEN = {"quantize", "plan", "verify", "push", "inspect"}
 
@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
             give_up_stdout()
             sys.exit(1)
         if is_out_of_memory(error):
-            hint = "end other programs or raise the limit; aoconvert plan says what a run takes"
-            _fail(out, HostMemoryError("memory ran out", hint=hint))
+            hint = "close other programs or raise the limit; aoconvert plan shows how much memory a run needs"
+            _fail(out, HostMemoryError("out of memory", hint=hint))
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             hint = f"{CHECK_PERMISSIONS}; AOCONVERT_DEBUG=1 shows the traceback"
             _fail(out, AoconvertError(f"{error.filename}: {error.strerror}", hint=hint))
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
             out,
             AoconvertError(
                 f"unexpected {type(error).__name__}: {said[0] if said else ''}",
-                hint="AOCONVERT_DEBUG=1 shows the traceback; please report it",
+                hint="AOCONVERT_DEBUG=1 shows the traceback; please report this",
             ),
         )
 

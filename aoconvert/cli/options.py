@@ -20,9 +20,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def common(function: F) -> F:
     """``--json``, ``-q/--quiet``, ``--no-progress``; the command receives an ``Output`` as ``out``."""
 
-    @click.option("--json", "json_mode", is_flag=True, help="One JSON document on stdout, nothing else there.")
-    @click.option("-q", "--quiet", is_flag=True, help="Print only the essential value.")
-    @click.option("--no-progress", is_flag=True, help="No progress bar (there is none without a terminal).")
+    @click.option("--json", "json_mode", is_flag=True, help="Print one JSON document on stdout, and nothing else.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only the essential value, such as a path.")
+    @click.option("--no-progress", is_flag=True, help="Show no progress bar (never shown without a terminal).")
     @functools.wraps(function)
     def wrapped(*args: Any, json_mode: bool, quiet: bool, no_progress: bool, **kwargs: Any) -> Any:
         if json_mode and quiet:

@@ -31,10 +31,10 @@ Examples:
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @common
 def command(*, source: str, out: Output, tensors: bool, **options: Any) -> None:
-    """Show what quantize would do with SOURCE: every decision, and the exact sizes. Nothing is written.
+    """Show what quantize would do with SOURCE: every decision and the exact sizes. It writes nothing.
 
-    Reads configs and headers, never weights (only --scheme auto does). Of a Hub repo only those are fetched. A folder
-    with nothing but its config.json can be planned too.
+    It reads configs and headers only, and fetches nothing else of a Hub repo; --scheme auto reads the weights too. A
+    folder that holds only a config.json can be planned too.
     """
     show(source, options, out, tensors=tensors)
 
@@ -74,11 +74,13 @@ def _render(plan: Plan, *, tensors: bool) -> RenderableType:
         parts += [Text(f"  {file.path}  {size(file.size)}") for file in item.files]
     for part in plan.unquantized:
         total = sum(file.size for file in part.files)
-        parts.append(Text(f"{part.component.name} ({part.component.class_name}) as it is, {size(total)} of .bin"))
+        parts.append(
+            Text(f"{part.component.name} ({part.component.class_name}) unchanged, {size(total)} in .bin files")
+        )
     if plan.copied:
-        parts.append(Text(f"taken over unchanged: {len(plan.copied)} files, {size(sum(c.size for c in plan.copied))}"))
+        parts.append(Text(f"copied unchanged: {len(plan.copied)} files, {size(sum(c.size for c in plan.copied))}"))
     for reason, paths in left_behind(plan.left_behind).items():
-        parts.append(Text(f"left behind: {first(paths)} ({reason})"))
+        parts.append(Text(f"not copied: {first(paths)} ({reason})"))
     needs = plan.needs
     device = f", {size(needs.device_peak_bytes)} on {plan.device}" if needs.device_peak_bytes else ""
     parts.append(Text(f"needs {size(needs.disk_bytes)} of disk, about {size(needs.host_peak_bytes)} of memory{device}"))

@@ -29,42 +29,53 @@ Examples:
 @click.command("push", epilog=EXAMPLES)
 @click.argument("repo_id", metavar="REPO_ID")
 @click.argument("checkpoint", metavar="[PATH]", default="out", type=click.Path(path_type=Path))
-@click.option("--private/--public", default=None, help="Visibility of a new repo; an existing one is not changed.")
-@click.option("--revision", metavar="BRANCH", help="Branch to commit to, made when absent; or refs/pr/N.")
-@click.option("--create-pr", is_flag=True, help="Open a pull request; a second run goes on with the same one.")
+@click.option("--private/--public", default=None, help="Visibility of a new repo; an existing repo keeps its own.")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to, created if it does not exist; or refs/pr/N.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request; a second run continues the same one.")
 @click.option("--commit-message", metavar="TEXT", help="First line of the commit.")
-@click.option("--commit-description", metavar="TEXT", help="What the commit says below it.")
-@click.option("--tag", metavar="NAME", help="Name the commit.")
+@click.option("--commit-description", metavar="TEXT", help="Text of the commit message below the first line.")
+@click.option("--tag", metavar="NAME", help="Tag the commit with this name.")
 @click.option("--collection", metavar="SLUG", help="Add the repo to this collection.")
-@click.option("--token", envvar="HF_TOKEN", help="Hub token; never stored.")
-@click.option("--dry-run", is_flag=True, help="Show files, bytes and the card; change nothing.")
-@click.option("--allow-unverified", is_flag=True, help="Publish without a verification that passed; the card says so.")
-@click.option("--rehash", is_flag=True, help="Compare every file's SHA-256 with the manifest, not its time of change.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; it is never stored.")
+@click.option("--dry-run", is_flag=True, help="Show files, sizes and the card; change nothing.")
+@click.option("--allow-unverified", is_flag=True, help="Publish even if no verification passed; the card says so.")
+@click.option(
+    "--rehash", is_flag=True, help="Compare every file's SHA-256 with the manifest, not just its modification time."
+)
 @click.option(
     "--replace",
     is_flag=True,
-    help="Take the place of another model, other weights or files that others wrote.",
+    help="Replace another model, other weights or files that aoconvert did not write.",
 )
 @click.option(
-    "--verify-hub", is_flag=True, help="Then open the commit from the Hub by the card's code, with an empty cache."
+    "--verify-hub",
+    is_flag=True,
+    help="After the push, open the commit from the Hub with the card's code and an empty cache.",
 )
 @click.option(
     "--card-template",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A Jinja template for the card.",
+    help="Jinja template for the card's body.",
 )
-@click.option("--license", metavar="ID", help="Licence of the result, where the source's card names none.")
-@click.option("--set-metadata", "settings", multiple=True, metavar="KEY=VALUE", help="A field of the card's metadata.")
+@click.option("--license", metavar="ID", help="Licence of the result, if the source's card names none.")
+@click.option(
+    "--set-metadata",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a key of the card's metadata. Repeatable.",
+)
 @common
 def command(*, repo_id: str, checkpoint: Path, out: Output, settings: tuple[str, ...], **choices: Any) -> int:
     """Publish a converted checkpoint on the Hugging Face Hub, with its model card. Default: ./out.
 
-    Everything that could go wrong is checked first. The weights are uploaded, then one commit changes the branch from
-    what it was to the whole checkpoint, and what arrived is compared with what was sent. After any failure, the same
-    command goes on: what has arrived is not sent again.
+    It checks for problems before it sends anything. It uploads the weights, then one commit changes the branch from
+    what it was to the whole checkpoint, and then it compares what arrived with what was sent. After any failure the
+    same command continues: it does not send again what has arrived.
 
     The same model in another scheme or version is an update. Another model on the branch (another source, class or
-    shapes), other weights, and files that others wrote or changed there are an error without --replace.
+    shapes), other weights, and files that aoconvert did not write or that were changed there are errors without
+    --replace.
     """
     with out.watch(f"push {checkpoint} to {repo_id}") as progress:
         from aoconvert.cards.metadata import parse_metadata
@@ -98,7 +109,7 @@ def table(done: Pushed) -> RenderableType:
 def _opened(report: Report) -> str:
     """What was run with the commit on the Hub."""
     ran = ", ".join(f"{one.what} (on {one.device})" for one in report.ran)
-    return f"opened from the Hub with an empty cache; what ran: {ran or 'nothing'}"
+    return f"opened from the Hub with an empty cache; ran: {ran or 'nothing'}"
 
 
 def _said(done: Pushed, *, new: bool) -> str:

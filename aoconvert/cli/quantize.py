@@ -36,8 +36,8 @@ Examples:
 def command(*, source: str, out: Output, dry_run: bool, verify: bool, **options: Any) -> int:
     """Quantize SOURCE, a Hub repo id or a folder, into a torchao checkpoint.
 
-    Reads a diffusers pipeline, a diffusers model or a transformers model one tensor at a time, quantizes with
-    torchao's own code and streams the result into .bin files that from_pretrained opens, with a manifest.
+    It reads a diffusers pipeline, a diffusers model or a transformers model one tensor at a time, quantizes with
+    torchao's own code, and streams the result into .bin files that from_pretrained opens, beside a manifest.
     """
     if dry_run:
         plan_command.show(source, options, out, tensors=False)
@@ -93,7 +93,7 @@ def _summary(result: QuantizeResult) -> RenderableType:
     if result.peak_device_bytes:
         rows.append(("device", f"peak {size(result.peak_device_bytes)}"))
     if result.resumed:
-        rows.append(("resumed", f"{result.resumed} tensors were there already"))
+        rows.append(("resumed", f"{result.resumed} tensors were finished by an earlier run"))
     if result.skipped:
         matrices = "1 matrix" if len(result.skipped) == 1 else f"{len(result.skipped)} matrices"
         rows.append(("not quantized", f"{matrices}; aoconvert.json has the reasons"))

@@ -30,20 +30,22 @@ Examples:
     "device",
     type=click.Choice(["cpu", "cuda", "xpu"]),
     required=True,
-    help="What to pack for; cpu is the CPU of this machine.",
+    help="Device to pack for; cpu means the CPU of this machine.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder for the result. Default: PATH-DEVICE, beside it."
+    "-o", "--output", type=click.Path(path_type=Path), help="Output folder. Default: PATH-DEVICE, beside PATH."
 )
 @click.option(
-    "--overwrite", is_flag=True, help="Replace an earlier result of aoconvert there, and nothing of anybody else."
+    "--overwrite",
+    is_flag=True,
+    help="Replace an earlier result of aoconvert in the output folder, never anything else.",
 )
 @common
 def command(*, checkpoint: Path, device: str, output: Path | None, overwrite: bool, out: Output) -> int:
     """Pack the int4 weights of a converted checkpoint for another device.
 
-    Nothing is quantized again: the same codes, scales and zero points, read again from what was written. Everything
-    else is taken over.
+    It quantizes nothing again: the codes, scales and zero points stay the same, and are compared afterwards. Everything
+    else is copied.
     """
     from aoconvert import api
 
@@ -61,6 +63,6 @@ def _summary(done: Repacked) -> RenderableType:
         if entry.name in done.before:
             layouts = f"{done.before[entry.name]} → {entry.layout.packing}"
             rows.append((entry.name or entry.class_name, f"{layouts}, {size(entry.totals.bytes_out)}"))
-    rows.append(("weights", f"{done.weights} packed anew, every code, scale and zero point the same"))
+    rows.append(("weights", f"{done.weights} packed again; every code, scale and zero point is the same"))
     rows.append(("time", f"{done.seconds:.1f} s"))
     return Output.table([*rows, ("output", str(done.output))])

@@ -31,10 +31,12 @@ Examples:
 
 @click.command("schemes", epilog=EXAMPLES)
 @click.argument("name", required=False, shell_complete=complete_scheme)
-@click.option("--all", "everything", is_flag=True, help="Every scheme, with torchao config and what can load it.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Show every scheme, with its torchao config and what can load it."
+)
 @common
 def command(*, name: str | None, everything: bool, out: Output) -> None:
-    """List the schemes: size, whether they work here, and when to choose them; or show NAME in full."""
+    """List the schemes: their size, whether they work here, and when to choose them; or show NAME in full."""
     from aoconvert import schemes
 
     if name is not None:
@@ -137,7 +139,10 @@ def _screen(rows: list[dict[str, Any]]) -> RenderableType:
         for line in fold(rows, columns - _BESIDE_SUMMARY)
     ]
     table = Output.table(lines, {"scheme": WHOLE, "bytes": NUMBER, "here": WHOLE, "when to choose it": WHOLE})
-    notes = "bytes: per parameter. GPU: made here, runs on a GPU. --all: everything; schemes NAME: one in full"
+    notes = (
+        "bytes: per parameter. GPU: can be made here, runs on a GPU. --all shows everything, schemes NAME one "
+        "scheme in full"
+    )
     return Group(table, Text(notes if len(notes) <= columns else notes.partition(". ")[2], style="dim"))
 
 
@@ -179,7 +184,7 @@ def _one(row: dict[str, Any]) -> RenderableType:
             ("also called", ", ".join(row["aliases"])),
             ("torchao config", f"{row['config']}({settings})"),
             ("weights", f"{row['weight_dtype']}, {row['tensor_class']}, {row['packing']}"),
-            ("activations", row["activation_dtype"] or "as they are"),
+            ("activations", row["activation_dtype"] or "not quantized"),
             ("granularity", row["granularity"]),
             ("--group-size", "yes" if row["group_size_option"] else "no"),
             ("file size", f"{row['bytes_per_parameter']:.2f} bytes per parameter, scales included (bfloat16: 2)"),

@@ -35,9 +35,9 @@ _COLORS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 def command(*, checkpoint: str, out: Output, **options: Any) -> int:
     """Prove that a converted checkpoint loads, in a fresh process. Default: ./out.
 
-    Checks the manifest, the files, the pickles (read without executing anything), the versions, torch.load with
+    It checks the manifest, the files, the pickles (read without executing anything), the versions, torch.load with
     weights_only, from_pretrained, the numbers, and one forward pass; with --source also that the library opens the
-    same model, tokenizers and configs out of both. Writes aoconvert.verify.json.
+    same model, tokenizers and configs from both. It writes aoconvert.verify.json.
     """
     if checkpoint == _DEFAULT and not Path(checkpoint).exists():
         raise UsageError(f"no ./{_DEFAULT} here", hint="aoconvert verify PATH, or a model on the Hub as user/repo")

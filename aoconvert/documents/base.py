@@ -18,7 +18,7 @@ class Error(Document):
     message: str
     hint: str | None
     exit_code: int
-    retryable: bool = Field(description="the same command can succeed later though nothing was changed")
+    retryable: bool = Field(description="the same command can succeed later without any change")
     problems: list[str]
 
 

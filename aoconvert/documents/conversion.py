@@ -32,7 +32,9 @@ class PlannedTensor(Document):
     reason: str | None
     bytes_in: int
     bytes_out: int
-    device: str | None = Field(description="where it is quantized, if only a CPU can and the rest is on a GPU")
+    device: str | None = Field(
+        description="the device it is quantized on, where that is a CPU although the run uses a GPU"
+    )
     file: str | None
 
 
@@ -50,14 +52,16 @@ class PlannedComponent(Document):
     config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict")
     layout: LayoutEntry
     tensors: list[PlannedTensor]
-    missing: list[LeftOutEntry] = Field(description="tensors that the checkpoint does not hold; the library makes them")
-    dropped: list[LeftOutEntry] = Field(description="what the weights files hold and the result does not")
+    missing: list[LeftOutEntry] = Field(
+        description="tensors that the checkpoint does not hold; the library initializes them"
+    )
+    dropped: list[LeftOutEntry] = Field(description="tensors that the weights files hold and the result does not")
     files: list[SizedFile]
     totals: PlannedTotals
 
 
 class PlannedPartTensor(Document):
-    """A tensor of a part that stays as it is."""
+    """A tensor of a part that is not quantized."""
 
     name: str
     dtype: str
@@ -67,7 +71,7 @@ class PlannedPartTensor(Document):
 
 
 class PlannedPart(Document):
-    """A part of a pipeline that is not quantized and written as .bin."""
+    """A part of a pipeline that is not quantized, and is written as .bin."""
 
     name: str
     path: str
@@ -78,14 +82,14 @@ class PlannedPart(Document):
 
 
 class LeftBehind(Document):
-    """A file of the source that is not taken over."""
+    """A file of the source that is not copied."""
 
     path: str
     reason: str
 
 
 class Needs(Document):
-    """What the run takes, in bytes."""
+    """The disk space and memory that the run needs, in bytes."""
 
     disk_bytes: int
     device_peak_bytes: int
@@ -114,7 +118,7 @@ class Skipped(Document):
 
 
 class QuantizedComponent(Document):
-    """One model that was quantized. ``worst_sqnr_db`` is of its worst weight."""
+    """One model that was quantized. ``worst_sqnr_db`` is the SQNR of its worst weight."""
 
     name: str
     class_name: str
@@ -136,7 +140,7 @@ class QuantizeDocument(Document):
     bytes_out: int
     parameters: int
     quantized_parameters: int
-    quantized_fraction: float = Field(description="of the parameters outside embeddings")
+    quantized_fraction: float = Field(description="as a fraction of the parameters outside embeddings")
     peak_host_bytes: int
     peak_device_bytes: int
     skipped: list[Skipped]

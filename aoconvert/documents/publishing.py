@@ -17,7 +17,7 @@ class CardDocument(Document):
 
     path: str
     card: str
-    picture: str | None = Field(description="the SVG beside it")
+    picture: str | None = Field(description="the picture beside the card, as SVG")
     written: list[str]
     warnings: list[str]
 

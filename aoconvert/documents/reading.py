@@ -19,14 +19,14 @@ class InspectedFile(Document):
 
 
 class Range(Document):
-    """Releases, both included; ``max`` null where the newest known one still does."""
+    """A range of releases, both ends included; ``max`` is null where the newest known release is still in it."""
 
     min: str | None
     max: str | None
 
 
 class Writer(Document):
-    """Who wrote a checkpoint, null where nothing says it; ``how`` it is known."""
+    """The program that wrote a checkpoint, null where unknown; ``how`` says what tells."""
 
     tool: str | None
     torchao: str | None

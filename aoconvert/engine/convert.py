@@ -83,7 +83,7 @@ def run(
         stage.publish(manifest.encode(written))
     for component in plan.components:  # the result is in its place
         prepare_kernels(plan.devices[0], component.tensors)
-    warnings = (*plan.warnings, *([f"the earlier run's work is not used: {unused}"] if unused else []))
+    warnings = (*plan.warnings, *([f"the earlier run's work cannot be used: {unused}"] if unused else []))
     return QuantizeResult.of(plan, written, warnings, resumed)
 
 

@@ -57,7 +57,8 @@ def open_devices(devices: Sequence[str], *, allow_cpu: bool) -> tuple[str, ...]:
     for device, why in failures.items():
         if not allow_cpu:
             raise DeviceError(
-                f"{device} cannot be used: {why}", hint="free it, choose another, or let --device auto take the CPU"
+                f"{device} cannot be used: {why}",
+                hint="free it, choose another, or use --device auto, which falls back to the CPU",
             )
         _log.warning("%s cannot be used: %s", device, why)
     return tuple(device for device in devices if device not in failures) or ("cpu",)
@@ -155,7 +156,7 @@ class Lanes:
         if not self.allow_cpu:
             raise DeviceMemoryError(
                 f"{lane.device} has no memory left for {name}",
-                hint="free the GPU, or let what does not fit go to the CPU with --device auto",
+                hint="free the GPU, or use --device auto, which quantizes what does not fit on the CPU",
             )
         _log.warning("%s has no memory left for %s: it is quantized on the CPU", lane.device, name)
         return None
@@ -272,7 +273,7 @@ class Lane:
             if accelerators.is_full(error):
                 raise
             raise DeviceError(
-                f"{self.device} failed: {error}".splitlines()[0], hint="see what its driver says (nvidia-smi, xpu-smi)"
+                f"{self.device} failed: {error}".splitlines()[0], hint="check its driver (nvidia-smi, xpu-smi)"
             ) from error
 
 

@@ -23,7 +23,7 @@ from aoconvert.planning.types import ComponentPlan, StreamedPlan
 if TYPE_CHECKING:
     from aoconvert.planning.types import Plan
 
-_HINT = "does from_pretrained open this model?"
+_HINT = "check that from_pretrained opens this model"
 
 
 class LoadInto(Protocol):

@@ -103,8 +103,10 @@ def quantize_rows(
 def not_finite(name: str, weight: torch.Tensor, dtype: torch.dtype, error: ErrorStats, scheme: Scheme) -> QuantizeError:
     """Say where the NaN or infinity comes from: the source, the cast, or the scheme."""
     if not math.isfinite(error.signal):
-        return QuantizeError(f"{name} holds NaN or infinity", hint="repair the source, or leave it out with --skip")
+        return QuantizeError(
+            f"{name} holds NaN or infinity", hint="repair the source, or leave this tensor unquantized with --skip"
+        )
     if not bool(weight.to(dtype).isfinite().all()):
         return QuantizeError(f"{name} overflows {str(dtype).removeprefix('torch.')}", hint="choose --dtype bfloat16")
     other = ", or choose int8wo" if scheme.name != "int8wo" else ""
-    return QuantizeError(f"{name}: {scheme.name} gives NaN or infinity for it", hint=f"--skip {name}{other}")
+    return QuantizeError(f"{name}: {scheme.name} turns it into NaN or infinity", hint=f"--skip {name}{other}")

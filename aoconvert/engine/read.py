@@ -93,7 +93,7 @@ class ComponentReading:
         path, name = source.file, source.name
         info = self._reader.infos().get(name)
         if info is None or (info.file, info.shape, info.dtype) != (path, source.shape, source.dtype):
-            raise ReadError(f"{path}: {name} is not what it was when the plan was made", hint="run again")
+            raise ReadError(f"{path}: {name} changed since the plan was made", hint="run again")
         return self._reader.read(name, into) if rows is None else self._reader.read_rows(name, *rows, into)
 
     def digests(self) -> Mapping[str, str]:

@@ -86,31 +86,31 @@ def _keep_or_discard(stage: Stage) -> str | None:
         return None
     if stage.holds_unchecked_work:
         stage.leave()
-        return f"what an earlier run left is still in {stage.root}; --no-resume starts afresh"
+        return f"the work of an earlier run is still in {stage.root}; --no-resume starts over"
     if not stage.kept:
         stage.discard()
         return None
     stage.leave()
     kept = f"{stage.kept} of {stage.total} tensors are kept in {stage.root}"
-    return f"the same command goes on: {kept}; --no-resume starts afresh"
+    return f"the same command continues: {kept}; --no-resume starts over"
 
 
 def _interrupted(stage: Stage) -> Interrupted:
     if stage.published:
-        return Interrupted("interrupted; the output is whole")
+        return Interrupted("interrupted; the output is complete")
     kept = _keep_or_discard(stage)
     if kept is None:
         return Interrupted("interrupted; the unfinished output was removed")
     if not stage.kept:
         return Interrupted("interrupted", hint=kept)
-    message = f"interrupted; {stage.kept} of {stage.total} tensors are kept, run the same command again to go on"
-    return Interrupted(message, hint=f"they are in {stage.root}; --no-resume starts afresh")
+    message = f"interrupted; {stage.kept} of {stage.total} tensors are kept, run the same command again to continue"
+    return Interrupted(message, hint=f"they are in {stage.root}; --no-resume starts over")
 
 
 def _out_of_memory(stage: Stage, host_bytes: int | None) -> HostMemoryError:
-    takes = f": this run takes about {size(host_bytes)} of it" if host_bytes is not None else ""
-    hint = "end other programs or raise the limit; on fewer cores (taskset) it takes less"
-    return HostMemoryError(f"memory ran out{takes}", hint="; ".join(filter(None, [hint, _keep_or_discard(stage)])))
+    takes = f": this run needs about {size(host_bytes)} of it" if host_bytes is not None else ""
+    hint = "close other programs or raise the limit; on fewer cores (taskset) a run needs less"
+    return HostMemoryError(f"out of memory{takes}", hint="; ".join(filter(None, [hint, _keep_or_discard(stage)])))
 
 
 class Stage:

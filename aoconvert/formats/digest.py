@@ -62,13 +62,15 @@ class _State:
 
 def changed_while_read(name: str) -> ReadError:
     """What is said of a source file that is not what it was when the run began with it."""
-    return ReadError(f"{name} changed while it was read", hint="let whoever writes it finish, and run again")
+    return ReadError(
+        f"{name} changed while it was read", hint="wait until the program that writes it has finished, and run again"
+    )
 
 
 def damaged_in_cache(name: str) -> ReadError:
     """What is said of a file whose digest is not the one the Hub names."""
     return ReadError(
-        f"{name} is damaged: its SHA-256 is not the one the Hub names",
+        f"{name} is damaged: its SHA-256 is not the one on the Hub",
         hint="delete it from the Hub cache and run again",
     )
 

@@ -46,7 +46,7 @@ def read_gguf(source: ByteSource, label: str) -> GgufHeader:
     order = "<" if head[4:6] != b"\0\0" else ">"
     version, tensors, count = struct.unpack_from(f"{order}IQQ", head, 4)
     if version not in (2, 3):
-        raise SourceError(f"{label} is GGUF of version {version}, which is not known here")
+        raise SourceError(f"{label} is a GGUF file of version {version}, which aoconvert does not know")
     return GgufHeader(version, tensors, _gguf_values(head, order, count))
 
 

@@ -102,4 +102,4 @@ def open_reader(path: Path, observe: Observe | None = None, header: Any = None) 
         if path.suffix in entry.suffixes:
             return entry.import_reader()[0](path, observe, header)
     known = ", ".join(suffix for entry in FORMATS.values() for suffix in entry.suffixes)
-    raise SourceError(f"{path}: unknown kind of weights file", hint=f"aoconvert reads {known}")
+    raise SourceError(f"{path}: unknown type of weights file", hint=f"aoconvert reads {known}")

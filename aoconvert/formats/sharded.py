@@ -70,7 +70,7 @@ class CheckpointReader:
                 if name in self._infos:
                     raise SourceError(
                         f"{root}: tensor {name!r} is in both {self._infos[name].file} and {file}",
-                        hint="remove one of the files, or add an index that says which one counts",
+                        hint="remove one of the files, or add an index that says which one to use",
                     )
                 self._infos[name] = info
 

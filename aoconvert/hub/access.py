@@ -61,7 +61,7 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Preflight:
     problems = []
     role = (me.get("auth") or {}).get("accessToken", {}).get("role")
     if role == "read":
-        problems.append(f"this token of {job.user} is one that may only read: it may not write anything")
+        problems.append(f"this token of {job.user} is read-only")
     info = _info(job)
     problems += _collection_problems(job)
     if info is None:
@@ -81,7 +81,7 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Preflight:
         warnings += [f"{job.repo_id}: {line}" for line in head.held.notes]
         warnings += [f"it takes the place of another model: {head.held.model}"] if head.held.model is not None else []
     if found.others:
-        warnings.append(f"{job.repo_id} keeps files that this push does not know: {some(list(found.others))}")
+        warnings.append(f"{job.repo_id} keeps files that are not part of this push: {some(list(found.others))}")
     return Preflight(info is not None, head, found, tuple(warnings))
 
 
@@ -161,7 +161,7 @@ def _ref_problems(job: Job, head: BranchHead, found: Changes) -> list[str]:
     tags = {tag.name: tag.target_commit for tag in refs.tags}
     problems = []
     if job.branch in tags:
-        problems.append(f"{job.branch} is a tag of {job.repo_id}, and a commit needs a branch")
+        problems.append(f"{job.branch} is a tag of {job.repo_id}, but a commit needs a branch")
     tag = job.options.tag
     if tag is not None and tag in {branch.name for branch in refs.branches}:
         problems.append(f"{tag} is a branch of {job.repo_id}, and cannot be a tag too")
@@ -180,7 +180,7 @@ def _collection_problems(job: Job) -> list[str]:
     except HubError as error:
         if failed_status(error.__cause__) not in (401, 403, 404):
             raise
-        return [f"there is no collection {slug}, or this token may not see it"]
+        return [f"the collection {slug} does not exist, or this token may not see it"]
     return []
 
 

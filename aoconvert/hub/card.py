@@ -32,7 +32,7 @@ class CardFiles:
 
 
 def own_card(folder: Path, options: PushOptions) -> CardFiles | None:
-    """The card that somebody wrote, or changed by hand; ``None`` where there is none.
+    """The card that somebody wrote, or edited by hand; ``None`` where there is none.
 
     Raises:
         PlanError: it cannot be sent, or the options would change it.
@@ -85,7 +85,7 @@ def _keep_card(folder: Path, options: PushOptions) -> CardFiles:
     if names:
         raise PlanError(
             [f"{CARD_NAME} was written by hand: {' and '.join(names)} would be lost on it"],
-            hint=f"edit {CARD_NAME}, or move it away to have one rendered",
+            hint=f"edit {CARD_NAME}, or move it away to have a card generated",
         )
     found = [name for name in (CARD_NAME, PICTURE_NAME) if (folder / name).is_file()]
     outside = [f"{name} is a link that leaves the folder" for name in found if not stays_inside(folder, name)]
@@ -93,7 +93,7 @@ def _keep_card(folder: Path, options: PushOptions) -> CardFiles:
         raise PlanError(outside)
     files = tuple(UploadFile.from_bytes(name, read_limited(folder / name, CARD_BYTES)) for name in found)
     text = _check_card(files[0])
-    return CardFiles(files, text, (f"{CARD_NAME} was written by hand, and is sent as it is",), kept=True)
+    return CardFiles(files, text, (f"{CARD_NAME} was written by hand, and is sent unchanged",), kept=True)
 
 
 def _check_card(card: UploadFile) -> str:

@@ -24,7 +24,7 @@ from aoconvert.sources.folder import list_folder, stays_inside
 FILE_LIMIT = 50_000_000_000
 FILE_RECOMMENDED = 20_000_000_000
 _OWN = frozenset({MANIFEST_NAME, REPORT_NAME, CARD_NAME, PICTURE_NAME})
-VERIFY_HINT = "run aoconvert verify, or publish it as it is with --allow-unverified"
+VERIFY_HINT = "run aoconvert verify, or publish it unverified with --allow-unverified"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _file_problems(folder: Path, entry: FileEntry) -> Iterator[str]:
     parts = PurePosixPath(entry.path).parts
     place = folder / entry.path
     if entry.path in _OWN:
-        yield f"the manifest lists {entry.path}, which push makes itself"
+        yield f"the manifest lists {entry.path}, which push itself writes"
     elif any(part.startswith(".") or part == "__pycache__" for part in parts):
         yield f"the manifest lists {entry.path}, and hidden files are not sent"
     elif not place.is_file():
@@ -93,7 +93,7 @@ def _file_problems(folder: Path, entry: FileEntry) -> Iterator[str]:
     elif not os.access(place, os.R_OK):
         yield f"{entry.path} cannot be read: no permission"
     elif place.stat().st_size != entry.size:
-        yield f"{entry.path} has {place.stat().st_size} bytes, the manifest says {entry.size}"
+        yield f"{entry.path} has {place.stat().st_size} bytes, but the manifest says {entry.size}"
     elif entry.size > FILE_LIMIT:
         size = f"{entry.size / 1e9:.0f} GB"
         yield f"{entry.path} has {size}, and the Hub takes no file over 50 GB (quantize with --max-shard-size 20GB)"
@@ -108,7 +108,7 @@ def _verification(folder: Path, manifest_sha256: str) -> tuple[Report | None, li
     except (OSError, ValueError):
         return None, [f"not verified: {REPORT_NAME} cannot be read"]
     if report.manifest_sha256 != manifest_sha256:
-        return None, [f"not verified: {REPORT_NAME} is of another {MANIFEST_NAME}"]
+        return None, [f"not verified: {REPORT_NAME} belongs to another {MANIFEST_NAME}"]
     if not report.ok:
         failed = ", ".join(check.name for check in report.failed)
         return report, [f"the verification failed: {failed or 'no check passed'}"]
@@ -120,7 +120,7 @@ def _weak_spots(report: Report) -> list[str]:
     reload = report.check("reload")
     if not report.ok or (reload is not None and reload.status == "passed"):
         return []
-    why = reload.detail if reload is not None else "not asked for"
+    why = reload.detail if reload is not None else "it was not requested"
     return [f"the verification did not open the model ({why})"]
 
 
@@ -130,7 +130,7 @@ def _find_changed_files(folder: Path, entries: dict[str, FileEntry]) -> list[str
     late = [path for path in entries if (folder / path).is_file() and (folder / path).stat().st_mtime_ns > limit]
     if not late:
         return []
-    return [f"written after the verification: {some(late)} (verify again, or --rehash compares the contents)"]
+    return [f"modified after the verification: {some(late)} (verify again, or compare the contents with --rehash)"]
 
 
 def _rehash(folder: Path, entries: list[FileEntry], progress: Progress) -> list[str]:
@@ -158,7 +158,7 @@ def _left_out(folder: Path, sent: set[str]) -> list[str]:
         if path not in sent | _OWN
         and not any(part.startswith(".") or part == "__pycache__" for part in path.split("/"))
     ]
-    return [f"not sent, because the manifest does not list it: {some(names)}"] if names else []
+    return [f"not sent, because the manifest does not list them: {some(names)}"] if names else []
 
 
 def public_report(report: dict[str, Any], folder: Path, repo_id: str) -> bytes:

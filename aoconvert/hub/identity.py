@@ -22,10 +22,10 @@ def other_model(ours: Manifest, theirs: Manifest) -> str | None:
     """
     mine, other = ours.source.repo_id, theirs.source.repo_id
     if mine is not None and other is not None and mine.lower() != other.lower():
-        return f"one made from {other}, and this is made from {mine}"
+        return f"one made from {other}, and this one is made from {mine}"
     if mine is not None and other is not None and (ours.source.subfolder or "") != (theirs.source.subfolder or ""):
         there, here = (entry.source.subfolder or "the root" for entry in (theirs, ours))
-        return f"the model in {there} of {other}, and this is the one in {here}"
+        return f"the model in {there} of {other}, and this one is the model in {here}"
     if _kind(ours, theirs) != _kind(theirs, ours):
         return f"a {_kind(theirs, ours)}, and this is a {_kind(ours, theirs)}"
     before, now = _by_name(theirs), _by_name(ours)
@@ -37,7 +37,7 @@ def other_model(ours: Manifest, theirs: Manifest) -> str | None:
             return f"another {old.class_name}: {odd}"
     if not before.keys() & now.keys() and (mine is None or other is None):
         return (
-            f"one with {_names(before)} quantized, and this one has {_names(now)}: nothing says that they are the same"
+            f"one with {_names(before)} quantized, and this one has {_names(now)}: nothing shows that they are the same"
         )
     return None
 
@@ -51,7 +51,7 @@ def other_config(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | No
 def _class_of(config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else None
-    return str(config.get("_class_name") or first or config.get("model_type") or "model of no known class")
+    return str(config.get("_class_name") or first or config.get("model_type") or "model of an unknown class")
 
 
 def _kind(manifest: Manifest, other: Manifest) -> str:

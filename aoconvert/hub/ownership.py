@@ -64,7 +64,7 @@ class Branch:
             return Path(self.api.hf_hub_download(self.repo_id, path, revision=self.commit, local_dir=folder))
 
     def is_small(self, path: str) -> bool:
-        """Whether it is there, and is no weights file."""
+        """Whether it is there, and is not a weights file."""
         return path in self.files and self.files[path].size <= _SMALL
 
 

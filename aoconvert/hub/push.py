@@ -47,7 +47,7 @@ def push(folder: Path, repo_id: str, options: PushOptions, progress: Progress) -
     try:
         contents, own = _local(folder, repo_id, options, progress)
         if not options.dry_run and is_offline_mode():
-            raise HubError("HF_HUB_OFFLINE is set, and push needs the Hub", hint="unset it, or use --dry-run")
+            raise HubError("HF_HUB_OFFLINE is set, but push needs the Hub", hint="unset it, or use --dry-run")
         if not options.dry_run and options.token is None:
             raise no_token()
         card = _card(folder, repo_id, options, own)
@@ -66,7 +66,7 @@ def push(folder: Path, repo_id: str, options: PushOptions, progress: Progress) -
 
 def _check_usage(options: PushOptions) -> None:
     if options.create_pr and options.revision not in (None, "main"):
-        raise UsageError("--create-pr opens a pull request against main", hint="leave out --revision")
+        raise UsageError("--create-pr opens a pull request against main", hint="omit --revision")
     if options.create_pr and options.tag is not None:
         raise UsageError(
             "--tag names a commit of a branch, and --create-pr makes none", hint="tag it once it is merged"
@@ -204,8 +204,8 @@ def _find_problems(job: Job, commit: str, report: Report) -> list[str]:
     failed = some([f"{check.name}: {check.detail}" for check in report.failed])
     again = shlex.join(["aoconvert", "verify", job.repo_id, "--revision", commit])
     return [
-        f"{job.repo_id}: commit {commit[:12]} is there, and does not pass from there: {failed}",
-        f"look again with {again}; then push a mended checkpoint, or go back to an earlier commit in the list at "
+        f"{job.repo_id}: commit {commit[:12]} is on the Hub, but does not pass the verification from there: {failed}",
+        f"check again with {again}; then push a repaired checkpoint, or revert to an earlier commit from the list at "
         f"{job.api.endpoint}/{job.repo_id}/commits/{job.branch}",
     ]
 
@@ -224,7 +224,7 @@ def _send(sending: Sending, preflight: Preflight, hashed: frozenset[str]) -> Com
         else:
             hash_files(sending, preflight.changes.missing, hashed)
             arrived = send(sending, _make_place(job, preflight))
-        sending.state = f"the commit {arrived.commit[:12]} is there; run the same command again to finish"
+        sending.state = f"the commit {arrived.commit[:12]} is on the Hub; run the same command again to finish"
         _compare(job, arrived.commit)
         _label(job, arrived.commit)
     except KeyboardInterrupt:
@@ -276,12 +276,13 @@ def _compare(job: Job, commit: str) -> None:
     try:
         found = list_files(job, commit)
     except HubError as error:
-        raise again(f"{error.message}; commit {commit[:12]} is made, but it is not compared yet") from error.__cause__
+        raise again(f"{error.message}; commit {commit[:12]} was made, but is not compared yet") from error.__cause__
     problems = differences(job, found)
     if problems:
         raise HubError(
             f"{job.repo_id}: commit {commit[:12]} is not what was sent: {some(problems)}",
-            hint="a .gitignore in the repo, or somebody else's commit? Look at the repo, then run it again",
+            hint="is there a .gitignore in the repo, or another user's commit? Check the repo, then run the command "
+            "again",
         )
 
 
@@ -293,7 +294,9 @@ def _label(job: Job, commit: str) -> None:
             job.api.create_tag(job.repo_id, tag=tag, revision=commit, exist_ok=True)
             tags = {found.name: found.target_commit for found in job.api.list_repo_refs(job.repo_id).tags}
         if tags.get(tag) != commit:
-            raise HubError(f"{job.repo_id}: somebody else made a tag {tag} in the meantime", hint="give another --tag")
+            raise HubError(
+                f"{job.repo_id}: another user created the tag {tag} in the meantime", hint="choose another --tag"
+            )
     if job.options.collection is not None:
         with translate_errors(job.options.collection, None, doing="write"):
             job.api.add_collection_item(job.options.collection, job.repo_id, "model", exists_ok=True)

@@ -225,24 +225,25 @@ def differences(job: Job, found: Mapping[str, RemoteFile]) -> list[str]:
         elif there.size != file.size:
             problems.append(f"{file.path} has {there.size} bytes, not {file.size}")
         elif not there.holds(file):
-            problems.append(f"{file.path} has another content")
-    return problems + [f"{path} is there too" for path in sorted(job.weights(found))]
+            problems.append(f"{file.path} has different contents")
+    return problems + [f"{path} is there, but was not sent" for path in sorted(job.weights(found))]
 
 
 def refusals(job: Job, found: Changes) -> list[str]:
     """What of somebody else's a commit would destroy, one line each; nothing where ``--replace`` asks for it."""
     problems = []
     if found.model is not None:
-        problems.append(f"{job.repo_id} holds another model: {found.model} (--replace puts this one in its place)")
+        problems.append(f"{job.repo_id} holds another model: {found.model} (--replace replaces it)")
     if found.foreign:
         problems.append(
-            f"{job.repo_id} has other weights, which a loader could take in place of these: "
+            f"{job.repo_id} has other weights, which a loader could use instead of these: "
             f"{some(list(found.foreign))} (--replace deletes them in the same commit)"
         )
     if found.overwritten and found.model is None:
         problems.append(
-            f"{job.repo_id} has files that are not from aoconvert, or were changed there since, in the place of these: "
-            f"{some(list(found.overwritten))} (--replace overwrites them; a README.md in the folder is sent as it is)"
+            f"{job.repo_id} has files of the same names that aoconvert did not write, or that were changed there "
+            f"since: "
+            f"{some(list(found.overwritten))} (--replace overwrites them; a README.md in the folder is sent unchanged)"
         )
     return problems
 

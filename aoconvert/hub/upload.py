@@ -74,7 +74,7 @@ def hash_files(sending: Sending, files: Sequence[UploadFile], hashed: frozenset[
             sending.prepared[file.path] = addition
     sending.progress.finish()
     if problems:
-        raise PlanError(problems, hint="make the checkpoint again, or verify what is there")
+        raise PlanError(problems, hint="make the checkpoint again, or verify it as it is now")
 
 
 def send(sending: Sending, first: BranchHead) -> CommitRef:
@@ -106,7 +106,7 @@ def send(sending: Sending, first: BranchHead) -> CommitRef:
     raise failure
 
 
-_COMMITTING = "the commit was being made, and may be there"
+_COMMITTING = "the commit had been requested, and may exist"
 
 
 def _may_try_again(error: HubError) -> bool:
@@ -136,8 +136,8 @@ def _look_again(sending: Sending, first: BranchHead, failure: HubError | None, a
     others = conflict(sending.job, first, head)
     if others:
         raise HubError(
-            f"{sending.job.repo_id}: somebody else committed in the meantime, and changed {some(others)}",
-            hint="look at the repo, then run it again",
+            f"{sending.job.repo_id}: another user committed in the meantime, and changed {some(others)}",
+            hint="check the repo, then run the command again",
         )
     if refused := refusals(sending.job, problems):
         raise HubRefusal(refused)

@@ -88,12 +88,12 @@ class _Counter(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         if time.thread_time() > self.until:
-            raise TookTooLong("the pass takes too long")
+            raise TookTooLong("the forward pass takes too long")
         if _product(func, (*args, *(kwargs or {}).values())[:2]) > _MOST:
-            raise TookTooMuch("the pass takes too much memory")
+            raise TookTooMuch("the forward pass needs too much memory")
         output = func(*args, **(kwargs or {}))
         if isinstance(output, torch.Tensor) and output.numel() > _MOST:
-            raise TookTooMuch("the pass takes too much memory")
+            raise TookTooMuch("the forward pass needs too much memory")
         return output
 
 

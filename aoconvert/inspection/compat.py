@@ -69,7 +69,7 @@ def loading(names: Iterable[str], tensors: Iterable[BinTensor]) -> Loading:
         low, high = max(low, begin), min(high, end)
     unheard = [name for name in ours if _present(name) == _NOWHERE]
     if unheard:
-        why = [f"{name} is in no release of torchao that is known here" for name in unheard]
+        why = [f"{name} is not in any torchao release that aoconvert knows" for name in unheard]
         return Loading(None, None, tuple(why), possible=False)
     why = []
     if low > ALL[0]:
@@ -106,10 +106,15 @@ def loading_safetensors(classes: Iterable[str]) -> Loading:
     for name in sorted(set(classes)):
         since = class_named(name).safetensors_since
         if since is None:
-            return Loading(None, None, (f"{name} is in no known release's safetensors format",), possible=False)
+            return Loading(
+                None,
+                None,
+                (f"{name} is not in the safetensors format of any torchao release that aoconvert knows",),
+                possible=False,
+            )
         if RELEASES.index(since) > first:
             first = RELEASES.index(since)
-            why = [f"torchao's safetensors format takes {name} since {short(first)}"]
+            why = [f"torchao's safetensors format supports {name} since {short(first)}"]
     return Loading(short(first), None, tuple(why))
 
 

@@ -137,14 +137,14 @@ def _problems(
     if loading is not None and version is not None:
         fits = compat.fits(version, loading)
         if fits is False:
-            problems.append(f"torchao {version} is here, and it loads with {span_text(loading)}")
+            problems.append(f"torchao {version} is installed, but it loads with {span_text(loading)}")
             problems += loading.why
         unknown = unknown or fits is None
     named = loading is not None and library == "diffusers" and isinstance(config.get("quant_type"), str)
     if named and version_at_least("diffusers", _NO_NAMES):
         problems.append(
             f"diffusers {version_of('diffusers')} does not read the quant_type {config['quant_type']!r} of its "
-            "config.json: it is a name, today it must be a torchao config"
+            "config.json: it is a name, but must now be a torchao config"
         )
     if layout is not None and layout.device != "any":
         here = _device_here(layout)
@@ -184,7 +184,7 @@ def _device_here(layout: PackedLayout) -> bool | None:
 def span_text(loading: Loading) -> str:
     """``torchao 0.7 to 0.17``."""
     if not loading.possible:
-        return "no known release of torchao"
+        return "no torchao release that aoconvert knows"
     if loading.maximum is None:
         return f"torchao {loading.minimum} or later"
     if loading.minimum == loading.maximum:
@@ -214,9 +214,9 @@ def _advice(
     advice: list[str] = []
     unsafe = [file for file in files if file.unsafe]
     if unsafe:
-        advice.append("do not load it, and never with weights_only=False; get safetensors from its author")
+        advice.append("do not load it, least of all with weights_only=False; ask its author for safetensors")
         if any("builtins.getattr" in (file.unsafe or "") for file in unsafe):
-            advice.append("Python 3.11.2 writes enums through getattr: a file made with it must be made again")
+            advice.append("Python 3.11.2 pickles enums through getattr: write the file again with another Python")
     if loading is not None:
         advice += _loading_advice(loading, scheme)
     if layout is not None and layout.note:
@@ -230,7 +230,7 @@ def _advice(
     if any(place.startswith(("cuda", "xpu")) for place in places):
         advice.append('it was saved from a GPU: torch.load(..., map_location="cpu") where there is none')
     if kind == "torchao" and scheme is not None and "unknown" in scheme.split("+"):
-        advice.append("a tensor class here is not known well enough to name its scheme")
+        advice.append("aoconvert does not know one of its tensor classes well enough to name the scheme")
     return advice
 
 
@@ -242,13 +242,14 @@ def _loading_advice(loading: Loading, scheme: str | None) -> list[str]:
             advice.append(f"install it: pip install '{requirement(loading)}'")
         elif loading.possible:
             advice.append(
-                f"to open it as it is: pip install torchao=={loading.best}, with the torch and diffusers of that time"
+                f"to open it unchanged: pip install torchao=={loading.best}, with the torch and diffusers releases "
+                f"of that time"
             )
         else:
-            advice.append("no known release of torchao loads it")
+            advice.append("no torchao release that aoconvert knows loads it")
         if loading.maximum is not None or not loading.possible:
             advice.append(
-                "or quantize the original again, which gives other values (±1 for int8): "
+                "or quantize the original again, which gives slightly different values (±1 for int8): "
                 f"aoconvert quantize SOURCE --scheme {_nearest(scheme)}"
             )
     if loading.imports:
@@ -277,7 +278,7 @@ def _nearest(scheme: str | None) -> str:
 def _foreign_advice(kind: str, config: Mapping[str, Any]) -> list[str]:
     if kind == "quanto":
         if config.get("quant_method") == "quanto":
-            return ["diffusers has deprecated QuantoConfig (gone in 1.0)"]
+            return ["diffusers has deprecated QuantoConfig, and removes it in 1.0"]
         return [
             "written by optimum-quanto itself: plain diffusers opens it without an error and leaves the weights on "
             "meta; use optimum.quanto's QuantizedDiffusersModel or QuantizedTransformersModel"

@@ -46,7 +46,7 @@ def inspect(reference: str, hub: HubOptions = DEFAULT_HUB) -> Inspection:
     if place is not None:
         if not _may_hold_weights(place):
             raise SourceError(
-                f"{reference} is no weights file", hint=f"weights are in {', '.join(sorted(WEIGHT_SUFFIXES))}"
+                f"{reference} is not a weights file", hint=f"weights are in {', '.join(sorted(WEIGHT_SUFFIXES))}"
             )
         source: Source = FolderSource(place.parent)
         reader = _Reader(source)
@@ -108,7 +108,7 @@ class _Reader:
         part = self._model("", "", None)
         if part is None:
             raise SourceError(
-                f"{self._source.label} holds no weights that are known here",
+                f"{self._source.label} holds no weights that aoconvert knows",
                 hint="give the folder that has model_index.json or config.json in it, or one weights file",
             )
         return part.library, part.class_name, [part]

@@ -62,7 +62,7 @@ class Checked:
                 self._check(weight, done)
         except (RuntimeError, _DifferenceError) as error:
             self._kernel = None
-            _log.warning("the compiled %s is not used any more: %s", self._scheme.name, error)
+            _log.warning("the compiled kernel %s is no longer used: %s", self._scheme.name, error)
             return None
         kind, names, context = self._built[weight.shape[1]]
         parts = dict(zip(names, done.parts, strict=True))

@@ -187,9 +187,9 @@ class Building:
         }
         try:
             if self._folder is None:
-                _log.debug("no kernel: there is no cache")
+                _log.debug("no kernel: no cache is available")
             elif (compiler := shutil.which(os.environ.get("CXX", "g++"))) is None:
-                _log.debug("no kernel: there is no compiler")
+                _log.debug("no kernel: no compiler is installed")
             else:
                 _log.debug("compiling a kernel for %s with %s", scheme.name, compiler)
                 self._start(json.dumps(request).encode())
@@ -216,7 +216,7 @@ class Building:
         if self._process is None or self._process.poll() is not None:
             return True
         if time.monotonic() - self._began > _BUILD_LIMIT_S:
-            _log.debug("no kernel: the compiler takes longer than %d s", _BUILD_LIMIT_S)
+            _log.debug("no kernel: the compiler took longer than %d s", _BUILD_LIMIT_S)
             self.cancel()
         return self._process is None
 
@@ -225,7 +225,7 @@ class Building:
         if not self.done or self._process is None or self._folder is None:
             return None
         if self._process.returncode:
-            _log.debug("no kernel: the child that compiles ended with %d", self._process.returncode)
+            _log.debug("no kernel: the compiling process ended with %d", self._process.returncode)
             return None
         return _load(self._folder, self._key)
 

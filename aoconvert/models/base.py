@@ -181,7 +181,7 @@ def build_empty(component: ModelPart, build: Callable[[], nn.Module], *, buffers
         raise
     except Exception as error:  # any class may fail in its own way on a bad config
         raise SourceError(
-            f"{component.title}: {component.class_name} does not take its config.json: {error}".splitlines()[0],
+            f"{component.title}: {component.class_name} does not accept its config.json: {error}".splitlines()[0],
             hint=f"check the config against the class, or upgrade {component.library}",
         ) from error
     for module in () if buffers else model.modules():

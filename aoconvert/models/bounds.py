@@ -23,7 +23,7 @@ _SIZES = re.compile(
     r".*(?:_size|_dim|_dims|_channels|_heads|_width|_features|_embeddings|_frames|_rank)|.*experts.*|.*hidden.*"
     r"|d_model|d_ff|d_kv|dim|channels|n_embd|n_head|n_inner"
 )
-_MANY_LAYERS = 1000  # no model has so many of anything
+_MANY_LAYERS = 1000  # no model has that many of anything
 _LARGE = 1 << 31
 _FREE_PARTS = 10_000
 _PARTS_PER_TENSOR = 64  # modules and parameters of all the models that are made, for each tensor in the files
@@ -62,10 +62,10 @@ def check_config(title: str, config: Mapping[str, Any], held: Held | None) -> No
     for path, key, value in _numbers(config, ""):
         most = layers if _LAYERS.fullmatch(key) else largest if _SIZES.fullmatch(key) else None
         if most is not None and value > most:
-            there = f"its weights files hold {held.tensors:,} tensors" if held is not None else "no model has so many"
+            there = f"its weights files hold {held.tensors:,} tensors" if held is not None else "no model has that many"
             raise SourceError(
                 f"{title}: its config asks for {path} = {value:.4g}, and {there}",
-                hint="fetch config.json again, of the same revision as the weights",
+                hint="download config.json again, from the same revision as the weights",
             )
 
 
@@ -100,10 +100,10 @@ def limit_model(title: str, held: Held | None) -> Iterator[None]:
         nonlocal count
         count += 1
         if count > most:
-            there = f"its weights files hold {held.tensors:,} tensors" if held is not None else "no model has so many"
+            there = f"its weights files hold {held.tensors:,} tensors" if held is not None else "no model has that many"
             raise SourceError(
                 f"{title}: its config asks for more than {most:,} modules and parameters, and {there}",
-                hint="fetch config.json again, of the same revision as the weights",
+                hint="download config.json again, from the same revision as the weights",
             )
 
     hooks = [

@@ -141,7 +141,7 @@ def resolve_conversions(
         targets = {name: tuple(tensor.shape) for name, tensor in results.items()}
         wrong = [name for name, shape in targets.items() if shapes.get(name) != shape or name in made]
         if wrong or item.layer not in targets:
-            raise CannotConvert(f"{(wrong or [item.layer])[0]} would not come out as the model has it")
+            raise CannotConvert(f"{(wrong or [item.layer])[0]} would not get the shape that the model expects")
         made |= set(targets)
         recipes.append(_with_rows(replace(recipe, targets=targets), skeleton.model))
     return recipes

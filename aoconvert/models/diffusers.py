@@ -39,8 +39,8 @@ def model_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
         cls = getattr(diffusers, component.class_name, None)
     if hasattr(cls, "from_pretrained") and not hasattr(cls, "from_config"):
         raise SourceError(
-            f"{component.title}: {component.class_name} is a list of models, each in a folder of its own",
-            hint=f"quantize one of them alone: --subfolder {component.folder}",
+            f"{component.title}: {component.class_name} is a list of models, each in its own folder",
+            hint=f"quantize one of them: --subfolder {component.folder}",
         )
     if cls is None or not hasattr(cls, "from_config") or not hasattr(cls, "_keep_in_fp32_modules"):
         raise SourceError(

@@ -86,7 +86,7 @@ def _common(outcomes: Iterable[Mapping[str, str | None]]) -> str:
 
 def _not_dispatched(skeleton: Skeleton) -> str:
     library = skeleton.component.library
-    return f"a stack of experts that its class multiplies in a way of its own; {library} has no other for it"
+    return f"a stack of experts that its class multiplies with its own code; {library} has no alternative"
 
 
 def _try(

@@ -109,7 +109,7 @@ class Watch(TorchFunctionMode):
         name = name.removesuffix(".__get__").removeprefix("torch.").removeprefix("nn.").removeprefix("functional.")
         if func is F.linear and "weight" in kwargs:  # torchao's tensors know its arguments by their places
             name = "linear with named arguments"
-        text = f"{_caller()} uses it in {name}, which an {' or '.join(classes)} cannot do"
+        text = f"{_caller()} passes it to {name}, which an {' or '.join(classes)} does not support"
         for tensor in faulty:
             self.faults |= {key: text for key in self._known[id(tensor)][1] if key not in self.faults}
 

@@ -86,7 +86,7 @@ def own_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
         )
     except Exception as error:  # whatever diffusers, or the code that it imports, raises
         known = is_pipeline_module(module) or code_root is not None
-        code = "if it is code inside the checkpoint, read it, then use --trust-remote-code"
+        code = "if its code is inside the checkpoint, read that code, then use --trust-remote-code"
         raise SourceError(
             f"{component.title}: diffusers {diffusers.__version__} finds no {component.class_name!r} in {module!r}",
             hint="upgrade diffusers" if known else code,

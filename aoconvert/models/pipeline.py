@@ -148,7 +148,7 @@ def _find_part(source: Source, folder: str, part: PipelinePart) -> PipelinePart:
         if source.has(join(folder, part.config_name)):
             return part
     raise SourceError(
-        f"{source.label}: {join(folder, 'model_index.json')} names the part {part.name!r}, which is not there",
+        f"{source.label}: {join(folder, 'model_index.json')} names the part {part.name!r}, which does not exist",
         hint="download the whole pipeline again",
     )
 
@@ -274,7 +274,7 @@ def build_skeleton(
     if fuse_qkv:
         from aoconvert.models.fused import CannotFuse
 
-        raise CannotFuse(f"{component.title}: only models of diffusers can be fused", hint="leave out --fuse-qkv")
+        raise CannotFuse(f"{component.title}: only diffusers models can be fused", hint="leave out --fuse-qkv")
     from aoconvert.models import transformers
 
     with quiet_imports():  # a model class imports transformers' quantizers, and those more of torchao

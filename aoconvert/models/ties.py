@@ -97,14 +97,14 @@ def untie(skeleton: Skeleton, dtype: torch.dtype, *, code_root: Path | None = No
         return Untied(skeleton, {}, {}, {})
     assert skeleton.model is not None  # only transformers' models tie anything
     if where := _reads_the_key(skeleton.model):
-        why = f"{where} computes something else when they are not tied"
+        why = f"{where} computes something different when they are not tied"
         return Untied(skeleton, {}, {}, dict.fromkeys(before, why))
     changes = _changes(skeleton.component.config)
     component = replace(skeleton.component, config={**skeleton.component.config, **changes})
     changed = build_skeleton(component, dtype, code_root=code_root)
     stuck = {spec.name for spec in changed if spec.tied_to}
     free = {name: target for name, target in before.items() if name not in stuck}
-    why = f"{component.class_name} ties them whatever its config says"
+    why = f"{component.class_name} always ties them"
     if not free:
         return Untied(skeleton, {}, {}, dict.fromkeys(stuck, why))
     return Untied(changed, changes, free, dict.fromkeys(stuck, why))

@@ -53,7 +53,7 @@ def model_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
         return cls
     if reference is not None:
         raise SourceError(
-            f"{component.title}: {component.class_name} is code inside the checkpoint ({reference})",
+            f"{component.title}: {component.class_name} is defined by code inside the checkpoint ({reference})",
             hint="read that code, then use --trust-remote-code to run it",
         )
     raise SourceError(
@@ -103,7 +103,7 @@ def _dynamic_class(component: ModelPart, reference: str, code_root: Path) -> Any
     except Exception as error:  # the Hub's errors, and whatever the code raises while it is imported
         raise SourceError(
             f"{component.title}: its code {reference} cannot be used: {error}".splitlines()[0],
-            hint=f"it is in another repo, {repo}: is there a connection?" if repo else "is the file complete?",
+            hint=f"it is in another repo, {repo}: is the network reachable?" if repo else "is the file complete?",
         ) from error
 
 
@@ -329,7 +329,7 @@ def merged_reader_index(
     except Exception as error:
         raise SourceError(
             f"{component.title}: transformers could not load the checkpoint: {error}".splitlines()[0],
-            hint="does from_pretrained open it?",
+            hint="check that from_pretrained opens it",
         ) from error
     index: dict[str, tuple[Path, str]] = {}
     for module in model.modules():

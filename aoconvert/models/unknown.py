@@ -18,14 +18,14 @@ _LORA = re.compile(r"(pytorch_lora_weights|adapter_model|.*[-_.]lora|lora[-_.].*
 _ORIGINAL = "start from the original weights, as safetensors or .bin"
 # weights that are not read, by file name → the format's name, what to do; the first that is there is named
 _FORMATS = (
-    (r"adapter_model\.(safetensors|bin)", "an adapter", "merge it into its model first (peft: merge_and_unload)"),
+    (r"adapter_model\.(safetensors|bin)", "an adapter", "merge it into its base model first (peft: merge_and_unload)"),
     (r".*\.gguf", "GGUF", _ORIGINAL),
     (r"tf_model.*\.h5|.*\.h5", "TensorFlow", "from_pretrained(…, from_tf=True) of transformers 4 and save_pretrained"),
     (r".*\.msgpack", "Flax", "from_pretrained(…, from_flax=True) of transformers 4 and save_pretrained"),
     (r".*\.onnx(_data)?|.*\.ort", "ONNX", _ORIGINAL),
     (r"openvino_model.*\.(bin|xml)|.*\.xml", "OpenVINO", _ORIGINAL),
     (r".*\.(tflite|mlmodel|mlpackage|mnn|llamafile)", "an on-device format", _ORIGINAL),
-    (r"consolidated.*\.(pth|safetensors)", "the authors' own layout", "give the repo in transformers' layout (-hf)"),
+    (r"consolidated.*\.(pth|safetensors)", "the authors' own format", "use the repo in transformers' layout (-hf)"),
     (r".*\.(ckpt|pth|pt|safetensors|bin)", "a name that the library does not look for", ""),
 )
 
@@ -43,11 +43,11 @@ def explain_unknown(source: Source, folder: str) -> SourceError:
     if weights:
         return SourceError(
             f"{missing}, only weights ({', '.join(weights[:2])}{', …' if len(weights) > 2 else ''})",
-            hint="a single file in its authors' layout? Open it with from_single_file of its diffusers class, save it "
-            "with save_pretrained, and give that folder",
+            hint="for a single file in its authors' format: open it with from_single_file of its diffusers class, "
+            "save it with save_pretrained, and give that folder",
         )
     if inner := _models_below(source, folder):
-        return SourceError(missing, hint=f"there are models in folders of it: --subfolder {', '.join(inner[:3])}")
+        return SourceError(missing, hint=f"its subfolders hold models: --subfolder {', '.join(inner[:3])}")
     return SourceError(
         missing, hint="give the folder of a diffusers pipeline, a diffusers model or a transformers model"
     )
@@ -60,7 +60,8 @@ def _adapter(source: Source, folder: str, where: str) -> SourceError:
     of = f" of {base}" if isinstance(base, str) and base else ""
     return SourceError(
         f"{where} is an adapter (LoRA){of}, not a model",
-        hint="merge it into its model first (peft: merge_and_unload, diffusers: fuse_lora), and give the merged model",
+        hint="merge it into its base model first (peft: merge_and_unload, diffusers: fuse_lora), and give the merged "
+        "model",
     )
 
 
@@ -82,7 +83,9 @@ def check_class_keys(source: Source, path: str, config: Mapping[str, Any]) -> No
     """
     for key in ("_class_name", "model_type"):
         if config.get(key) is not None and not isinstance(config[key], str):
-            raise SourceError(f"{source.label}: {path}: {key} is not a text: {_short(config[key])}", hint="correct it")
+            raise SourceError(
+                f"{source.label}: {path}: {key} is not a string: {_short(config[key])}", hint="correct it"
+            )
     classes = config.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(item, str) for item in classes)):
         raise SourceError(

@@ -11,9 +11,9 @@ from aoconvert.options.fields import FOLDER, SWITCH, Option
 Revision: TypeAlias = Annotated[
     str | None, Option("Branch, tag or commit of a Hub repo.", recorded=1, pattern="[0-9a-f]{40}")
 ]
-Token: TypeAlias = Annotated[str | None, Option("Hub token; never stored.", envvar="HF_TOKEN")]
+Token: TypeAlias = Annotated[str | None, Option("Hub token; it is never stored.", envvar="HF_TOKEN")]
 CacheDir: TypeAlias = Annotated[Path | None, Option("Hub cache folder.", FOLDER)]
-LocalFilesOnly: TypeAlias = Annotated[bool, Option("Use the Hub cache, touch no network.", SWITCH)]
+LocalFilesOnly: TypeAlias = Annotated[bool, Option("Use only the Hub cache, not the network.", SWITCH)]
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class QuantizeKwargs(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """Everything ``quantize`` and ``plan`` can be told; the help of each field says what it is.
+    """The options of ``quantize`` and ``plan``; each field's help says what it does.
 
     ``scheme`` is ``None`` where the recipe, or each component, says it. A ``dtype`` of ``None`` is bfloat16, or the
     source's for a model whose class cannot run in bfloat16; a ``max_shard_size`` of ``None`` is the library's default.
@@ -87,19 +87,23 @@ class QuantizeOptions:
 
     scheme: Annotated[
         str | None,
-        Option("What to quantize to; see 'aoconvert schemes'. auto searches.", metavar="NAME", recorded=1),
+        Option(
+            "Scheme to quantize to (see 'aoconvert schemes'); auto chooses one for each tensor.",
+            metavar="NAME",
+            recorded=1,
+        ),
     ]
-    group_size: Annotated[int | None, Option("Values per scale, where the scheme has groups.", COUNT, recorded=2)] = (
-        None
-    )
+    group_size: Annotated[
+        int | None, Option("Number of values that share a scale, for schemes with groups.", COUNT, recorded=2)
+    ] = None
     settings: Annotated[
         Mapping[str, str],
-        Option("A field of the torchao config.", SETTINGS, ("--set",), metavar="KEY=VALUE", recorded=2),
+        Option("Set a field of the torchao config. Repeatable.", SETTINGS, ("--set",), metavar="KEY=VALUE", recorded=2),
     ] = field(default_factory=dict)
     recipe: Annotated[
         Path | None,
         Option(
-            "Rules, which scheme for which tensors: a TOML file, or the config.json of an earlier result.",
+            "Rules that choose a scheme for each tensor: a TOML file, or the config.json of an earlier result.",
             FILE,
             metavar="FILE",
             recorded=1,
@@ -108,7 +112,7 @@ class QuantizeOptions:
     candidates: Annotated[
         tuple[str, ...],
         Option(
-            "Schemes that auto chooses among. Default: by what the layout can run.",
+            "Schemes that auto chooses from. Default: those that the device of --layout-device can run.",
             NAMES,
             metavar="NAME,NAME",
             recorded=1,
@@ -116,20 +120,25 @@ class QuantizeOptions:
     ] = ()
     min_sqnr: Annotated[
         float | None,
-        Option("auto: the smallest scheme a tensor that has this SQNR.", NUMBER, metavar="DB", recorded=4),
+        Option(
+            "With auto: for each tensor, use the smallest scheme that reaches this SQNR.",
+            NUMBER,
+            metavar="DB",
+            recorded=4,
+        ),
     ] = None
     target_bits: Annotated[
         float | None,
-        Option("auto: spend at most this many bits per weight.", NUMBER, metavar="B", recorded=4),
+        Option("With auto: use at most this many bits per weight.", NUMBER, metavar="B", recorded=4),
     ] = None
     target_size: Annotated[
         int | None,
-        Option("auto: spend at most this many bytes, e.g. 8GB.", SIZE, metavar="SIZE", recorded=4),
+        Option("With auto: write at most this many bytes, e.g. 8GB.", SIZE, metavar="SIZE", recorded=4),
     ] = None
     skip: Annotated[
         tuple[str, ...],
         Option(
-            "Leave these unquantized: a tensor's or module's name, or re:REGEX (full match). Repeatable.",
+            "Leave matching tensors unquantized: a tensor or module name, or re:REGEX (full match). Repeatable.",
             PATTERNS,
             metavar="PATTERN",
             recorded=2,
@@ -138,18 +147,22 @@ class QuantizeOptions:
     components: Annotated[
         Mapping[str, str | None],
         Option(
-            "Part of a pipeline to quantize; its own scheme, or --scheme's. Repeatable. Default: the denoiser.",
+            "Component of a pipeline to quantize, with its own scheme or that of --scheme. Repeatable. Default: the "
+            "denoiser.",
             COMPONENTS,
             ("--component",),
             metavar="NAME[=SCHEME]",
             recorded=3,
         ),
     ] = field(default_factory=dict)
-    component_only: Annotated[bool, Option("Write just that component, not the pipeline.", SWITCH, recorded=8)] = False
+    component_only: Annotated[
+        bool, Option("Write only that component, not the whole pipeline.", SWITCH, recorded=8)
+    ] = False
     keep_original_files: Annotated[
         bool,
         Option(
-            "Take the other parts' weights over unchanged, not as .bin. Such a pipeline must be downloaded first.",
+            "Copy the weights files of the other components unchanged, not as .bin. Users must download such a "
+            "pipeline first.",
             SWITCH,
             recorded=8,
         ),
@@ -157,12 +170,13 @@ class QuantizeOptions:
     include_embeddings: Annotated[bool, Option("Quantize embedding tables too.", SWITCH, recorded=8)] = False
     untie: Annotated[
         bool,
-        Option("Write tied tensors (output head, embedding) as tensors of their own.", SWITCH, recorded=8),
+        Option("Write tied tensors (output head, embedding) as separate tensors.", SWITCH, recorded=8),
     ] = False
     allow_missing: Annotated[
         tuple[str, ...],
         Option(
-            "Leave these to the library where the checkpoint lacks them: as --skip. Repeatable.",
+            "Let the library initialize matching tensors if the checkpoint lacks them; PATTERN as for --skip. "
+            "Repeatable.",
             PATTERNS,
             metavar="PATTERN",
             recorded=2,
@@ -170,12 +184,12 @@ class QuantizeOptions:
     ] = ()
     drop_unknown: Annotated[
         bool,
-        Option("Leave out tensors that the model class does not know (MTP layers).", SWITCH, recorded=8),
+        Option("Leave out tensors that the model class does not know (e.g. MTP layers).", SWITCH, recorded=8),
     ] = False
     default_skips: Annotated[
         bool,
         Option(
-            "Quantize also what is left alone for quality: output head, routers, T5's wo.",
+            "Also quantize layers that are skipped by default for quality: output head, routers, T5's wo.",
             SWITCH,
             ("--no-default-skips",),
             recorded=7,
@@ -183,13 +197,13 @@ class QuantizeOptions:
     ] = True
     fuse_qkv: Annotated[
         bool,
-        Option("Fuse q, k and v projections first, in diffusers models that can.", SWITCH, recorded=8),
+        Option("First fuse the q, k and v projections of diffusers models that support it.", SWITCH, recorded=8),
     ] = False
     dtype: Annotated[
         str | None,
         Option(
-            "Of what is not quantized, and the base of what is; auto keeps the source's. Default: bfloat16, or "
-            "the source's for a class that cannot run in it.",
+            "Dtype of unquantized tensors, and the dtype that quantized ones dequantize to; auto keeps the source's. "
+            "Default: bfloat16, or the source's for a class that cannot run in bfloat16.",
             choice(*DTYPES),
             recorded=5,
         ),
@@ -197,7 +211,7 @@ class QuantizeOptions:
     device: Annotated[
         str,
         Option(
-            "Where to quantize; cuda:0,cuda:1 or cuda:all share it.",
+            "Device to quantize on; cuda:0,cuda:1 or cuda:all use several.",
             metavar="auto|cpu|cuda|cuda:N|xpu",
             show_default=True,
             recorded=6,
@@ -206,7 +220,7 @@ class QuantizeOptions:
     layout_device: Annotated[
         str | None,
         Option(
-            "What a packed layout (int4) is for. Default: where it is quantized.",
+            "Device that a packed layout (int4) is for. Default: the device that quantizes.",
             choice(*LAYOUT_DEVICES),
             recorded=5,
         ),
@@ -214,7 +228,7 @@ class QuantizeOptions:
     max_shard_size: Annotated[
         int | None,
         Option(
-            "Tensor bytes a file, e.g. 5GB. Default: 45GB for diffusers (one file), 10GB for transformers.",
+            "Maximum tensor bytes per file, e.g. 5GB. Default: 45GB for diffusers (one file), 10GB for transformers.",
             SIZE,
             metavar="SIZE",
             recorded=5,
@@ -223,24 +237,22 @@ class QuantizeOptions:
     min_quantized: Annotated[
         float,
         Option(
-            "Refuse when a smaller fraction of the parameters outside embeddings would be quantized.",
+            "Refuse to quantize less than this fraction of the parameters outside embeddings.",
             FRACTION,
             show_default=True,
             recorded=5,
         ),
     ] = 0.5
-    output: Annotated[Path, Option("Folder for the result.", FOLDER, ("-o", "--output"), show_default=True)] = Path(
-        "out"
-    )
+    output: Annotated[Path, Option("Output folder.", FOLDER, ("-o", "--output"), show_default=True)] = Path("out")
     overwrite: Annotated[
         bool,
-        Option("Replace an earlier result of aoconvert there, and nothing of anybody else.", SWITCH),
+        Option("Replace an earlier result of aoconvert in the output folder, never anything else.", SWITCH),
     ] = False
-    resume: Annotated[bool, Option("Start afresh, whatever a stopped run left.", SWITCH, ("--no-resume",))] = True
+    resume: Annotated[bool, Option("Start over instead of resuming a stopped run.", SWITCH, ("--no-resume",))] = True
     revision: Revision = None
     subfolder: Annotated[
         str | None,
-        Option("Folder inside the source to start from.", recorded=4, pattern=r"\w[\w./-]*"),
+        Option("Folder inside the source to use as the source.", recorded=4, pattern=r"\w[\w./-]*"),
     ] = None
     variant: Annotated[str | None, Option("Weights variant, e.g. fp16.", recorded=4)] = None
     token: Token = field(default=None, repr=False)
@@ -248,7 +260,7 @@ class QuantizeOptions:
     local_files_only: LocalFilesOnly = False
     trust_remote_code: Annotated[
         bool,
-        Option("Run model code that is inside the checkpoint.", SWITCH, recorded=8),
+        Option("Run model code from the checkpoint.", SWITCH, recorded=8),
     ] = False
 
     def __post_init__(self) -> None:
@@ -280,14 +292,16 @@ class QuantizeOptions:
 
     def _check_scheme(self) -> None:
         if AUTO in (scheme.strip().lower() for scheme in self.components.values() if scheme):
-            raise UsageError("auto is not the scheme of one component", hint="--scheme auto, and --component NAME")
+            raise UsageError(
+                "auto cannot be the scheme of a single component", hint="--scheme auto, and --component NAME"
+            )
         own = bool(self.components) and all(self.components.values())
         if self.scheme is None and self.recipe is None and not own:
             raise UsageError("no scheme", hint="--scheme NAME (see 'aoconvert schemes'), or --recipe FILE")
         if self.scheme is None and not own and (self.group_size is not None or self.settings):
             raise UsageError(
-                "--group-size and --set are for --scheme, and there is none",
-                hint="a recipe has group_size and set of its own",
+                "--group-size and --set need --scheme, which is missing",
+                hint="a recipe has its own group_size and set",
             )
         if self.layout_device not in (None, *LAYOUT_DEVICES):
             raise UsageError(f"layout_device {self.layout_device!r} is not one of {', '.join(LAYOUT_DEVICES)}")
@@ -297,23 +311,23 @@ class QuantizeOptions:
             "--" + name.replace("_", "-") for name in (*given, *(["candidates"] if self.candidates else []))
         )
         if flags and not self.searches:
-            raise UsageError(f"{flags}: only --scheme auto searches", hint="--scheme auto")
+            raise UsageError(f"{flags}: these need --scheme auto", hint="--scheme auto")
         if not self.searches:
             return
         if self.recipe is not None:
-            raise UsageError("--scheme auto and --recipe exclude each other: auto makes the recipe")
+            raise UsageError("--scheme auto and --recipe exclude each other: auto writes the recipe itself")
         if self.group_size is not None or self.settings:
-            raise UsageError("--scheme auto takes no --group-size and no --set", hint="--candidates int4wo,int8wo")
+            raise UsageError("--scheme auto does not accept --group-size or --set", hint="--candidates int4wo,int8wo")
         if len(given) != 1:
             raise UsageError(
                 "--scheme auto needs one goal",
-                hint="--min-sqnr DB for every tensor, or --target-bits B or --target-size SIZE for the whole",
+                hint="--min-sqnr DB for each tensor, or --target-bits B or --target-size SIZE for the whole model",
             )
         goal = goals[given[0]]
         if goal <= 0 or (isinstance(goal, float) and not math.isfinite(goal)) or goal > _MOST_BYTES:
             raise UsageError(
-                f"--{given[0].replace('_', '-')} must be a positive number, and not without end",
-                hint="usual are 30 dB, 5 bits, 8GB",
+                f"--{given[0].replace('_', '-')} must be a positive, finite number",
+                hint="typical values are 30 dB, 5 bits, 8GB",
             )
 
 

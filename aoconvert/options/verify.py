@@ -42,7 +42,7 @@ class VerifyOptions:
 
     source: Annotated[
         str | None,
-        Option("Have the library open this original too, a folder or a repo id, and compare everything."),
+        Option("Let the library open the original too (a folder or a repo id), and compare everything."),
     ] = None
     source_revision: Annotated[
         str | None, Option("Branch, tag or commit of the source. Default: the commit that was quantized.")
@@ -50,24 +50,24 @@ class VerifyOptions:
     strategy: Annotated[
         Choice,
         Option(
-            "Way of loading to prove; auto takes assign where from_pretrained fails.",
+            "How to load it; auto falls back to assign if from_pretrained fails.",
             choice("auto", "from-pretrained", "assign"),
             show_default=True,
         ),
     ] = "auto"
     device: Annotated[
-        str, Option("Where to open the model.", metavar="auto|cpu|cuda|cuda:N|xpu", show_default=True)
+        str, Option("Device to open the model on.", metavar="auto|cpu|cuda|cuda:N|xpu", show_default=True)
     ] = "auto"
     reload: Annotated[
         bool,
-        Option("Do not open the model: files, pickles, versions and torch.load only.", SWITCH, ("--no-reload",)),
+        Option("Do not open the model: check files, pickles, versions and torch.load only.", SWITCH, ("--no-reload",)),
     ] = True
-    forward: Annotated[bool, Option("No forward pass.", SWITCH, ("--no-forward",))] = True
+    forward: Annotated[bool, Option("Skip the forward pass.", SWITCH, ("--no-forward",))] = True
     example: Annotated[bool, Option("Also run the model card's example, at the smallest sizes.", SWITCH)] = False
-    require_device: Annotated[bool, Option("A layout whose device is not here is a failure.", SWITCH)] = False
-    trust_remote_code: Annotated[
-        bool, Option("Run model code that is inside the checkpoint and the source.", SWITCH)
+    require_device: Annotated[
+        bool, Option("Fail if the device that the layout is for is not available here.", SWITCH)
     ] = False
+    trust_remote_code: Annotated[bool, Option("Run model code from the checkpoint and the source.", SWITCH)] = False
     revision: Revision = None
     token: Token = field(default=None, repr=False)
     cache_dir: CacheDir = None

@@ -156,7 +156,7 @@ def _plan_components(
         warnings += component_warnings(source, component)
     if refusals and len(refusals) == len(components):
         raise refusals[0]
-    return components, problems, [*warnings, *(f"{refusal}: its projections stay apart" for refusal in refusals)]
+    return components, problems, [*warnings, *(f"{refusal}: its projections stay separate" for refusal in refusals)]
 
 
 def _plan_others(

@@ -119,7 +119,7 @@ def _choose(
         return SchemeChoice(None, why, asked)
     scheme = rule.scheme if rule is not None else rules.default
     if scheme is None:
-        return SchemeChoice(None, rule.reason if rule is not None else "no rule is for it")
+        return SchemeChoice(None, rule.reason if rule is not None else "no rule matches it")
     why = "the model class keeps it in float32" if spec.keep_fp32 else None
     if why is None and asked is None and wishes.default_skips:
         why = _taste(spec, scheme, twins)
@@ -130,20 +130,20 @@ def _choose(
 def _unquantizable(spec: TensorSpec, wishes: Wishes, rule: Rule | None) -> str | None:
     """Why no scheme can take the tensor, whatever it is."""
     if not spec.floating:
-        return "not a floating tensor"
+        return "not a floating-point tensor"
     if spec.kind == "embedding":
         return None if wishes.embeddings or rule is not None else "an embedding table"
     if spec.kind in ("linear", "experts"):
         return None
     if spec.convolution:
-        return f"{spec.module_class}: a convolution; torchao's weight schemes are for linear layers"
+        return f"{spec.module_class}: a convolution; torchao's schemes are for linear layers"
     return f"{spec.module_class}: not the weight of a linear layer"
 
 
 def _taste(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | None:
     """Why a careful converter leaves the tensor alone, though the scheme could take it."""
     if spec.single_row and spec.kind == "linear" and scheme.format.activation and scheme.layout.min_capability:
-        return "sees one row per sample: quantized activations cost accuracy there and save no time"
+        return "sees one row per sample: quantized activations would cost accuracy and save no time"
     if spec.hint is not None:
         return spec.hint
     twin = next((twin for twin in twins if twin.hint is not None), None)
@@ -156,12 +156,15 @@ def _unfit(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | N
     """Why what the scheme makes of the tensor could not be loaded, or not be used."""
     rival = next((item.compared_with for item in (spec, *twins) if item.compared_with is not None), None)
     if rival is not None:
-        return f"is compared with {rival} when the model is opened, which torchao's tensors cannot be; --untie"
+        return (
+            f"the library compares it with {rival} when it opens the model, which torchao's tensors do not "
+            f"support; --untie"
+        )
     if scheme.entry.fails_on_single_row and spec.single_row:
         rows = "an expert may see a single row" if spec.kind == "experts" else "sees one row per sample"
         return f"{rows}, which {scheme.name} cannot run"
     if not scheme.entry.embeddings and any(item.kind == "embedding" for item in (spec, *twins)):
-        return f"an embedding table, and no rows can be looked up in {scheme.name}"
+        return f"an embedding table; {scheme.name} tensors do not support row lookup"
     return None
 
 

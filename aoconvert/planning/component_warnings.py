@@ -26,16 +26,24 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
     lines = list(dict.fromkeys(f"{title}: {note}" for scheme in component.schemes for note in scheme.notes))
     if component.cannot_run is not None:
         dtype, error = component.cannot_run
-        what = f"it stays in {component.dtype}" if component.dtype != dtype else "--dtype float32 gives one that runs"
+        what = (
+            f"it stays in {component.dtype}"
+            if component.dtype != dtype
+            else "--dtype float32 makes a checkpoint that runs"
+        )
         lines.append(f"{title}: {component.component.class_name} cannot run in {dtype} ({error}); {what}")
     if component.component.config.get("experts_implementation") == "eager":
-        lines.append(f"{title}: its experts run one after the other; nothing else multiplies them when quantized so")
+        lines.append(
+            f"{title}: its experts run one after the other; transformers has no faster path for this tensor class"
+        )
     if component.skeleton.fused:
-        lines.append(f"{title}: from_pretrained cannot open fused projections; the load code assigns the weights")
+        lines.append(
+            f"{title}: from_pretrained cannot open fused projections; the load code on the card assigns the weights"
+        )
     if component.component.library == "diffusers" and len(component.files) > 1:
         lines.append(f"{title}: diffusers opens a sharded .bin only with use_safetensors=False")
     for name, origin in component.apart:
-        lines.append(f"{title}: {name} and {origin} should be one by its config, but differ: both are kept")
+        lines.append(f"{title}: {name} and {origin} should be tied according to its config, but differ: both are kept")
     lines += _adapter_warnings(source, component.component)
     lines += _counted(title, "tensors that its class does not know are carried over unchanged", component.carried)
     lines += dropped_warning(title, component.dropped)
@@ -43,7 +51,9 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
     if (larger := _larger_than_int8(component)) is not None:
         lines.append(f"{title}: {larger}")
     if component.copied is not None:
-        lines.append(f"{title}: transformers makes a copy of its merged tensors while it runs ({component.copied})")
+        lines.append(
+            f"{title}: transformers holds a second copy of its merged tensors during the run ({component.copied})"
+        )
     return lines
 
 
@@ -53,10 +63,10 @@ def _adapter_warnings(source: Source, component: ModelPart) -> list[str]:
     if found := adapter_files(source, component.folder):
         name = found[-1].rpartition("/")[2]
         # integrations.peft.maybe_load_adapters: only what is a folder keeps its own weights
-        hub = "; of a repo on the Hub transformers then opens the model that it names as its base"
+        hub = "; for a repo on the Hub, transformers then opens the model that the adapter names as its base"
         return [f"{component.title}: {name} beside its weights is loaded with the weights where peft is installed{hub}"]
     if source.has(join(component.folder, ADAPTER_CONFIG)):
-        return [f"{component.title}: {ADAPTER_CONFIG} is of an adapter whose weights are not there; it is left out"]
+        return [f"{component.title}: {ADAPTER_CONFIG} belongs to an adapter whose weights are missing; it is left out"]
     return []
 
 
@@ -85,7 +95,7 @@ def _int8_bytes(shape: tuple[int, ...], dtype: str) -> int:
 
 def dropped_warning(title: str, dropped: Sequence[LeftOut]) -> list[str]:
     """What the checkpoint holds and the result does not; no line where that is nothing."""
-    return _counted(title, "entries of the checkpoint are left out", dropped)
+    return _counted(title, "unused entries of the checkpoint are left out", dropped)
 
 
 def _counted(title: str, what: str, items: Sequence[LeftOut | TensorPlan]) -> list[str]:

@@ -25,10 +25,10 @@ from aoconvert.sources.weights import variant_of
 if TYPE_CHECKING:
     from aoconvert.sources import Source
 
-CARD = "the result has a model card of its own"
-CODE = "code; --trust-remote-code takes it over"
-ADAPTER = "of an adapter, but config and weights are not both there; nothing loads it"
-ONLY = "of the pipeline around the component"
+CARD = "the result has its own model card"
+CODE = "code; --trust-remote-code copies it"
+ADAPTER = "part of an adapter that lacks its config or its weights; no library loads it"
+ONLY = "belongs to the pipeline around the component"
 
 _TERMS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)[^/]*", re.IGNORECASE)
 _EXTENSIONS = (
@@ -44,13 +44,13 @@ _RULES = tuple(
         (r"(.*/)?\.[^/]+(/.*)?", "hidden"),
         (r"(.*/)?__pycache__/.*|.*\.(lock|tmp|partial|incomplete)", "a cache, or an unfinished download"),
         (r"readme\.md", CARD),
-        ("|".join(map(re.escape, (MANIFEST_NAME, REPORT_NAME, PICTURE_NAME))), "the result has one of its own"),
+        ("|".join(map(re.escape, (MANIFEST_NAME, REPORT_NAME, PICTURE_NAME))), "the result has its own"),
         (r"(.*/)?adapter_(config\.json|model\.[^/]+)", ADAPTER),
         (
             r"(.*/)?(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state)[^/]*\.(pt|pth|bin|pkl)"
             r"|(.*/)?(trainer_state\.json|zero_to_fp32\.py|events\.out\.tfevents[^/]*)"
             r"|latest|(.*/)?(checkpoint-\d+|global_step\d+|wandb|runs)/.*",
-            "the state of a training",
+            "training state",
         ),
         (
             r"(.*/)?(onnx|openvino|coreml|tflite|tensorrt|executorch|gguf|ggml|mlx|flax)[^/]*/.*"
@@ -127,9 +127,9 @@ class _Sorting:
         if kept and (any(entry.writes(rest) for entry in FORMATS.values()) or not _WEIGHTS.fullmatch(rest)):
             return None
         if other := next((folder for folder in others if rest.startswith(f"{folder}/")), None):
-            return f"{other}/ holds weights that are not of this model"
+            return f"{other}/ holds weights that do not belong to this model"
         if rest.endswith(".json") and ".index." in rest.rpartition("/")[2]:
-            return "an index of weights that are not taken over"
+            return "an index of weights that are not copied"
         if _WEIGHTS.fullmatch(rest):
             variant = variant_of(rest)
             return f"weights of the variant {variant}" if variant is not None else "other weights"

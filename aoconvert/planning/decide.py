@@ -193,7 +193,8 @@ class _Decider:
             return spec.name in self.inventory.merged
         if origin is not None and origin.shape != spec.shape:
             self.faults.setdefault("shape", []).append(
-                f"{spec.name} is {list(origin.shape)} in {origin.file}, but its class wants {list(spec.shape)}"
+                f"{spec.name} has the shape {list(origin.shape)} in {origin.file}, but its class expects "
+                f"{list(spec.shape)}"
             )
             return False
         small = [tensor.dtype for tensor in (recipe or [origin]) if tensor is not None and tensor.dtype.itemsize == 1]
@@ -213,7 +214,9 @@ class _Decider:
         elif spec.name in opening.missing or opening.refusal is not None or spec.module in self.skeleton.fused:
             self.missing.append(spec.name)
         else:
-            self.left.append(LeftOut(spec.name, "not in the checkpoint, as its class expects; the library makes it"))
+            self.left.append(
+                LeftOut(spec.name, "not in the checkpoint, as its class expects; the library initializes it")
+            )
 
     def unusable(self) -> list[str]:
         """What is wrong with tensors of the checkpoint: one line for each kind of thing, however many there are."""
@@ -226,7 +229,7 @@ class _Decider:
         if self.missing:
             shown = ", ".join(self.missing[:3])
             more = f" and {len(self.missing) - 3} more" if len(self.missing) > 3 else ""
-            then = "makes it anew" if self.skeleton.component.library == "transformers" else "leaves it empty"
+            then = "initializes it" if self.skeleton.component.library == "transformers" else "leaves it without values"
             lines.append(
                 f"{title}: the checkpoint does not hold {shown}{more} "
                 f"(--allow-missing PATTERN leaves a tensor to the library, which {then})"
@@ -236,9 +239,9 @@ class _Decider:
         opening, inventory = self.found.opening, self.found.inventory
         if opening.refusal is not None and not inventory.for_want_of_data:
             why = inventory.obstacle or opening.refusal
-            lines.append(f"{title}: {self.skeleton.component.library} does not open it: {why}")
+            lines.append(f"{title}: {self.skeleton.component.library} cannot open it: {why}")
         mismatched = [
-            f"{name} comes out as {list(here)}, but its class wants {list(there)}"
+            f"{name} gets the shape {list(here)}, but its class expects {list(there)}"
             for name, (here, there) in (opening.mismatched or {}).items()
         ]
         return [*lines, *([f"{title}: {_first(mismatched)}"] if mismatched else [])]

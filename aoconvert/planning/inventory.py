@@ -123,7 +123,7 @@ def _check_twice(source: Source, weights: WeightFiles, name: str, first: str, la
     if weights.index is None or weights.index.get(name) != last:
         raise SourceError(
             f"{source.label}: tensor {name!r} is in {first} and in {last}",
-            hint="remove the file that does not belong to this checkpoint",
+            hint="delete the file that does not belong to this checkpoint",
         )
 
 
@@ -153,11 +153,11 @@ def match(skeleton: Skeleton, contents: SourceTensors, *, sharded: bool) -> Inve
     finish = _Finish(skeleton, contents, names, resolved.passed, unreadable, frozenset(needs_data))
     try:
         if resolved.clash is not None:
-            raise CannotConvert(f"the checkpoint holds {resolved.clash} and what it is made from")
+            raise CannotConvert(f"the checkpoint holds both {resolved.clash} and the tensors that it is merged from")
         made = resolve_conversions(skeleton, resolved.conversions, found)
         recipes = {name: recipe for recipe in made for name in recipe.targets}
         if twice := recipes.keys() & resolved.direct.keys():
-            raise CannotConvert(f"the checkpoint holds {min(twice)} and what it is made from")
+            raise CannotConvert(f"the checkpoint holds both {min(twice)} and the tensors that it is merged from")
     except CannotConvert as reason:
         into_copy = {name for item in resolved.conversions for names in item.sources.values() for name in names}
         made_whole = finish.inventory(merged=resolved.merged, obstacle=str(reason), used=into_copy)
@@ -216,7 +216,7 @@ class _Finish:
         places |= {tensor.name: position[tensor.name] for tensor in unknown}
         order = sorted(places, key=places.__getitem__)
         order += sorted(merged) if obstacle is not None else []  # the copy is read after the rest
-        passed = {name: f"{other} is taken for the same tensor" for name, other in self.passed.items()}
+        passed = {name: f"{other} maps to the same tensor" for name, other in self.passed.items()}
         passed |= {name: what for name, what in self.contents.others.items() if name not in passed}
         return Inventory(
             direct,

@@ -58,20 +58,20 @@ def space_problems(output: Path, disk_bytes: int) -> list[str]:
 
 def _name_problems(output: Path) -> Iterator[str]:
     if output.absolute().name in ("", ".."):  # what is built beside it needs a name
-        yield f"output {output} has no name of its own; give the folder itself"
+        yield f"output {output} has no name; give the folder itself"
 
 
 def _content_problems(output: Path, *, overwrite: bool) -> Iterator[str]:
     """What is at the output's name, and what an unfinished run left beside it."""
     if output.is_symlink():
-        yield f"output {output} is a link, and the result would take its place; give the folder itself"
+        yield f"output {output} is a link, which the result would replace; give the folder itself"
     elif output.exists() and not output.is_dir():
         yield f"output {output} exists and is not a folder"
     elif output.is_dir() and any(output.iterdir()):
         if not (output / MANIFEST_NAME).is_file():
             held = first(sorted(path.name for path in output.iterdir()))
             yield (
-                f"output {output} exists and is not empty: it holds {held}, and no result of aoconvert "
+                f"output {output} exists and is not empty: it holds {held}, and is not a result of aoconvert "
                 "(choose another --output)"
             )
         elif not overwrite:

@@ -51,7 +51,7 @@ def overwrite_problem(folder: Path) -> str | None:
         return f"output {folder} cannot be replaced: {error.filename}: {error.strerror}"
     if not found:
         return None
-    return f"output {folder} holds what aoconvert did not write, or what was changed since: {', '.join(found)}"
+    return f"output {folder} holds files that aoconvert did not write, or that were changed since: {', '.join(found)}"
 
 
 def unfinished_problem(partial: Path) -> str | None:
@@ -65,7 +65,7 @@ def unfinished_problem(partial: Path) -> str | None:
 
 def others_problem(partial: Path, others: Sequence[str]) -> str:
     """What to say of what somebody put into the folder of an unfinished run."""
-    return f"{partial} holds something that aoconvert did not write: {first(others, 4)}"
+    return f"{partial} holds files that aoconvert did not write: {first(others, 4)}"
 
 
 def remove_result(folder: Path) -> str | None:

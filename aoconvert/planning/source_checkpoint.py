@@ -101,8 +101,8 @@ def _refuse_more_files(source: Source, skeleton: Skeleton) -> None:
     there = [name for name in names if source.has(join(skeleton.component.folder, name))]
     if there:
         raise SourceError(
-            f"{skeleton.component.title}: its class also reads {', '.join(there)}, which aoconvert does not",
-            hint="open it with from_pretrained, and save it with save_pretrained: then all is in one file",
+            f"{skeleton.component.title}: its class also reads {', '.join(there)}, which aoconvert does not support",
+            hint="open it with from_pretrained and save it with save_pretrained: then one file holds everything",
         )
 
 

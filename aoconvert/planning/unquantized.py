@@ -68,8 +68,8 @@ def part_problems(source: Source, layout: ModelLayout, chosen: Iterable[ModelPar
         missing = "weights" if component is not None else "config.json"
         where = join(source.label, part.folder)
         problems.append(
-            f"{part.name}: no {missing} in {where}, and {part.class_name} cannot be opened without "
-            "(download the whole pipeline again, or set it to [null, null] in model_index.json where it is optional)"
+            f"{part.name}: no {missing} in {where}, and {part.class_name} cannot be opened without it (download the "
+            f"whole pipeline again, or set it to [null, null] in model_index.json where it is optional)"
         )
     return problems
 
@@ -81,8 +81,9 @@ def _plan(
 
     if component.library == "transformers" and component.config.get(NAMED_BY) is not None:
         raise SourceError(  # its config arrives as it is, and would lead to a file that is not there
-            f"{component.title}: its config.json names its weights ({NAMED_BY}); only a quantized part can have that",
-            hint=f"--component {component.title}, or take {NAMED_BY} out of the config and use the usual file names",
+            f"{component.title}: its config.json names its weights ({NAMED_BY}), which aoconvert supports only for "
+            f"parts that it quantizes",
+            hint=f"--component {component.title}, or remove {NAMED_BY} from the config and use the usual file names",
         )
     folder = component.folder.removeprefix(f"{layout.folder}/" if layout.folder else "")
     contents = read_contents(source, weights)

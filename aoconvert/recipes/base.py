@@ -98,9 +98,9 @@ def rules(
         return Rules(made, default)
     if default is not None:
         raise UsageError(
-            f"{recipe.origin} has a default ({section.default.scheme or 'skip'}), and the command line says "
+            f"{recipe.origin} has a default ({section.default.scheme or 'skip'}), but the command line says "
             f"{default.name}",
-            hint="leave --scheme and --component's out, or take the default out of the recipe",
+            hint="omit --scheme and the scheme of --component, or remove the default from the recipe",
         )
     return Rules(made, resolver.scheme(section.default, "default"))
 

@@ -80,7 +80,7 @@ def load(path: Path) -> Recipe:
     except UnicodeDecodeError as error:
         raise UsageError(f"recipe {path} is not UTF-8 (byte {error.start})") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"recipe {path} is not TOML: {error}", hint="strings and patterns stand in quotes") from error
+        raise UsageError(f"recipe {path} is not TOML: {error}", hint="put strings and patterns in quotes") from error
     return _recipe(values, path.name)
 
 
@@ -92,10 +92,10 @@ def _read(path: Path, most: int) -> bytearray:
             while len(content) <= most and (more := file.read(_STEP)):  # a pipe does not say how much it has
                 content += more
     except OSError as error:
-        hint = "name a .toml, a config.json or an aoconvert.json" if path.is_dir() else None
+        hint = "give a .toml, a config.json or an aoconvert.json" if path.is_dir() else None
         raise UsageError(f"recipe {path}: {error.strerror or error}", hint=hint) from error
     if len(content) > most:
-        raise UsageError(f"recipe {path} is larger than {most >> 20} MiB", hint="it holds rules, not weights")
+        raise UsageError(f"recipe {path} is larger than {most >> 20} MiB", hint="a recipe holds rules, not weights")
     if content.startswith(codecs.BOM_UTF8):
         del content[: len(codecs.BOM_UTF8)]
     return content
@@ -109,7 +109,7 @@ def _recipe(values: Mapping[str, Any], origin: str) -> Recipe:
     components = {name: _section(part, origin, f"{_component(name)} ") for name, part in parsed.component.items()}
     recipe = Recipe(origin, _section(parsed, origin, ""), components)
     if recipe.base == Section() and not components:
-        raise UsageError(f"{origin} has neither a default nor rules", hint='write default = "int8wo", or [[rule]]')
+        raise UsageError(f"{origin} has neither a default nor rules", hint='add default = "int8wo", or a [[rule]]')
     return recipe
 
 
@@ -133,33 +133,31 @@ def _section(parsed: _Section, origin: str, prefix: str) -> Section:
         place = f"{prefix}rule {number} ({rule.match!r})"
         _check_pattern(rule.match, origin, place)
         if (first := made.setdefault(rule.match, number)) != number:
-            raise UsageError(f"{origin}, {place}: rule {first} has the same pattern", hint="take one of them out")
+            raise UsageError(f"{origin}, {place}: rule {first} has the same pattern", hint="remove one of them")
         rules.append(RecipeRule(rule.match, _choice(rule, origin, place)))
     return Section(default, tuple(rules))
 
 
 def _check_pattern(pattern: str, origin: str, place: str) -> None:
     if pattern == "_default":
-        raise UsageError(f"{origin}, {place}: _default is not a pattern here", hint='default = "int8wo" says it')
+        raise UsageError(f"{origin}, {place}: _default is not a pattern", hint='write default = "int8wo"')
     if not pattern.removeprefix(_REGEX):
         raise UsageError(f"{origin}, {place}: an empty pattern", hint="name a tensor or module, or write re:PATTERN")
     if pattern.startswith(_REGEX):
         try:
             re.compile(pattern[len(_REGEX) :])
         except (re.error, RecursionError, OverflowError) as error:
-            hint = "in 'single quotes' a backslash is a backslash"
+            hint = "in 'single quotes' a backslash is literal"
             raise UsageError(f"{origin}, {place}: not a regular expression: {error}", hint=hint) from None
 
 
 def _choice(parsed: _Choice, origin: str, place: str) -> Choice:
     settings = tuple((key, _text(value)) for key, value in parsed.set.items())
     if parsed.layout_device == "":
-        raise UsageError(f"{origin}, {place}: layout_device is empty", hint="take cpu, cuda, xpu, or leave it out")
+        raise UsageError(f"{origin}, {place}: layout_device is empty", hint="use cpu, cuda or xpu, or omit it")
     if parsed.scheme.strip().lower() == SKIP:
         if settings or parsed.group_size is not None or parsed.layout_device is not None:
-            raise UsageError(
-                f'{origin}, {place}: scheme "skip" takes no options', hint="name a scheme, or leave them out"
-            )
+            raise UsageError(f'{origin}, {place}: scheme "skip" takes no options', hint="name a scheme, or omit them")
         return Choice(None)
     try:
         find(parsed.scheme, dict(settings))

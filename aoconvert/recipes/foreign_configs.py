@@ -42,7 +42,7 @@ def check_quantization(values: Mapping[str, Any]) -> None:
             raise ValueError(f"it names {name!r}, which is not part of a torchao config")
     for pattern in _patterns(values):
         if is_costly(pattern):
-            raise ValueError(f"matching its pattern {pattern[:100]!r} could take for ever")
+            raise ValueError(f"matching its pattern {pattern[:100]!r} could take forever")
 
 
 @cache

@@ -26,7 +26,7 @@ from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
 
-_NO_RECIPE = "take the config.json or the aoconvert.json of a checkpoint that torchao quantized"
+_NO_RECIPE = "use the config.json or the aoconvert.json of a checkpoint that torchao quantized"
 # torchao's packing format -> the device that the layout is for. ``plain`` also stands for the CPU's layout, which has
 # no config that can be read back (see aoconvert.schemes.int4).
 _INT4_DEVICES = {"TILE_PACKED_TO_4D": "cuda", "PLAIN_INT32": "xpu", "PLAIN": "cpu"}
@@ -41,7 +41,7 @@ def from_json(raw: bytes | bytearray, origin: str) -> Recipe:
     try:
         values = parse(raw, constants=True)
     except ValueError as error:
-        raise UsageError(f"recipe {origin} is {error}", hint=_NO_RECIPE) from None
+        raise UsageError(f"recipe {origin}: {error}", hint=_NO_RECIPE) from None
     if isinstance(values, dict) and isinstance(values.get("quantization_config"), dict):
         library = "diffusers" if "_class_name" in values else "transformers"
         return from_quantization_config(values["quantization_config"], library, origin)
@@ -51,7 +51,7 @@ def from_json(raw: bytes | bytearray, origin: str) -> Recipe:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            raise UsageError(f"{origin} is not a manifest of aoconvert: {place}: {first['msg']}") from None
+            raise UsageError(f"{origin} is not an aoconvert manifest: {place}: {first['msg']}") from None
     raise UsageError(f"{origin} says nothing about quantization", hint=_NO_RECIPE)
 
 
@@ -77,7 +77,9 @@ def from_quantization_config(values: Mapping[str, Any], library: str, origin: st
     quant_type = values.get("quant_type")
     config = quant_type.get("default") if isinstance(quant_type, dict) else None
     if not isinstance(config, dict):
-        raise UsageError(f"{origin}: quant_type holds no torchao config", hint="it was written by an old library")
+        raise UsageError(
+            f"{origin}: quant_type does not hold a torchao config", hint="it was written by an old library"
+        )
     skipped = values.get("modules_to_not_convert") or []
     if not (isinstance(skipped, list) and all(isinstance(name, str) and name for name in skipped)):
         raise UsageError(f"{origin}: modules_to_not_convert is not a list of names")

@@ -139,7 +139,7 @@ def find_unmatched(rules: Iterable[Rule], names: Iterable[str]) -> list[str]:
             advised += 1
         nearest = f" (nearest: {', '.join(near)})" if near else ""
         if rule.regex is None and "*" in rule.pattern:
-            nearest = f" (it is taken for a name; a pattern is a regular expression: re:{_as_regex(rule.pattern)})"
+            nearest = f" (without re: it is a name, not a regular expression; use re:{_as_regex(rule.pattern)})"
         lines.append(f"{rule.origin} {rule.pattern!r} matches nothing{nearest}")
     return lines
 

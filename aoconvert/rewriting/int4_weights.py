@@ -29,9 +29,9 @@ def carry(parts: Parts, device: str) -> Parts:
     """
     dtype = dtype_name(parts.scale.dtype)
     if device == "cuda" and parts.scale.dtype != torch.bfloat16:
-        raise CannotCarry(f"its scales are {dtype}, the layout for cuda has bfloat16")
+        raise CannotCarry(f"its scales are {dtype}, but the layout for cuda needs bfloat16")
     if device == "xpu" and parts.scale.dtype not in (torch.bfloat16, torch.float16):
-        raise CannotCarry(f"its scales are {dtype}, the layout for xpu has bfloat16 or float16")
+        raise CannotCarry(f"its scales are {dtype}, but the layout for xpu needs bfloat16 or float16")
     if parts.whole == (device == "xpu"):
         return parts
     # exact in float64: products of two 11-bit values
@@ -40,11 +40,11 @@ def carry(parts: Parts, device: str) -> Parts:
         exact = 8 - zero / scale
         found = exact.round().clamp(-128, 127).to(torch.int8)
         same = (8 - found.double()) * scale == zero
-        what = "a zero point that is no whole number of steps, as the layout for xpu needs"
+        what = "a zero point that is not a whole number of steps, which the layout for xpu needs"
     else:
         found = ((8 - zero) * scale).to(parts.scale.dtype)
         same = (8 - zero) * scale == found.double()
-        what = f"a zero point that {dtype} cannot hold exactly, as the layout for {device} needs"
+        what = f"a zero point that {dtype}, the dtype that the layout for {device} needs, cannot represent exactly"
     if not bool(same.all()):
         row, group = (int(at) for at in (~same).nonzero()[0])
         raise CannotCarry(f"row {row}, group {group} has {what}")

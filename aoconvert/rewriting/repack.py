@@ -181,7 +181,7 @@ class _Repacking:
         target.parent.mkdir(parents=True, exist_ok=True)
         with StoredFile(self.folder / path) as stored, self.format.writer(target) as writer:
             if set(stored.order) != set(entries):
-                raise SourceError(f"{path}: holds other tensors than the manifest lists", hint=_DAMAGED)
+                raise SourceError(f"{path}: does not hold the tensors that the manifest lists", hint=_DAMAGED)
             for name in stored.order:
                 tensor = stored.read(name)
                 if content_sha256(tensor) != entries[name].sha256:
@@ -212,7 +212,7 @@ class _Repacking:
                 if name in self.digests:
                     same = same and digest(take_apart(tensor)) == self.digests[name]
                 if not same:
-                    raise QuantizeError(f"{name} is not what it was after repacking", hint="please report it")
+                    raise QuantizeError(f"{name} changed during repacking", hint="please report this")
 
     def _tensor(self, tensor: TensorEntry) -> TensorEntry:
         written = self.written.get(tensor.name)  # none for one that is tied
@@ -231,7 +231,7 @@ class _Repacking:
         return self.stage.write_text(file.path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-_DAMAGED = "quantize again; aoconvert verify says what else changed"
+_DAMAGED = "quantize again; aoconvert verify shows what else changed"
 _AGAIN = "quantize again with --layout-device"
 
 

@@ -81,13 +81,13 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
         SourceError, UnsafePickleError: a weights file that is damaged, or must not be loaded.
     """
     if device not in DEVICES:
-        raise UsageError(f"there is no layout for {device!r} to repack to", hint=f"take {', '.join(DEVICES)}")
+        raise UsageError(f"the device {device!r} has no layout to repack to", hint=f"use {', '.join(DEVICES)}")
     import_torchao()
     with quiet_imports():
         for name in imports([name for entry in manifest.components for name in entry.safe_globals]):
             importlib.import_module(name)
     if absent := next((file.path for file in manifest.files() if not (folder / file.path).is_file()), None):
-        raise SourceError(f"{folder} has no file {absent}", hint="the manifest lists it: fetch or make it again")
+        raise SourceError(f"{folder} has no file {absent}", hint="the manifest lists it: download or make it again")
     plans: dict[str, PartPlan] = {}
     problems: list[str] = []
     for entry in manifest.components:
@@ -99,10 +99,10 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
             except UsageError as error:
                 problems.append(_labelled(entry, error.message))
     if not plans and not problems:
-        raise PlanError([f"{folder} has no weights of int4 in groups"], hint="aoconvert inspect says what it is")
+        raise PlanError([f"{folder} has no int4 weights in groups"], hint="run aoconvert inspect to see what it is")
     if plans and all(plan.entry.layout.packing == plan.layout.packing for plan in plans.values()):
         here = ", as this machine packs it" if device == "cpu" else ""
-        problems.append(f"{folder} is packed for {device} already{here}")
+        problems.append(f"{folder} is already packed for {device}{here}")
     problems += output_problems(FolderSource(folder), output, overwrite=overwrite)
     problems += space_problems(output, sum(map(_bytes, plans.values())))
     if problems:
@@ -193,7 +193,7 @@ def _weights_problems(folder: Path, entry: ComponentEntry, names: frozenset[str]
     problems = []
     layout = int4.cpu_layout(entry.layout.packing)
     if any(t.name in names and class_named(t.class_name) is INT4_OPAQUE for t in entry.tensors) and layout is None:
-        problems.append(_labelled(entry, "its manifest does not say in which of the CPU's layouts it is packed"))
+        problems.append(_labelled(entry, "its manifest does not say which of the CPU layouts it is packed in"))
     for file in entry.files:
         if not TORCH_BIN.writes(file.path):
             continue

@@ -67,17 +67,17 @@ def notes(entry: SchemeEntry, bits: float, granularity: str, *, bounded: bool = 
     if entry.value_bits < round(bits):
         found.append(f"stores each {entry.value_bits}-bit value in one byte: the file is not smaller than int8wo's")
         if granularity == "per row":
-            found.append("one scale for a whole row: a group size of 32 to 128 is more accurate")
+            found.append("one scale per row: a group size of 32 to 128 is more accurate")
     if entry.fails_on_single_row:
-        found.append("fails in layers that see a single row of input (modulation, timestep): leave those out")
+        found.append("fails in layers that see a single row of input (modulation, timestep): do not quantize those")
     if entry.device != "any":
-        found.append(f"runs on {entry.device} devices only")
+        found.append(f"runs only on {entry.device} devices")
     if entry.min_capability is not None:
-        found.append(f"on CUDA it runs from compute capability {capability(entry.min_capability)} on")
+        found.append(f"on CUDA it needs compute capability {capability(entry.min_capability)} or higher")
     if entry.zero_input == TOKEN and not bounded:
         found.append(
-            "a row of zeros in a layer's input (padded text) becomes NaN in torchao 0.18's own path; "
-            "--set activation_value_lb=1e-12 avoids that"
+            "torchao 0.18 turns a row of zeros in a layer's input (padded text) into NaN; --set "
+            "activation_value_lb=1e-12 avoids that"
         )
     return tuple(found)
 

@@ -37,7 +37,7 @@ def _float8_dynamic(weight: torch.Tensor, config: Any) -> torch.Tensor:
     if weight.shape[-1] % 16 or weight.shape[-2] % 16:
         return weight
     if isinstance(granularity, PerRow) and weight.dtype != torch.bfloat16:
-        raise ValueError(f"float8 per row takes bfloat16 weights only, not {weight.dtype}")
+        raise ValueError(f"float8 per row supports only bfloat16 weights, not {weight.dtype}")
     kwargs = QuantizeTensorToFloat8Kwargs(
         config.activation_dtype,
         activation,
@@ -91,7 +91,7 @@ def _nvfp4_dynamic(weight: torch.Tensor, config: Any) -> torch.Tensor:
     )
 
     if weight.shape[-1] % 16 or weight.shape[-2] % 16:
-        raise ValueError(f"NVFP4 takes multiples of 16 in both dimensions, not {tuple(weight.shape)}")
+        raise ValueError(f"NVFP4 needs multiples of 16 in both dimensions, not {tuple(weight.shape)}")
     scale = None
     if config.use_dynamic_per_tensor_scale:
         amax = weight.abs().amax() if weight.dim() == 2 else weight.abs().amax(dim=(1, 2), keepdim=True)

@@ -31,12 +31,12 @@ def cannot_run(device: str, min_capability: tuple[int, int] | None) -> str | Non
         min_capability: the lowest CUDA compute capability that it needs.
     """
     if device == "xpu":
-        return None if torch_build() == "xpu" else "it needs an XPU, and a torch that was built for one"
+        return None if torch_build() == "xpu" else "it needs an XPU, and a torch with XPU support"
     if device == "cpu" or (device == "any" and min_capability is None):
         return None
     found = gpus()
     if not found:
-        return "it needs a CUDA device, and torch has none here" if device == "cuda" else None
+        return "it needs a CUDA device, and torch sees none here" if device == "cuda" else None
     best = max(found, key=lambda gpu: gpu.capability)
     if min_capability is not None and best.capability < min_capability:
         return (

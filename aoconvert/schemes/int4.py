@@ -51,14 +51,14 @@ def config(group_size: int, device: str, algorithm: str = "tinygemm") -> AOBaseC
         UsageError: a value that this layout does not have.
     """
     if device not in DEVICES:
-        raise UsageError(f"int4 has no layout for {device!r}", hint=f"--layout-device takes {', '.join(DEVICES)}")
+        raise UsageError(f"int4 has no layout for {device!r}", hint=f"--layout-device can be {', '.join(DEVICES)}")
     if algorithm not in ALGORITHMS:
-        raise UsageError(f"int4 has no algorithm {algorithm!r}", hint=f"take {' or '.join(ALGORITHMS)}")
+        raise UsageError(f"int4 has no algorithm {algorithm!r}", hint=f"use {' or '.join(ALGORITHMS)}")
     if group_size not in (sizes := _GROUP_SIZES_CPU if device == "cpu" else _GROUP_SIZES):
-        hint = f"--group-size takes {', '.join(map(str, sizes))}"
+        hint = f"--group-size can be {', '.join(map(str, sizes))}"
         raise UsageError(f"int4 for {device} has no group size {group_size}", hint=hint)
     if algorithm == "hqq" and device not in _HQQ:
-        raise UsageError(f"int4 for {device} has no hqq", hint="torchao has it for cuda and cpu; take tinygemm")
+        raise UsageError(f"int4 for {device} has no hqq", hint="torchao has it for cuda and cpu; use tinygemm")
     import_torchao()
     from torchao.quantization import Int4WeightOnlyConfig
     from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm, Int4PackingFormat
@@ -80,29 +80,30 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, *, group_size: int, devi
 
     name = dtype_name(dtype)
     if len(shape) != 2:
-        return f"int4 takes matrices, not {len(shape)} dimensions"
+        return f"int4 needs a matrix, not {len(shape)} dimensions"
     if not all(shape):
-        return "it holds no values"
+        return "it is empty"
     if device == "cuda" and dtype != torch.bfloat16:
-        return f"int4 for cuda takes bfloat16, not {name}"
+        return f"int4 for cuda needs bfloat16, not {name}"
     if device == "xpu" and dtype not in (torch.bfloat16, torch.float16):
-        return f"int4 for xpu takes bfloat16 and float16, not {name}"
+        return f"int4 for xpu needs bfloat16 or float16, not {name}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"int4 takes bfloat16, float16 and float32, not {name}"
+        return f"int4 needs bfloat16, float16 or float32, not {name}"
     if shape[1] % group_size:
         return f"in_features {shape[1]} is not a multiple of the group size {group_size}"
     if device == "cpu" and shape[0] % cpu_packing.ROWS:
-        return f"out_features {shape[0]} is not a multiple of {cpu_packing.ROWS}, as int4 for cpu needs"
+        return f"out_features {shape[0]} is not a multiple of {cpu_packing.ROWS}, which int4 for cpu needs"
     return None
 
 
 def unavailable(device: str) -> str | None:
     """Why a layout cannot be made on this machine; ``None`` if it can."""
     if device == "cuda" and torch_build().startswith("rocm"):
-        return "torch reads the cuda layout of int4 in another way on AMD's GPUs, and would get wrong numbers"
+        return "torch reads the cuda layout of int4 differently on AMD GPUs, and would compute wrong numbers"
     if device == "plain" and importlib.util.find_spec("mslk") is None:
         return (
-            "the plain layout of int4 needs the package mslk >= 1.0.0, which is not on PyPI; cuda and cpu need nothing"
+            "the plain layout of int4 needs the package mslk >= 1.0.0, which is not on PyPI; the layouts for cuda "
+            "and cpu do not need it"
         )
     return None
 
@@ -137,8 +138,8 @@ def misfit(packing: str) -> str | None:
     if layout is None or fits_machine(layout):
         return None
     return (
-        f"its int4 weights are in the CPU layout {layout}, this machine computes with {machine_layout()} and would get "
-        "wrong numbers; aoconvert repack --layout-device cpu packs them for this machine"
+        f"its int4 weights are in the CPU layout {layout}, but this machine uses {machine_layout()} and would "
+        f"compute wrong numbers; aoconvert repack --layout-device cpu packs them for this machine"
     )
 
 

@@ -55,7 +55,7 @@ def of_opaque(tensor: Any, cpu_layout: str | None) -> Parts:
         PlanError: a layout that is not known here.
     """
     if (layout := cpu_layout or cpu_packing.machine_layout()) not in cpu_packing.LAYOUTS:
-        raise PlanError([f"{layout!r} is no known layout of int4 for the CPU"], hint="upgrade aoconvert")
+        raise PlanError([f"{layout!r} is not a known int4 layout for the CPU"], hint="upgrade aoconvert")
     scale, zero = _both(tensor.scale_and_zero)
     return Parts(cpu_packing.unpack(tensor.qdata, layout).contiguous(), scale, zero, False, _group_size(tensor))
 

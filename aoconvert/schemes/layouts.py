@@ -24,7 +24,7 @@ def merged(layouts: Sequence[Layout]) -> Layout:
     if len(devices) > 1:
         raise PlanError(
             [f"packed layouts for {' and '.join(devices)} in one model"],
-            hint="--layout-device says what int4 is packed for",
+            hint="--layout-device sets the device that int4 is packed for",
         )
     capabilities = [layout.min_capability for layout in layouts if layout.min_capability is not None]
     return Layout(

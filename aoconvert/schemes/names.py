@@ -33,7 +33,7 @@ def find(name: str, settings: Mapping[str, str] | None = None) -> SchemeEntry:
     if key == AUTO:
         raise UsageError(
             "auto is not a single scheme: it chooses one for each tensor",
-            hint="quantize and plan take it; here name a scheme, such as int8wo",
+            hint="only quantize and plan accept it; name a scheme, such as int8wo",
         )
     if (entry := _entries().get(key)) is not None:
         return entry
@@ -78,7 +78,7 @@ def _entries() -> dict[str, SchemeEntry]:
     for entry in catalogue():
         for name in (entry.name, *entry.aliases):
             if found.setdefault(normalize(name), entry) is not entry:
-                raise AssertionError(f"{name} stands for {found[normalize(name)].name} and {entry.name}")
+                raise AssertionError(f"{name} means both {found[normalize(name)].name} and {entry.name}")
     return found
 
 
@@ -97,8 +97,8 @@ def _member(name: str, family: Family, settings: Mapping[str, str]) -> SchemeEnt
     schemes = ", ".join(members.values())
     if value is None:
         example = f"{family.field}={next(iter(members))}"
-        raise UsageError(f"{name!r} does not say which {family.field}", hint=f"use {schemes}, or --set {example}")
-    raise UsageError(f"{name!r} has no scheme for {family.field}={value!r}", hint=f"there is {', '.join(members)}")
+        raise UsageError(f"{name!r} does not specify the {family.field}", hint=f"use {schemes}, or --set {example}")
+    raise UsageError(f"{name!r} has no variant with {family.field}={value!r}", hint=f"choose from {', '.join(members)}")
 
 
 def _nearest(key: str) -> str:

@@ -57,9 +57,7 @@ def get(
     settings = settings or {}
     entry = find(name, settings)
     if layout_device is not None and layout_device not in _LAYOUT_DEVICES:
-        raise UsageError(
-            f"there is no layout for device {layout_device!r}", hint=f"take {', '.join(_LAYOUT_DEVICES[:3])}"
-        )
+        raise UsageError(f"the device {layout_device!r} has no layout", hint=f"use {', '.join(_LAYOUT_DEVICES[:3])}")
     if group_size is None and entry.group_field not in settings:
         group_size = preset_group_size(name)
     if entry.layout_device is not None:
@@ -89,9 +87,9 @@ def _build(entry: SchemeEntry, group_size: int | None, settings: Mapping[str, st
     fields = {key: values.parse(cls, key, text) for key, text in entry.defaults if key not in fields} | fields
     if group_size is not None:
         if entry.group_field is None:
-            raise UsageError(f"{entry.name} has no group size to choose", hint="leave --group-size out")
+            raise UsageError(f"{entry.name} has a fixed group size", hint="omit --group-size")
         if entry.group_field in settings:
-            raise UsageError(f"group size {group_size} and {entry.group_field} say the same thing", hint="give one")
+            raise UsageError(f"group size {group_size} and {entry.group_field} set the same thing", hint="give one")
         fields[entry.group_field] = values.group(group_size)
     try:
         config: AOBaseConfig = cls(**fields)
@@ -116,12 +114,12 @@ def _check_activations(entry: SchemeEntry, config: Any) -> None:
     kinds = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
     if config.activation_dtype not in kinds.values():
         found = dtype_name(config.activation_dtype)
-        raise UsageError(f"{entry.name} cannot multiply by {found}", hint=f"activation_dtype takes {', '.join(kinds)}")
+        raise UsageError(f"{entry.name} cannot multiply by {found}", hint=f"activation_dtype can be {', '.join(kinds)}")
     low, high = config.activation_value_lb, config.activation_value_ub
     if (low is not None and low < 0) or (high is not None and high <= max(low or 0.0, 0.0)):
         raise UsageError(
-            f"no activation has its largest value between {low} and {high}",
-            hint="activation_value_lb is 0 or more, activation_value_ub more than that",
+            f"the largest value of an activation cannot be between {low} and {high}",
+            hint="activation_value_lb must be 0 or more, activation_value_ub larger than it",
         )
 
 
@@ -135,8 +133,8 @@ def _other(entry: SchemeEntry, cls: type, key: str, value: Any) -> str:
         if text is not None and values.parse(cls, key, text) == value:
             return f"use scheme {other.name}"
     if key.endswith("packing_format"):
-        return "other packings are for one device only: int4wo has such, --layout-device chooses"
-    return "leave it out"
+        return "other packings are for one device only: use int4wo, with --layout-device to choose it"
+    return "omit it"
 
 
 def _why(error: BaseException) -> str:
@@ -166,7 +164,7 @@ def _sample(entry: SchemeEntry, config: AOBaseConfig) -> torch.Tensor:
     except Exception as error:
         raise UsageError(f"{entry.name}: torchao cannot quantize with this config: {_why(error)}") from error
     if type(made).__name__ != entry.tensor_class.name:
-        raise UsageError(f"{entry.name}: with this config torchao makes a {type(made).__name__} instead")
+        raise UsageError(f"{entry.name}: with this config torchao creates a {type(made).__name__} instead")
     return made
 
 
@@ -200,10 +198,10 @@ def _int4wo(entry: SchemeEntry, device: str, group_size: int | None, settings: M
     if extra := parsed.keys() - {_INT4_ALGORITHM, "group_size"}:
         raise UsageError(
             f"{min(extra)} of {entry.name} cannot be set",
-            hint=f"--layout-device chooses the packing; --set takes {_INT4_ALGORITHM}",
+            hint=f"--layout-device chooses the packing; --set can only set {_INT4_ALGORITHM}",
         )
     if group_size is not None and "group_size" in parsed:
-        raise UsageError(f"group size {group_size} and group_size say the same thing", hint="give one")
+        raise UsageError(f"group size {group_size} and group_size set the same thing", hint="give one")
     size = parsed.get("group_size", group_size or _INT4_GROUP) if group_size != 0 else 0
     algorithm = parsed[_INT4_ALGORITHM].value if _INT4_ALGORITHM in parsed else "tinygemm"
     config = int4.config(size, device, algorithm)
@@ -217,7 +215,8 @@ def _int4wo(entry: SchemeEntry, device: str, group_size: int | None, settings: M
     if device == "cpu":
         packing = int4.machine_packing()
         more.append(
-            f"packed for CPUs with the {int4.machine_layout()} layout, as this one has: wrong numbers on others"
+            f"packed in the {int4.machine_layout()} layout of this CPU: on CPUs with another layout it gives wrong "
+            f"numbers"
         )
     return Scheme(
         entry=entry,

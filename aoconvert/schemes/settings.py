@@ -52,7 +52,7 @@ def parse(config_class: type, key: str, text: str) -> Any:
         except _Refused as refused:
             accepted.append(str(refused))
     takes = " or ".join(dict.fromkeys(accepted))
-    raise UsageError(f"{key}={text!r}: not a value of this field", hint=f"{key} takes {takes}")
+    raise UsageError(f"{key}={text!r} is not a value of this field", hint=f"{key} can be {takes}")
 
 
 def group(size: int) -> Any:
@@ -66,7 +66,7 @@ def group(size: int) -> Any:
     if size not in GROUP_SIZES:
         raise UsageError(
             f"group size {size} is out of range",
-            hint=f"take {GROUP_SIZES.start} to {GROUP_SIZES.stop - 1}; usual are 32, 64, 128",
+            hint=f"use {GROUP_SIZES.start} to {GROUP_SIZES.stop - 1}; usual are 32, 64, 128",
         )
     return PerGroup(size)
 
@@ -155,7 +155,7 @@ def _granularity(text: str) -> Any:
 def _list(parser: Callable[[str], Any], text: str) -> list[Any]:
     parts = text.split(",")
     if len(parts) != 2:
-        raise _Refused("two of them with a comma (activation, weight)")
+        raise _Refused("two of them separated by a comma (activation, weight)")
     return [parser(part.strip()) for part in parts]
 
 
@@ -168,4 +168,4 @@ def _enum(members: type[enum.Enum], text: str) -> enum.Enum:
 
 
 def _no_text(text: str) -> None:
-    raise _Refused("no value on the command line")
+    raise _Refused("nothing on the command line")

@@ -29,7 +29,7 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str |
         scheme: what :func:`aoconvert.schemes.get` returned.
     """
     if len(shape) == 3 and 3 not in scheme.ranks:
-        return f"a stack of matrices, and {scheme.name} takes single ones"
+        return f"a stack of matrices; {scheme.name} supports only single matrices"
     if scheme.own_blocker is not None:
         return scheme.own_blocker(shape, dtype)
     entry, granularity = scheme.entry, scheme.format.granularity
@@ -38,7 +38,7 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str |
         many = "none of " if len(entry.dtypes) > 1 else "not "
         return f"dtype {name} is {many}{', '.join(entry.dtypes)}"
     if len(shape) not in scheme.ranks:
-        return f"{len(shape)} dimensions, {scheme.name} takes {' or '.join(map(str, scheme.ranks))}"
+        return f"{len(shape)} dimensions; {scheme.name} supports {' or '.join(map(str, scheme.ranks))}"
     if 0 in shape:
         return "it is empty"
     out_features, in_features = shape[-2:]
@@ -55,9 +55,9 @@ def blocker(shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme) -> str |
         return f"out_features {out_features} of several experts is not a multiple of {scheme.rows.tile}"
     # torchao's _is_128_128_scaled then sees blocks where there is one scale, and its product fails
     if granularity == "per tensor" and scheme.layout.min_capability is not None and shape == (_BLOCK, _BLOCK):
-        return f"torchao takes a {_BLOCK} x {_BLOCK} weight with one scale for one in blocks, and cannot run it"
+        return f"torchao mistakes a {_BLOCK} x {_BLOCK} weight with one scale for a blockwise one, and cannot run it"
     # torchao's choose_qparams reduces a block of one value over the whole tensor and fails on the shape of the result;
     # HQQ, which takes weights whole, does not ask it
     if in_features == 1 and granularity == "per row" and prod(shape) > 1 and scheme.rows.tile is not None:
-        return "in_features 1: a row of one value has no scale of its own"
+        return "in_features 1: a row of one value does not get its own scale"
     return None

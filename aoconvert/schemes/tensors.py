@@ -41,7 +41,7 @@ def take_apart(tensor: Any, cpu_layout: str | None = None) -> int4_parts.Parts:
     if getattr(tensor, "act_pre_scale", None) is not None or getattr(tensor, "act_mapping_type", None) is not None:
         raise PlanError([f"this {name} also says what to do with activations"])
     if (take := class_named(name).take_apart) is None:
-        raise PlanError([f"{name} is no int4 weight in groups"])
+        raise PlanError([f"{name} is not an int4 weight in groups"])
     return take(tensor, cpu_layout)
 
 

@@ -41,6 +41,6 @@ def resolve(names: Sequence[str], layout_device: str) -> tuple[Scheme, ...]:
     except PlanError as error:
         raise UsageError(
             f"--candidates {','.join(names)}: {error.message}",
-            hint="candidates are for one device; --layout-device names it",
+            hint="all candidates must be for the same device, which --layout-device names",
         ) from error
     return tuple(sorted(found.values(), key=lambda scheme: scheme.format.bytes_per_parameter))

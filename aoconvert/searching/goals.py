@@ -121,7 +121,7 @@ def _bits(tensors: Sequence[Tensor], bits: float) -> SearchResult:
         selection, warning = _bits_of(part, bits)
         chosen |= _named(part, selection)
         warnings += warning
-    return SearchResult(chosen, f"auto: --target-bits {bits:g} leaves room for it as it is", tuple(warnings))
+    return SearchResult(chosen, f"auto: --target-bits {bits:g} leaves room for it unquantized", tuple(warnings))
 
 
 def _bits_of(tensors: Sequence[Tensor], bits: float) -> tuple[Selection, list[str]]:
@@ -153,7 +153,8 @@ def _sized(tensors: Sequence[Tensor], target: int, fixed: int) -> SearchResult:
     goal = _Goal(f"--target-size {size(target)}", "", target, nothing, shown, _hint(tensors[0].survey.options))
     items = [tensor.options(tensor.survey.file_bytes) for tensor in tensors]
     selection, warnings = _fitted(goal, items, exact, _singles(tensors))
-    return SearchResult(_named(tensors, selection), f"auto: {goal.flag} leaves room for it as it is", tuple(warnings))
+    reason = f"auto: {goal.flag} leaves room for it unquantized"
+    return SearchResult(_named(tensors, selection), reason, tuple(warnings))
 
 
 def _fitted(
@@ -167,15 +168,15 @@ def _fitted(
     selection = fit(items, goal.target, exact, singles) if goal.target < goal.nothing else None
     if selection is None:
         if goal.target >= goal.nothing:
-            problem = f"is no goal: with nothing quantized it takes {goal.shown(goal.nothing)}"
+            problem = f"does not limit anything: with nothing quantized it takes {goal.shown(goal.nothing)}"
             raise PlanError([f"{goal.where}{goal.flag} {problem}"], hint="a smaller goal")
         least, nothing = goal.shown(exact(cheapest(items))), goal.shown(goal.nothing)
-        problem = f"cannot be reached: it takes {least} at least, and {nothing} with nothing quantized"
+        problem = f"cannot be reached: the result takes at least {least}, and {nothing} with nothing quantized"
         raise PlanError([f"{goal.where}{goal.flag} {problem}"], hint=goal.hint)
     reached = exact(selection)
     if reached >= (1 - _WITHIN) * goal.target or error_of(items, selection) == 0:
         return selection, []
-    return selection, [f"{goal.where}{goal.flag}: {goal.shown(reached)} is the nearest below it that was found"]
+    return selection, [f"{goal.where}{goal.flag}: {goal.shown(reached)} is the closest value below it that was found"]
 
 
 def _hint(options: QuantizeOptions) -> str:

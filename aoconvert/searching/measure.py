@@ -156,5 +156,5 @@ class Measuring:
             if not bool(piece.data.to(dtype).isfinite().all()):
                 raise
             if self.result.errors[piece.name].pop(scheme.key, None) is not None:
-                self.result.failures.append(f"auto leaves {scheme.name} out for {piece.name}: {error.message}")
+                self.result.failures.append(f"auto does not consider {scheme.name} for {piece.name}: {error.message}")
             return None

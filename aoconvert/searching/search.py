@@ -62,7 +62,7 @@ def search(source: Source, options: QuantizeOptions, progress: Progress, fetch: 
         raise PlanError(problems)
     free = [item.name for item in chosen if not options.components.get(item.name)]
     if not free:
-        raise UsageError("--scheme auto has nothing to choose: every --component has a scheme of its own")
+        raise UsageError("--scheme auto has nothing to choose: every --component has its own scheme")
     device = choose_devices(options.device)[0]
     candidates = resolve(options.candidates, options.layout_device or device.partition(":")[0])
     given = {item.name: resolve_rules(options, item, device) for item in chosen if item.name not in free}
@@ -70,7 +70,7 @@ def search(source: Source, options: QuantizeOptions, progress: Progress, fetch: 
     base = _base(source, options, candidates, free, given)
     parts = _parts(base)
     if empty := [parts[name].component.title for name in free if parts[name].weights is None]:
-        raise PlanError([f"{empty[0]}: --scheme auto measures the weights, and {source.label} has none"])
+        raise PlanError([f"{empty[0]}: --scheme auto measures the weights, but {source.label} has none"])
     if source.kind == "hub":
         fetch([path for name in free if (weights := parts[name].weights) for path in weights.paths])
         base = _base(source, options, candidates, free, given)  # the headers of .bin files are inside them

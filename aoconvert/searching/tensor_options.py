@@ -153,7 +153,7 @@ class Survey:
                 rules.append(Rule(name, scheme, _ORIGIN))
             elif name in self.allowed:
                 rules.append(Left(name, None, _ORIGIN, why))
-            elif self._is_matrix(name):  # its reason would be that no rule is for it
+            elif self._is_matrix(name):  # its reason would be that no rule matches it
                 rules.append(Left(name, None, _ORIGIN, self._reasons[name]))
         return Rules(tuple(rules), None, self._skip)
 

@@ -42,9 +42,7 @@ def resolve(
     place = _local_place(reference)
     if place is not None and place.is_dir():
         if hub.revision is not None:
-            raise UsageError(
-                f"{show(reference)} is a folder, and a folder has no revision", hint="leave out --revision"
-            )
+            raise UsageError(f"{show(reference)} is a folder, which has no revisions", hint="omit --revision")
         return FolderSource(place)
     if place is not None:
         if place.suffix.lower() in WEIGHT_SUFFIXES:
@@ -57,7 +55,7 @@ def resolve(
     if hub.revision is not None and named_revision not in (None, hub.revision):
         raise UsageError(
             f"two revisions are given: {show(named_revision or '')} in {show(reference)}, and {show(hub.revision)}",
-            hint="leave out one",
+            hint="omit one",
         )
     return open_hub(
         repo_id,
@@ -79,7 +77,7 @@ def _local_place(reference: str) -> Path | None:
         place = Path(reference).expanduser()
         return place if place.exists() else None
     except PermissionError as error:  # something is there, so it is no model on the Hub
-        said = f"{show(reference)} cannot be looked at: {error.strerror}"
+        said = f"{show(reference)} cannot be opened: {error.strerror}"
         raise SourceError(said, hint=CHECK_PERMISSIONS) from error
     except (OSError, ValueError, RuntimeError):
         # A name too long, a NUL, an unknown user: nothing that exists.

@@ -44,7 +44,7 @@ class LocalFile:
         self.size = facts.st_size
         if not stat.S_ISREG(facts.st_mode):
             os.close(self._descriptor)
-            raise SourceError(f"{path} is no regular file", hint="give the path of a weights file")
+            raise SourceError(f"{path} is not a regular file", hint="give the path of a weights file")
 
     def read(self, offset: int, count: int) -> bytes:
         """Exactly ``count`` bytes from ``offset``.

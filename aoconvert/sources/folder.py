@@ -65,7 +65,7 @@ class FolderSource(Source):
         if not stays_inside(self.root, path):
             raise SourceError(
                 f"{self.label}: {path} is a link that leaves the folder",
-                hint="give the folder that really holds the file, or copy the file",
+                hint="give the folder that holds the file itself, or copy the file",
             )
         return entry
 
@@ -103,7 +103,7 @@ class FolderSource(Source):
                 return SourceError(f"{self.label}: {link} is a broken link")
             if (self.root / path).is_file():
                 return SourceError(
-                    f"{self.label}: {link} is a link to a folder, which is not followed",
+                    f"{self.label}: {link} is a link to a folder, which aoconvert does not follow",
                     hint="give the real folder, or copy it in place of the link",
                 )
         return None
@@ -144,7 +144,7 @@ def list_folder(root: Path, label: str) -> dict[str, SourceFile]:
                 found[path] = SourceFile(path, file.stat().st_size)
         if len(found) > MAX_FILES:
             raise SourceError(
-                f"{label} holds more than {MAX_FILES:,} files: that is not a model folder",
+                f"{label} holds more than {MAX_FILES:,} files: it is not a model folder",
                 hint="give the folder that has model_index.json or config.json in it",
             )
     return dict(sorted(found.items()))

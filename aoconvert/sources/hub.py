@@ -88,7 +88,9 @@ class HubSource(Source):
         # Where the Hub fails, the client may return an incomplete snapshot without a word.
         missing = [entry for entry in missing if not (self.root / entry.path).is_file()]
         if missing:
-            raise HubError(f"{_list_files(self.repo_id, missing)} did not arrive", hint="try again", retryable=True)
+            raise HubError(
+                f"{_list_files(self.repo_id, missing)} were not downloaded", hint="try again", retryable=True
+            )
         if progress is not None:
             progress(total, total)
 
@@ -293,7 +295,7 @@ def _check_space(folder: Path, needed: int, label: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise HubError(
-            f"{label}: the files to fetch take {needed / 1e9:.1f} GB, the cache's disk has {free / 1e9:.1f} GB free",
+            f"{label}: the files to download take {needed / 1e9:.1f} GB, the cache's disk has {free / 1e9:.1f} GB free",
             hint=SPACE_HINT,
         )
 

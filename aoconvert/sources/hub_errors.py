@@ -21,8 +21,8 @@ from typing import Literal
 from aoconvert.errors import AoconvertError, HubError
 
 LOGIN_HINT = "log in with `hf auth login`, or give a token with --token or HF_TOKEN"
-RETRY_HINT = "try again; files that have arrived are kept in the cache"
-AGAIN_HINT = "run the same command again: what has arrived is not sent again"
+RETRY_HINT = "try again; downloaded files are kept in the cache"
+AGAIN_HINT = "run the same command again: it does not send again what has arrived"
 _SECRET = re.compile(r"hf_\w{4,}|(?<=Bearer )[^\s'\"]+")
 _STATUS = re.compile(r"\b(?:status|error|response|code)\b[^0-9]{0,40}\b([45]\d\d)\b", re.IGNORECASE)
 
@@ -76,7 +76,7 @@ def hub_error(error: BaseException, repo_id: str, revision: str | None, *, doing
     if isinstance(error, errors.LocalEntryNotFoundError | errors.RevisionResolutionError):
         if error.__cause__ is not None and not isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             return hub_error(error.__cause__, repo_id, revision)
-        return not_cached(name, "look for a typo, as there is no such folder here; ")
+        return not_cached(name, "check the spelling, as this folder does not exist; ")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return not_cached(name)
     if isinstance(error, errors.HfHubHTTPError):
@@ -99,7 +99,7 @@ def check_token(token: str | None) -> None:
         HubError: it holds characters that no token has.
     """
     if token is not None and not re.fullmatch("[!-~]+", token):
-        raise HubError("the token holds characters that no token has (a line break or space?)", hint="copy it again")
+        raise HubError("the token has characters that no token can have (a line break or space?)", hint="copy it again")
 
 
 def without_secrets(text: str) -> str:
@@ -133,7 +133,7 @@ def _write_error(error: BaseException, repo_id: str, name: str) -> HubError:
     from huggingface_hub import errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return HubError(f"{name}: HF_HUB_OFFLINE is set, and this needs the Hub", hint="unset HF_HUB_OFFLINE")
+        return HubError(f"{name}: HF_HUB_OFFLINE is set, but this needs the Hub", hint="unset HF_HUB_OFFLINE")
     if isinstance(error, errors.LocalTokenNotFoundError):
         return HubError("not logged in to the Hub: there is no token", hint=LOGIN_HINT)
     file = re.match(r"Error while uploading '(.+)' to the Hub", str(error)) if type(error) is RuntimeError else None
@@ -172,28 +172,28 @@ def _write_refused(error: BaseException, status: int, name: str) -> HubError:
     because = f": {said}" if said else ""
     storage = answer is None or answer.response.request.method == "PUT"
     if storage and status in (401, 403, 404):
-        return HubError(f"{name}: the storage does not take it ({status}){because}", hint=AGAIN_HINT, retryable=True)
+        return HubError(f"{name}: the storage does not accept it ({status}){because}", hint=AGAIN_HINT, retryable=True)
     if status == 401 and not isinstance(answer, errors.RepositoryNotFoundError):
         return HubError(f"{name}: the Hub does not accept the token (401){because}", hint=LOGIN_HINT)
     if isinstance(answer, errors.GatedRepoError | errors.DisabledRepoError) or status == 403:
         return HubError(f"{name}: this token may not write there ({status}){because}", hint=WRITE_HINT)
     if isinstance(answer, errors.RepositoryNotFoundError):
         return HubError(
-            f"{name}: there is no such model, or this token may not see it", hint=f"check the spelling; {LOGIN_HINT}"
+            f"{name}: the model does not exist, or this token may not see it", hint=f"check the spelling; {LOGIN_HINT}"
         )
     if isinstance(answer, errors.RevisionNotFoundError):
-        return HubError(f"{name}: there is no such branch, tag or pull request", hint="check --revision")
+        return HubError(f"{name}: the branch, tag or pull request does not exist", hint="check --revision")
     if status == 409:
         return HubError(
-            f"{name}: the Hub sees a conflict (409){because}",
-            hint="another repo may have this name, or somebody else writes to it now: look, then run it again",
+            f"{name}: the Hub reports a conflict (409){because}",
+            hint="another repo may have this name, or another user is writing to it: check, then run the command again",
         )
     if status == 412:
-        return HubError(f"{name}: somebody else committed in the meantime (412)", hint=AGAIN_HINT, retryable=True)
+        return HubError(f"{name}: another user committed in the meantime (412)", hint=AGAIN_HINT, retryable=True)
     if status == 413:
         return HubError(
             f"{name}: too large for the Hub (413){because}",
-            hint="convert again with a smaller --max-shard-size, or look at the limits of the account",
+            hint="convert again with a smaller --max-shard-size, or check the limits of the account",
         )
     if status == 429:
         wait = retry_after(answer.response.headers) if answer is not None else None
@@ -226,7 +226,7 @@ def _http_error(error: BaseException, repo_id: str, revision: str | None) -> Hub
         return HubError(f"{repo_id} has been disabled", hint=f"see {page}")
     if isinstance(error, errors.RepositoryNotFoundError):
         return HubError(
-            f"there is no model {repo_id} on the Hub, or it is private (and no such folder here)",
+            f"the Hub has no model {repo_id}, or it is private (and this folder does not exist)",
             hint=f"check the spelling; for a private model {LOGIN_HINT}",
         )
     if isinstance(error, errors.RevisionNotFoundError):

@@ -48,7 +48,7 @@ def _parse_address(reference: str) -> tuple[str, str | None]:
     shown = show(re.sub(r"//[^/@]*:[^/@]*@", "//", reference))
     try:
         if not reference.startswith("hf://") and urlsplit(reference).username is not None:
-            raise SourceError(f"{shown}: no user name or password may stand in the address", hint="use --token")
+            raise SourceError(f"{shown}: the address must not contain a user name or password", hint="use --token")
         uri = parse_hf_uri(reference, endpoint=constants.ENDPOINT)
     except (HfUriError, ValueError) as error:
         raise SourceError(f"{shown} is not the address of a model on the Hub", hint=EXPECTED_HINT) from error

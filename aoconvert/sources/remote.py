@@ -63,7 +63,7 @@ class RangedFile:
         data = self._get(begin, end)
         if len(data) != end - begin:
             raise HubError(
-                f"{self._repo_id}: {self._path}: {len(data):,} bytes came instead of {end - begin:,}",
+                f"{self._repo_id}: {self._path}: {len(data):,} bytes arrived instead of {end - begin:,}",
                 hint="try again; a proxy may have cut the answer",
                 retryable=True,
             )
@@ -89,8 +89,8 @@ class RangedFile:
                 if response.status_code != 206 and end - begin != self.size:
                     # read no further: the answer is the whole file
                     raise HubError(
-                        f"{self._repo_id}: {self._path}: the server does not answer requests for a part of a file",
-                        hint="check HF_ENDPOINT and the proxy, or download the file and inspect that",
+                        f"{self._repo_id}: {self._path}: the server does not support requests for part of a file",
+                        hint="check HF_ENDPOINT and the proxy, or download the file and inspect it",
                     )
                 received = bytearray()
                 for part in response.iter_bytes():

@@ -107,14 +107,14 @@ def _named_weights(source: Source, folder: str, name: Any) -> WeightFiles:
     where = f"{source.label}: {posixpath.join(folder, 'config.json')}: {NAMED_BY}"
     if not isinstance(name, str) or not (name.endswith((".safetensors", _INDEX)) or name == _ADAPTER):
         raise SourceError(
-            f"{where} is {show(str(name))}, which transformers does not load",
-            hint=f"take {NAMED_BY} out of the config to use the usual file names",
+            f"{where} is {show(str(name))}, a file that transformers does not load",
+            hint=f"remove {NAMED_BY} from the config to use the usual file names",
         )
     if not is_safe_path(name):
         raise SourceError(f"{where} is {show(name)}, which is outside the folder", hint="do not use this checkpoint")
     path = posixpath.join(folder, name)
     if not source.has(path):
-        raise SourceError(f"{where} is {show(name)}, which is not there", hint="the download or copy is incomplete")
+        raise SourceError(f"{where} is {show(name)}, which does not exist", hint="the download or copy is incomplete")
     source.require(path)
     if name.endswith(_INDEX):
         return _read_index(source, path, "safetensors")
@@ -131,7 +131,8 @@ def _refuse_distributed(source: Source, folder: str) -> None:
     for path in source.files():
         if posixpath.dirname(path) == folder and _DISTRIBUTED.fullmatch(posixpath.basename(path)):
             raise SourceError(
-                f"{source.label}: {path} is of a distributed checkpoint, which transformers loads in place of others",
+                f"{source.label}: {path} belongs to a distributed checkpoint, which transformers loads instead of "
+                f"the other weights",
                 hint="open it with from_pretrained, and save it with save_pretrained",
             )
 
@@ -157,7 +158,7 @@ def _read_index(source: Source, path: str, format_: Format) -> WeightFiles:
     where = f"{source.label}: {path}"
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
-        raise SourceError(f"{where} has no weight_map", hint="fetch the index again, or save the model again")
+        raise SourceError(f"{where} has no weight_map", hint="download the index again, or save the model again")
     if not weight_map:
         raise SourceError(f"{where} names no tensor: its weight_map is empty")
     folder = posixpath.dirname(path)
@@ -179,7 +180,7 @@ def _check_shard(source: Source, where: str, folder: str, shard: str, format_: F
         raise SourceError(f"{where}: shard {show(shard)} is not a .{format_} file")
     path = posixpath.join(folder, shard)
     if not source.has(path):
-        raise SourceError(f"{where}: shard {show(shard)} is not there", hint="the download or copy is incomplete")
+        raise SourceError(f"{where}: shard {show(shard)} does not exist", hint="the download or copy is incomplete")
     source.require(path)
     return path
 
@@ -204,7 +205,7 @@ def _explain_absence(source: Source, folder: str, library: Library, variant: str
     there = [*(["no variant"] if None in found else []), *names]
     raise SourceError(
         f"{where} has no variant {show(variant)}; there are weights for: {', '.join(there)}",
-        hint="leave out --variant" if None in found else f"choose one: --variant {names[0]}",
+        hint="omit --variant" if None in found else f"choose one: --variant {names[0]}",
     )
 
 

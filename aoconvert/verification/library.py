@@ -87,7 +87,7 @@ def compare_by_library(target: Checkpoint, source: Source, children: Children, *
     """
     manifest = target.manifest
     if manifest is None:
-        return LibraryFindings("skipped", "no manifest says what may differ from the source")
+        return LibraryFindings("skipped", "without a manifest it is unknown what may differ from the source")
     if (other := _other_model(target, source, manifest)) is not None:
         return LibraryFindings("failed", other, {})
     folder = None if target.kind == "pipeline" else _source_folder(source, manifest)
@@ -217,7 +217,7 @@ def _summary(counted: dict[str, int], worst: float | None, left: dict[str, froze
     parts = [f"{counted.get('equal', 0)} tensors have the source's bits, {counted.get('quantized', 0)} are within"]
     parts[0] += " their SQNR" + (f" (worst {worst:.1f} dB)" if worst is not None else "")
     if counted.get("buffers"):
-        parts.append(f"{counted['buffers']} buffers that no file holds")
+        parts.append(f"{counted['buffers']} buffers that are in no file")
     if counted.get("unused"):
         parts.append(f"{counted['unused']} that the class does not use")
     if counted.get("others"):

@@ -63,13 +63,13 @@ def _layouts(target: Checkpoint) -> Iterable[PackedLayout]:
 def _obstacle(layout: PackedLayout, device: str) -> str | None:
     kind = device.partition(":")[0]
     if layout.device not in ("any", kind):
-        why = f"it is to be opened on {kind}" if _is_here(layout.device) else "there is no such device here"
+        why = f"it has to be opened on {kind}" if _is_here(layout.device) else "this device is not available here"
         return f"its layout is for {layout.device}, and {why}"
     if kind != "cuda" or layout.min_capability is None:
         return None
     here = device_facts(device)
     if here.capability is None:
-        return f"its layout is for NVIDIA's GPUs, and {here.name} is none"
+        return f"its layout is for NVIDIA's GPUs, and {here.name} is not one"
     if here.capability < layout.min_capability:
         needed, has = capability(layout.min_capability), capability(here.capability)
         return f"its layout needs CUDA capability {needed}, {here.name} has {has}"

@@ -148,7 +148,7 @@ def _against_manifest(
     for name in wanted.keys() & found.keys():
         for key, value in _facts(wanted[name]).items():
             if found[name][key] != value:
-                problems.append(f"{name}: its {key} is {found[name][key]}, the manifest says {value}")
+                problems.append(f"{name}: its {key} is {found[name][key]}, but the manifest says {value}")
                 break
     return problems
 
@@ -240,7 +240,10 @@ def _answer_for_unfinished(request: dict[str, Any], error: Ended) -> Iterator[di
 
     A machine with too little memory says nothing of the checkpoint.
     """
-    given = {"status": "skipped" if error.of == "memory" else "failed", "detail": f"no end of it: {error.message}"}
+    given = {
+        "status": "skipped" if error.of == "memory" else "failed",
+        "detail": f"the check did not finish: {error.message}",
+    }
     done = {answer.get("part") for answer in error.answers if "forward" in answer}
     for name in request["parts"]:
         if request["forward"] and name not in done:
@@ -288,13 +291,13 @@ def _made_anew(target: Checkpoint, part: Part, answers: list[dict[str, Any]]) ->
     allowed = left_to_library(target, part)
     reports = [answer["report"] for answer in answers if "report" in answer]
     problems = [
-        f"{name} is in no file: the library makes it anew"
+        f"{name} is in no file: the library initializes it"
         for report in reports
         for name in report["missing_keys"]
         if name not in allowed
     ]
     return problems + [
-        f"the library calls {name} mismatched" for report in reports for name in report["mismatched_keys"]
+        f"the library reports {name} as mismatched" for report in reports for name in report["mismatched_keys"]
     ]
 
 
@@ -345,7 +348,7 @@ def check_numbers(
         return "failed", some(problems)
     plain = "no NaN, no infinity, no zero scale"
     if source is None:
-        return "passed", f"{plain} (--source compares with the original)"
+        return "passed", f"{plain} (--source also compares with the original)"
     if left is not None and not any(left.values()):
         return "passed", plain
     from aoconvert.verification.numbers import compare_with_source
@@ -354,17 +357,17 @@ def check_numbers(
     if problems:
         return "failed", some(problems)
     shown = f", worst SQNR {worst:.1f} dB" if math.isfinite(worst) else ""
-    return "passed", f"{plain}; {count} tensors compared with aoconvert's own reading of the source{shown}"
+    return "passed", f"{plain}; {count} tensors compared with what aoconvert itself reads from the source{shown}"
 
 
 def check_forward(loaded: Loaded, *, asked: bool, obstacle: str | None = None) -> tuple[Status, str]:
     """What the forward passes of the reloaded models gave; ``obstacle``: why there were none."""
     if not asked:
-        return "skipped", "not asked for"
+        return "skipped", "it was not requested"
     if obstacle is not None:
         return "skipped", obstacle
     if not loaded.forward:
-        return "skipped", "nothing was reloaded"
+        return "skipped", "the model was not opened"
     # an example that could not be tried does not take back a forward pass that went well
     passes = [answer["forward"] for answer in loaded.forward if not answer.get("example")]
     results = [answer["forward"] for answer in loaded.forward]

@@ -118,5 +118,5 @@ def _compare(
     sqnr = error.sqnr_db if error.sqnr_db is not None else math.inf
     stated = entry.sqnr_db if entry.sqnr_db is not None else math.inf
     if sqnr != stated and not abs(sqnr - stated) <= _TOLERANCE_DB:
-        return sqnr, f"{name} has an SQNR of {sqnr:.2f} dB to the source, the manifest says {stated:.2f}"
+        return sqnr, f"{name} has an SQNR of {sqnr:.2f} dB to the source, but the manifest says {stated:.2f}"
     return sqnr, None

@@ -86,13 +86,13 @@ def _other_files(source: Source, made_of: SourceEntry) -> Iterator[str]:
     for entry in made_of.files:
         path = _place(source, entry)
         if path is None:
-            yield f"it has no {entry.path}"
+            yield f"{entry.path} is missing"
             continue
         found = source.files()[path]
         if found.size != entry.size:
             yield f"{path} has {found.size} bytes, what was read had {entry.size}"
         elif _sha256(source, path) != entry.sha256:
-            yield f"{path} has another SHA-256"
+            yield f"{path} has a different SHA-256"
 
 
 def _place(source: Source, entry: FileEntry) -> str | None:
@@ -113,4 +113,4 @@ def _sha256(source: Source, path: str) -> str:
 def _commits(source: Source, made_of: SourceEntry) -> str:
     if source.revision is None or made_of.revision is None or source.revision == made_of.revision:
         return ""
-    return f" (commit {source.revision[:12]}, the manifest says {made_of.revision[:12]})"
+    return f" (commit {source.revision[:12]}, but the manifest says {made_of.revision[:12]})"

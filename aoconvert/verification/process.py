@@ -201,13 +201,13 @@ class Children:
                 child.process.wait(_LOOK)
                 return
             if time.monotonic() > deadline:
-                why = f"it took more than {seconds:g} s; {SECONDS} sets how many it may take"
-                raise Ended(f"the fresh interpreter was ended: {why}", "time", child)
+                why = f"it took more than {seconds:g} s; {SECONDS} sets the limit"
+                raise Ended(f"the fresh interpreter was stopped: {why}", "time", child)
             if (lacking := self._no_memory(child, kept)) is not None:
-                raise Ended(f"the fresh interpreter was ended: {lacking}", "memory", child)
+                raise Ended(f"the fresh interpreter was stopped: {lacking}", "memory", child)
             if child.written.nbytes() > _MOST_WRITTEN:
                 raise Ended(
-                    f"the fresh interpreter was ended: it wrote more than {size(_MOST_WRITTEN)}", "space", child
+                    f"the fresh interpreter was stopped: it wrote more than {size(_MOST_WRITTEN)}", "space", child
                 )
 
     def _no_memory(self, child: _Child, kept: int) -> str | None:
@@ -217,10 +217,10 @@ class Children:
         """
         used = anonymous_bytes(child.process.pid)
         if self._limits.memory is not None and used > self._limits.memory:
-            return f"it took {size(used)} of memory, and {MEMORY} allows {size(self._limits.memory)}"
+            return f"it used {size(used)} of memory, and {MEMORY} allows {size(self._limits.memory)}"
         left = available_bytes()
         if left >= kept:
             return None
         with self._lock:
             most = max(anonymous_bytes(other.process.pid) for other in self._running)
-        return f"it took {size(used)} of memory, and this machine has {size(left)} left" if used >= most else None
+        return f"it used {size(used)} of memory, and this machine has {size(left)} left" if used >= most else None

@@ -249,7 +249,7 @@ def _ran(run: _Run, target: Checkpoint, loaded: Loaded) -> Iterator[Ran]:
 def _manifest(run: _Run) -> tuple[Status, str]:
     if not is_there(run.folder / MANIFEST_NAME):
         run.target = from_folder(run.folder, run.label)
-        return "skipped", f"no {MANIFEST_NAME}: by somebody else; nothing to compare with"
+        return "skipped", f"no {MANIFEST_NAME}: not made by aoconvert; there is nothing to compare with"
     run.manifest = found = manifests.load(run.folder)
     validate(found)
     count = sum(len(component.tensors) for component in found.components)
@@ -261,7 +261,7 @@ def _files(run: _Run) -> tuple[Status, str]:
     if run.manifest is None:
         assert run.target is not None
         problems = shadows(run.folder, {part.folder: part.files for part in run.target.parts})
-        said = some(["no manifest lists them", *notes(run.folder)])
+        said = some(["there is no manifest to list them", *notes(run.folder)])
         return ("failed", some(problems)) if problems else ("skipped", said)
     problems, hashed = check_files(run.folder, run.manifest)
     if problems:
@@ -299,7 +299,7 @@ def _pickle(run: _Run) -> tuple[Status, str]:
         run.target = with_imports(target, known)
     elif extra := sorted(name for name in known if name.startswith("torchao.") and name not in target.safe_globals):
         return "failed", f"the pickles name {extra[0]}, which the manifest does not list"
-    return "passed", f"{len(target.files)} file(s), {len(known)} names, all on the list of safe ones"
+    return "passed", f"{len(target.files)} file(s), {len(known)} names, all in the list of safe names"
 
 
 def _versions(run: _Run, target: Checkpoint) -> tuple[Status, str]:
@@ -313,7 +313,7 @@ def _versions(run: _Run, target: Checkpoint) -> tuple[Status, str]:
     if run.place is not None and run.place.obstacle is not None:
         return ("failed" if run.options.require_device else "skipped"), run.place.obstacle
     if not entries:
-        return "skipped", "no manifest says what it needs"
+        return "skipped", "there is no manifest to say what it needs"
     wanted = sorted({f"{k}{v}" for entry in entries for k, v in entry.loads_with.items()})
     return "passed", f"needs {', '.join(wanted)}"
 
@@ -324,9 +324,9 @@ def _reload(run: _Run, target: Checkpoint, loaded: Loaded, children: Children) -
     Where the weights cannot run they are opened all the same, and nothing is computed with them.
     """
     if not run.options.reload:
-        return "skipped", "not asked for"
+        return "skipped", "it was not requested"
     if target.runs_code and not run.options.trust_remote_code:
-        return "skipped", f"{CODE_INSIDE}: read it, then --trust-remote-code"
+        return "skipped", f"{CODE_INSIDE}: read it, then use --trust-remote-code"
     where = run.place or choose_load_device(target, run.options.device)
     failures: list[str] = []
     for strategy in _strategies(target, run.options, run.published):
@@ -366,7 +366,7 @@ def _open(
         status, detail = check_published(target, published, code, loaded, children, **wishes)
         detail += _card_shows(target, published, strategy)
     if status == "passed" and wanted and example is None:
-        missing = {"status": "skipped", "detail": "the card has no example for it"}
+        missing = {"status": "skipped", "detail": "the card has no example for this model"}
         loaded.forward.append({"example": True, "forward": missing})
     return status, detail
 
@@ -376,7 +376,7 @@ def _library(run: _Run, target: Checkpoint, findings: list[LibraryFindings], chi
     if run.original is None:
         return "skipped", "no source given"
     if not run.options.reload:
-        return "skipped", "not asked for"
+        return "skipped", "it was not requested"
     found = compare_by_library(target, run.original, children, trust=run.options.trust_remote_code)
     findings.append(found)
     return found.status, found.detail
@@ -393,7 +393,7 @@ def _card_shows(target: Checkpoint, published: Published, strategy: Strategy) ->
         load_code(target, published.repo_id, strategy, hub=True, revision=revision)
         for revision in {None, published.revision}
     )
-    return "" if any(code in text for code in codes) else f"; {CARD_NAME} shows other code than this"
+    return "" if any(code in text for code in codes) else f"; {CARD_NAME} shows different code"
 
 
 def _strategies(target: Checkpoint, options: VerifyOptions, published: Published | None) -> Iterator[Strategy]:

@@ -40,16 +40,16 @@ def version_problems(entry: ComponentEntry) -> list[str]:
     problems = []
     for package, wanted in entry.loads_with.items():
         if package not in known_packages():
-            problems.append(f"the manifest asks for the package {package!r}, which no torchao checkpoint needs")
+            problems.append(f"the manifest requires the package {package!r}, which no torchao checkpoint needs")
             continue
         here = version_of(package)
         try:
             allowed = SpecifierSet(wanted)
         except InvalidSpecifier:
-            problems.append(f"the manifest wants {package}{wanted}, which is no version range")
+            problems.append(f"the manifest requires {package}{wanted}, which is not a version range")
             continue
         if here is None:
             problems.append(f"{package} is not installed; the checkpoint needs {package}{wanted}")
         elif not allowed.contains(Version(here).base_version, prereleases=True):
-            problems.append(f"{package} {here} is here; the checkpoint needs {package}{wanted}")
+            problems.append(f"{package} {here} is installed; the checkpoint needs {package}{wanted}")
     return problems

@@ -41,8 +41,8 @@ def test_each_is_named_with_its_reason(pipeline: Path) -> None:
     ]
     assert rows(page, "not in the files") == [["`pos.weight`", "1", "the library makes it from the config"]]
     assert rows(page, "left out") == [["`ema.decay`", "1", "not a tensor"]]
-    assert [row[0] for row in rows(page, "left behind")] == ["`vae/old.h5`", "`vae/old.onnx`"]
-    parts = {row[0]: row[2] for row in rows(page, "taken over")}
+    assert [row[0] for row in rows(page, "not copied")] == ["`vae/old.h5`", "`vae/old.onnx`"]
+    parts = {row[0]: row[2] for row in rows(page, "unchanged")}
     assert parts["`text_encoder`"] == "T5EncoderModel, its tensors bit for bit" and "`vae`" in parts
     assert "the model class does not know mtp.0.eh_proj.weight" in page.shown
     assert "Carried over, missing" not in page.html
@@ -56,14 +56,14 @@ def test_a_long_list_is_folded(pipeline: Path) -> None:
     edit(pipeline, many)
     card = render(pipeline, CardOptions())
     page = read(card.text)
-    assert any("Carried over, missing, unchanged or left behind" in line for line in page.html)
+    assert any("Carried over, missing, unchanged or not copied" in line for line in page.html)
     assert rows(page, "carried over")[0][1] == "200"
-    assert rows(page, "left behind")[-1] == ["`and 300 more`", "300", "all are in aoconvert.json"]
+    assert rows(page, "not copied")[-1] == ["`and 300 more`", "300", "all are in aoconvert.json"]
     assert len(card.text) < 40_000
 
 
 @pytest.mark.parametrize("name", ["llama-chat"])
 def test_where_all_went_the_usual_way_there_is_no_table(name: str, converted: Any) -> None:
     page = read(render(converted(name), CardOptions()).text)
-    assert not any(rows(page, what) for what in ("carried over", "not in the files", "left out", "taken over"))
+    assert not any(rows(page, what) for what in ("carried over", "not in the files", "left out", "unchanged"))
     assert "the model class does not know" not in page.shown

@@ -67,13 +67,13 @@ def test_metadata_is_yaml(item: str, key: str, value: Any, pipeline: Path) -> No
         ("licence=mit", "no metadata key 'licence'", "did you mean license?"),
         ("pipeline-tag=x", "no metadata key", "did you mean pipeline_tag?"),
         ("quantized=yes", "no metadata key", "the keys are in https://"),
-        ("tags=[a", "is no YAML", "quote the value"),
+        ("tags=[a", "is not YAML", "quote the value"),
         ("license=[mit, gpl]", "takes a text, not", None),
         ("language={a: b}", "takes a text or a list of texts", None),
         ("inference=maybe", "takes true or false", None),
         ("co2_eq_emissions=true", "takes a number", None),
-        ("widget=x", "has parts of its own", None),
-        ('license="a\\nb"', "cannot be printed", None),
+        ("widget=x", "is a nested value", None),
+        ('license="a\\nb"', "contains unprintable characters", None),
         ("base_model_relation=copy", "is one of adapter, finetune", None),
     ],
 )
@@ -107,7 +107,7 @@ def test_given_values_replace(converted: Any) -> None:
         (CardOptions(license="other"), "needs a name and a link"),
         (
             CardOptions(license="other", metadata={"license_name": "My Terms", "license_link": "x"}),
-            "takes no license_name",
+            "does not accept the license_name",
         ),
         (CardOptions(license="mit", metadata={"pipeline_tag": "text-to-vidio"}), "did you mean text-to-video?"),
     ],
@@ -170,7 +170,7 @@ def test_a_template_that_cannot_be_read(content: bytes | None, pipeline: Path, t
 
 def test_it_prints_the_card(pipeline: Path, call: Call) -> None:
     code, out, err = call(pipeline, "--repo-id", "user/x")
-    assert (code, err) == (0, "warning: no licence is known: the source's card names none; give it with --license\n")
+    assert (code, err) == (0, "warning: the licence is unknown: the source's card names none; give it with --license\n")
     assert out == render(pipeline, CardOptions(), repo_id="user/x").text
     assert not (pipeline / "README.md").exists()
 
@@ -183,7 +183,7 @@ def test_it_writes_and_keeps_what_was_edited(pipeline: Path, call: Call) -> None
     readme.write_text(readme.read_text() + "Mine.\n")
     code, out, err = call(pipeline, "--write")
     assert (code, out) == (3, "")
-    assert "was changed by hand" in err and "--overwrite" in err
+    assert "was edited by hand" in err and "--overwrite" in err
     assert readme.read_text().endswith("Mine.\n")
     assert call(pipeline, "--write", "--overwrite", "--license", "mit")[0] == 0
     assert "Mine." not in readme.read_text()

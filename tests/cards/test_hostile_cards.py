@@ -250,7 +250,7 @@ def test_other_packages_are_not_asked_for(pipeline: Path) -> None:
     edit(pipeline, lambda values: values["components"][0]["loads_with"].update({"evil-package": ">=1"}))
     assert "evil" not in render(pipeline, CardOptions()).text
     assert version_problems(load(pipeline).components[0]) == [
-        "the manifest asks for the package 'evil-package', which no torchao checkpoint needs"
+        "the manifest requires the package 'evil-package', which no torchao checkpoint needs"
     ]
 
 

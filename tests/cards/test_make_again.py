@@ -67,7 +67,7 @@ def test_the_same_bytes(
     assert not any("mine" in (tensor.reason or "") for part in first.components for tensor in part.tensors)
     words = shlex.split(card.fences("bash")[-1])
     assert words[:2] == ["aoconvert", "quantize"] and "mine.toml" not in words
-    assert ("--recipe" in words) == bool(recipe) == ("beside aoconvert.json, which holds the recipe" in card.shown)
+    assert ("--recipe" in words) == bool(recipe) == ("beside aoconvert.json, which contains the recipe" in card.shown)
     # where the card's reader is: the source, and what is published
     reader = tmp_path / "reader"
     reader.mkdir()

@@ -63,8 +63,8 @@ def test_refusals_import_no_torch(tmp_path: Path) -> None:
     scheme = ["--scheme", "int8wo"]
     refusals: list[tuple[int, str, list[object]]] = [
         (3, "no such folder", ["quantize", "./absent", *scheme]),
-        (3, "it holds notes.txt, and no result of aoconvert", ["quantize", model, *scheme, "-o", other]),
-        (3, "has no name of its own", ["quantize", model, *scheme, "-o", "/"]),
+        (3, "it holds notes.txt, and is not a result of aoconvert", ["quantize", model, *scheme, "-o", other]),
+        (3, "has no name; give the folder", ["quantize", model, *scheme, "-o", "/"]),
         (3, "is already quantized", ["quantize", quantized, *scheme, "-o", tmp_path / "new"]),
         (3, "is already quantized", ["plan", quantized, *scheme]),
         (2, "'gpu' is not a device", ["quantize", model, *scheme, "--device", "gpu"]),
@@ -76,7 +76,7 @@ def test_refusals_import_no_torch(tmp_path: Path) -> None:
         (3, "is not a folder", ["repack", model / "config.json", "--layout-device", "cuda"]),
         (3, "no such folder", ["card", "./absent"]),
         (2, "there is no scheme 'nosuch'", ["demo", tmp_path / "demo", "--scheme", "nosuch"]),
-        (3, "holds no earlier demo", ["demo", other]),
+        (3, "is not an earlier demo", ["demo", other]),
         (3, "no such folder", ["push", "me/model", "./absent"]),
         (2, "did you mean quantize?", ["quantise", "x"]),
     ]
@@ -128,9 +128,9 @@ def test_what_may_not_be_read_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "closed").chmod(0)
     scheme = ["--scheme", "int8wo", "-o", tmp_path / "new"]
     refusals: list[tuple[int, str, list[object]]] = [
-        (3, "model' cannot be looked at: Permission denied", ["quantize", hidden, *scheme]),
-        (3, "model' cannot be looked at: Permission denied", ["inspect", hidden]),
-        (3, "model' cannot be looked at: Permission denied", ["verify", hidden]),
+        (3, "model' cannot be opened: Permission denied", ["quantize", hidden, *scheme]),
+        (3, "model' cannot be opened: Permission denied", ["inspect", hidden]),
+        (3, "model' cannot be opened: Permission denied", ["verify", hidden]),
         (3, "closed cannot be read: Permission denied", ["plan", tmp_path / "closed", *scheme]),
         (3, "aoconvert.json cannot be read: Permission denied", ["card", hidden]),
         (3, "aoconvert.json cannot be read: Permission denied", ["push", "me/model", hidden]),
@@ -227,13 +227,13 @@ def test_usage_errors(call: Call, arguments: list[str], said: str) -> None:
     ("arguments", "said"),
     [
         ([], "no scheme"),
-        (["--scheme", "int8wo", "--min-sqnr", "30"], "--min-sqnr: only --scheme auto searches"),
-        (["--scheme", "int8wo", "--candidates", "int8wo"], "--candidates: only --scheme auto searches"),
+        (["--scheme", "int8wo", "--min-sqnr", "30"], "--min-sqnr: these need --scheme auto"),
+        (["--scheme", "int8wo", "--candidates", "int8wo"], "--candidates: these need --scheme auto"),
         (["--scheme", "auto"], "--scheme auto needs one goal"),
         (["--scheme", "auto", "--min-sqnr", "30", "--target-bits", "5"], "--scheme auto needs one goal"),
         (["--scheme", "auto", "--target-size", "much"], "'much' is not a size"),
-        (["--scheme", "auto", "--target-bits", "-1"], "--target-bits must be a positive number"),
-        (["--scheme", "auto", "--min-sqnr", "30", "--group-size", "32"], "--scheme auto takes no --group-size"),
+        (["--scheme", "auto", "--target-bits", "-1"], "--target-bits must be a positive, finite number"),
+        (["--scheme", "auto", "--min-sqnr", "30", "--group-size", "32"], "--scheme auto does not accept --group-size"),
         (["--scheme", "auto", "--min-sqnr", "30", "--candidates", "int8w"], "there is no scheme 'int8w'"),
     ],
 )

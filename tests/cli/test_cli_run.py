@@ -94,8 +94,8 @@ def test_ctrl_c_while_another_wants_the_same_output(
     code, stdout, stderr = ended(running)
     assert (code, stdout) == (130, "")
     kept = re.fullmatch(
-        r"error: interrupted; (\d+) of 57 tensors are kept, run the same command again to go on\n"
-        rf"hint: they are in {re.escape(str(tmp_path))}/\.out\.aoconvert-partial; --no-resume starts afresh\n",
+        r"error: interrupted; (\d+) of 57 tensors are kept, run the same command again to continue\n"
+        rf"hint: they are in {re.escape(str(tmp_path))}/\.out\.aoconvert-partial; --no-resume starts over\n",
         stderr,
     )
     assert kept, stderr
@@ -118,9 +118,9 @@ def test_sigterm_keeps_the_earlier_result(big: Path, tmp_path: Path) -> None:
     error = json.loads(stdout)["error"]
     assert (error["type"], error["exit_code"]) == ("Interrupted", 130)
     assert re.fullmatch(
-        r"interrupted; \d+ of 57 tensors are kept, run the same command again to go on", error["message"]
+        r"interrupted; \d+ of 57 tensors are kept, run the same command again to continue", error["message"]
     )
-    assert error["hint"].endswith("--no-resume starts afresh")
+    assert error["hint"].endswith("--no-resume starts over")
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.aoconvert-partial", "out", "small"]
 
@@ -137,7 +137,7 @@ def test_another_run_after_a_killed_one_says_so_and_cleans_up(big: Path, tmp_pat
     code, _, stderr = ended(start(build_llama(tmp_path / "small"), output))
     assert (code, stderr) == (
         0,
-        "warning: the earlier run's work is not used: the plan changed, the source changed\n",
+        "warning: the earlier run's work cannot be used: the plan changed, the source changed\n",
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
     assert sorted(path.name for path in output.iterdir()) == [

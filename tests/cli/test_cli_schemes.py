@@ -35,7 +35,7 @@ def test_every_scheme_has_a_size_and_its_demands(call: Callable[..., Any]) -> No
     assert list(layouts) == ["cpu", "cuda", "xpu", "plain"]
     assert layouts["cpu"]["quantizes_here"]
     assert layouts["cpu"]["unconfirmed"] is None
-    assert "confirmed" in layouts["cuda"]["unconfirmed"]
+    assert "not yet compared" in layouts["cuda"]["unconfirmed"]
 
 
 def test_one_scheme_in_words(call: Callable[..., Any]) -> None:
@@ -63,7 +63,7 @@ OLD, HOPPER, BLACKWELL = (
         ("cuda", (10, 0), (HOPPER,), "it needs compute capability 10.0, a Hopper has 9.0"),
         ("cuda", (10, 0), (BLACKWELL,), None),
         ("cuda", None, (OLD,), None),
-        ("cuda", (8, 0), (), "it needs a CUDA device, and torch has none here"),
+        ("cuda", (8, 0), (), "it needs a CUDA device, and torch sees none here"),
         ("cpu", None, (BLACKWELL,), None),
     ],
 )
@@ -100,7 +100,7 @@ def test_the_list_fits_a_screen(call: Callable[..., Any], monkeypatch: pytest.Mo
     shown = {line.split()[0] for line in lines[1:-1]}
     assert {"int8wo", "float8dq_row", "intx{1-8}wo", "uint{1-8}wo", "int8dq_int{1-8}"} <= shown
     folded = next(line for line in lines if line.startswith("intx{1-8}wo"))
-    assert folded.endswith("1- to 8-bit values, one in a byte")
+    assert folded.endswith("1- to 8-bit values, one per byte")
     everything = call("schemes", "--all").stdout
     for entry in schemes.catalogue():
         assert any(line.startswith(f"{entry.name} ") and entry.summary in line for line in everything.splitlines())

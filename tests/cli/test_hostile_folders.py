@@ -323,7 +323,7 @@ def test_what_lies_where_a_run_works(
     assert not (partial / "nowhere").exists()
     if done.code:
         assert (kind, done.code) == ("folder", 3), done.stderr
-        assert f"{partial} holds something that aoconvert did not write: {name}/ (move it away)" in done.stderr
+        assert f"{partial} holds files that aoconvert did not write: {name}/ (move it away)" in done.stderr
         assert (partial / name).is_dir()
         assert "unexpected" not in done.stderr
         return

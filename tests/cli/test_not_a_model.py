@@ -38,7 +38,7 @@ def test_models_in_folders(call: Call, tmp_path: Path) -> None:
     (tmp_path / "model" / "1_Pooling" / "config.json").write_text("{}")
     error, hint = said(call, tmp_path / "model", tmp_path)
     assert error == "model has no config.json and no model_index.json"
-    assert hint == "there are models in folders of it: --subfolder 0_Transformer"
+    assert hint == "its subfolders hold models: --subfolder 0_Transformer"
 
 
 def test_an_adapter(call: Call, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_pointer_in_place_of_a_bin(call: Call, tmp_path: Path) -> None:
         ("tf_model.h5", "only TensorFlow (tf_model.h5)"),
         ("flax_model.msgpack", "only Flax (flax_model.msgpack)"),
         ("model.onnx", "only ONNX (model.onnx)"),
-        ("consolidated.00.pth", "only the authors' own layout (consolidated.00.pth)"),
+        ("consolidated.00.pth", "only the authors' own format (consolidated.00.pth)"),
         ("weights.safetensors", "only a name that the library does not look for (weights.safetensors)"),
     ],
 )
@@ -135,4 +135,4 @@ def test_shapes_of_another_model_are_one_line(call: Call, tmp_path: Path) -> Non
     source = build_llama(tmp_path / "model")
     write_config(source, {**LLAMA, "hidden_size": 128})
     error, _ = said(call, source, tmp_path)
-    assert "but its class wants [128, 128] (and " in error
+    assert "but its class expects [128, 128] (and " in error

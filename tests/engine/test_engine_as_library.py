@@ -182,6 +182,6 @@ def test_the_card_names_what_is_not_the_models_and_what_is_not_there(tmp_path: P
     aoconvert.quantize(source, "int8wo", output=tmp_path / "carried", **options)
     text = aoconvert.card(tmp_path / "carried").text
     assert "the model class does not know `model.embeddings.position_ids`" in text
-    assert "the source does not hold `model.norm.weight`: transformers makes it" in text
+    assert "the source does not hold `model.norm.weight`: transformers initializes it" in text
     aoconvert.quantize(source, "int8wo", output=tmp_path / "dropped", drop_unknown=True, **options)
     assert "files also hold `model.embeddings.position_ids`" in aoconvert.card(tmp_path / "dropped").text

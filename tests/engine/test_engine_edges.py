@@ -247,7 +247,7 @@ def test_the_largest_finite_values(row: str, square: Callable[[torch.dtype], Pat
         made = convert(source, row, tmp_path / "out")
     except QuantizeError as error:
         name, _ = options(row)
-        assert error.message == f"{UP}: {name} gives NaN or infinity for it"
+        assert error.message == f"{UP}: {name} turns it into NaN or infinity"
         assert error.hint == f"--skip {UP}" + ("" if name == "int8wo" else ", or choose int8wo")
         weight = load_file(source / "model.safetensors")[UP]
         linear = torch.nn.Sequential(torch.nn.Linear(128, 256, bias=False))

@@ -104,7 +104,7 @@ def test_what_changed_is_named() -> None:
     assert differences(was, now) == ["the device changed", "the plan changed", "the source changed"]
     assert differences({}, now)[0] == "torch none → 2.13.0+cpu"
     assert differences({**now, "versions": [1]}, now) == ["torch none → 2.13.0+cpu", "torchao none → 0.19.0"]
-    assert differences({**now, "more": 1}, now) == ["its journal is of another kind"]
+    assert differences({**now, "more": 1}, now) == ["its journal has another format"]
 
 
 @pytest.fixture(scope="module")

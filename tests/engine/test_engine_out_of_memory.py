@@ -63,8 +63,8 @@ def attempt(source: Path, output: Path, megabytes: int) -> Any:
 def test_it_is_said_in_one_line_and_the_next_run_goes_on(large: Path, tmp_path: Path) -> None:
     kind, message, hint = attempt(large, tmp_path / "out", 70)
     assert kind == "HostMemoryError"
-    assert message.startswith("memory ran out: this run takes about ")
-    assert hint.startswith("end other programs or raise the limit; on fewer cores (taskset) it takes less")
+    assert message.startswith("out of memory: this run needs about ")
+    assert hint.startswith("close other programs or raise the limit; on fewer cores (taskset) a run needs less")
     assert not (tmp_path / "out").exists()
     assert attempt(large, tmp_path / "out", 20)[0] == "HostMemoryError"  # keeps what there is
     kept = (tmp_path / ".out.aoconvert-partial").exists()

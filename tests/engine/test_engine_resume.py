@@ -64,7 +64,7 @@ def stop(source: Path, output: Path, count: int, **options: Any) -> Path:
 
 
 def not_used(result: Any) -> list[str]:
-    start = "the earlier run's work is not used: "
+    start = "the earlier run's work cannot be used: "
     return [line.removeprefix(start) for line in result.warnings if line.startswith(start)]
 
 
@@ -100,9 +100,9 @@ def test_it_goes_on_and_reads_nothing_twice(
         with pytest.raises(Interrupted) as caught:
             convert(checkpoints(family), tmp_path / "out", StopAfter(count - done), **options)
         done = count
-        said = f"interrupted; {count} of {len(names)} tensors are kept, run the same command again to go on"
+        said = f"interrupted; {count} of {len(names)} tensors are kept, run the same command again to continue"
         assert caught.value.message == said
-        assert caught.value.hint == f"they are in {tmp_path}/.out.aoconvert-partial; --no-resume starts afresh"
+        assert caught.value.hint == f"they are in {tmp_path}/.out.aoconvert-partial; --no-resume starts over"
         assert not (tmp_path / "out").exists()
     monkeypatch.setattr(ComponentReading, "read", watched)
     result = convert(checkpoints(family), tmp_path / "out", **options)
@@ -234,7 +234,7 @@ def test_interrupted_while_the_earlier_work_is_checked(source: Path, tmp_path: P
 def test_the_earlier_work_was_not_looked_at_yet(source: Path, tmp_path: Path, expected: Any) -> None:
     """The next run is stopped at once, or cannot read the source when it begins: nothing is lost."""
     partial = stop(source, tmp_path / "out", 5)
-    kept = f"what an earlier run left is still in {partial}; --no-resume starts afresh"
+    kept = f"the work of an earlier run is still in {partial}; --no-resume starts over"
     with pytest.raises(Interrupted) as stopped, staged_output(tmp_path / "out"):
         raise KeyboardInterrupt
     assert (stopped.value.message, stopped.value.hint) == ("interrupted", kept)
@@ -271,7 +271,7 @@ def test_a_read_error_in_the_middle(checkpoints: Callable[[str], Path], tmp_path
         convert(source, tmp_path / "out", Shrink())
     assert caught.value.hint is not None
     assert " of 367 tensors are kept in " in caught.value.hint
-    assert caught.value.hint.endswith("; --no-resume starts afresh")
+    assert caught.value.hint.endswith("; --no-resume starts over")
     weights.write_bytes(content)
     convert(checkpoints("cogvideox"), tmp_path / "whole")
     result = convert(source, tmp_path / "out")

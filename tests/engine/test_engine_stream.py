@@ -181,7 +181,7 @@ def test_a_full_disk(checkpoints: Callable[[str], Path], tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("WriteError"), done.stdout
     assert "diffusion_pytorch_model.bin" in done.stdout
-    assert re.search(r"free space on this disk.*; the same command goes on: \d+ of \d+ tensors are kept", done.stdout)
+    assert re.search(r"free space on this disk.*; the same command continues: \d+ of \d+ tensors are kept", done.stdout)
     assert left_behind(tmp_path) == [".out.aoconvert-partial"]
     assert issubclass(WriteError, aoconvert.AoconvertError)
 

@@ -267,7 +267,7 @@ def test_a_gpu_that_fills_up_while_it_works(checkpoints: Checkpoints, tmp_path: 
 
 @pytest.mark.parametrize("fault", ["full", "broken"])
 def test_a_gpu_that_is_lost_while_it_works(fault: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """What is finished stays, and the same command goes on."""
+    """What is finished stays, and the same command continues."""
     source = checkpoints("opt")
     expected = convert(source, tmp_path / "cpu", device="cpu")
 
@@ -284,7 +284,7 @@ def test_a_gpu_that_is_lost_while_it_works(fault: str, checkpoints: Checkpoints,
         world.events[9] = lose
         convert(source, tmp_path / "out", progress=progress)
     assert isinstance(caught.value, DeviceMemoryError) == (fault == "full")
-    assert "the same command goes on" in (caught.value.hint or "")
+    assert "the same command continues" in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
     with pretended():
         result = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cuda", min_quantized=0)
@@ -514,5 +514,5 @@ def test_memory_is_counted(gpu: World) -> None:
 
 
 def test_there_is_no_such_device_outside() -> None:
-    with pytest.raises(PlanError, match="device cuda is not here"):
+    with pytest.raises(PlanError, match="device cuda is not available"):
         choose_device("cuda")

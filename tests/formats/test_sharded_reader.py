@@ -109,7 +109,7 @@ def test_an_index_that_does_not_fit(folder, index, what):
 
 
 def test_unknown_and_missing_files(folder):
-    with pytest.raises(SourceError, match=r"model\.gguf: unknown kind of weights file"):
+    with pytest.raises(SourceError, match=r"model\.gguf: unknown type of weights file"):
         open_reader(folder / "model.gguf")
     with pytest.raises(SourceError, match=r"none\.safetensors: cannot be opened"):
         CheckpointReader(folder, ["none.safetensors"])

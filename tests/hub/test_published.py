@@ -101,7 +101,8 @@ def test_a_push_that_does_not_open_says_so(me: Pusher, fresh: Fresh) -> None:
     [failed] = [check for check in report["checks"] if check["status"] == "failed"]
     assert failed["name"] == "reload" and "with an empty cache" in failed["detail"]
     said = " ".join(done["warnings"])
-    assert f"commit {done['commit'][:12]} is there, and does not pass from there: reload: " in said
+    short = done["commit"][:12]
+    assert f"commit {short} is on the Hub, but does not pass the verification from there: reload: " in said
     assert f"aoconvert verify me/shut --revision {done['commit']}" in said
     assert f"{me.hub.endpoint}/me/shut/commits/main" in said
 
@@ -139,7 +140,7 @@ def test_every_family(
     report = json.loads(found.stdout)
     assert found.returncode == 0, report
     assert (report["strategy"], report["published"]["commit"]) == (strategy, done["commit"])
-    assert "other code" not in found.stdout
+    assert "different code" not in found.stdout
     ran = {item["what"] for item in report["ran"]}
     assert {"load", "forward"} <= ran
     assert ("example" in ran) == (family not in TRANSFORMERS)  # which have no tokenizer here

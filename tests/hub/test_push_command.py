@@ -45,7 +45,7 @@ def test_the_three_outputs(client: HubClient, fresh: Fresh) -> None:
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, f"{client.hub.endpoint}/me/x\n", "")
     human = client.command("push", "me/x", folder, env=WITH_TOKEN)
     assert human.stdout.splitlines()[-1] == f"nothing to do: {client.hub.endpoint}/me/x holds exactly this"
-    assert "warning: no licence is known" in human.stderr
+    assert "warning: the licence is unknown" in human.stderr
 
 
 def test_a_dry_run_touches_nothing(client: HubClient, fresh: Fresh) -> None:
@@ -181,7 +181,7 @@ def test_interrupted(client: HubClient, fresh: Fresh, number: signal.Signals, wh
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     said, hint = stderr.splitlines()
-    assert ("the commit was being made, and may be there" if where == "/commit/" else "nothing was committed") in said
+    assert ("the commit had been requested, and may exist" if where == "/commit/" else "nothing was committed") in said
     assert "run the same command again" in hint
     assert client.command("push", "me/x", folder, env=env).returncode == 0
     state = client.hub.state

@@ -162,7 +162,7 @@ def test_a_collection_gets_the_repo_once(me: Pusher, fresh: Fresh) -> None:
     slug = "me/quantized-0123456789abcdef01234567"
     folder = fresh()
     refused = problem(me.push(folder, "me/listed", collection=slug), 5)
-    assert f"there is no collection {slug}" in refused["message"]
+    assert f"the collection {slug} does not exist" in refused["message"]
     collection = {"slug": slug, "title": "Quantized", "owner": "me", "description": None, "items": []}
     more = {"position": 0, "private": False, "theme": "blue", "upvotes": 0, "lastUpdated": "2026-01-01T00:00:00.000Z"}
     me.hub.state.disk.write(me.hub.state.root / "collections.json", {slug: {**collection, **more}})
@@ -187,7 +187,7 @@ def test_a_tag_stays_where_it_is(me: Pusher, fresh: Fresh) -> None:
     ("path", "content", "says"),
     [
         ("LICENSE", b"new", None),
-        ("config.json", b"{}", "somebody else committed in the meantime, and changed config.json"),
+        ("config.json", b"{}", "another user committed in the meantime, and changed config.json"),
         ("model.safetensors", b"theirs", "has other weights"),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_change_that_hides_is_found_before_anything_is_sent(me: Pusher, fresh:
     place.write_bytes(content)
     os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
     outcome = problem(me.push(folder, "me/hidden"), 3)
-    assert "pytorch_model-00002-of-00002.bin is not the file the manifest lists" in outcome["message"]
+    assert "pytorch_model-00002-of-00002.bin is not the file that the manifest lists" in outcome["message"]
     assert me.hub.state.settings("me/hidden") is None
     assert {entry.method for entry in me.hub.log} == {"GET"}
 
@@ -287,7 +287,7 @@ def test_files_that_nobody_vouches_for_stay_here(me: Pusher, fresh: Fresh) -> No
     (folder / "__pycache__" / "x.pyc").write_bytes(b"")
     done = value(me.push(folder, "me/notes"))
     said = [line for line in done["warnings"] if line.startswith("not sent")]
-    assert said == ["not sent, because the manifest does not list it: notes.txt"]
+    assert said == ["not sent, because the manifest does not list them: notes.txt"]
     assert not {"notes.txt", ".hidden", "__pycache__/x.pyc"} & set(entries(me.hub, "me/notes"))
 
 
@@ -328,4 +328,4 @@ def test_a_token_for_some_repos(me: Pusher, fresh: Fresh) -> None:
 def test_a_pull_request_that_is_not_there(me: Pusher, fresh: Fresh) -> None:
     me.hub.state.create_repo("me/none", initial_commit=True)
     outcome = problem(me.push(fresh(), "me/none", revision="refs/pr/7"), 5)
-    assert outcome["message"] == "me/none (revision refs/pr/7): there is no such branch, tag or pull request"
+    assert outcome["message"] == "me/none (revision refs/pr/7): the branch, tag or pull request does not exist"

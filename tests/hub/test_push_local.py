@@ -65,8 +65,8 @@ def test_every_problem_is_listed_at_once(fresh: Fresh) -> None:
             {"ok": False, "checks": [{"name": "load", "status": "failed", "detail": "", "seconds": 0}]},
             "the verification failed: load",
         ),
-        ({"manifest_sha256": "0" * 64}, "is of another aoconvert.json"),
-        ({"manifest_sha256": None}, "is of another aoconvert.json"),
+        ({"manifest_sha256": "0" * 64}, "belongs to another aoconvert.json"),
+        ({"manifest_sha256": None}, "belongs to another aoconvert.json"),
     ],
 )
 def test_a_verification_must_have_passed_and_belong_here(fresh: Fresh, change: dict[str, Any], says: str) -> None:
@@ -86,7 +86,7 @@ def test_a_verification_that_is_none(fresh: Fresh, text: str) -> None:
 def test_files_that_were_written_after_the_verification(me: Pusher, fresh: Fresh) -> None:
     folder = fresh()
     os.utime(folder / "config.json", (time.time() + 5,) * 2)
-    assert "written after the verification: config.json" in refused(folder).problems[0]
+    assert "modified after the verification: config.json" in refused(folder).problems[0]
     assert "value" in me.push(folder, "me/x", rehash=True)  # the contents are what they were
     (folder / "config.json").write_bytes((folder / "config.json").read_bytes().replace(b"opt", b"0pt"))
     assert "SHA-256 differs" in refused(folder, rehash=True).problems[0]
@@ -141,7 +141,7 @@ def test_no_checkpoint(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("token", ["hf_a\nb", "hf a", "hf_é"])
 def test_a_token_that_is_none(tmp_path: Path, token: str) -> None:
-    with pytest.raises(HubError, match="characters that no token has") as found:
+    with pytest.raises(HubError, match="characters that no token can have") as found:
         push(tmp_path, "me/x", PushOptions(token=token), Silent())
     assert token not in str(found.value)
 

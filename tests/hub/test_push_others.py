@@ -69,7 +69,7 @@ def test_another_model_of_aoconvert_stays(me: Pusher, fresh: Fresh) -> None:
     ("there", "here", "says"),
     [
         (wider, None, "another OPTForCausalLM: its "),
-        (from_repo("a/x"), from_repo("a/y"), "one made from a/x, and this is made from a/y"),
+        (from_repo("a/x"), from_repo("a/y"), "one made from a/x, and this one is made from a/y"),
         (from_repo("a/x"), wider, "another OPTForCausalLM: its "),
         (from_repo("a/x"), from_repo("A/X"), None),
         (from_repo("a/x"), None, None),
@@ -101,11 +101,11 @@ def test_another_scheme_is_an_update_and_is_said(me: Pusher, fresh: Fresh) -> No
     [
         ({"config.json": b'{"architectures": ["BertModel"]}'}, "a BertModel, and this is a OPTForCausalLM"),
         ({"model_index.json": b'{"_class_name": "FluxPipeline"}'}, "a FluxPipeline, and this is a OPTForCausalLM"),
-        ({"config.json": b'{"architectures": ["OPTForCausalLM"]}'}, "in the place of these: config.json"),
-        ({"config.json": b"not JSON"}, "holds another model: a model of no known class"),
-        ({"pytorch_model-00001-of-00002.bin": b"theirs"}, "in the place of these: pytorch_model-00001-of-00002.bin"),
-        ({"aoconvert.json": b"{}"}, "in the place of these: aoconvert.json"),
-        ({"README.md": b"---\nlicense: mit\n---\n# My model\n"}, "in the place of these: README.md"),
+        ({"config.json": b'{"architectures": ["OPTForCausalLM"]}'}, "changed there since: config.json"),
+        ({"config.json": b"not JSON"}, "holds another model: a model of an unknown class"),
+        ({"pytorch_model-00001-of-00002.bin": b"theirs"}, "changed there since: pytorch_model-00001-of-00002.bin"),
+        ({"aoconvert.json": b"{}"}, "changed there since: aoconvert.json"),
+        ({"README.md": b"---\nlicense: mit\n---\n# My model\n"}, "changed there since: README.md"),
         ({"README.md": b"---\nlicense: mit\n---\n"}, None),
         ({"notes.md": b"x", "original/model.bin": b"x", "sample.mp4": b"x", ".gitattributes": b"*.x -text"}, None),
     ],
@@ -123,9 +123,7 @@ def test_what_somebody_else_put_there(me: Pusher, fresh: Fresh, files: dict[str,
     assert done["deleted"] == []
     said = " ".join(done["warnings"])
     assert ("front matter and no text: it is replaced" in said) == (files.get("README.md", b"")[-4:] == b"---\n")
-    assert ("takes the place of another model" in said) == (
-        says is not None and ("this is a" in says or "no known" in says)
-    )
+    assert ("replaces another model" in said) == (says is not None and ("this is a" in says or "unknown class" in says))
     kept = set(files) - {file["path"] for file in outcome["value"]["files"]}
     assert all(state.read("me/theirs", path) == files[path] for path in kept)
 
@@ -159,7 +157,7 @@ def test_a_card_that_was_edited_on_the_hub_stays(me: Pusher, fresh: Fresh) -> No
     state.commit("me/card", {"README.md": edited})
     other = fresh()
     for source in (folder, other):
-        assert "in the place of these: README.md" in problem(me.push(source, "me/card"), 5)["message"]
+        assert "changed there since: README.md" in problem(me.push(source, "me/card"), 5)["message"]
         assert state.read("me/card", "README.md") == edited
     # its author has it in the folder
     (other / "README.md").write_bytes(edited + b"More.\n")
@@ -174,7 +172,7 @@ def test_a_file_that_was_changed_on_the_hub_stays(me: Pusher, fresh: Fresh, path
     content = bytearray(state.read("me/changed", path))
     content[-2] ^= 1  # the same size
     state.commit("me/changed", {path: bytes(content)})
-    assert f"in the place of these: {path}" in problem(me.push(folder, "me/changed"), 5)["message"]
+    assert f"changed there since: {path}" in problem(me.push(folder, "me/changed"), 5)["message"]
     refused = problem(me.push(fresh(), "me/changed"), 5)  # in shards: config.json again, and no other weights
     assert path in refused["message"] and "--replace" in refused["message"]
     assert state.read("me/changed", path) == content
@@ -196,12 +194,12 @@ def test_pipelines_with_other_components_quantized(pipeline: Manifest) -> None:
     both = pipeline.model_copy(update={"components": [part, encoder]})
     alone = pipeline.model_copy(update={"components": [encoder]})
     assert other_model(both, pipeline) is None
-    assert "nothing says that they are the same" in str(other_model(alone, pipeline))
+    assert "nothing shows that they are the same" in str(other_model(alone, pipeline))
     named = pipeline.source.model_copy(update={"repo_id": "a/b"})
     assert other_model(*(each.model_copy(update={"source": named}) for each in (alone, pipeline))) is None
     sub = named.model_copy(update={"subfolder": "v2"})
     there, here = pipeline.model_copy(update={"source": named}), pipeline.model_copy(update={"source": sub})
-    assert "the model in the root of a/b, and this is the one in v2" in str(other_model(here, there))
+    assert "the model in the root of a/b, and this one is the model in v2" in str(other_model(here, there))
 
 
 def test_an_older_manifest_names_no_pipeline(pipeline: Manifest) -> None:

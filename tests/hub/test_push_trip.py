@@ -78,5 +78,5 @@ def test_there_and_back(
     report = json.loads(verified.stdout)
     assert report["ok"]
     detail = next(check["detail"] for check in report["checks"] if check["name"] == "reload")
-    assert ("with an empty cache" in detail and "other code" not in detail) == (not reload)
+    assert ("with an empty cache" in detail and "different code" not in detail) == (not reload)
     assert Path(place).is_relative_to(tmp_path / "empty")

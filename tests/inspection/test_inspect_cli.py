@@ -146,7 +146,7 @@ def test_another_torchao(version: str, folder: Path, loads: bool | None, without
 def test_a_file_that_is_no_weights_file(tmp_path: Path) -> None:
     """One line and exit code 3, not a verdict about a pickle that it is not."""
     (tmp_path / "notes.txt").write_text("nothing to load here")
-    with pytest.raises(SourceError, match=r"notes\.txt is no weights file"):
+    with pytest.raises(SourceError, match=r"notes\.txt is not a weights file"):
         aoconvert.inspect(tmp_path / "notes.txt")
 
 

@@ -268,7 +268,7 @@ def test_a_missing_shard_is_why_it_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     found = inspect(str(tmp_path)).to_dict()
     assert (found["kind"], found["parameters"], found["loads_here"]) == ("plain", 16, False)
-    assert "'model-00002-of-00002.safetensors' is not there" in found["why_not"]
+    assert "'model-00002-of-00002.safetensors' does not exist" in found["why_not"]
 
 
 WORDS = [

@@ -140,11 +140,11 @@ def small_repo(client: HubClient, tmp_path: Path, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("fault", "what"),
     [
-        (Fault("/lfs/", status=200, body=b"x" * 100_000), "does not answer requests for a part of a file"),
+        (Fault("/lfs/", status=200, body=b"x" * 100_000), "does not support requests for part of a file"),
         (Fault("/lfs/", cut_after=1000), "the connection to .* broke"),
         (Fault("/lfs/", reset=True), "the connection to .* broke"),
-        (Fault("/lfs/", status=206, body=b"short"), "5 bytes came instead of"),
-        (Fault("/lfs/", status=206, body=b"x" * 3_000_000), "bytes came instead of"),
+        (Fault("/lfs/", status=206, body=b"short"), "5 bytes arrived instead of"),
+        (Fault("/lfs/", status=206, body=b"x" * 3_000_000), "bytes arrived instead of"),
         (Fault("pytorch_model.bin", status=503), r"the Hub failed \(503\)"),
         (Fault("pytorch_model.bin", status=403), r"may not read this \(403\)"),
     ],
@@ -158,7 +158,7 @@ def test_faults_become_one_line(fault: Fault, what: str, hub_client: HubClient, 
     assert "\n" not in result["message"]
     assert result["hint"]
     # an answer that is too long is not read to its end
-    sizes = re.findall(r"([\d,]+) bytes came", result["message"])
+    sizes = re.findall(r"([\d,]+) bytes arrived", result["message"])
     assert all(int(size.replace(",", "")) < 1_000_000 for size in sizes)
 
 

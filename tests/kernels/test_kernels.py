@@ -259,7 +259,7 @@ def test_a_kernel_with_other_bits_is_dropped(
         assert kernel.dropped
         assert kernel.quantize(weight) is None
         assert kernels.for_tensor(scheme, FP16, BF16) is kernel
-    assert "the compiled int4dq is not used any more" in caplog.text
+    assert "the compiled kernel int4dq is no longer used" in caplog.text
     theirs = quantize_tensor("w", weight, BF16, scheme, "cpu")
     assert torch.equal(ours.tensor.dequantize(), theirs.tensor.dequantize())
     assert ours.sqnr_db == theirs.sqnr_db

@@ -38,7 +38,7 @@ def test_what_is_refused_by_its_key(config, what):
     with pytest.raises(SourceError) as caught:
         check_config("Model", config, HELD)
     assert caught.value.message == f"Model: its config asks for {what}, and its weights files hold 20 tensors"
-    with pytest.raises(SourceError, match="no model has so many"):
+    with pytest.raises(SourceError, match="no model has that many"):
         check_config("Model", config, None)
 
 

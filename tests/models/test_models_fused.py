@@ -228,5 +228,5 @@ def test_models_that_cannot_be_fused(make: Callable[[], Any], why: str) -> None:
 
 def test_models_of_transformers_cannot_be_fused() -> None:
     component = ModelPart("", "", "transformers", "LlamaForCausalLM", {"model_type": "llama"})
-    with pytest.raises(SourceError, match="only models of diffusers"):
+    with pytest.raises(SourceError, match="only diffusers models"):
         build_skeleton(component, torch.bfloat16, fuse_qkv=True)

@@ -244,7 +244,7 @@ def test_the_copy_is_made_and_told_where_an_operation_cannot_be_followed(
         assert len(made) == 4
         assert all(tensor.origin is None and not tensor.sources for tensor in made)
         [warning] = [line for line in plan.warnings if "copy" in line]
-        assert "transformers makes a copy of its merged tensors while it runs" in warning
+        assert "transformers holds a second copy of its merged tensors during the run" in warning
         assert "model.layers.0.mlp.experts.gate_up_proj" in warning
         written = [*component.files, *plan.copied]
         assert plan.needs.disk_bytes == sum(item.size for item in written) + sum(tensor.bytes_in for tensor in made)
@@ -276,7 +276,7 @@ def test_an_expert_that_is_not_there(checkpoints: Callable[[str], Path], tmp_pat
     gone = next(name for name in tensors if ".experts.2." in name and "layers.1" in name)
     del tensors[gone]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    says = r"transformers does not open it: model\.layers\.1\.mlp\.experts\.gate_up_proj: Sizes of tensors must match"
+    says = r"transformers cannot open it: model\.layers\.1\.mlp\.experts\.gate_up_proj: Sizes of tensors must match"
     with pytest.raises(aoconvert.AoconvertError, match=says):
         aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
@@ -296,7 +296,7 @@ def test_a_merged_tensor_beside_its_parts(checkpoints: Callable[[str], Path], tm
     assert one.keys() == other.keys()
     assert all(same(tensor, other[key]) for key, tensor in one.items())
     [left] = manifests.load(tmp_path / "out").components[0].dropped
-    assert (left.name, "is taken for the same tensor" in left.reason) == (name, True)
+    assert (left.name, "maps to the same tensor" in left.reason) == (name, True)
 
 
 def test_a_tensor_that_changed_after_the_plan(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
@@ -309,5 +309,8 @@ def test_a_tensor_that_changed_after_the_plan(checkpoints: Callable[[str], Path]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     [component] = plan.components
     touched = next(t for t in component.tensors if name in {origin for _, origin in t.sources})
-    with opened(plan, tmp_path) as reading, pytest.raises(aoconvert.AoconvertError, match="not what it was"):
+    with (
+        opened(plan, tmp_path) as reading,
+        pytest.raises(aoconvert.AoconvertError, match="changed since the plan was made"),
+    ):
         reading.read(touched, None, None)

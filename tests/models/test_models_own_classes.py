@@ -79,7 +79,7 @@ def test_a_list_of_models(pipelines: Callable[[str], Path], tmp_path: Path) -> N
     assert [name for name in parts if name.startswith("controlnet")] == ["controlnet", "controlnet_1"]
     with pytest.raises(aoconvert.SourceError, match="MultiControlNetModel is a list of models") as error:
         aoconvert.plan(source, "int8wo", output=tmp_path / "out", device="cpu", components=["controlnet"])
-    assert error.value.hint == "quantize one of them alone: --subfolder controlnet"
+    assert error.value.hint == "quantize one of them: --subfolder controlnet"
     assert identify(resolve(str(source)), "controlnet_1").class_name == "ControlNetModel"
 
 
@@ -187,7 +187,7 @@ def test_code_that_is_not_trusted_is_named(custom: Path, tmp_path: Path) -> None
     made = aoconvert.plan(custom, "int8wo", output=tmp_path / "out", device="cpu", components=["text_encoder"])
     assert [part.component.name for part in made.unquantized] == ["safety_checker", "unet", "vae"]
     [left] = made.left_behind
-    assert (left.path, left.reason) == ("unet/my_unet.py", "code; --trust-remote-code takes it over")
+    assert (left.path, left.reason) == ("unet/my_unet.py", "code; --trust-remote-code copies it")
 
 
 def index(folder: Path, **changes: Any) -> None:
@@ -231,7 +231,7 @@ def test_a_part_that_lacks_something(gone: str, said: str, broken: Path, tmp_pat
 
 def test_a_part_whose_folder_is_gone(broken: Path, tmp_path: Path) -> None:
     shutil.rmtree(broken / "safety_checker")
-    with pytest.raises(aoconvert.SourceError, match="names the part 'safety_checker', which is not there"):
+    with pytest.raises(aoconvert.SourceError, match="names the part 'safety_checker', which does not exist"):
         aoconvert.quantize(broken, "int8wo", output=tmp_path / "out", device="cpu")
 
 
@@ -243,7 +243,7 @@ def test_values_that_are_not_parts(broken: Path, tmp_path: Path) -> None:
     made = aoconvert.plan(broken, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
     assert [part.component.name for part in made.unquantized] == ["text_encoder", "vae"]
     assert {(item.path, item.reason) for item in made.left_behind} == {
-        (f"safety_checker/{name}", "safety_checker/ holds weights that are not of this model")
+        (f"safety_checker/{name}", "safety_checker/ holds weights that do not belong to this model")
         for name in ("config.json", "model.safetensors")
     }
 

@@ -194,5 +194,5 @@ def test_a_config_that_the_class_refuses(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"_class_name": "FluxTransformer2DModel", "num_attention_heads": "many"})
     )
-    with pytest.raises(SourceError, match=r"does not take its config\.json"):
+    with pytest.raises(SourceError, match=r"does not accept its config\.json"):
         skeleton_of(tmp_path)

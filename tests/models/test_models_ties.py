@@ -173,10 +173,10 @@ def test_untied_tensors_have_schemes_of_their_own(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("t5", "whatever"),
-        ("t5-encoder", "whatever"),
-        ("umt5", "something else|whatever"),  # transformers 5.24 ties it always, and scales by another key
-        ("switch", "something else"),
+        ("t5", "always ties"),
+        ("t5-encoder", "always ties"),
+        ("umt5", "something different|always ties"),  # transformers 5.24 ties it always, and scales by another key
+        ("switch", "something different"),
     ],
 )
 def test_what_cannot_be_untied_says_why(name: str, why: str, tmp_path: Path) -> None:

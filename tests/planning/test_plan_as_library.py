@@ -94,7 +94,7 @@ def test_a_head_that_differs_is_not_quantized_as_the_library_could_not_compare_i
     _, state, config = build("LlamaForCausalLM")
     folder = save(tmp_path / "source", config, differ(state, "lm_head.weight"))
     reasons = {tensor.name: tensor.reason or "" for tensor in planned(folder, default_skips=False).tensors}
-    assert "is compared with model.embed_tokens.weight when the model is opened" in reasons["lm_head.weight"]
+    assert "the library compares it with model.embed_tokens.weight when it opens the model" in reasons["lm_head.weight"]
     untied = planned(folder, default_skips=False, untie=True)
     assert not untied.apart
     assert {tensor.action for tensor in untied.tensors if tensor.name == "lm_head.weight"} == {"quantize"}
@@ -140,7 +140,10 @@ def test_a_shape_that_does_not_fit_is_refused_as_by_the_library(tmp_path: Path) 
         cls.from_pretrained(folder)
     with pytest.raises(PlanError) as caught:
         planned(folder)
-    assert "model.norm.weight is [7] in model.safetensors, but its class wants [32]" in caught.value.problems[0]
+    assert (
+        "model.norm.weight has the shape [7] in model.safetensors, but its class expects [32]"
+        in caught.value.problems[0]
+    )
 
 
 def test_tensors_that_the_class_does_not_know_are_carried(tmp_path: Path) -> None:

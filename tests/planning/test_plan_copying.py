@@ -21,9 +21,9 @@ from aoconvert.options import QuantizeOptions
 from aoconvert.planning.copying import sort_files
 from aoconvert.sources.folder import FolderSource
 
-CODE = "code; --trust-remote-code takes it over"
-HIDDEN, STATE, EXPORT = "hidden", "the state of a training", "an export to another format"
-ADAPTER = "of an adapter, but config and weights are not both there; nothing loads it"
+CODE = "code; --trust-remote-code copies it"
+HIDDEN, STATE, EXPORT = "hidden", "training state", "an export to another format"
+ADAPTER = "part of an adapter that lacks its config or its weights; no library loads it"
 
 TAKEN = [
     *("vocab.bpe", "dict.txt", "o200k.tiktoken", "tokenizer.model.v3", "source.spm", "spm.model", "notes.md"),
@@ -32,8 +32,8 @@ TAKEN = [
     *("1_Pooling/config.json", "preprocessor/deep/er/config.json", "params.json", "LICENSE", "model_card.pdf"),
 ]
 LEFT = {
-    "README.md": "the result has a model card of its own",
-    "sqnr.svg": "the result has one of its own",
+    "README.md": "the result has its own model card",
+    "sqnr.svg": "the result has its own",
     ".gitattributes": HIDDEN,
     ".eval_results/a.yaml": HIDDEN,
     "assets/.DS_Store": HIDDEN,
@@ -42,15 +42,15 @@ LEFT = {
     "modeling_llama.py": CODE,
     "pytorch_model.bin": "other weights",
     "model.fp16.safetensors": "weights of the variant fp16",
-    "model.safetensors.index.fp16.json": "an index of weights that are not taken over",
+    "model.safetensors.index.fp16.json": "an index of weights that are not copied",
     "consolidated.00.pth": "other weights",
     "model-Q4_K_M.gguf": "other weights",
     "tf_model.h5": "other weights",
     "flax_model.msgpack": "other weights",
     "rust_model.ot": "other weights",
     "model.npz": "other weights",
-    "original/consolidated.00.pth": "original/ holds weights that are not of this model",
-    "original/tokenizer.model": "original/ holds weights that are not of this model",
+    "original/consolidated.00.pth": "original/ holds weights that do not belong to this model",
+    "original/tokenizer.model": "original/ holds weights that do not belong to this model",
     "onnx/config.json": EXPORT,
     "onnx/model.onnx": EXPORT,
     "openvino/openvino_model.xml": EXPORT,
@@ -314,4 +314,4 @@ def test_one_component_alone(pipeline: Path, tmp_path: Path) -> None:
     here = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     left = {item.path for item in made.left_behind}
     assert left == {path for path in here if not path.startswith("transformer/")} - {"LICENSE.md"}
-    assert {item.reason for item in made.left_behind} == {"of the pipeline around the component"}
+    assert {item.reason for item in made.left_behind} == {"belongs to the pipeline around the component"}

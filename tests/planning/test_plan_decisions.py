@@ -171,9 +171,9 @@ def test_only_what_can_be_fused_is_fused(pipeline: Path, tmp_path: Path) -> None
         pipeline, "int8wo", components=parts, fuse_qkv=True, output=tmp_path / "out", device="cpu", min_quantized=0
     )
     assert [bool(item.skeleton.fused) for item in plan.components] == [True, False]
-    said = [line for line in plan.warnings if line.endswith("its projections stay apart")]
+    said = [line for line in plan.warnings if line.endswith("its projections stay separate")]
     assert [line.partition(":")[0] for line in said] == ["text_encoder"]
-    for part, why in (("vae", "has no attention"), ("text_encoder", "only models of diffusers")):
+    for part, why in (("vae", "has no attention"), ("text_encoder", "only diffusers models")):
         with pytest.raises(SourceError, match=why):
             aoconvert.plan(pipeline, "int8wo", components=[part], fuse_qkv=True, output=tmp_path / "out", device="cpu")
 
@@ -186,10 +186,10 @@ def test_shapes_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     source = build_llama(tmp_path / "model", tensors=tensors)
     found = problems(source, tmp_path)
     assert found == (
-        "LlamaForCausalLM: model.norm.weight is [32] in model.safetensors, but its class wants [64]",
+        "LlamaForCausalLM: model.norm.weight has the shape [32] in model.safetensors, but its class expects [64]",
         "LlamaForCausalLM: the checkpoint does not hold model.layers.0.mlp.up_proj.weight, "
-        "model.layers.1.input_layernorm.weight (--allow-missing PATTERN leaves a tensor to the library, which makes it "
-        "anew)",
+        "model.layers.1.input_layernorm.weight (--allow-missing PATTERN leaves a tensor to the library, which "
+        "initializes it)",
     )
     source = build_llama(tmp_path / "other", tensors={**llama_tensors(), "extra.bias": torch.zeros(3)})
     made = aoconvert.plan(source, "int8wo", output=tmp_path / "out", device="cpu")

@@ -167,4 +167,4 @@ def test_variant_result_opens(variants: Path, tmp_path: Path) -> None:
 def test_absent_variant_is_refused(pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(aoconvert.SourceError, match="has no variant 'fp16'") as caught:
         aoconvert.plan(pipeline, "int8wo", output=tmp_path / "out", device="cpu", variant="fp16")
-    assert caught.value.hint == "leave out --variant"
+    assert caught.value.hint == "omit --variant"

@@ -120,7 +120,7 @@ def test_what_came_while_it_ran(out: Path, made: Path) -> None:
 def test_the_folder_beside_it(tmp_path: Path, made: Path) -> None:
     """Where a run builds its files may be somebody else's folder by that name."""
     edit(".out.aoconvert-partial/notes.txt")(tmp_path)
-    with pytest.raises(PlanError, match="holds something that aoconvert did not write"):
+    with pytest.raises(PlanError, match="holds files that aoconvert did not write"):
         aoconvert.quantize(made.parent / "model", "int8wo", output=tmp_path / "out", device="cpu")
     assert (tmp_path / ".out.aoconvert-partial/notes.txt").read_text() == "mine"
     Stage(tmp_path / "other").leave()
@@ -134,7 +134,7 @@ def test_verify_says_the_same(out: Path) -> None:
     assert check_files(out, found)[0] == notes(out) == []
     card(out)
     assert check_files(out, found)[0] == []
-    assert notes(out) == ["README.md was changed by hand"]
+    assert notes(out) == ["README.md was edited by hand"]
     edit("notes.txt")(out)
     assert check_files(out, found)[0] == ["notes.txt is not in the manifest"]
 

@@ -94,10 +94,10 @@ def test_the_result_does_not_name_another_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pytorch_model.bin", "which transformers does not load"),
+        ("pytorch_model.bin", "a file that transformers does not load"),
         ("../model.safetensors", "which is outside the folder"),
-        ("gone.safetensors", "which is not there"),
-        (3, "which transformers does not load"),
+        ("gone.safetensors", "which does not exist"),
+        (3, "a file that transformers does not load"),
     ],
 )
 def test_a_name_that_the_library_refuses_is_one_line(name: Any, message: str, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_name_that_the_library_refuses_is_one_line(name: Any, message: str, tm
 def test_a_distributed_checkpoint_goes_before_all_others(tmp_path: Path) -> None:
     state = llama(tmp_path / "source")
     save_file(state, tmp_path / "source" / "shard-00001-model-00001-of-00001.safetensors", {"format": "pt"})
-    with pytest.raises(SourceError, match="is of a distributed checkpoint"):
+    with pytest.raises(SourceError, match="belongs to a distributed checkpoint"):
         planned(tmp_path / "source")
 
 

@@ -109,7 +109,7 @@ def test_scheme_is_the_default_where_the_recipe_has_none(tmp_path: Path) -> None
     recipe = load(write(tmp_path, '[[rule]]\nmatch = "a"\nscheme = "float8wo"'))
     assert rules(recipe, "", int8).default is int8
     assert rules(recipe, "", None).default is None
-    with pytest.raises(UsageError, match=r"r.toml has a default \(int4wo\), and the command line says int8wo"):
+    with pytest.raises(UsageError, match=r"r.toml has a default \(int4wo\), but the command line says int8wo"):
         rules(load(write(tmp_path, EXAMPLE)), "transformer", int8)
 
 
@@ -137,7 +137,7 @@ RULE = '[[rule]]\nmatch = "a"\n'
         ((RULE + "scheme = 'int8wo'\n") * 2, r"rule 2 \('a'\): rule 1 has the same pattern"),
         ("[[rule]]\nmatch = 're:['\nscheme = 'skip'", r"rule 1 \('re:\['\): not a regular expression: unterminated"),
         ("[[rule]]\nmatch = 're:'\nscheme = 'skip'", r"rule 1 \('re:'\): an empty pattern"),
-        ("[[rule]]\nmatch = '_default'\nscheme = 'skip'", r"_default is not a pattern here"),
+        ("[[rule]]\nmatch = '_default'\nscheme = 'skip'", r"_default is not a pattern"),
         ("[[rule]]\nmatch = \"a\\nb\"\nscheme = 'x'", r"rule 1 \('a\\nb'\): there is no scheme 'x'"),
         ("[component.\"a\\nb\"]\ndefault = 'x'", r"\[component\.'a\\nb'\] default: there is no scheme 'x'"),
         ("[component]\nvae = 3", r"r\.toml, \[component\.vae\]: should be a table$"),
@@ -179,8 +179,12 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         ("a.json", "{", "is not valid JSON"),
         ("b.json", "[]", "says nothing about quantization"),
         ("c.json", '{"quantization_config": {"quant_method": "gptq"}}', "'gptq', not 'torchao'"),
-        ("d.json", '{"quantization_config": {"quant_method": "torchao", "quant_type": "int8"}}', "no torchao config"),
-        ("e.json", '{"tool": 1, "components": []}', "not a manifest of aoconvert"),
+        (
+            "d.json",
+            '{"quantization_config": {"quant_method": "torchao", "quant_type": "int8"}}',
+            "does not hold a torchao config",
+        ),
+        ("e.json", '{"tool": 1, "components": []}', "not an aoconvert manifest"),
     ):
         with pytest.raises(UsageError, match=message):
             load(write(tmp_path, content, name))

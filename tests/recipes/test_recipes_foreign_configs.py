@@ -36,7 +36,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("default", HOSTILE)
 def test_what_is_no_part_of_a_config_is_refused(default):
-    with pytest.raises(ValueError, match=r"which is not part of|could take for ever|does not have"):
+    with pytest.raises(ValueError, match=r"which is not part of|could take forever|does not have"):
         check_quantization(quantization(default))
     with pytest.raises(UsageError, match=r"^config\.json: (it names|matching its pattern)"):
         from_quantization_config(quantization(default), "transformers")
@@ -45,7 +45,7 @@ def test_what_is_no_part_of_a_config_is_refused(default):
 def test_modules_that_are_not_converted_are_patterns():
     fine = config_to_dict(schemes.get("int8wo").config)
     check_quantization(quantization(fine, modules_to_not_convert=["lm_head", "model.layers.0.mlp"]))
-    with pytest.raises(ValueError, match="could take for ever"):
+    with pytest.raises(ValueError, match="could take forever"):
         check_quantization(quantization(fine, modules_to_not_convert=["(.*)*x"]))
 
 

@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_refused_with_its_place() -> None:
     float_zeros = carry(exact(16, 2, 0), "cpu")
     float_zeros.zero[7, 0] *= 1.0625
     float_zeros.zero[7, 0] += 0.3
-    with pytest.raises(CannotCarry, match="row 7, group 0 has a zero point that is no whole number of steps"):
+    with pytest.raises(CannotCarry, match="row 7, group 0 has a zero point that is not a whole number of steps"):
         carry(float_zeros, "xpu")
 
 

@@ -142,7 +142,7 @@ def test_what_the_layout_cannot_hold_exactly_is_refused_by_name(int4: Any, tmp_p
 @pytest.mark.parametrize(
     ("options", "device", "to", "said"),
     [
-        ({"dtype": "float16"}, "cpu", "cuda", "q_proj.weight: int4 for cuda takes bfloat16, not float16"),
+        ({"dtype": "float16"}, "cpu", "cuda", "q_proj.weight: int4 for cuda needs bfloat16, not float16"),
         ({"group_size": 256, "shape": {"hidden_size": 256}}, "cuda", "cpu", "int4 for cpu has no group size 256"),
         (
             {"shape": {"num_attention_heads": 16, "num_key_value_heads": 1}},
@@ -167,7 +167,7 @@ def test_only_checkpoints_with_int4_are_repacked(int4: Any, source: Any, tmp_pat
     with pytest.raises(SourceError, match=r"has no aoconvert\.json"):
         aoconvert.repack(tmp_path, "cuda")
     aoconvert.quantize(source(), "int8wo", output=tmp_path / "int8", device="cpu", min_quantized=0.0)
-    with pytest.raises(PlanError, match="no weights of int4"):
+    with pytest.raises(PlanError, match="no int4 weights"):
         aoconvert.repack(tmp_path / "int8", "cuda", output=tmp_path / "out")
     with pytest.raises(UsageError, match="no layout for 'tpu'"):
         aoconvert.repack(int4("cpu"), "tpu", output=tmp_path / "out")

@@ -187,7 +187,7 @@ def test_min_quantized_is_kept_where_the_size_alone_would_not(llama: Weights) ->
     made = plan(llama, target_size=target)
     assert 0.5 <= made.components[0].totals.quantized_fraction < 0.6
     assert size_of(made) < target
-    assert [line for line in made.warnings if "is the nearest below it that was found" in line]
+    assert [line for line in made.warnings if "is the closest value below it that was found" in line]
 
 
 def test_experts_are_chosen_for_too(checkpoints: Callable[[str], Path]) -> None:

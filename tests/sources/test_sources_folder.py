@@ -126,7 +126,7 @@ def test_links(model: Path, tmp_path: Path) -> None:
     for path, message in [
         ("out.json", "out.json is a link that leaves the folder"),
         ("broken.json", "broken.json is a broken link"),
-        ("vae/config.json", "vae is a link to a folder, which is not followed"),
+        ("vae/config.json", "vae is a link to a folder, which aoconvert does not follow"),
     ]:
         assert source.has(path)
         with pytest.raises(SourceError, match=message):

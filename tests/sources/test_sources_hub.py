@@ -329,7 +329,7 @@ def test_token_is_sent_and_never_shown(hub_client: HubClient) -> None:
         stdin=TOKEN,
     )
     assert [outcome["exit_code"] for outcome in result[3:11]] == [5] * 8
-    assert all("the token holds characters" in outcome["message"] for outcome in result[8:11])
+    assert all("the token has characters" in outcome["message"] for outcome in result[8:11])
     assert result[-1]["message"] == "user/private: the Hub does not accept the token (401)"
     for outcome in result[3:5]:
         # This Hub repeats the token in its answer, so a debug traceback, which quotes the answer, has it too.

@@ -86,8 +86,8 @@ def test_what_the_hub_refuses(client: HubClient) -> None:
         "s._files = {**s.files(), 'gone.safetensors': SourceFile('gone.safetensors', 10)}\n"
         "result.append(attempt(lambda: entries(s, 'gone.safetensors')))"
     )
-    check(missing, "there is no model user/missing on the Hub, or it is private", "check the spelling")
-    check(private, "there is no model user/private on the Hub, or it is private", "hf auth login")
+    check(missing, "the Hub has no model user/missing, or it is private", "check the spelling")
+    check(private, "the Hub has no model user/private, or it is private", "hf auth login")
     check(revision, "user/model has no revision nope", "/user/model/commits/main")
     for outcome in (gated, gated_stranger):
         check(outcome, "user/gated is gated, and this account has no access to it", "/user/gated")
@@ -233,13 +233,13 @@ def test_full_disk(client: HubClient, tmp_path: Path) -> None:
         prefix=prefix,
     )
     check(full, "the disk of the cache is full", "--cache-dir")
-    check(foreseen, "user/model: the files to fetch take 0.0 GB, the cache's disk has 0.0 GB free", "--cache-dir")
+    check(foreseen, "user/model: the files to download take 0.0 GB, the cache's disk has 0.0 GB free", "--cache-dir")
     assert not client.hub.requests("^/lfs/")
 
 
 def test_too_little_space_is_seen_before_the_download(tmp_path: Path) -> None:
     _check_space(tmp_path / "not" / "yet", 1, "user/model")
-    with pytest.raises(HubError, match=r"user/model: the files to fetch take 1000000000.0 GB"):
+    with pytest.raises(HubError, match=r"user/model: the files to download take 1000000000.0 GB"):
         _check_space(tmp_path / "not" / "yet", 10**18, "user/model")
 
 

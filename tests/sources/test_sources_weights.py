@@ -122,7 +122,7 @@ def test_absent_variant_lists_what_is_there(tmp_path: Path) -> None:
     source = make(tmp_path / "plain", ["model.safetensors", "pytorch_model.fp16.bin"])
     with pytest.raises(SourceError, match=r"has no variant 'bf16'; there are weights for: no variant, fp16$") as caught:
         find_weights(source, "", "transformers", variant="bf16")
-    assert caught.value.hint == "leave out --variant"
+    assert caught.value.hint == "omit --variant"
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -145,7 +145,7 @@ INDEX = "t/model.safetensors.index.json"
         ('{"weight_map": []}', "index.json has no weight_map"),
         ('{"weight_map": {}}', "names no tensor"),
         ('{"weight_map": {"a": 1}}', "the shard of tensor 'a' is not a file name"),
-        ('{"weight_map": {"a": "gone.safetensors"}}', r"index.json: shard 'gone.safetensors' is not there"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', r"index.json: shard 'gone.safetensors' does not exist"),
         ('{"weight_map": {"a": "here.bin"}}', "shard 'here.bin' is not a .safetensors file"),
         ('{"weight_map": {"a": "../../etc/passwd"}}', r"shard '../../etc/passwd' is outside the folder"),
         ('{"weight_map": {"a": "../top.safetensors"}}', r"shard '../top.safetensors' is outside the folder"),

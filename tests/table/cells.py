@@ -150,7 +150,11 @@ def _forward(family: tiny.Family, opened: Any, part: torch.nn.Module | None, lay
     finally:
         for hook in hooks:
             hook.remove()
-    return "ran" if output.isfinite().all() else "NaN: torchao gives a row of zeros among the activations no scale"
+    return (
+        "ran"
+        if output.isfinite().all()
+        else "NaN: torchao computes no valid scale for a row of zeros in the activations"
+    )
 
 
 def is_linear(module: torch.nn.Module) -> bool:

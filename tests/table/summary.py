@@ -20,7 +20,7 @@ _TITLES |= {"llama-tied": "Llama", "mixtral": "Mixtral", "t5": "T5", "opt": "OPT
 _FOLDED = {r"int8dq_int\d": "int8dq_intX", r"intx\dwo": "intXwo", r"uint\dwo": "uintXwo"}
 # by the first word of what a cell says
 _EQUAL = {"quantize_": "`quantize_`", "quantize_,": "`quantize_`, asks", "torchao's": "class"}
-_HEAD = ("scheme", "diffusers", "transformers", "bit-equal to", "opens with", "on a CPU", "left out")
+_HEAD = ("scheme", "diffusers", "transformers", "bit-equal to", "opens with", "on a CPU", "left unquantized")
 
 Cells = dict[str, dict[str, dict[str, Any]]]
 
@@ -37,10 +37,10 @@ def block(cells: Cells) -> str:
     transformers = ", ".join(title for name, title in _TITLES.items() if name not in _DIFFUSERS)
     notes = (
         f"diffusers: {diffusers}; transformers: {transformers}; small models of the real classes, `int4wo` in groups "
-        "of 32. *bit-equal to*: every tensor is what torchao's `quantize_` makes of the model; *asks*: what it makes "
-        "once its question for a GPU is answered with yes; *class*: what torchao's class for that device makes, its "
-        "packing op done in Python. *after an import*: the one that the model card shows. *on a CPU*: one step or "
-        "sequence of the opened model."
+        "of 32. *bit-equal to*: every tensor equals what torchao's `quantize_` produces from the model; *asks*: "
+        "`quantize_` asks for a GPU, and its check was answered with yes; *class*: every tensor equals what torchao's "
+        "class for that device produces, with its packing op done in Python. *after an import*: the import that the "
+        "model card shows. *on a CPU*: one step or sequence of the opened model."
     )
     return "\n".join([*text, "", notes])
 

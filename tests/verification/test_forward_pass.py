@@ -92,7 +92,7 @@ def test_an_output_that_is_not_finite(tmp_path: Path) -> None:
     assert passed(broken)["status"] == "failed"
     answer = passed(broken, how)
     assert answer["status"] == "skipped"
-    assert "that of the original is not either" in answer["detail"]
+    assert "the original's is not either" in answer["detail"]
     whole, how = made(tiny.sd3_transformer(), tmp_path / "whole", torch.float32)
     answer = passed(broken, how)
     assert (answer["status"], answer["detail"]) == ("failed", "the output of SD3Transformer2DModel is not finite")
@@ -106,4 +106,4 @@ def test_an_original_that_is_too_large(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(package, "available_memory", lambda: 1000)
     answer = forward_pass.run_forward(model, found, package, how)
     assert (answer["status"], answer["output_sqnr_db"]) == ("passed", None)
-    assert "not compared: the original takes 0.0 GB of memory" in answer["detail"]
+    assert "not compared: the original needs 0.0 GB of memory" in answer["detail"]

@@ -275,32 +275,32 @@ FAULTS = {
     ),
     "one scale": Fault("chat", "up_proj.weight has an SQNR of", in_weights(one_scale)),
     "a model in another dtype": Fault(
-        "chat", "is float32, the library makes", json_file("config.json", dtype="float32")
+        "chat", "is float32, but the library loads it as", json_file("config.json", dtype="float32")
     ),
     "a tensor made anew": Fault(
         "chat", "calls model.norm.weight missing", in_weights(lambda s: s.pop("model.norm.weight"))
     ),
     "a tensor that was not quantized": Fault(
         "chat",
-        "is not quantized, the manifest says",
+        "is not quantized, but the manifest says",
         in_weights(lambda s: s.update({k: v.dequantize() for k, v in s.items() if k.endswith("0.mlp.up_proj.weight")})),
     ),
-    "a config": Fault("chat", "config.rms_norm_eps is not", json_file("config.json", rms_norm_eps=1e-3)),
+    "a config": Fault("chat", "config.rms_norm_eps differs", json_file("config.json", rms_norm_eps=1e-3)),
     "other frequencies": Fault(
         "chat",
         "model.rotary_emb.inv_freq, which no file holds",
         json_file("config.json", rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     ),
     "generation config": Fault("chat", "generation_config", remove("generation_config.json")),
-    "a vocabulary": Fault("chat", "vocabulary is not the source's", swap_words),
-    "a special token": Fault("chat", "special tokens are not", json_file("tokenizer_config.json", eos_token="<s>")),
+    "a vocabulary": Fault("chat", "vocabulary differs from the source's", swap_words),
+    "a special token": Fault("chat", "special tokens differ", json_file("tokenizer_config.json", eos_token="<s>")),
     "a chat template": Fault(
-        "chat", "chat template is not", lambda out: (out / "chat_template.jinja").write_text("{{ 1 }}")
+        "chat", "chat template differs", lambda out: (out / "chat_template.jinja").write_text("{{ 1 }}")
     ),
     "a tokenizer": Fault(
-        "chat", "AutoTokenizer opens the source, and not", remove("tokenizer.json", "tokenizer_config.json")
+        "chat", "AutoTokenizer opens the source, but not", remove("tokenizer.json", "tokenizer_config.json")
     ),
-    "more chat templates": Fault("chat", "chat template is not", remove("additional_chat_templates")),
+    "more chat templates": Fault("chat", "chat template differs", remove("additional_chat_templates")),
     "one head of two": Fault("two heads", "lm_head.weight", drop_head, manifest=call_tied),
     "a layer for multi-token prediction": Fault(
         "prediction",
@@ -313,10 +313,12 @@ FAULTS = {
     "a tensor that the class does not know": Fault("chat", "eh_proj.weight", source=more_tensors),
     "a tensor that the library ignores": Fault("chat", "rotary_emb.inv_freq", source=ignored_tensor),
     "a file that nothing here opens": Fault(
-        "chat", "the file 2_Dense/model.safetensors is in the source, and not here", source=dense_layer
+        "chat", "the file 2_Dense/model.safetensors is in the source, but not in the result", source=dense_layer
     ),
-    "another one": Fault("chat", "the file generation_config.json is not", json_file("generation_config.json", note=1)),
-    "an adapter": Fault("chat", "adapter in the source alone", source=adapter),
+    "another one": Fault(
+        "chat", "the file generation_config.json differs", json_file("generation_config.json", note=1)
+    ),
+    "an adapter": Fault("chat", "adapter only in the source", source=adapter),
     "a part of the pipeline's own class": Fault("checked", "the part safety_checker is not there", drop_part),
     "a part that is not quantized": Fault(
         "checked",
@@ -326,18 +328,18 @@ FAULTS = {
         ),
     ),
     "a scheduler": Fault(
-        "checked", "scheduler.beta_end is not", json_file("scheduler/scheduler_config.json", beta_end=0.5)
+        "checked", "scheduler.beta_end differs", json_file("scheduler/scheduler_config.json", beta_end=0.5)
     ),
     "a processor of images": Fault(
         "checked",
-        "feature_extractor.do_resize is not",
+        "feature_extractor.do_resize differs",
         json_file("feature_extractor/preprocessor_config.json", do_resize=False),
     ),
     "a pipeline's class": Fault(
         "checked", "the pipeline is a", json_file("model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
     ),
     "a setting of the pipeline": Fault(
-        "checked", "requires_safety_checker is not", json_file("model_index.json", requires_safety_checker=False)
+        "checked", "requires_safety_checker differs", json_file("model_index.json", requires_safety_checker=False)
     ),
     "a buffer": Fault(
         "sd3",
@@ -428,7 +430,9 @@ def test_what_is_opened_whole_needs_memory(
     aoconvert.quantize(checkpoints("mixtral"), "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0)
     found = ask_here(checkpoints("mixtral"), tmp_path / "out", monkeypatch, tmp_path, available=1000)
     assert (found.status, found.left) == ("skipped", None)
-    assert found.detail.startswith("the library opens MixtralForCausalLM whole, which takes 0.0 GB of memory; 0.0 GB")
+    assert found.detail.startswith(
+        "the library loads MixtralForCausalLM completely, which takes 0.0 GB of memory; 0.0 GB"
+    )
     assert ask_here(checkpoints("mixtral"), tmp_path / "out", monkeypatch, tmp_path, available=10**9).status == "passed"
 
 
@@ -479,8 +483,12 @@ def test_a_tensor_without_values_is_named() -> None:
     """diffusers leaves what no file holds without values, and says nothing."""
     compare = library_child.tensors.compare_values
     here, gone = torch.ones(2), torch.ones(2, device="meta")
-    assert compare("a.weight", here, gone) == "a.weight has values only in the source: no file of the other holds it"
-    assert compare("a.weight", gone, here) == "a.weight has values only in the result: no file of the other holds it"
+    assert (
+        compare("a.weight", here, gone) == "a.weight has values only in the source: no file of the other model holds it"
+    )
+    assert (
+        compare("a.weight", gone, here) == "a.weight has values only in the result: no file of the other model holds it"
+    )
     assert compare("a.weight", gone, gone) is None
 
 

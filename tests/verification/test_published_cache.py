@@ -32,7 +32,7 @@ def test_what_a_killed_run_left_goes_and_what_is_in_use_stays(tmp_path: Path) ->
 
 def test_a_disk_without_room(tmp_path: Path) -> None:
     with (
-        pytest.raises(VerificationError, match=r"an empty cache would take 10000\.00 TB"),
+        pytest.raises(VerificationError, match=r"the files need 10000\.00 TB in an empty cache"),
         Published("me/x", COMMIT, None, 10**16).empty_cache(tmp_path),
     ):
         pass

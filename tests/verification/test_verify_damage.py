@@ -179,7 +179,7 @@ def test_what_is_not_what_the_manifest_says(copy: Path) -> None:
     assert f"{renamed} is missing" in wrong["load"]
     assert f"{renamed}x is not in the manifest" in wrong["load"]
     assert f"{changed}: its sha256 is" in wrong["load"]
-    assert f"{plain}: its class is torch.Tensor, the manifest says torchao" in wrong["load"]
+    assert f"{plain}: its class is torch.Tensor, but the manifest says torchao" in wrong["load"]
 
 
 def test_bad_scales(copy: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_layout_whose_device_is_not_here(copy: Path) -> None:
     assert report.ok
     skipped = {item.name: item.detail for item in report.checks if item.status == "skipped"}
     assert set(skipped) == {"versions", "library", "forward"}
-    assert skipped["forward"] == skipped["versions"] == "its layout is for cuda, and there is no such device here"
+    assert skipped["forward"] == skipped["versions"] == "its layout is for cuda, and this device is not available here"
     reload = report.check("reload")
     assert reload is not None and reload.detail.endswith(", on cpu")
     assert report.device == "cpu"

@@ -36,7 +36,7 @@ def ask(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_what_never_ends_is_ended(kind: str, ask: Callable[..., Any]) -> None:
-    with pytest.raises(Ended, match=r"more than 0\.5 s; AOCONVERT_VERIFY_SECONDS sets how many") as found:
+    with pytest.raises(Ended, match=r"more than 0\.5 s; AOCONVERT_VERIFY_SECONDS sets the limit") as found:
         ask(ENDLESS[kind], Limits(seconds=0.5))
     assert (found.value.of, found.value.answers) == ("time", [{"opened": 1}])
 

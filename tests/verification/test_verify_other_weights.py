@@ -143,7 +143,7 @@ def test_a_tensor_that_the_library_makes_anew(known: bool, copy: Path, monkeypat
     rewrite(shard_with(copy, name), lambda state: state.pop(name))
     edit(copy / "pytorch_model.bin.index.json", lambda values: values["weight_map"].pop(name))
     forge(copy) if known else (copy / "aoconvert.json").unlink()
-    with pytest.raises(loading.OtherWeights, match=f"{name} is in no file: the library makes it anew"):
+    with pytest.raises(loading.OtherWeights, match=f"{name} is in no file: the library initializes it"):
         reloaded_here(copy, monkeypatch)
 
 

@@ -145,8 +145,11 @@ def test_a_device_that_is_not_here(device: str, packed: Callable[[str], Path]) -
     if getattr(torch, device).is_available():
         pytest.skip("there is such a device here")
     place = choose_load_device(target_of(packed(device)), "auto")
-    assert (place.device, place.obstacle) == ("cpu", f"its layout is for {device}, and there is no such device here")
-    with pytest.raises(aoconvert.AoconvertError, match=f"device {device} is not here"):
+    assert (place.device, place.obstacle) == (
+        "cpu",
+        f"its layout is for {device}, and this device is not available here",
+    )
+    with pytest.raises(aoconvert.AoconvertError, match=f"device {device} is not available"):
         choose_load_device(target_of(packed(device)), device)
 
 

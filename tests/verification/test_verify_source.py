@@ -37,9 +37,9 @@ def one_bit(folder: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "saved again": (same_tensors_again, "bytes, what was read had"),
-    "one bit": (one_bit, "model.safetensors has another SHA-256"),
-    "gone": (lambda folder: (folder / WEIGHTS).unlink(), "it has no model.safetensors"),
-    "another name": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.safetensors"), "it has no model.safetensors"),
+    "one bit": (one_bit, "model.safetensors has a different SHA-256"),
+    "gone": (lambda folder: (folder / WEIGHTS).unlink(), "model.safetensors is missing"),
+    "another name": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.safetensors"), "model.safetensors is missing"),
     "another config": (lambda folder: (folder / "generation_config.json").write_text("{}"), ""),
 }
 

@@ -70,7 +70,7 @@ def read_contents(
     rebuilder = Rebuilder(storages, len(data), expanded=expanded)
     top, protocol = read_pickle(data, rebuilder)
     if not isinstance(top, PickledPairs):
-        raise refuse(None, "no dict at its top", hint="a checkpoint is a dict of tensors by name")
+        raise refuse(None, "it does not hold a dict", hint="a checkpoint is a dict of tensors by name")
     tensors: dict[str, BinTensor] = {}
     others: dict[str | int, Value] = {}
     frozen = rebuilder.freeze(top, len(data) - 1)
@@ -114,8 +114,9 @@ def read_loadable(path: Path) -> BinContents:
     contents = read_bin(path)
     for use in contents.legacy:
         raise UnsafePickleError(
-            f"{path}: data.pkl, byte {use.position}: {use.name} is of a torchao before 0.18, which cannot be loaded",
-            hint="`aoconvert inspect` shows what the file holds and which torchao loads it",
+            f"{path}: data.pkl, byte {use.position}: {use.name} is from a torchao older than 0.18, and cannot be "
+            f"loaded",
+            hint="`aoconvert inspect` shows what the file contains and which torchao loads it",
             position=use.position,
         )
     return contents

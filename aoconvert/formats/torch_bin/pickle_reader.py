@@ -121,7 +121,7 @@ def _int_line(m: Machine) -> None:
     elif _INT_TEXT.fullmatch(line):
         m.push(int(line.rstrip(b"L")))
     else:
-        raise refuse(m.start, "no valid integer")
+        raise refuse(m.start, "an invalid integer")
 
 
 def _float_line(m: Machine) -> None:
@@ -129,7 +129,7 @@ def _float_line(m: Machine) -> None:
     try:
         m.push(float(line))
     except ValueError as error:
-        raise refuse(m.start, "no valid number") from error
+        raise refuse(m.start, "an invalid number") from error
 
 
 def _string_line(m: Machine) -> None:
@@ -146,7 +146,7 @@ def _append(m: Machine) -> None:
 def _extend(m: Machine, values: list[object]) -> None:
     target = m.top()
     if not isinstance(target, PickledItems) or target.sealed:
-        raise refuse(m.start, "items are appended to something that is no list, or is in use")
+        raise refuse(m.start, "items are appended to something that is not a list, or is in use")
     target.values.extend(values)
 
 
@@ -158,7 +158,7 @@ def _set_item(m: Machine) -> None:
 def _set_items(m: Machine, values: list[object]) -> None:
     target = m.top()
     if not isinstance(target, PickledPairs) or target.sealed:
-        raise refuse(m.start, "items are set on something that is no dict, or is in use")
+        raise refuse(m.start, "items are set on something that is not a dict, or is in use")
     _fill(m, target, values)
 
 
@@ -167,7 +167,7 @@ def _fill(m: Machine, target: PickledPairs, values: list[object]) -> None:
         raise refuse(m.start, "a key without a value")
     for key, value in zip(values[::2], values[1::2], strict=True):
         if type(key) is not str and not (type(key) is int and -MAX_KEY <= key < MAX_KEY):
-            raise refuse(m.start, "a dict key that is no string or small integer")
+            raise refuse(m.start, "a dict key that is not a string or a small integer")
         if key in target.values:
             raise refuse(m.start, f"the key '{shown(str(key))}' occurs twice")
         target.values[key] = value
@@ -176,7 +176,7 @@ def _fill(m: Machine, target: PickledPairs, values: list[object]) -> None:
 def _add_items(m: Machine) -> None:
     values, target = m.to_mark(), m.top()
     if not isinstance(target, Members) or target.sealed:
-        raise refuse(m.start, "items are added to something that is no set, or is in use")
+        raise refuse(m.start, "items are added to something that is not a set, or is in use")
     target.values.extend(values)
 
 
@@ -206,7 +206,7 @@ def _global_line(m: Machine) -> None:
 def _stack_global(m: Machine) -> None:
     name, module = m.pop(), m.pop()
     if not isinstance(module, str) or not isinstance(name, str):
-        raise refuse(m.start, "a name is put together from something that is no string")
+        raise refuse(m.start, "a name is built from something that is not a string")
     m.push(m.actions.name(module, name, m.start))
 
 
@@ -330,5 +330,5 @@ _HANDLERS: dict[int, Handler] = {
 def _memo_index(m: Machine) -> int:
     line = m.line()
     if not (line.isdigit() and len(line) <= 10):
-        raise refuse(m.start, "no valid memo index")
+        raise refuse(m.start, "an invalid memo index")
     return int(line)

@@ -119,7 +119,7 @@ def describe(value: object, store: StoreTensor) -> Node:
 def _global(value: Any) -> Global:
     module, name = value.__module__, value.__qualname__
     if "." in name:
-        raise CannotDescribe(f"{module}.{name} is not at the top of its module")
+        raise CannotDescribe(f"{module}.{name} is not defined at module level")
     return Global(module, name)
 
 

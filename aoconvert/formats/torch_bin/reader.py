@@ -289,7 +289,7 @@ def _refused(path: Path, error: Exception) -> SourceError:
     """One line for a pickle that cannot be read, naming what was refused."""
     found = _REFUSED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if found is None:
-        return SourceError(f"{path}: is damaged, or no torch checkpoint", hint=DAMAGED_HINT)
+        return SourceError(f"{path}: is damaged, or is not a torch checkpoint", hint=DAMAGED_HINT)
     return _unsafe(path, found[1])
 
 
@@ -298,7 +298,7 @@ def _unsafe(path: Path, name: str) -> SourceError:
         return SourceError(f"{path}: is already quantized: it holds {name}", hint=_QUANTIZED_HINT)
     return SourceError(
         f"{path}: its pickle asks for {name}, which is not safe to load",
-        hint="take a checkpoint that holds only tensors, best in safetensors format",
+        hint="use a checkpoint that holds only tensors, preferably in safetensors format",
     )
 
 

@@ -112,7 +112,7 @@ class Rebuilder:
         dotted = f"{module}.{name}"
         known = lookup(module, name)
         if known is None:
-            raise refuse(position, f"{shown(dotted)} is not a name that belongs in a checkpoint", hint=_LIST_HINT)
+            raise refuse(position, f"{shown(dotted)} is not a name that a checkpoint may use", hint=_LIST_HINT)
         self.uses.setdefault(dotted, GlobalUse(dotted, position, known.legacy))
         return Name(dotted, known)
 
@@ -122,7 +122,7 @@ class Rebuilder:
             case ("storage", Name(dotted, Known(Kind.STORAGE)), str(key), str(location), int(numel)):
                 pass
             case _:
-                raise refuse(position, "a persistent id that is no storage")
+                raise refuse(position, "a persistent id that is not a storage")
         if not _KEY.fullmatch(key) or not _LOCATION.fullmatch(location) or not _is_size(numel):
             raise refuse(position, f"a storage called '{shown(key)}' on '{shown(location)}' of {numel} elements")
         record = self._records.get(key)
@@ -140,7 +140,7 @@ class Rebuilder:
     def call(self, func: object, args: tuple[object, ...], position: int) -> object:
         """The result of a call that torch.save writes."""
         if not isinstance(func, Name):
-            raise refuse(position, "something is called that is no name")
+            raise refuse(position, "something that is not a name is called")
         self._spend(_CALL, position)
         match func.kind, args:
             case Kind.ORDERED_DICT, ():
@@ -171,7 +171,7 @@ class Rebuilder:
     def new(self, cls: object, args: tuple[object, ...], position: int) -> object:
         """An object of a class for plain data."""
         if not isinstance(cls, Name):
-            raise refuse(position, "an object is made of something that is no name")
+            raise refuse(position, "an object is made from something that is not a name")
         if (cls.kind is Kind.DATA and not args) or (cls.kind is Kind.TUPLE and len(args) <= 16):
             self._spend(_CALL, position)
             inside = [self._frozen(arg, position, 0) for arg in args]
@@ -258,12 +258,12 @@ class Rebuilder:
         frozen = self.freeze(value, position)
         if frozen is None or isinstance(frozen, (bool, int, float, str)):
             return frozen
-        raise refuse(position, "an enum member or a set item that is no number or string")
+        raise refuse(position, "an enum member or a set item that is not a number or a string")
 
     def _attributes(self, state: object, position: int) -> Frozen:
         """A dict of attributes."""
         if not isinstance(state, PickledPairs):
-            raise refuse(position, "a state that is no dict")
+            raise refuse(position, "a state that is not a dict")
         for key in state.values:
             if not isinstance(key, str) or not key.isidentifier() or key.startswith("__"):
                 raise refuse(position, f"an attribute called '{shown(str(key))}'")
@@ -281,7 +281,7 @@ class Rebuilder:
             value.sealed = True
             value = tuple(value.values)
         if not isinstance(value, tuple) or len(value) > MAX_DIMS or not all(_is_size(item) for item in value):
-            raise refuse(position, "a shape, stride or size that is no tuple of whole numbers")
+            raise refuse(position, "a shape, stride or size that is not a tuple of whole numbers")
         return cast("tuple[int, ...]", value)
 
     # --- tensors

@@ -112,7 +112,7 @@ def read_archive(source: ByteSource, *, local_headers: bool = True) -> Archive:
         slack = following - item.header_offset - _LOCAL.size - len(item.name.encode()) - item.size
         if slack < 0:
             raise UnsafeZipError(
-                f"record {_shown(item.name)} at byte {item.header_offset} runs into what follows it", hint=_HINT_DAMAGED
+                f"record {_shown(item.name)} at byte {item.header_offset} overlaps what follows it", hint=_HINT_DAMAGED
             )
         if slack > _MAX_SLACK:
             raise UnsafeZipError(f"{slack} unaccounted bytes around record {_shown(item.name)}")
@@ -162,7 +162,7 @@ def _directory_place(source: ByteSource) -> tuple[int, int, int]:
         count64, length64, start64 = _zip64_end(tail, locator, size)
         for short, long, top in ((count, count64, _MAX_16), (length, length64, _MAX_32), (start, start64, _MAX_32)):
             if short not in (long, top):
-                raise UnsafeZipError("the two end records at the end of the zip archive say different things")
+                raise UnsafeZipError("the two end records of the zip archive contradict each other")
         here = count64 if here == _MAX_16 else here
         count, length, start, end = count64, length64, start64, size - tail_size
     elif sentinels:
@@ -186,8 +186,8 @@ def _no_end(source: ByteSource) -> UnsafeZipError:
             hint="save it again with a newer torch, or use the safetensors file of the same model",
         )
     if head[:4] != b"PK\x03\x04":
-        return UnsafeZipError("no zip archive", hint="a .bin file that torch.save wrote is a zip archive")
-    return UnsafeZipError("the zip archive has no end record at its end: cut short, or followed by other data",
+        return UnsafeZipError("not a zip archive", hint="a .bin file that torch.save wrote is a zip archive")
+    return UnsafeZipError("the zip archive does not end with its end record: it was cut short, or other data follows",
                           hint=_HINT_DAMAGED)  # fmt: skip
 
 
@@ -237,9 +237,9 @@ def _central_header(directory: bytes, position: int, start: int) -> _Listed:
     if packed != size:
         raise UnsafeZipError(f"{where} is stored in {packed:,} bytes and would give {size:,}")
     if comment_size or disk:
-        raise UnsafeZipError(f"{where} has a comment, or lies in another file")
+        raise UnsafeZipError(f"{where} has a comment, or is in another file")
     if offset >= start or size > start:
-        raise UnsafeZipError(f"{where} lies outside the file", hint=_HINT_DAMAGED)
+        raise UnsafeZipError(f"{where} is outside the file", hint=_HINT_DAMAGED)
     return _Listed(name, offset, size, crc, flags)
 
 
@@ -290,7 +290,9 @@ def _check_names(listed: list[_Listed]) -> str:
         if not _RECORDS.fullmatch(name[len(prefix) + 1 :]):
             raise UnsafeZipError(f"record {_shown(name)} does not belong in a checkpoint that torch.save writes")
     if f"{prefix}/data.pkl" not in seen:
-        raise UnsafeZipError(f"no record {_shown(prefix + '/data.pkl')}", hint="this zip archive is no checkpoint")
+        raise UnsafeZipError(
+            f"the record {_shown(prefix + '/data.pkl')} is missing", hint="this zip archive is not a checkpoint"
+        )
     return prefix
 
 
@@ -303,17 +305,17 @@ def _locate(source: ByteSource, record: Record, full_name: str) -> Record:
     if mark != b"PK\x03\x04":
         raise UnsafeZipError(f"{where} has no local header", hint=_HINT_DAMAGED)
     if (flags, method) != (record.flags, 0) or header[_LOCAL.size :] != raw_name or name_size != len(raw_name):
-        raise UnsafeZipError(f"{where}: its local header and the zip directory say different things")
+        raise UnsafeZipError(f"{where}: its local header and the zip directory contradict each other")
     offset = record.header_offset + len(header) + extra_size
     gap = record.end - offset - record.size
     if gap < 0:
-        raise UnsafeZipError(f"{where} runs into what follows it", hint=_HINT_DAMAGED)
+        raise UnsafeZipError(f"{where} overlaps what follows it", hint=_HINT_DAMAGED)
     described = bool(flags & _DESCRIPTOR)
     if _MAX_32 in (packed, size):
         size, packed = _local_sizes(source, offset - extra_size, extra_size, where)
     expected = (record.crc, record.size, record.size)
     if (crc, size, packed) != expected and not (described and (crc, size, packed) == (0, 0, 0)):
-        raise UnsafeZipError(f"{where}: its local header and the zip directory say different things")
+        raise UnsafeZipError(f"{where}: its local header and the zip directory contradict each other")
     if described:
         _check_descriptor(source, record, gap, where)
     elif gap:

@@ -51,7 +51,7 @@ FLOAT8 = (
             *("quanto_float8_e5m2", "quanto_qfloat8_e5m2"),
         ),
         "float8_e5m2",
-        "float8 with more range and half the precision of float8wo: only for weights that need the range",
+        "float8 with more range and half the precision of float8wo: only for weights that need the extra range",
     ),
 )
 
@@ -92,14 +92,15 @@ FLOAT8_DYNAMIC = (
             *("float8_dynamic", "fp8_dynamic"),
         ),
         (("granularity", "per_tensor"),),
-        "multiplies in float8, one scale a weight: for speed on Ada, Hopper and newer GPUs; see float8dq_row",
+        "multiplies in float8, with one scale per weight: for speed on Ada, Hopper and newer GPUs; see float8dq_row",
         source="diffusers-torchao's README: fp8dq on an H100; torchao's default granularity",
     ),
     _float8dq(
         "float8dq_row",
         (*(name for name in _dynamic_names("_row", "row", "_e4m3_row") if name != "float8dq_row"),),
         (("granularity", "per_row"),),
-        "multiplies in float8, one scale a row and token: the fastest on an H100; outliers cost less than in float8dq",
+        "multiplies in float8, with one scale per row and token: the fastest on an H100; outliers cost less than in "
+        "float8dq",
         source="diffusers-torchao's README: fp8dqrow, 2.966 s for Flux.1-dev on an H100",
         dtypes=("bfloat16",),
         activation="float8_e4m3fn per token, dynamic",
@@ -147,7 +148,7 @@ def _mx(name: str, aliases: tuple[str, ...], dtype: str, label: str, *, emulated
     )
 
 
-_EMULATED = "in torchao emulated by bfloat16 products, so to study it, not for speed"
+_EMULATED = "torchao emulates it with bfloat16 products: for study, not for speed"
 
 MICROSCALING = (
     _mx(
@@ -156,7 +157,7 @@ MICROSCALING = (
         "float8_e4m3fn",
         "float8_e4m3fn",
         emulated=False,
-        summary="float8 with a power-of-two scale for 32 values: for Blackwell GPUs",
+        summary="float8 with one power-of-two scale per 32 values: for Blackwell GPUs",
     ),
     _mx(
         "mxfp8_e5m2",
@@ -172,7 +173,7 @@ MICROSCALING = (
         "float4_e2m1fn_x2",
         "float4_e2m1",
         emulated=False,
-        summary="4-bit floats with a power-of-two scale for 32 values: a quarter of bfloat16, for Blackwell; "
+        summary="4-bit floats with one power-of-two scale per 32 values: a quarter of bfloat16, for Blackwell GPUs; "
         "nvfp4 has less error",
     ),
     *(
@@ -182,7 +183,7 @@ MICROSCALING = (
             f"fp6_{kind}",
             f"float6_{kind}",
             emulated=True,
-            summary=f"6-bit floats, one in a byte; {_EMULATED}",
+            summary=f"6-bit floats, one per byte; {_EMULATED}",
         )
         for kind in ("e2m3", "e3m2")
     ),
@@ -209,7 +210,8 @@ MICROSCALING = (
         device="cuda",
         min_capability=_BLACKWELL,
         device_block_bytes=42,
-        summary="multiplies in 4-bit floats, a float8 scale for 16 values: a quarter of bfloat16, for Blackwell GPUs",
+        summary="multiplies in 4-bit floats, with one float8 scale per 16 values: a quarter of bfloat16, for "
+        "Blackwell GPUs",
         source="torchao's docstring of NVFP4DynamicActivationNVFP4WeightConfig",
     ),
     SchemeEntry(
@@ -225,7 +227,7 @@ MICROSCALING = (
         tile=_SWIZZLED_ROWS,
         packing="swizzled",
         device_block_bytes=42,
-        summary="a quarter of bfloat16 that runs on any device: 4-bit floats, dequantized for every product",
+        summary="a quarter of bfloat16 that runs on any device: 4-bit floats, dequantized before every product",
         source="torchao's docstring of NVFP4WeightOnlyConfig; run on a CPU here",
     ),
 )

@@ -65,11 +65,11 @@ _INT4 = SchemeEntry(
     tile=cpu_packing.BLOCK_ROWS,
     min_torchao="0.17",
     hqq_bytes=38,  # in more steps than the others
-    summary="a quarter of bfloat16, for one kind of device: --layout-device says which; more error than int8wo",
+    summary="a quarter of bfloat16, for the kind of device that --layout-device names; more error than int8wo",
     source="torchao's docstring of Int4WeightOnlyConfig; diffusers-torchao's README: smallest, not fast in batches",
 )
 
-_UNCONFIRMED = "packed by aoconvert's own code; no run on {} has confirmed yet that the bytes are the GPU's"
+_UNCONFIRMED = "packed by aoconvert's own code; not yet compared with the bytes that {} writes"
 
 # layout device -> entry; what the device can use is in aoconvert.schemes.int4
 INT4 = {
@@ -116,7 +116,7 @@ def _intxwo(bits: int) -> SchemeEntry:
     purpose = (
         "8-bit values with scales in the weight's dtype, for export to ExecuTorch; int8wo is the usual choice"
         if bits == 8
-        else f"{bits}-bit values, one in a byte: to study {bits} bits or to export them, not to save space"
+        else f"{bits}-bit values, one per byte: for study or export, not to save space"
     )
     return SchemeEntry(
         name=f"intx{bits}wo",
@@ -146,7 +146,7 @@ def _uintxwo(bits: int) -> SchemeEntry:
         embeddings=True,
         packing="unpacked_to_int8",
         min_torchao="0.14.1",
-        summary=f"intx{bits}wo with a zero point: less error for rows not centred on 0; a byte a value as well",
+        summary=f"intx{bits}wo with a zero point: less error for rows not centred on 0; also one byte per value",
         source="facts, legacy-checkpoints: what torchao's UintxTensor maps to; its packed form is gone since 0.17",
     )
 
@@ -160,9 +160,9 @@ def _int8dq_intx(bits: int) -> SchemeEntry:
         "int8dq_int4",
     )
     purpose = (
-        "4-bit values, one in a byte, with int8 activations: for export to ExecuTorch, not to save space"
+        "4-bit values, one per byte, with int8 activations: for export to ExecuTorch, not to save space"
         if bits == 4
-        else f"{bits}-bit values, one in a byte, with int8 activations: to export or to study them, not to save space"
+        else f"{bits}-bit values, one per byte, with int8 activations: for study or export, not to save space"
     )
     return SchemeEntry(
         name="int4dq" if bits == 4 else f"int8dq_int{bits}",

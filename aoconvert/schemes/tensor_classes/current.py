@@ -23,7 +23,7 @@ from aoconvert.schemes.tensor_classes.entry import (
 
 CUDA_8 = PackedLayout("cuda", (8, 0))
 ONE_MACHINE = (
-    "the packing depends on the machine that packed it (AVX512, AVX2 or neither), and the file does not say which"
+    "the packing depends on the machine that packed it (AVX512, AVX2 or neither), which the file does not record"
 )
 _ELEMENTS = {
     "float8_e4m3": "float8_e4m3fn",
@@ -96,7 +96,7 @@ INT8 = TensorClass(
     ),
     safetensors_since="0.16.0",
     groups_since="0.17",
-    casting="`.to(torch.float32)` leaves the quantized weights in their dtype, and says nothing.",
+    casting="`.to(torch.float32)` silently leaves the quantized weights in their dtype.",
 )
 FLOAT8 = TensorClass(
     name="Float8Tensor",
@@ -141,7 +141,7 @@ INT4_PLAIN_INT32 = TensorClass(
 )
 INT4_PLAIN = TensorClass(
     name="Int4Tensor",
-    layout=PackedLayout("cuda", note="torchao 0.18 runs it with the package mslk"),
+    layout=PackedLayout("cuda", note="torchao 0.18 needs the package mslk to run it"),
     describe=_int4_plain,
     take_apart=of_plain,
     fields=(

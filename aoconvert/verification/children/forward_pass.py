@@ -27,7 +27,7 @@ def attempt_forward(
         own = [handed] if handed is not None else []
         found = package.find_inputs(model, [*own, *package.from_libraries(model, places)])
     except package.NoInputs as error:
-        return answer("skipped", f"no input that {name} takes when it is not quantized: {error}")
+        return answer("skipped", f"no input that the unquantized {name} accepts: {error}")
     except Exception as error:
         return answer("skipped", f"no input for {name}: {root_cause(error)}")
     return run_forward(model, found, package, original)
@@ -60,13 +60,13 @@ def run_forward(model: Any, found: Any, package: Any, original: dict[str, Any] |
     if error is not None:
         failure = f"the forward pass of {name} failed: {root_cause(error)}"
         if judged is not None and judged[1] is not None:
-            return answer("skipped", f"{failure}; that of the original fails too: {root_cause(judged[1])}")
+            return answer("skipped", f"{failure}; the original's fails too: {root_cause(judged[1])}")
         if found.proof == "nothing" or (found.proof == "shapes" and isinstance(error, IndexError)):
-            return answer("skipped", f"{failure}; no memory to try the input on it before quantization")
+            return answer("skipped", f"{failure}; there is not enough memory to try the input on the original")
         return answer("failed", failure)
     if not all_finite(values):
         if judged is not None and not all_finite(judged[0]):
-            return answer("skipped", f"the output of {name} is not finite, and that of the original is not either")
+            return answer("skipped", f"the output of {name} is not finite, and the original's is not either")
         if judged is None and found.finite is False:
             return answer("skipped", f"the output of {name} is not finite, quantized or not")
         return answer("failed", f"the output of {name} is not finite")
@@ -100,12 +100,12 @@ def run_original(how: dict[str, Any], found: Any, package: Any) -> tuple[list[to
         count = sum(size // kind.itemsize for file in files for _, kind, size in opening.list_stored(file))
         needed, there = count * dtype.itemsize, package.available_memory()
         if needed > there:
-            return f"the original takes {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB are there"
+            return f"the original needs {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB are available"
         options = opening.dtype_option(how["library"], dtype)
         options |= {"variant": how["variant"]} if how["variant"] is not None else {}
         original, _ = opening.open_model(how, folder, "", **options)
     except Exception as error:
-        return f"the library does not open the original: {root_cause(error)}"
+        return f"the library cannot open the original: {root_cause(error)}"
     return one_pass(original.eval(), found, package)
 
 
@@ -115,7 +115,7 @@ def compare_outputs(before: Any, values: list[torch.Tensor], package: Any) -> tu
         return ("" if before == "no source given" else f"; not compared: {before}"), None
     outputs, error = before
     if error is not None:
-        return f"; that of the original fails: {root_cause(error)}", None
+        return f"; the original's forward pass fails: {root_cause(error)}", None
     sqnr = package.sqnr_db(outputs, values)
     if sqnr is None:
         return "; its output cannot be compared with the original's", None

@@ -230,9 +230,9 @@ def compare_models(comparison: Comparison, part: dict[str, Any], source: Any, re
     here, there = tensors.tensors_of(source), tensors.tensors_of(result)
     for name in sorted(here.keys() - there.keys()):
         if not (part["fused"] and in_fused(source, name)):
-            comparison.problem(f"{name} is in the source's model, and not here", other=True)
+            comparison.problem(f"{name} is in the source's model, but not in the result's", other=True)
     for name in sorted(there.keys() - here.keys()):
-        comparison.problem(f"{name} is not in the source's model", other=True)
+        comparison.problem(f"{name} is in the result's model, but not in the source's", other=True)
     held = result.state_dict().keys() if hasattr(result, "state_dict") else there.keys()
     for name in sorted(here.keys() & there.keys()):
         if name in held:
@@ -292,12 +292,12 @@ def compare_tensor(
     entry = part["tensors"].get(name)
     if tensors.is_quantized(found):
         if entry is None:
-            comparison.problem(f"{name} is quantized, and the manifest does not say so")
+            comparison.problem(f"{name} is quantized, but the manifest does not say so")
             return
         compare_quantized(comparison, part, name, original, found, entry)
         return
     if entry is not None:
-        comparison.problem(f"{name} is not quantized, the manifest says that it is")
+        comparison.problem(f"{name} is not quantized, but the manifest says that it is")
         return
     wrong = None if part.get("loose") else tensors.compare_dtype(name, expected, found)
     if wrong is None:
@@ -354,9 +354,9 @@ def compare_reports(comparison: Comparison, part: dict[str, Any], source: Any, r
     for key in REPORT:
         word = key.removesuffix("_keys")
         for name in sorted(set(result[key]) - set(source[key]) - excused.get(key, set())):
-            comparison.problem(f"the library calls {name} {word} here, and not in the source", other=True)
+            comparison.problem(f"the library reports {name} as {word} in the result, but not in the source", other=True)
         for name in sorted(set(source[key]) - set(result[key]) - excused.get(key, set())):
-            comparison.problem(f"the library calls {name} {word} in the source, and not here")
+            comparison.problem(f"the library reports {name} as {word} in the source, but not in the result")
 
 
 def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, source: Any, result: Any) -> None:
@@ -370,7 +370,9 @@ def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, sou
         if name not in unused or name in part["dropped"]:
             continue
         if name not in there:
-            comparison.problem(f"{name}, which the class does not use, is in the source's files, and not here")
+            comparison.problem(
+                f"{name}, which the class does not use, is in the source's files, but not in the result's"
+            )
         else:
             wrong = tensors.compare_values(name, opening.read(name, file), opening.read(name, there[name]))
             comparison.problem(wrong)

@@ -51,7 +51,7 @@ def compare_adapters(source: Path, result: Path) -> Iterator[str]:
     utils = importlib.import_module("transformers.utils.peft_utils")
     here, there = (utils.find_adapter_config_file(str(folder), local_files_only=True) for folder in (source, result))
     if bool(here) != bool(there):
-        yield f"the library finds an adapter in the {'source' if here else 'result'} alone"
+        yield f"the library finds an adapter only in the {'source' if here else 'result'}"
 
 
 def compare_beside(source: Path, result: Path, *, trust: bool) -> Iterator[str]:
@@ -65,7 +65,7 @@ def compare_beside(source: Path, result: Path, *, trust: bool) -> Iterator[str]:
         second = _attempt(auto, result, trust)
         if isinstance(second, Exception):
             said = (str(second).strip().splitlines() or [""])[0]
-            yield f"{name} opens the source, and not the result: {type(second).__name__}: {said}"
+            yield f"{name} opens the source, but not the result: {type(second).__name__}: {said}"
         else:
             yield from compare_objects(name, first, second)
 
@@ -86,9 +86,9 @@ def compare_files(source: Path, result: Path, written: set[Path], left: set[Path
         if _INDEX.fullmatch(path.name) or not (left | made).isdisjoint((path, *path.parents)):
             continue
         if not (result / name).is_file():
-            yield f"the file {name.as_posix()} is in the source, and not here"
+            yield f"the file {name.as_posix()} is in the source, but not in the result"
         elif not filecmp.cmp(path, result / name, shallow=False):
-            yield f"the file {name.as_posix()} is not the source's"
+            yield f"the file {name.as_posix()} differs from the source's"
 
 
 def _attempt(auto: Any, folder: Path, trust: bool) -> Any:
@@ -118,7 +118,10 @@ def _tokenizers(name: str, source: Any, result: Any) -> Iterator[str]:
     for what, look in _LOOKS.items():
         first, second = look(source), look(result)
         if first != second:
-            yield f"{name}: {what} {'are' if what.endswith('s') else 'is'} not the source's{_contrast(first, second)}"
+            yield (
+                f"{name}: {what} {'differ' if what.endswith('s') else 'differs'} from the "
+                f"source's{_contrast(first, second)}"
+            )
 
 
 def _encodings(tokenizer: Any) -> list[Any]:
@@ -192,7 +195,7 @@ def _differences(where: str, first: Any, second: Any, ignored: set[str]) -> Iter
         for key in sorted((first.keys() | second.keys()) - ignored, key=str):
             yield from _differences(f"{where}.{key}", first.get(key), second.get(key), ignored)
     elif _json(_read_path(first)) != _json(_read_path(second)):
-        yield f"{where} is not the source's{_contrast(first, second)}"
+        yield f"{where} differs from the source's{_contrast(first, second)}"
 
 
 def _read_path(value: Any) -> Any:

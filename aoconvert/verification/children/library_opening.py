@@ -183,8 +183,8 @@ def require_memory(request: dict[str, Any], root: Path, folder: str, variant: st
         whole += sum(size for name, size in _state(request, root / folder).items() if name not in sizes)
     if whole > available:
         raise TooLarge(
-            f"the library opens {request['class_name']} whole, which takes {whole / 1e9:.1f} GB of memory;"
-            f" {available / 1e9:.1f} GB are there"
+            f"the library loads {request['class_name']} completely, which takes {whole / 1e9:.1f} GB of memory;"
+            f" {available / 1e9:.1f} GB are available"
         )
 
 

@@ -60,17 +60,17 @@ def compare_ties(source: Any, result: Any, *, untied: bool) -> Iterator[str]:
     for group in sorted(map(sorted, here - there)):
         apart = untied and not any(set(other) & set(group) for other in there)
         if len(group) > 1 and not apart:
-            yield f"{' and '.join(group)} are one tensor in the source, and are not here"
+            yield f"{' and '.join(group)} are one tensor in the source, but not in the result"
     for group in sorted(map(sorted, there - here)):
         if len(group) > 1 and not any(set(group) < set(other) for other in here):
-            yield f"{' and '.join(group)} are one tensor here, and are not in the source"
+            yield f"{' and '.join(group)} are one tensor in the result, but not in the source"
 
 
 def compare_dtype(name: str, expected: torch.Tensor, found: torch.Tensor) -> str | None:
     """The dtype that the library gives a tensor of the source against the one that it gives the result's."""
     if expected.dtype == found.dtype:
         return None
-    return f"{name} is {_short(found.dtype)}, the library makes it {_short(expected.dtype)}"
+    return f"{name} is {_short(found.dtype)}, but the library loads it as {_short(expected.dtype)}"
 
 
 def compare_values(name: str, original: torch.Tensor, found: torch.Tensor) -> str | None:
@@ -79,7 +79,8 @@ def compare_values(name: str, original: torch.Tensor, found: torch.Tensor) -> st
         return f"{name} has the shape {list(found.shape)}, {list(original.shape)} in the source"
     if original.is_meta != found.is_meta:  # diffusers leaves what no file holds without values
         return (
-            f"{name} has values only in the {'result' if original.is_meta else 'source'}: no file of the other holds it"
+            f"{name} has values only in the {'result' if original.is_meta else 'source'}: no file of the other model "
+            f"holds it"
         )
     pairs = zip(_pieces(original), _pieces(found), strict=True)
     if original.is_meta:
@@ -125,7 +126,7 @@ def compare_quantized(
     """
     kind = f"{type(found).__module__}.{type(found).__qualname__}"
     if kind != entry["class_name"]:
-        return None, f"{name} is a {kind}, the manifest says {entry['class_name']}"
+        return None, f"{name} is a {kind}, but the manifest says {entry['class_name']}"
     if original.shape != found.shape:
         return None, f"{name} has the shape {list(found.shape)}, {list(original.shape)} in the source"
     stated = math.inf if entry["sqnr_db"] is None else float(entry["sqnr_db"])
@@ -134,7 +135,7 @@ def compare_quantized(
         sqnr = _sqnr(original, found, sliced=False)
     if _close(sqnr, stated):
         return sqnr, None
-    return sqnr, f"{name} has an SQNR of {sqnr:.2f} dB to the source, the manifest says {stated:.2f}"
+    return sqnr, f"{name} has an SQNR of {sqnr:.2f} dB to the source, but the manifest says {stated:.2f}"
 
 
 def _close(sqnr: float, stated: float) -> bool:

@@ -270,7 +270,7 @@ class TestLegacy:
         if loadable:
             assert_same(path)
         else:
-            with pytest.raises(UnsafePickleError, match=r"torchao before 0\.18"):
+            with pytest.raises(UnsafePickleError, match=r"torchao older than 0\.18"):
                 read_loadable(path)
 
     def compare(self, entry, said):

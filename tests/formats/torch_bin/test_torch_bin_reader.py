@@ -134,7 +134,7 @@ def test_what_is_no_dict_of_tensors(tmp_path, zipped):
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
     save([torch.ones(2)])
-    refused(path, "no dict at its top" if zipped else "holds a list, not a dict of tensors")
+    refused(path, "it does not hold a dict" if zipped else "holds a list, not a dict of tensors")
     save({"step": None, "epoch": 3})
     refused(path, "holds no tensor, but epoch, step")
     save({3: torch.ones(2)})
@@ -170,13 +170,13 @@ def test_damaged_files(tmp_path):
     path = tmp_path / "model.bin"
     refused(path, "cannot be opened")
     path.write_bytes(b"")
-    refused(path, "is damaged, or no torch checkpoint")
+    refused(path, "is damaged, or is not a torch checkpoint")
     path.write_bytes(pickle.dumps({"x": 1}))
-    refused(path, "is damaged, or no torch checkpoint")
+    refused(path, "is damaged, or is not a torch checkpoint")
     torch.save(example(), path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    refused(path, "has no end record at its end: cut short")
+    refused(path, "does not end with its end record: it was cut short")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/text", "x")
     refused(path, "does not belong in a checkpoint that torch.save writes")
