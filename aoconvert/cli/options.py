@@ -18,15 +18,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def common(function: F) -> F:
-    """``--json``, ``-q/--quiet``, ``--no-progress``; the command receives an ``Output`` as ``out``."""
+    """``--json``, ``-q/--quiet``, ``--no-progress``; the command receives an ``Output`` as ``out``.
+
+    ``--json`` decides what stdout holds; ``--quiet`` beside it only silences stderr.
+    """
 
     @click.option("--json", "json_mode", is_flag=True, help="Print one JSON document on stdout, and nothing else.")
-    @click.option("-q", "--quiet", is_flag=True, help="Print only the essential value, such as a path.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only the essential value, such as a path, and no warning.")
     @click.option("--no-progress", is_flag=True, help="Show no progress bar (never shown without a terminal).")
     @functools.wraps(function)
     def wrapped(*args: Any, json_mode: bool, quiet: bool, no_progress: bool, **kwargs: Any) -> Any:
-        if json_mode and quiet:
-            raise click.UsageError("--json and --quiet exclude each other")
         out = Output.from_flags(json_mode=json_mode, quiet=quiet, no_progress=no_progress)
         return function(*args, out=out, **kwargs)
 

@@ -39,11 +39,13 @@ class Output:
 
     mode: Mode
     progress: bool = True
+    warnings: bool = True
 
     @classmethod
     def from_flags(cls, *, json_mode: bool = False, quiet: bool = False, no_progress: bool = False) -> Output:
         """By the options that every command has."""
-        return cls("json" if json_mode else "quiet" if quiet else "human", progress=not (no_progress or quiet))
+        mode: Mode = "json" if json_mode else "quiet" if quiet else "human"
+        return cls(mode, progress=not (no_progress or quiet), warnings=not quiet)
 
     def result(self, human: Callable[[], RenderableType], data: Any, essential: str) -> None:
         """Print a result; ``human`` is only called where it is shown, and text of its is printed as it is."""
@@ -87,8 +89,8 @@ class Output:
         return table
 
     def warning(self, message: str) -> None:
-        """A warning on stderr; not in quiet mode."""
-        if self.mode != "quiet":
+        """A warning on stderr; not with ``--quiet``."""
+        if self.warnings:
             self._line("warning", message, "33")
 
     def error(

@@ -9,6 +9,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
+from helpers.checkpoints import build_llama, llama_tensors
 from helpers.documents import SCHEMAS, check_document
 
 from aoconvert.documents import DOCUMENTS, json_schema
@@ -56,6 +58,35 @@ def test_documents_of_a_pipeline(call: Call, pipeline: Path, tmp_path: Path) -> 
     document(call, "quantize", pipeline, *int4, *options)
     check_document("repack", document(call, "repack", tmp_path / "four", "--layout-device", "cuda"))
     check_document("inspect", document(call, "inspect", tmp_path / "four"))
+
+
+def test_quiet_beside_json_silences_stderr_only(call: Call, tmp_path: Path) -> None:
+    """A script that gives both still gets the whole document, or the error as one."""
+    extra = {**llama_tensors(), "extra.bias": torch.zeros(3)}  # a warning
+    source = build_llama(tmp_path / "model", tensors=extra)
+    output, int4 = tmp_path / "out", ("--scheme", "int4wo", "--group-size", 32, "--layout-device", "cpu")
+    done: list[tuple[str, int, tuple[object, ...]]] = [
+        ("env", 0, ("env",)),
+        ("cache", 0, ("cache",)),
+        ("scheme", 0, ("schemes", "int8wo")),
+        ("plan", 0, ("plan", source, *int4, "--device", "cpu", "-o", output)),
+        ("quantize", 0, ("quantize", source, *int4, "--device", "cpu", "-o", output)),
+        ("inspect", 0, ("inspect", output)),
+        ("card", 0, ("card", output)),
+        ("repack", 0, ("repack", output, "--layout-device", "cuda", "-o", tmp_path / "cuda")),
+        ("verify", 0, ("verify", output, "--source", source, "--no-reload")),
+        ("error", 3, ("quantize", source, *int4, "--device", "cpu", "-o", output)),
+        ("error", 2, ("verify", output, "--source", tmp_path / "absent")),
+        ("error", 2, ("verify", "--nosuch")),
+    ]
+    for name, code, arguments in done:
+        said = call(*arguments, "-q", "--json")
+        assert (said.code, said.stderr) == (code, ""), (arguments, said)
+        check_document(name, json.loads(said.stdout))
+    output.joinpath("config.json").write_text("{}")
+    failed = call("verify", output, "--no-reload", "--json", "--quiet")
+    assert (failed.code, failed.stderr) == (4, "")
+    assert json.loads(failed.stdout)["ok"] is False
 
 
 def test_a_key_that_is_not_described_is_seen() -> None:
