@@ -145,6 +145,7 @@ class BinContents:
         storages: by key.
         protocol: pickle protocol.
         byteorder: ``little`` or ``big``.
+        archive: a zip archive, as torch writes since 1.6; an older file cannot be mapped.
     """
 
     tensors: Mapping[str, BinTensor]
@@ -153,6 +154,7 @@ class BinContents:
     storages: Mapping[str, StorageInfo]
     protocol: int
     byteorder: str
+    archive: bool = True
 
     @property
     def legacy(self) -> tuple[GlobalUse, ...]:

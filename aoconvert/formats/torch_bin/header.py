@@ -1,16 +1,20 @@
 """What a ``.bin`` holds, and whether it may be loaded: from its zip directory and ``data.pkl`` alone.
 
+A file from before torch 1.6 is no zip archive: :mod:`aoconvert.formats.torch_bin.old_reader`.
+
 No storage is read, nothing is executed, torch and torchao are not imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from aoconvert.errors import UnsafeFileError, UnsafePickleError
+from aoconvert.errors import UnsafeFileError, UnsafePickleError, UnsafeZipError
 from aoconvert.formats.torch_bin.contents import BinContents, BinTensor, StorageInfo, Value
+from aoconvert.formats.torch_bin.old_reader import OldRebuilder, is_old, read_old
 from aoconvert.formats.torch_bin.pickle_reader import MAX_PICKLE_BYTES, read_pickle
 from aoconvert.formats.torch_bin.pickle_vm import PickledPairs, refuse
 from aoconvert.formats.torch_bin.rebuild import Rebuilder
@@ -48,7 +52,10 @@ def read_source(source: ByteSource, label: str, *, local_headers: bool = True, e
         SourceError: the bytes could not be read.
         UnsafeZipError, UnsafePickleError: as ``read_bin``.
     """
+    old = is_old(source)
     try:
+        if old:
+            return _read_old(source, local_headers=local_headers, expanded=expanded)
         archive = read_archive(source, local_headers=local_headers)
         order = read_record(source, archive, "byteorder", 16) if "byteorder" in archive.records else b"little"
         if order not in (b"little", b"big"):
@@ -56,7 +63,7 @@ def read_source(source: ByteSource, label: str, *, local_headers: bool = True, e
         data = read_record(source, archive, "data.pkl", MAX_PICKLE_BYTES)
         return read_contents(data, archive.storages(), order.decode(), expanded=expanded)
     except UnsafeFileError as error:
-        raise _labelled(error, label) from None
+        raise _labelled(error, label, old) from None
 
 
 def read_contents(
@@ -67,7 +74,16 @@ def read_contents(
     Raises:
         UnsafePickleError: as ``read_bin``.
     """
-    rebuilder = Rebuilder(storages, len(data), expanded=expanded)
+    return _read_dict(data, Rebuilder(storages, len(data), expanded=expanded), byteorder)
+
+
+def _read_old(source: ByteSource, *, local_headers: bool, expanded: bool) -> BinContents:
+    old = read_old(source, counts=local_headers)
+    rebuilder = OldRebuilder(old.records, len(old.pickle), expanded=expanded)
+    return replace(_read_dict(old.pickle, rebuilder, old.byteorder), archive=False)
+
+
+def _read_dict(data: bytes, rebuilder: Rebuilder, byteorder: str) -> BinContents:
     top, protocol = read_pickle(data, rebuilder)
     if not isinstance(top, PickledPairs):
         raise refuse(None, "it does not hold a dict", hint="a checkpoint is a dict of tensors by name")
@@ -108,10 +124,16 @@ def read_loadable(path: Path) -> BinContents:
     """``read_bin`` of a file that today's torch and torchao load, running nothing but their own rebuilding of tensors.
 
     Raises:
-        SourceError, UnsafeZipError, UnsafePickleError: as ``read_bin``; also for names of an older torchao, which are
+        SourceError, UnsafeZipError, UnsafePickleError: as ``read_bin``; also for a file that is no zip archive, which
+            cannot be mapped, and for names of an older torchao, which are
             harmless but cannot be loaded.
     """
     contents = read_bin(path)
+    if not contents.archive:
+        raise UnsafeZipError(
+            f"{path}: written in torch's format from before 1.6, which cannot be mapped",
+            hint="save it again with a newer torch, or use the safetensors file of the same model",
+        )
     for use in contents.legacy:
         raise UnsafePickleError(
             f"{path}: data.pkl, byte {use.position}: {use.name} is from a torchao older than 0.18, and cannot be "
@@ -122,8 +144,9 @@ def read_loadable(path: Path) -> BinContents:
     return contents
 
 
-def _labelled(error: _Error, label: str) -> _Error:
-    message = f"{label}: {error.message}"
+def _labelled(error: _Error, label: str, old: bool) -> _Error:
+    said = error.message.replace("data.pkl", "its pickle", 1) if old else error.message
+    message = f"{label}: {said}"
     if isinstance(error, UnsafePickleError):
         return type(error)(message, hint=error.hint, position=error.position)
     return type(error)(message, hint=error.hint)

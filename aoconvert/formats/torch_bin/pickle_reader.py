@@ -38,6 +38,21 @@ def read_pickle(data: bytes, actions: Actions) -> tuple[object, int]:
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise refuse(None, f"{len(data):,} bytes, at most {MAX_PICKLE_BYTES:,} are accepted")
+    value, protocol, end = read_first_pickle(data, actions)
+    if end != len(data):
+        raise refuse(end, f"{len(data) - end:,} bytes after the STOP opcode")
+    return value, protocol
+
+
+def read_first_pickle(data: bytes, actions: Actions) -> tuple[object, int, int]:
+    """Read to the first STOP, whatever follows it.
+
+    Returns:
+        The value and the protocol, as ``read_pickle``; the bytes up to and with STOP.
+
+    Raises:
+        UnsafePickleError: as ``read_pickle``.
+    """
     m = Machine(data, actions)
     for _ in range(MAX_OPCODES):
         m.start = start = m.position
@@ -46,7 +61,7 @@ def read_pickle(data: bytes, actions: Actions) -> tuple[object, int]:
         opcode = data[start]
         m.position = start + 1
         if opcode == _STOP:
-            return _stop(m), m.protocol
+            return _stop(m), m.protocol, m.position
         handler = _HANDLERS.get(opcode)
         if handler is None:
             raise refuse(start, f"no pickle opcode has the code {opcode:#04x}")
@@ -55,8 +70,6 @@ def read_pickle(data: bytes, actions: Actions) -> tuple[object, int]:
 
 
 def _stop(m: Machine) -> object:
-    if m.position != len(m.data):
-        raise refuse(m.position, f"{len(m.data) - m.position:,} bytes after the STOP opcode")
     if m.marks or len(m.stack) != 1:
         raise refuse(m.start, "values are left over at the STOP opcode")
     return m.stack[0]

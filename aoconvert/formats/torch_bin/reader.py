@@ -8,35 +8,21 @@ Format: ``torch/serialization.py``, ``_load`` and ``_legacy_load``.
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import pickle
-import pickletools
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-from aoconvert.errors import DAMAGED_HINT, AoconvertError, SourceError, UnsafeFileError
+from aoconvert.errors import DAMAGED_HINT, SourceError, UnsafeFileError
 from aoconvert.formats.base import FileContents, Observe, OpenFile, TensorInfo, open_file, read_bytes
 from aoconvert.formats.torch_bin.contents import BinTensor, Instance, Value
 from aoconvert.formats.torch_bin.header import read_source
 from aoconvert.sources import Source
 
-_ZIP_MAGIC = b"PK\x03\x04"
-_LEGACY_BUFFER = 1 << 20
-_LEGACY_PICKLES = 4  # magic number, protocol, sizes of C types, the dict
-_LEGACY_OPCODES = 1_000_000
-_LEGACY_NAMES = re.compile(
-    r"collections OrderedDict|torch (\w+Storage|b?float\w+|u?int\d+|bool|complex\d+|Size)|torch\.storage UntypedStorage"
-    r"|torch\._utils _rebuild_(tensor(_v[23])?|parameter)|torch\.nn\.parameter Parameter"
-)
-_REFUSED = re.compile(r"\bGLOBAL (\S+)")
 _QUANTIZED_HINT = "aoconvert quantizes floating-point checkpoints; take the original one"
 _DICT_HINT = "aoconvert reads a dict of tensors, or one under the key 'state_dict'"
 _PLAIN = ("torch.Tensor", "torch.nn.parameter.Parameter")
@@ -80,8 +66,6 @@ class _StoragePosition:
 class TorchBinReader:
     """Reads a torch file one tensor at a time. Memory does not depend on the file's size.
 
-    Files in torch's format from before 1.6 (no zip) are loaded whole; they cannot be read in parts.
-
     Args:
         path: the file.
         observe: is told of the bytes that are read of it.
@@ -100,22 +84,16 @@ class TorchBinReader:
         self._path = path
         self._observe = observe
         self._places: dict[str, _StoragePosition] = {}
-        self._loaded: dict[str, torch.Tensor] = {}
         self._descriptor = open_file(path)
         try:
-            if os.pread(self._descriptor, 4, 0) == _ZIP_MAGIC:
-                self._places, self.others = _places(OpenFile(self._descriptor, path, observe), path)
-                self._infos = {name: _info(name, place, path) for name, place in self._places.items()}
-            else:
-                content = _load_legacy(self._descriptor, path, observe)
-                self._loaded, self.others = _state_dict(content, path)
-                self._infos = _legacy_infos(self._loaded, path)
+            self._places, self.others = _places(OpenFile(self._descriptor, path, observe), path)
+            self._infos = {name: _info(name, place, path) for name, place in self._places.items()}
         except BaseException:
             os.close(self._descriptor)
             raise
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """The tensors by name. In a file that is not a zip, offsets only tell the order."""
+        """The tensors by name."""
         return self._infos
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -124,8 +102,6 @@ class TorchBinReader:
         Raises:
             ReadError: the data could not be read.
         """
-        if name in self._loaded:
-            return _own(self._loaded[name])
         return self._read(name, self._places[name], into)
 
     def read_rows(self, name: str, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -133,8 +109,6 @@ class TorchBinReader:
         rows = self._infos[name].shape[0]
         if not 0 <= start <= stop <= rows:
             raise IndexError(f"rows {start}:{stop} of {name!r}, which has {rows}")
-        if name in self._loaded:
-            return _own(self._loaded[name][start:stop])
         return self._read(name, self._places[name].rows(start, stop), into)
 
     def _read(self, name: str, place: _StoragePosition, into: torch.Tensor | None) -> torch.Tensor:
@@ -145,8 +119,7 @@ class TorchBinReader:
         return data.view(place.dtype).as_strided(place.shape, place.stride, 0).contiguous()
 
     def close(self) -> None:
-        """Release the file and what was loaded from it."""
-        self._loaded = {}
+        """Release the file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -165,10 +138,6 @@ def contents(source: Source, path: str) -> FileContents | None:
     return FileContents(reader.infos(), reader.others)
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
 def _places(source: OpenFile, path: Path) -> tuple[dict[str, _StoragePosition], dict[str, str]]:
     """The tensors by name, and what else there is; one enclosing ``{"state_dict": ...}`` is opened."""
     try:
@@ -177,7 +146,7 @@ def _places(source: OpenFile, path: Path) -> tuple[dict[str, _StoragePosition], 
         raise SourceError(error.message, hint=error.hint or DAMAGED_HINT) from error
     for use in contents.globals:
         if use.name.startswith("torchao."):
-            raise _unsafe(path, use.name)
+            _bad(path, f"is already quantized: it holds {use.name}", _QUANTIZED_HINT)
     if contents.byteorder != "little":
         _bad(path, "was saved on a big-endian machine", hint="save it again with torch.save on this machine")
     inner = contents.others.get("state_dict")
@@ -222,113 +191,3 @@ def _kind(value: Value) -> str:
 def _info(name: str, place: _StoragePosition, path: Path) -> TensorInfo:
     nbytes = math.prod(place.shape) * place.dtype.itemsize
     return TensorInfo(name, place.dtype, place.shape, nbytes, str(path), place.offset, place.stride)
-
-
-class _Observed(io.RawIOBase):
-    """An open file whose readers are observed. It shows no descriptor, past which torch would read."""
-
-    def __init__(self, descriptor: int, observe: Observe | None) -> None:
-        self._descriptor = descriptor
-        self._observe = observe
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = os.preadv(self._descriptor, [view], self._position)
-        if self._observe is not None:
-            self._observe(self._position, view[:count])
-        self._position += count
-        return count
-
-
-def _load_legacy(descriptor: int, path: Path, observe: Observe | None) -> object:
-    try:
-        _check_legacy(descriptor, path)
-        with warnings.catch_warnings(action="ignore"):  # of a plain pickle's protocol; the error says more
-            file = io.BufferedReader(_Observed(descriptor, observe), _LEGACY_BUFFER)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except AoconvertError:
-        raise
-    except Exception as error:  # as above
-        raise _refused(path, error) from error
-
-
-def _check_legacy(descriptor: int, path: Path) -> None:
-    """Refuse pickles that ``torch.save`` of that time never wrote, before torch's unpickler makes anything of them.
-
-    Raises:
-        SourceError: a name that has no business there, or too many opcodes.
-        ValueError: damaged.
-    """
-    file = io.BufferedReader(_Observed(descriptor, None), _LEGACY_BUFFER)
-    count = 0
-    for _ in range(_LEGACY_PICKLES):
-        for opcode, argument, _position in pickletools.genops(file):
-            count += 1
-            if count > _LEGACY_OPCODES:
-                _bad(path, f"its pickle has more than {_LEGACY_OPCODES:,} opcodes")
-            if opcode.name == "GLOBAL" and not _LEGACY_NAMES.fullmatch(str(argument)):
-                raise _unsafe(path, str(argument).replace(" ", "."))
-
-
-def _refused(path: Path, error: Exception) -> SourceError:
-    """One line for a pickle that cannot be read, naming what was refused."""
-    found = _REFUSED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if found is None:
-        return SourceError(f"{path}: is damaged, or is not a torch checkpoint", hint=DAMAGED_HINT)
-    return _unsafe(path, found[1])
-
-
-def _unsafe(path: Path, name: str) -> SourceError:
-    if name.startswith("torchao."):
-        return SourceError(f"{path}: is already quantized: it holds {name}", hint=_QUANTIZED_HINT)
-    return SourceError(
-        f"{path}: its pickle asks for {name}, which is not safe to load",
-        hint="use a checkpoint that holds only tensors, preferably in safetensors format",
-    )
-
-
-def _state_dict(content: object, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors by name, and what else there is; one enclosing ``{"state_dict": ...}`` is opened."""
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        _bad(path, f"holds a {type(content).__name__}, not a dict of tensors", _DICT_HINT)
-    tensors: dict[str, torch.Tensor] = {}
-    others: dict[str, str] = {}
-    for name, value in content.items():
-        if not isinstance(name, str):
-            _bad(path, f"the key {name!r} is not a tensor name", _DICT_HINT)
-        if not isinstance(value, torch.Tensor):
-            others[name] = _other(type(value).__name__)
-        elif type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_quantized:
-            kind = "quantized torch.Tensor" if value.is_quantized else type(value).__qualname__
-            _bad(path, f"is already quantized: {name!r} is a {kind}", hint=_QUANTIZED_HINT)
-        elif value.layout is not torch.strided or value.is_conj() or value.is_neg():
-            others[name] = "not a dense tensor"
-        else:
-            tensors[name] = value
-    _require_tensors(tensors, others, path)
-    return tensors, others
-
-
-def _legacy_infos(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, TensorInfo]:
-    infos, offset = {}, 0
-    for name, tensor in tensors.items():
-        infos[name] = TensorInfo(name, tensor.dtype, tuple(tensor.size()), tensor.nbytes, str(path), offset)
-        offset += tensor.nbytes
-    return infos

@@ -35,7 +35,6 @@ _MAX_NAME = 512
 _MAX_SLACK = _MAX_16 + 24  # a local header's extra, with which torch aligns the payload, and a data descriptor
 
 _HINT_DAMAGED = "the copy or download may have been cut short: fetch the file again"
-_OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # pickled MAGIC_NUMBER of torch.serialization
 _NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]+(?:/[^/\\:\x00-\x1f\x7f]+)+")
 _RECORDS = re.compile(r"data\.pkl|byteorder|version|data/[0-9]{1,20}|\.[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 
@@ -179,13 +178,7 @@ def _directory_place(source: ByteSource) -> tuple[int, int, int]:
 
 
 def _no_end(source: ByteSource) -> UnsafeZipError:
-    head = source.read(0, min(source.size, len(_OLD_TORCH)))
-    if head == _OLD_TORCH:
-        return UnsafeZipError(
-            "written in torch's old format (before 1.6), which cannot be read safely",
-            hint="save it again with a newer torch, or use the safetensors file of the same model",
-        )
-    if head[:4] != b"PK\x03\x04":
+    if source.read(0, min(source.size, 4)) != b"PK\x03\x04":
         return UnsafeZipError("not a zip archive", hint="a .bin file that torch.save wrote is a zip archive")
     return UnsafeZipError("the zip archive does not end with its end record: it was cut short, or other data follows",
                           hint=_HINT_DAMAGED)  # fmt: skip

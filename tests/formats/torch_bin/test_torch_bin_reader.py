@@ -134,7 +134,7 @@ def test_what_is_no_dict_of_tensors(tmp_path, zipped):
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
 
     save([torch.ones(2)])
-    refused(path, "it does not hold a dict" if zipped else "holds a list, not a dict of tensors")
+    refused(path, "it does not hold a dict")
     save({"step": None, "epoch": 3})
     refused(path, "holds no tensor, but epoch, step")
     save({3: torch.ones(2)})
@@ -143,11 +143,10 @@ def test_what_is_no_dict_of_tensors(tmp_path, zipped):
     refused(path, "torch._utils._rebuild_sparse_tensor")
     save({"x": torch.ones(2), "y": Payload()})
     refused(path, "posix.system")
-    if zipped:
-        linear = torch.nn.Linear(64, 64, bias=False)
-        quantize_(linear, Int8WeightOnlyConfig())
-        save({"x": linear.weight.detach()})
-        refused(path, "is already quantized: it holds torchao.quantization.Int8Tensor")
+    linear = torch.nn.Linear(64, 64, bias=False)
+    quantize_(linear, Int8WeightOnlyConfig())
+    save({"x": linear.weight.detach()})
+    refused(path, "is already quantized: it holds torchao.quantization.Int8Tensor")
 
 
 def test_quantized_without_torchao(tmp_path):
@@ -170,9 +169,9 @@ def test_damaged_files(tmp_path):
     path = tmp_path / "model.bin"
     refused(path, "cannot be opened")
     path.write_bytes(b"")
-    refused(path, "is damaged, or is not a torch checkpoint")
-    path.write_bytes(pickle.dumps({"x": 1}))
-    refused(path, "is damaged, or is not a torch checkpoint")
+    refused(path, "0 bytes are too few for a zip archive")
+    path.write_bytes(pickle.dumps({"x": 1, "y": bytes(50)}))
+    refused(path, "not a zip archive")
     torch.save(example(), path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -286,7 +285,7 @@ def test_an_old_file_holds_what_was_written_then(tmp_path, call):
 
     path = tmp_path / "model.bin"
     torch.save({"x": torch.ones(2), "y": Later()}, path, _use_new_zipfile_serialization=False)
-    refused(path, call.__name__, "which is not safe to load")
+    refused(path, call.__name__)
 
 
 def test_an_old_file_of_many_opcodes(tmp_path):
@@ -294,8 +293,8 @@ def test_an_old_file_of_many_opcodes(tmp_path):
     torch.save({"x": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
     at = content.rindex(b"\x80\x02}")
-    path.write_bytes(content[: at + 2] + b"N" * 1_000_001 + content[at + 2 :])
-    refused(path, "more than 1,000,000 opcodes")
+    path.write_bytes(content[: at + 2] + b"N" * 2_000_001 + content[at + 2 :])
+    refused(path, "more than 2,000,000 opcodes")
 
 
 def test_a_tensor_that_is_conjugated_when_it_is_read(tmp_path):
