@@ -312,7 +312,7 @@ def structure_cases():
         "wrapper with a dunder attribute": (top(wrapper(state=b"}" + text("__class__") + b"Ns")), "__class__"),
         "state that replaces the data": (top(wrapper(state=b"}" + text("data") + tensor() + b"s")), "'data'"),
         "state that sets a gradient": (top(wrapper(state=b"}" + text("_grad") + tensor() + b"s")), "'_grad'"),
-        "wrapper with a slot state": (top(wrapper(state=tup(b"N", b"}"))), "no dict"),
+        "wrapper with a slot state": (top(wrapper(state=tup(b"N", b"}"))), "that is not a dict"),
         "wrapper rebuilt alone": (top(call("torch._utils._rebuild_wrapper_subclass", INT8)), "never writes"),
         "dense as a torchao class": (
             top(
@@ -331,7 +331,7 @@ def structure_cases():
         "a rebuild function as a value": (top(name("torch._utils._rebuild_tensor_v2")), "used as a value"),
         "BUILD of a tensor": (top(tensor() + b"}b"), "state is given"),
         "BUILD of a list": (top(b"]}b"), "state is given"),
-        "call of a string": (top(call(text("os.system"), text("x"))), "no name"),
+        "call of a string": (top(call(text("os.system"), text("x"))), "that is not a name"),
         "NEWOBJ with arguments": (
             top(name("torchao.quantization.granularity.PerRow") + tup(b"N") + b"\x81"),
             "never writes",
@@ -360,8 +360,8 @@ def structure_cases():
         "memo that was never set": (top(b"h\x05"), "never set"),
         "mark that was never set": (b"\x80\x02tt.", "no mark"),
         "stack that is empty": (b"\x80\x02\x87.", "empty"),
-        "append to a tuple": (top(b")Na"), "no list"),
-        "item of a list": (top(b"]NNs"), "no dict"),
+        "append to a tuple": (top(b")Na"), "that is not a list"),
+        "item of a list": (top(b"]NNs"), "that is not a dict"),
         "one key twice": (b"\x80\x02}" + (text("a") + b"Ns") * 2 + STOP, "twice"),
         "tensor as a key": (b"\x80\x02}" + tensor() + b"Ns" + STOP, "dict key"),
         "huge integer key": (b"\x80\x02}" + number(2**61 - 1) + b"Ns" + STOP, "dict key"),
