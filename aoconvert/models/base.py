@@ -223,9 +223,10 @@ def single_row_modules(model: nn.Module) -> frozenset[str]:
 def _count_of_experts(module: nn.Module | None) -> int | None:
     """How many experts a module holds, in stacks or as modules of their own."""
     from torch import nn
+    from torch.nn.utils.parametrize import ParametrizationList
 
     count = getattr(module, "num_experts", None)
-    if isinstance(module, nn.ModuleList):
+    if isinstance(module, nn.ModuleList) and not isinstance(module, ParametrizationList):
         return len(module)
     return count if isinstance(count, int) and not isinstance(count, bool) else None
 

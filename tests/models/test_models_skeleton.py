@@ -103,6 +103,18 @@ def test_convolutions_of_any_class(checkpoints: Callable[[str], Path]) -> None:
     assert all(spec.kind == "other" for spec in skeleton_of(checkpoints("cogvideox"), "vae") if spec.convolution)
 
 
+def test_the_parts_of_a_normed_weight_are_no_experts(tmp_path: Path) -> None:
+    """torch keeps them in a list of as many modules as the direction of a convolution with one output has rows."""
+    config = tiny.transformers.EncodecConfig(
+        num_filters=2, upsampling_ratios=[2, 2], codebook_size=16, codebook_dim=8, hidden_size=8
+    )
+    tiny.transformers.EncodecModel(config).save_pretrained(tmp_path)
+    skeleton = skeleton_of(tmp_path, dtype=torch.float32)
+    normed = [spec for spec in skeleton if ".parametrizations." in spec.name]
+    assert any(spec.shape[0] == 1 and len(spec.shape) == 3 for spec in normed)
+    assert {spec.kind for spec in normed} == {"other"}
+
+
 def test_ties(checkpoints: Callable[[str], Path]) -> None:
     tied = {spec.name: spec.tied_to for spec in skeleton_of(checkpoints("llama-tied")) if spec.tied_to}
     assert tied == {"lm_head.weight": "model.embed_tokens.weight"}
