@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aoconvert.checkpoint import manifest as manifests
@@ -26,7 +26,8 @@ _MOST_READ = 1 << 20  # a larger file is no text that somebody edits
 def foreign_files(folder: Path) -> list[str]:
     """Files that aoconvert did not write there, or that were changed since, by their paths in the folder.
 
-    A folder of nothing else is one entry, with a slash at its end. Links are foreign, wherever they lead.
+    A folder of nothing else, or of nothing at all, is one entry, with a slash at its end. Links are foreign, wherever
+    they lead.
 
     Raises:
         SourceError: there is no manifest, or it cannot be read, so that nobody can tell.
@@ -34,7 +35,7 @@ def foreign_files(folder: Path) -> list[str]:
     """
     listed = {entry.path: entry for entry in manifests.load(folder).files()}
     own = {path.partition("/")[0] for path in listed}
-    found = [path for path in _files(folder) if not _is_ours(folder, path, listed)]
+    found = [path for path in (*_files(folder), *_empty_folders(folder, listed)) if not _is_ours(folder, path, listed)]
     tops = (path.partition("/") for path in found)
     return list(
         dict.fromkeys(f"{top}/" if slash and top not in own else f"{top}{slash}{rest}" for top, slash, rest in tops)
@@ -79,13 +80,16 @@ def remove_result(folder: Path) -> str | None:
     """
     if not folder.is_dir() or folder.is_symlink():
         return None
-    files = sorted(_files(folder), key=lambda path: path == MANIFEST_NAME)
-    if files and (problem := overwrite_problem(folder)):
+    if any(folder.iterdir()) and (problem := overwrite_problem(folder)):
         return problem
-    for path in files:
-        (folder / path).unlink()
-    for at, _, _ in os.walk(folder, topdown=False):
-        Path(at).rmdir()
+    for path in list(_files(folder)):
+        if path != MANIFEST_NAME:
+            (folder / path).unlink()
+    for at, folders, _ in os.walk(folder, topdown=False):
+        for name in folders:
+            Path(at, name).rmdir()
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    folder.rmdir()
     return None
 
 
@@ -110,6 +114,15 @@ def _files(folder: Path) -> Iterator[str]:
         links = [name for name in folders if Path(at, name).is_symlink()]
         for name in sorted([*names, *links]):
             yield Path(at, name).relative_to(folder).as_posix()
+
+
+def _empty_folders(folder: Path, listed: Collection[str]) -> Iterator[str]:
+    """Folders that hold nothing, with a slash at their ends, but for those that held a listed file."""
+    ours = {parent.as_posix() for path in listed for parent in Path(path).parents}
+    for at, folders, names in os.walk(folder):
+        path = Path(at).relative_to(folder).as_posix()
+        if not folders and not names and path not in ours:
+            yield f"{path}/"
 
 
 def _is_ours(folder: Path, path: str, listed: Mapping[str, FileEntry]) -> bool:

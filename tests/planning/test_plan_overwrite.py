@@ -60,6 +60,10 @@ def link(folder: Path) -> None:
     (folder / "elsewhere").symlink_to(folder.parent)
 
 
+def empty_folder(path: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / path).mkdir(parents=True)
+
+
 def card(folder: Path) -> None:
     text = (folder / "README.md").read_text()
     (folder / "README.md").write_text(text.replace("## Limits", "## My limits"))
@@ -77,17 +81,19 @@ def card(folder: Path) -> None:
         (edit("config.json"), "config.json"),
         (edit("model.safetensors"), "model.safetensors"),
         (link, "elsewhere"),
+        (empty_folder("samples"), "samples/"),
+        (empty_folder("samples/of/mine"), "samples/"),
     ],
 )
 def test_what_is_not_ours_stays(change: Callable[[Path], None], named: str, out: Path, made: Path) -> None:
     change(out)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    before = {path: path.is_file() and path.read_bytes() for path in out.rglob("*")}
     with pytest.raises(PlanError) as caught:
         replace(out, made)
     assert caught.value.exit_code == 3
     [problem] = caught.value.problems
     assert problem.endswith(f"changed since: {named} (move it away, or choose another --output)")
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert {path: path.is_file() and path.read_bytes() for path in out.rglob("*")} == before
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
 
 
