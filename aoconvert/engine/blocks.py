@@ -1,4 +1,4 @@
-"""In which blocks of rows a weight is quantized, what a block needs beside its rows, and how one is quantized."""
+"""In which blocks of rows a weight is quantized, and what a block needs beside its rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 from aoconvert import accelerators
 from aoconvert.errors import AoconvertError, QuantizeError
-from aoconvert.schemes.apply import quantize_weight
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a weight of shape (rows, in_features), or of stacked experts, is cut.
+    """How a matrix of shape (rows, in_features) is cut.
 
     Attributes:
-        step: rows of a block; a row of stacked experts is one expert.
+        step: rows of a block.
         unit: rows that are packed together.
         extremes: rows of the smallest and the largest value of the whole weight. Where all rows share a scale, a block
             is quantized with them, and torchao finds the scale of the whole in it.
@@ -53,27 +52,39 @@ class Blocks:
         return torch.cat([extremes[-1:].expand(self.unit - len(extremes), -1), extremes, block]), self.unit
 
 
-def cut(weight: torch.Tensor, scheme: Scheme, elements: int) -> Blocks:
-    """The blocks of a weight on the CPU, of about ``elements`` values each."""
-    if weight.dim() == 3:
-        experts = max(1, elements // max(1, weight[:1].numel()))
-        return Blocks(len(weight) if scheme.rows.tile is None else experts)
-    if scheme.rows.tile is None:
-        return Blocks(len(weight))
-    step = scheme.block(elements // weight.shape[1])
-    if not scheme.rows.shared_scale or step >= len(weight):
+def matrix_shape(shape: tuple[int, ...], scheme: Scheme | None) -> tuple[int, tuple[int, ...]]:
+    """How many matrices a weight is cut as, and the shape of each.
+
+    Stacked experts are one, each below the other, where rows do not look at others, and one for each expert where all
+    rows of an expert share a scale. What torchao has to take whole stays as it is.
+    """
+    if scheme is None or len(shape) != 3 or scheme.rows.tile is None:
+        return 1, shape
+    experts, rows, columns = shape
+    return (experts, (rows, columns)) if scheme.rows.shared_scale else (1, (experts * rows, columns))
+
+
+def block_rows(shape: tuple[int, ...], scheme: Scheme, elements: int) -> int:
+    """How many rows of a matrix are a block of about ``elements`` values."""
+    return shape[0] if scheme.rows.tile is None else min(shape[0], scheme.block(elements // shape[1]))
+
+
+def cut(matrix: torch.Tensor, scheme: Scheme, elements: int) -> Blocks:
+    """The blocks of a matrix on the CPU, of about ``elements`` values each."""
+    step = block_rows(matrix.shape, scheme, elements)
+    if not scheme.rows.shared_scale or step == len(matrix):
         return Blocks(step)
-    low, high = torch.aminmax(weight)
+    low, high = torch.aminmax(matrix)
     if low == high == 0:  # torchao gives it no scale: it is repaired, whole
-        return Blocks(len(weight))
-    extremes = high.expand(scheme.entry.multiples[0], weight.shape[1]).clone()
+        return Blocks(len(matrix))
+    extremes = high.expand(scheme.entry.multiples[0], matrix.shape[1]).clone()
     extremes[0, 0] = low
     return Blocks(step, scheme.block(1), extremes)
 
 
 @contextlib.contextmanager
-def torchao_at_work(name: str, scheme: Scheme) -> Iterator[None]:
-    """Say which weight torchao failed on; what its device failed of passes as it is.
+def torchao_at_work(name: str, scheme: Scheme, which: str = "") -> Iterator[None]:
+    """Say which weight torchao failed on, and ``which`` part of it; what its device failed of passes as it is.
 
     Raises:
         QuantizeError: torchao failed.
@@ -86,17 +97,5 @@ def torchao_at_work(name: str, scheme: Scheme) -> Iterator[None]:
         if accelerators.is_full(failure) or isinstance(failure, torch.AcceleratorError):
             raise
         raise QuantizeError(
-            f"{name}: {scheme.name} failed: {failure}".splitlines()[0], hint=f"--skip {name}"
+            f"{name}{which}: {scheme.name} failed: {failure}".splitlines()[0], hint=f"--skip {name}"
         ) from failure
-
-
-def quantize_block(name: str, block: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """What torchao makes of a block of rows in the base dtype, on their device.
-
-    Raises:
-        QuantizeError: torchao left it as it is.
-    """
-    quantized = quantize_weight(block, scheme)
-    if not hasattr(quantized, "__tensor_flatten__"):
-        raise QuantizeError(f"torchao left {name} unquantized under {scheme.name}", hint=f"--skip {name}")
-    return quantized

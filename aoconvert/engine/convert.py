@@ -10,6 +10,7 @@ from pathlib import Path
 from aoconvert.checkpoint import manifest
 from aoconvert.checkpoint.manifest import ComponentEntry, FileEntry, Manifest, UnquantizedEntry
 from aoconvert.engine.acceleration import prepare_kernels
+from aoconvert.engine.conversion import run_component
 from aoconvert.engine.manifest_entries import (
     RunClock,
     component_entry,
@@ -26,7 +27,6 @@ from aoconvert.engine.read import ComponentReading
 from aoconvert.engine.results import ComponentResult, QuantizeResult, Seconds
 from aoconvert.engine.resume import Journal
 from aoconvert.engine.staging import Stage, staged_output
-from aoconvert.engine.stream import run_component
 from aoconvert.engine.take_over import take_over
 from aoconvert.errors import SourceError
 from aoconvert.formats.digest import FileDigest

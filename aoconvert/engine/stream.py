@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from aoconvert.engine.acceleration import count_bytes, open_kernels
-from aoconvert.engine.channel import Channel, Stages
-from aoconvert.engine.device_streams import Lanes, open_devices
-from aoconvert.engine.eager import threads
-from aoconvert.engine.quantize_stage import Message, Processor
+from aoconvert.engine.block_quantizer import threads
+from aoconvert.engine.channel import Stages
+from aoconvert.engine.quantizer import Quantizer, open_devices
 from aoconvert.engine.read_ahead import Cut, ReadAhead, Reading, Slice
-from aoconvert.engine.results import ComponentResult, Seconds
-from aoconvert.engine.write import FileWriter
 from aoconvert.environment import available_cores
-from aoconvert.formats.digest import Mark
-from aoconvert.planning.needs import READ_AHEAD_BYTES
 from aoconvert.planning.slices import common_slices
-from aoconvert.planning.types import StreamedPlan, TensorPlan
-from aoconvert.progress import Progress
-
-if TYPE_CHECKING:
-    from aoconvert.engine.resume import Journal
+from aoconvert.planning.types import TensorPlan
 
 
 class Consumer(Protocol):
@@ -38,8 +28,8 @@ class Consumer(Protocol):
     def wanted(self) -> Mapping[str, Sequence[TensorPlan]]:
         """See above."""
 
-    def open(self, lanes: Lanes, stages: Stages) -> None:
-        """Get ready; ``lanes`` quantize, ``stages`` takes threads."""
+    def open(self, quantizer: Quantizer, stages: Stages) -> None:
+        """Get ready; ``stages`` takes threads."""
 
     def take(self, piece: Slice) -> None:
         """Work on a slice of a tensor that is wanted, and release it."""
@@ -79,9 +69,9 @@ def stream(reading: Reading, consumers: Sequence[Consumer], devices: Sequence[st
         open_kernels(devices[0], to_quantize) as kernels,
         threads(available_cores()) as pool,
     ):
-        lanes = Lanes(devices, kernels, allow_cpu, pool)
+        quantizer = Quantizer(devices, kernels, allow_cpu, pool)
         for consumer in consumers:
-            consumer.open(lanes, ahead.stages)
+            consumer.open(quantizer, ahead.stages)
         for piece in ahead:
             takers = [consumer for consumer in consumers if piece.name in consumer.wanted]
             piece = piece.shared(len(takers))
@@ -91,76 +81,3 @@ def stream(reading: Reading, consumers: Sequence[Consumer], devices: Sequence[st
         for consumer in consumers:
             consumer.finish()
     return ahead.seconds
-
-
-class Conversion:
-    """A consumer that quantizes a component's tensors and writes them to its files.
-
-    Args:
-        plan: the component.
-        journal: knows the tensors that an earlier run has finished, and notes those that are finished now.
-        progress: is told of each tensor.
-
-    Attributes:
-        wanted: the tensors that are not finished.
-        result: what was written, by this run or an earlier one; whole when the pass has ended.
-    """
-
-    def __init__(self, plan: StreamedPlan, journal: Journal, progress: Progress) -> None:
-        done = dict(journal.finished(plan))
-        for tensor in plan.tensors:
-            if tensor.name in done:
-                progress.advance(tensor.bytes_in, tensor.name)
-        tensors = {tensor.name: tensor for tensor in plan.tensors}
-        self.wanted = {name: [tensors[name]] for name in plan.order if name not in done}
-        self.result = ComponentResult(done, dict(journal.sealed(plan)), Seconds())
-        self._marks: dict[str, dict[str, Mark]] = {}
-        self._waited = 0.0
-        self._out: Channel[Message] = Channel(READ_AHEAD_BYTES)
-        self._writer = FileWriter(
-            plan, journal, self._marks_of, progress, self.result.tensors, self.result.files, self.result.seconds
-        )
-
-    def open(self, lanes: Lanes, stages: Stages) -> None:
-        """Start the writer's thread."""
-        self._processor = Processor([tensor for [tensor] in self.wanted.values()], lanes, self._send)
-        stages.start("aoconvert-writer", lambda: self._writer.run(self._out), self._out)
-
-    def take(self, piece: Slice) -> None:
-        """Cast or quantize it, and pass on what is ready to be written."""
-        began, self._waited = time.perf_counter(), 0.0
-        self._marks.setdefault(piece.name, {}).update(piece.marks)
-        self._processor.take(piece)
-        self.result.seconds.quantize += time.perf_counter() - began - self._waited
-
-    def finish(self) -> None:
-        """Pass on the rest."""
-        self._processor.flush()
-        self._out.end()
-
-    def _send(self, message: Message, nbytes: int) -> None:
-        began = time.perf_counter()
-        self._out.put(message, nbytes)
-        self._waited += time.perf_counter() - began
-
-    def _marks_of(self, name: str) -> Mapping[str, Mark]:
-        return self._marks.pop(name, {})
-
-
-def run_component(
-    plan: StreamedPlan,
-    reading: Reading,
-    journal: Journal,
-    devices: Sequence[str],
-    progress: Progress,
-    *,
-    allow_cpu: bool = False,
-) -> ComponentResult:
-    """Stream every tensor of a model into its files, but for those that ``journal`` has already.
-
-    Raises:
-        AoconvertError: of whichever stage failed first; what is finished stays, and the journal knows it.
-    """
-    conversion = Conversion(plan, journal, progress)
-    conversion.result.seconds.reader = stream(reading, [conversion], devices, allow_cpu=allow_cpu)
-    return conversion.result

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aoconvert.engine.channel import Channel
-from aoconvert.engine.quantize_stage import Begin, End, Message, Rows, Whole
+from aoconvert.engine.messages import Begin, End, Message, Rows, Whole
 from aoconvert.engine.results import Seconds, TensorResult
 from aoconvert.formats.base import SealedFile, TensorSink, Writer, WrittenTensor
 from aoconvert.formats.digest import Mark

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from math import prod
 
 from aoconvert.planning.slices import (
     BUFFERS,
@@ -70,7 +69,7 @@ def _pieces(tensor: TensorPlan) -> tuple[int, int]:
 def _tensors_peak(plan: StreamedPlan, lanes: int = 0) -> int:
     """Most bytes of tensors in memory: the buffers that are read into, and what is at work, waiting and written.
 
-    With ``lanes`` of GPUs, buffers and the results of quantized pieces are page-locked.
+    With ``lanes`` of GPUs, buffers and the results of what is quantized are page-locked.
     """
     pooled, pieces, steps = 0, 0, []
     locked: Counter[int] = Counter()
@@ -79,14 +78,15 @@ def _tensors_peak(plan: StreamedPlan, lanes: int = 0) -> int:
         pooled = max(pooled, largest if fits else 0)
         pieces += count if fits else 0
         on_gpu = _on_gpu(tensor) and lanes > 0
-        if on_gpu:
-            locked[_page_locked(-(-tensor.bytes_out // count))] += count
         if is_streamed(tensor):
-            result = 0 if on_gpu else 2 * -(-tensor.bytes_out // count)
-        elif count == 1 and (on_gpu or _is_copied(tensor)):
-            result = 0  # it is written from where it was read, or where it came back to from the GPU
+            held, many = -(-tensor.bytes_out // count), count
+            result = 2 * held
         else:
-            result = tensor.bytes_out
+            held, many = tensor.bytes_out, 1
+            result = 0 if count == 1 and _is_copied(tensor) else held  # it is written from where it was read
+        if on_gpu:  # it is written from where it came back to
+            locked[_page_locked(held)] += many
+            result = 0
         slow = tensor.scheme is not None and not tensor.scheme.rows.complete
         own = (0 if fits else largest) + tensor.working_bytes
         steps.append((own, 0 if on_gpu else _temporaries(tensor), result, slow))
@@ -160,10 +160,5 @@ def _block_bytes(tensor: TensorPlan) -> int:
     scheme = tensor.scheme
     assert scheme is not None
     columns = tensor.shape[-1]
-    if scheme.rows.tile is None:
-        values = tensor.numel
-    elif len(tensor.shape) == 3:  # experts, or one of them
-        values = max(DEVICE_BLOCK, prod(tensor.shape[1:]))
-    else:
-        values = scheme.block(DEVICE_BLOCK // columns) * columns
+    values = tensor.numel if scheme.rows.tile is None else scheme.block(DEVICE_BLOCK // columns) * columns
     return min(tensor.numel, values) * scheme.entry.device_block_bytes

@@ -30,9 +30,7 @@ class ErrorStats:
 
     def add(self, original: torch.Tensor, quantized: torch.Tensor, ahead: int = 0) -> None:
         """Count in a block: the source's rows, and what torchao made of them behind ``ahead`` others."""
-        for weight, difference in differences(original, quantized, ahead):
-            low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
-            self.merge(ErrorStats(float(squares(weight)), float(squares(difference)), max(-float(low), float(high))))
+        self.merge(ErrorStats(*error_figures(original, quantized, ahead).tolist()))
 
     def merge(self, other: ErrorStats) -> None:
         """Count in the figures of other rows."""
@@ -54,7 +52,21 @@ class ErrorStats:
         return round(10 * math.log10(self.signal / self.noise), 4)
 
 
-def differences(
+def error_figures(original: torch.Tensor, quantized: torch.Tensor, ahead: int = 0) -> torch.Tensor:
+    """``signal``, ``noise`` and ``largest`` of a block, as of ``ErrorStats.add``: three float64, on the block's device.
+
+    Reading them waits for the device.
+    """
+    figures = torch.zeros(3, dtype=torch.float64, device=original.device)
+    for weight, difference in _differences(original, quantized, ahead):
+        low, high = torch.aminmax(difference)  # ten times faster than the infinity norm
+        figures[0] += squares(weight)
+        figures[1] += squares(difference)
+        figures[2] = torch.maximum(figures[2], torch.stack([low, high]).abs().amax())
+    return figures
+
+
+def _differences(
     original: torch.Tensor, quantized: torch.Tensor, ahead: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The source's rows, and what they differ from what torchao made of them, in float32, some rows at a time.

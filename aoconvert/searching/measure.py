@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from aoconvert.engine.block_quantizer import WeightSlice
 from aoconvert.engine.channel import Stages
-from aoconvert.engine.device_streams import Lanes
 from aoconvert.engine.memory import steady_allocator
+from aoconvert.engine.quantizer import Pending, Quantizer
 from aoconvert.engine.read import ComponentReading
 from aoconvert.engine.read_ahead import Slice
 from aoconvert.engine.stream import stream
@@ -31,7 +32,6 @@ from aoconvert.schemes.error_stats import ErrorStats
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
 
-Figures = Callable[[], ErrorStats]
 T = TypeVar("T")
 
 
@@ -94,11 +94,11 @@ class Measuring:
         self.wanted = wanted
         self.result = Measured()
         self._progress = progress
-        self._under_way: deque[tuple[Slice, list[tuple[Scheme, Figures]]]] = deque()
+        self._under_way: deque[tuple[Slice, list[tuple[Scheme, Pending]]]] = deque()
 
-    def open(self, lanes: Lanes, _: Stages) -> None:
-        """Quantize on these."""
-        self._lanes = lanes
+    def open(self, quantizer: Quantizer, _: Stages) -> None:
+        """Quantize with it."""
+        self._quantizer = quantizer
 
     def take(self, piece: Slice) -> None:
         """Quantize it to every candidate.
@@ -107,7 +107,7 @@ class Measuring:
             QuantizeError: the tensor is at fault.
         """
         self._under_way.append((piece, self._start(piece)))
-        while self._lanes.crowded([piece.data.nbytes for piece, _ in self._under_way]):
+        while self._quantizer.crowded([piece.data.nbytes for piece, _ in self._under_way]):
             self._finish(*self._under_way.popleft())
 
     def finish(self) -> None:
@@ -115,26 +115,27 @@ class Measuring:
         while self._under_way:
             self._finish(*self._under_way.popleft())
 
-    def _start(self, piece: Slice) -> list[tuple[Scheme, Figures]]:
+    def _start(self, piece: Slice) -> list[tuple[Scheme, Pending]]:
         plans = self.wanted[piece.name]
         schemes = [plan.scheme for plan in plans if plan.scheme is not None]
         errors = self.result.errors.setdefault(piece.name, {})
         if piece.start == 0:
             errors.update({scheme.key: ErrorStats() for scheme in schemes})
-        begun: list[tuple[Scheme, Figures]] = []
+        begun: list[tuple[Scheme, Pending]] = []
         for scheme in schemes:
             if scheme.key not in errors:  # an earlier slice could not take it
                 continue
-            start = partial(self._lanes.measure, piece.name, piece.data, getattr(torch, plans[0].dtype), scheme)
+            rows = WeightSlice(piece.name, piece.data, getattr(torch, plans[0].dtype), scheme)
+            start = partial(self._quantizer.start, rows, None)
             if (pending := self._tried(piece, scheme, start)) is not None:
                 begun.append((scheme, pending))
         return begun
 
-    def _finish(self, piece: Slice, begun: Sequence[tuple[Scheme, Figures]]) -> None:
+    def _finish(self, piece: Slice, begun: Sequence[tuple[Scheme, Pending]]) -> None:
         for scheme, pending in begun:
-            figures = self._tried(piece, scheme, pending)
-            if figures is not None and (error := self.result.errors[piece.name].get(scheme.key)) is not None:
-                error.merge(figures)
+            outcome = self._tried(piece, scheme, pending)
+            if outcome is not None and (error := self.result.errors[piece.name].get(scheme.key)) is not None:
+                error.merge(outcome.error)
         plan = self.wanted[piece.name][0]
         rows = plan.shape[0]
         done = plan.bytes_in * piece.stop // rows - plan.bytes_in * piece.start // rows

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers.bits import assert_same
+from helpers.one_tensor import begin, quantize_rows, quantize_tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemes.scheme_table import VARIANTS, get, variant_id, weight_shape
@@ -15,9 +16,7 @@ from schemes.scheme_table import VARIANTS, get, variant_id, weight_shape
 from aoconvert import schemes
 from aoconvert.engine import blocks
 from aoconvert.engine.assembly import Assembly
-from aoconvert.engine.device_streams import Lane
-from aoconvert.engine.eager import threads
-from aoconvert.engine.quantize import quantize_rows, quantize_tensor
+from aoconvert.engine.block_quantizer import BlockQuantizer, WeightSlice, threads
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.apply import quantize_weight
@@ -67,7 +66,7 @@ def test_blocks_are_the_whole(scheme: Scheme, units: int, groups: int, block: in
         units == 0 or scheme.rows.tile is None or block * scheme.block(1) >= len(values)
     )
     assert (cut.extremes is not None) == (scheme.rows.shared_scale and cut.step < len(values))
-    tensor, error = Lane("cpu").start("w", values, BF16, scheme, cut)()
+    tensor, error = begin(BlockQuantizer("cpu"), "w", values, BF16, scheme, elements)()
     assert_same(tensor, reference)
     assert (error.sqnr_db, error.largest) == (whole.sqnr_db, whole.largest)
 
@@ -83,7 +82,7 @@ def test_blocks_of_experts_are_the_whole(scheme: Scheme, block: int) -> None:
     reference = quantize_weight(values, scheme)
     elements = block * scheme.block(1) * columns
     assert_same(quantize_rows("w", values, BF16, scheme, "cpu", ErrorStats(), block=elements), reference)
-    assert_same(Lane("cpu").start("w", values, BF16, scheme, blocks.cut(values, scheme, elements))()[0], reference)
+    assert_same(begin(BlockQuantizer("cpu"), "w", values, BF16, scheme, elements)()[0], reference)
 
 
 @pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4wo", "float8dq_block", "int4wo-cpu-32", "int4wo-cuda-32"])
@@ -92,15 +91,16 @@ def test_the_unit_is_no_larger_than_it_has_to_be(name: str) -> None:
     scheme = dict(SCHEMES)[name]
     assert scheme.rows.tile is not None
     entry = dataclasses.replace(scheme.entry, multiples=(1, 1))
-    rows = dataclasses.replace(scheme.rows, tile=scheme.rows.tile // 2)
-    finer = dataclasses.replace(scheme, rows=rows, entry=entry)
+    halves = dataclasses.replace(scheme.rows, tile=scheme.rows.tile // 2)
+    finer = dataclasses.replace(scheme, rows=halves, entry=entry)
     values = weight(*shape(scheme, 3, 4), 5)
     with pytest.raises((AssertionError, RuntimeError, ValueError)):
-        parts = Assembly(quantize_weight(values.to("meta"), scheme), finer)
+        assembly = Assembly(quantize_weight(values.to("meta"), scheme), values.dtype, finer)
+        rows = assembly.rows(0, len(values))
         for start in range(0, len(values), finer.block(1)):
             block = values[start : start + finer.block(1)]
-            parts.put_all(quantize_weight(block, finer), start, len(block))
-        assert_same(parts.result(), quantize_weight(values, scheme))
+            rows.put(quantize_weight(block, finer), start, len(block))
+        assert_same(assembly.result(), quantize_weight(values, scheme))
 
 
 @pytest.mark.parametrize("name", ["nvfp4wo", "nvfp4", "float8dq", "int8wo-per_tensor"])
@@ -139,5 +139,5 @@ def test_several_blocks_at_a_time_change_nothing() -> None:
         assert (made.sqnr_db, made.max_abs_error) == (alone.sqnr_db, alone.max_abs_error)
         # torchao takes no rows that are no whole groups
         with pytest.raises(QuantizeError, match=r"w \[2560, 4090\]: mxfp8 failed"):
-            quantize_tensor("w", values[:, :4090].contiguous(), BF16, scheme, "cpu", pool=pool)
+            BlockQuantizer("cpu", pool=pool).start(WeightSlice("w", values[:, :4090].contiguous(), BF16, scheme), None)
         assert pool._work_queue.empty()

@@ -11,10 +11,11 @@ import torch
 
 import aoconvert
 from aoconvert.engine import read_ahead
+from aoconvert.engine.conversion import Conversion
 from aoconvert.engine.read import ComponentReading
 from aoconvert.engine.resume import Journal
 from aoconvert.engine.staging import Stage
-from aoconvert.engine.stream import Conversion, stream
+from aoconvert.engine.stream import stream
 from aoconvert.errors import QuantizeError, WriteError
 from aoconvert.formats.digest import Mark
 from aoconvert.options import QuantizeOptions

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from helpers.bits import assert_same
+from helpers.one_tensor import quantize_rows, quantize_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchao.quantization import quantize_
 
 from aoconvert import schemes
-from aoconvert.engine.quantize import quantize_rows, quantize_tensor
 from aoconvert.errors import QuantizeError
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.schemes.error_stats import ErrorStats, squares

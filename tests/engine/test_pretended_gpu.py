@@ -15,21 +15,24 @@ from typing import Any
 import pytest
 import torch
 from helpers.bits import same
+from helpers.one_tensor import begin, quantize_tensor
 from helpers.pretended_gpu import Mistake, OnDevice, Stream, World, pretended
 from safetensors.torch import load_file, save_file
 
 import aoconvert
 from aoconvert import accelerators, schemes
-from aoconvert.engine import device_streams, read_ahead, stream
+from aoconvert.engine import block_quantizer, conversion, quantizer, read_ahead
 from aoconvert.engine.acceleration import NoKernels
-from aoconvert.engine.blocks import cut
-from aoconvert.engine.device_streams import Lane, Lanes
-from aoconvert.engine.quantize import quantize_tensor
+from aoconvert.engine.assembly import Assembly
+from aoconvert.engine.block_quantizer import BlockQuantizer, WeightSlice
+from aoconvert.engine.blocks import torchao_at_work
+from aoconvert.engine.quantizer import Quantizer
 from aoconvert.environment import choose_device
 from aoconvert.errors import AoconvertError, DeviceError, DeviceMemoryError, PlanError, QuantizeError
 from aoconvert.planning import needs, slices
 from aoconvert.progress import Silent
 from aoconvert.schemes import Scheme, int4
+from aoconvert.schemes.error_stats import ErrorStats
 from aoconvert.schemes.tensor_classes import PackedLayout
 from aoconvert.searching import measure as measuring
 from aoconvert.verification import load_device
@@ -65,12 +68,12 @@ def gpu() -> Iterator[World]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many slices and blocks of a tiny model."""
-    for module in (slices, read_ahead, needs, device_streams):
+    for module in (slices, read_ahead, needs, quantizer):
         monkeypatch.setattr(module, "SLICE_BYTES", 1 << 13)
-    for module in (read_ahead, stream):
+    for module in (read_ahead, conversion):
         monkeypatch.setattr(module, "READ_AHEAD_BYTES", 1 << 14)
     monkeypatch.setattr(slices, "WHOLE_BYTES", 1 << 14)
-    monkeypatch.setattr(device_streams, "DEVICE_BLOCK", 1 << 11)
+    monkeypatch.setattr(block_quantizer, "DEVICE_BLOCK", 1 << 11)
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +121,28 @@ def convert(source: Path, output: Path, scheme: str = "int8wo", device: str = "c
 def compare(kind: str, weight: torch.Tensor, base: torch.dtype, scheme: Scheme) -> None:
     """With the CPU: from page-locked memory, and from ordinary memory, some of it transposed."""
     expected = quantize_tensor("w", weight, base, scheme, "cpu")
-    blocks = cut(weight, scheme, 64 * weight.shape[-1])
+    elements = 64 * weight.shape[-1]
     with pretended(kind):
         pieces = (locked(weight), weight.mT.contiguous().mT)
-        for finish in [Lane(f"{kind}:0").start("w", piece, base, scheme, blocks) for piece in pieces]:
+        for finish in [begin(BlockQuantizer(f"{kind}:0"), "w", piece, base, scheme, elements) for piece in pieces]:
             made, error = finish()
             assert same(made, expected.tensor), (weight.shape, weight.dtype)
             assert (error.sqnr_db, error.largest) == (expected.sqnr_db, expected.max_abs_error)
+
+
+def start(
+    quantizer: Quantizer, weight: torch.Tensor, scheme: Scheme
+) -> Callable[[], tuple[torch.Tensor, ErrorStats, str]]:
+    """Begin as a conversion does; what is returned gives the result, its error and the device."""
+    with torchao_at_work("w", scheme):
+        assembly = Assembly.of(weight.shape, BRAIN, scheme, pinned=quantizer.takes_page_locked(scheme))
+    pending = quantizer.start(WeightSlice("w", weight, BRAIN, scheme), assembly.rows(0, len(weight)))
+
+    def wait() -> tuple[torch.Tensor, ErrorStats, str]:
+        error, device = pending()
+        return assembly.result(), error, device
+
+    return wait
 
 
 @pytest.mark.parametrize(
@@ -158,7 +176,7 @@ def test_where_a_gpus_division_changes_bytes(
         weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(3)).to(base)
         if schemes.blocker((512, 256), base, scheme) is not None:
             continue
-        made, _ = Lane("cuda:0").start("w", weight, base, scheme, cut(weight, scheme, 1 << 20))()
+        made, _ = begin(BlockQuantizer("cuda:0"), "w", weight, base, scheme, 1 << 20)()
         equal = same(made, quantize_tensor("w", weight, base, scheme, "cpu").tensor)
         if base == BRAIN:
             assert equal != name.startswith("nvfp4")
@@ -228,14 +246,14 @@ def test_blocks_shrink_until_they_fit(zeros: bool, gpu: World, caplog: pytest.Lo
         weight[7] = 0
     expected = quantize_tensor("w", weight, BRAIN, scheme, "cpu")
     for limit, device in ((1 << 28, "cuda"), (1 << 22, "cuda"), (1 << 12, "cpu")):
-        pool = Lanes(("cuda:0",), NoKernels(), allow_cpu=True)
+        pool = Quantizer(("cuda:0",), NoKernels(), allow_cpu=True)
         gpu.limit(limit)
-        made = pool.start("w", locked(weight), BRAIN, scheme)()
-        assert same(made.tensor, expected.tensor)
-        assert (made.error.sqnr_db, made.error.repaired, made.device) == (expected.sqnr_db, int(zeros), device)
+        made, error, used = start(pool, locked(weight), scheme)()
+        assert same(made, expected.tensor)
+        assert (error.sqnr_db, error.repaired, used) == (expected.sqnr_db, int(zeros), device)
         assert ("no memory left" in caplog.text) == (device == "cpu")
     with pytest.raises(DeviceMemoryError, match="cuda:0 has no memory left for w"):
-        Lanes(("cuda:0",), NoKernels()).start("w", locked(weight), BRAIN, scheme)
+        start(Quantizer(("cuda:0",), NoKernels()), locked(weight), scheme)
 
 
 class Written(Silent):
@@ -328,13 +346,13 @@ def test_a_gpu_that_was_taken_after_the_plan(
 ) -> None:
     """Between the choice and the first weight."""
     with pretended(count=2) as world:
-        assert device_streams.open_devices(("cuda:0", "cuda:1"), allow_cpu=False) == ("cuda:0", "cuda:1")
+        assert quantizer.open_devices(("cuda:0", "cuda:1"), allow_cpu=False) == ("cuda:0", "cuda:1")
         world.broken[torch.device("cuda:0")] = BUSY
-        assert device_streams.open_devices(("cuda:0", "cuda:1"), allow_cpu=True) == ("cuda:1",)
-        assert device_streams.open_devices(("cuda:0",), allow_cpu=True) == ("cpu",)
+        assert quantizer.open_devices(("cuda:0", "cuda:1"), allow_cpu=True) == ("cuda:1",)
+        assert quantizer.open_devices(("cuda:0",), allow_cpu=True) == ("cpu",)
         assert "cuda:0 cannot be used: CUDA error: all CUDA-capable devices are busy" in caplog.text
         with pytest.raises(DeviceError):
-            device_streams.open_devices(("cuda:1", "cuda:0"), allow_cpu=False)
+            quantizer.open_devices(("cuda:1", "cuda:0"), allow_cpu=False)
 
     class Taken(Silent):
         def start(self, stage: str, total_bytes: int) -> None:
@@ -383,15 +401,15 @@ def test_what_torchao_cannot_do_is_an_error_by_name(gpu: World) -> None:
         scheme, weight = schemes.get(name), torch.randn(shape).bfloat16()
         for device in ("cpu", "cuda:0"):
             with pytest.raises(QuantizeError, match=rf"w.*{why}|{why}"):
-                Lanes((device,), NoKernels()).start("w", weight, BRAIN, scheme)()
+                start(Quantizer((device,), NoKernels()), weight, scheme)()
 
 
 def test_nan_is_named(gpu: World) -> None:
     weight = torch.ones(8, 256)
     weight[3, 3] = torch.nan
-    pool = Lanes(("cuda:0",), NoKernels())
-    for begin in (pool.start, pool.measure):
-        finish = begin("w", locked(weight), BRAIN, schemes.get("float8wo"))
+    pool, scheme = Quantizer(("cuda:0",), NoKernels()), schemes.get("float8wo")
+    measured = pool.start(WeightSlice("w", locked(weight), BRAIN, scheme), None)
+    for finish in (start(pool, locked(weight), scheme), measured):
         with pytest.raises(QuantizeError, match="w holds NaN or infinity"):
             finish()
 
@@ -401,14 +419,14 @@ def test_the_plan_promises_what_a_gpu_takes(
     name: str, layout: str | None, gpu: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of tensors, exactly counted; what torch's allocator keeps beside them is not."""
-    monkeypatch.setattr(device_streams, "DEVICE_BLOCK", 1 << 18)
+    monkeypatch.setattr(block_quantizer, "DEVICE_BLOCK", 1 << 18)
     scheme = schemes.get(name, layout_device=layout)
     weight = locked(torch.randn(1024, 1024).bfloat16())
-    pool = Lanes(("cuda:0",), NoKernels())
-    for finish in [pool.start("w", weight, BRAIN, scheme) for _ in range(slices.PER_DEVICE)]:
+    pool = Quantizer(("cuda:0",), NoKernels())
+    for finish in [start(pool, weight, scheme) for _ in range(slices.PER_DEVICE)]:
         finish()
     peak = gpu.memory[torch.device("cuda:0")].peak
-    promised = device_streams.DEVICE_BLOCK * scheme.entry.device_block_bytes
+    promised = block_quantizer.DEVICE_BLOCK * scheme.entry.device_block_bytes
     assert 0.7 * promised < peak <= promised
 
 
@@ -451,7 +469,7 @@ def test_amds_gpus_do_not_read_nvidias_layout(gpu: World, monkeypatch: pytest.Mo
 
 
 def begun(scheme: Scheme, weight: torch.Tensor) -> Callable[[], tuple[torch.Tensor, Any]]:
-    return Lane("cuda:0").start("w", weight, BRAIN, scheme, cut(weight, scheme, 16 * weight.shape[1]))
+    return begin(BlockQuantizer("cuda:0"), "w", weight, BRAIN, scheme, 16 * weight.shape[1])
 
 
 def test_a_result_that_was_not_waited_for_is_seen(gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,14 +493,14 @@ def test_a_buffer_that_is_overwritten_early_is_seen(gpu: World) -> None:
 
 
 def test_a_wrong_stream_is_seen(gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = device_streams._count
+    count = block_quantizer.error_figures
 
-    def elsewhere(figures: torch.Tensor, *arguments: Any) -> None:
-        other: AbstractContextManager[Any] = accelerators.new_stream(figures.device)
+    def elsewhere(original: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        other: AbstractContextManager[Any] = accelerators.new_stream(original.device)
         with other:
-            count(figures, *arguments)
+            return count(original, *arguments)
 
-    monkeypatch.setattr(device_streams, "_count", elsewhere)
+    monkeypatch.setattr(block_quantizer, "error_figures", elsewhere)
     with pytest.raises(Mistake, match="used on another"):
         begun(schemes.get("int8wo"), locked(weight_of(64, 256)))
 

@@ -141,6 +141,7 @@ class World:
     events: dict[int, Callable[[], None]] = field(default_factory=dict)
     locked_bytes: int = 0
     _uploads: int = 0
+    _streams: list[Stream] = field(default_factory=list)
     current: dict[torch.device, Stream] = field(default_factory=dict)
     _blocks: dict[int, Block] = field(default_factory=dict)
     _locked: dict[int, int] = field(default_factory=dict)
@@ -170,7 +171,9 @@ class World:
         return self.current.setdefault(device, Stream(self, device))
 
     def new_stream(self, device: torch.device) -> Stream:
-        return Stream(self, self.device(device))
+        made = Stream(self, self.device(device))
+        self._streams.append(made)
+        return made
 
     def page_locked(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if not self.contexts:  # as torch does
@@ -189,7 +192,9 @@ class World:
         return non_blocking and (locked or self.kind == "xpu")
 
     def give_back(self, device: torch.device) -> None:
-        self.stream(self.device(device)).synchronize()
+        for stream in [self.stream(self.device(device)), *self._streams]:
+            if stream.device == device:
+                stream.synchronize()
 
     def peak_bytes(self, device: str) -> int:
         name = torch.device(device)  # asks torch, not the device

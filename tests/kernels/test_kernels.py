@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.one_tensor import quantize_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aoconvert
 from aoconvert import schemes
-from aoconvert.engine.quantize import quantize_tensor
 from aoconvert.errors import QuantizeError
 from aoconvert.kernels import library
 from aoconvert.kernels.checked import Checked, Kernels

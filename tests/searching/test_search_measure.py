@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import LLAMA, build_llama, llama_tensors
+from helpers.one_tensor import quantize_tensor
 
 from aoconvert import schemes
 from aoconvert.engine import stream
-from aoconvert.engine.device_streams import Lane, Lanes
-from aoconvert.engine.quantize import quantize_tensor
+from aoconvert.engine.block_quantizer import BlockQuantizer
+from aoconvert.engine.quantizer import Quantizer
 from aoconvert.errors import AoconvertError, QuantizeError
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning import Plan, slices
@@ -60,12 +61,12 @@ def test_every_candidate_gets_the_error_that_the_engine_would_write(
     monkeypatch.setattr(slices, "SLICE_BYTES", 3000)
     if on_lanes:
 
-        def lanes(*arguments: Any) -> Lanes:
-            made = Lanes(*arguments)
-            made._lanes = [Lane("cpu"), Lane("cpu")]
+        def on_lanes_too(*arguments: Any) -> Quantizer:
+            made = Quantizer(*arguments)
+            made._gpus = [BlockQuantizer("cpu"), BlockQuantizer("cpu")]
             return made
 
-        monkeypatch.setattr(stream, "Lanes", lanes)
+        monkeypatch.setattr(stream, "Quantizer", on_lanes_too)
     made, wanted = planned(llama)
     compare(measure(made, made.components[0], wanted, Silent()).errors, wanted)
 

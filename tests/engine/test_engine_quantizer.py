@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.bits import same
+from helpers.one_tensor import begin, quantize_tensor
 from torchao.quantization import quantize_
 
 import aoconvert
 from aoconvert import accelerators, schemes
 from aoconvert.engine.acceleration import NoKernels
-from aoconvert.engine.blocks import Blocks, cut
-from aoconvert.engine.device_streams import Lane, Lanes
-from aoconvert.engine.quantize import quantize_tensor
+from aoconvert.engine.assembly import Assembly
+from aoconvert.engine.block_quantizer import BlockQuantizer, WeightSlice
+from aoconvert.engine.quantizer import Quantizer
 from aoconvert.errors import QuantizeError, UsageError
 from aoconvert.planning.slices import SLICE_BYTES
 
@@ -28,8 +29,8 @@ def compare(device: str, name: str, rows: int, step: int) -> None:
     scheme = schemes.get(name)
     torch.manual_seed(rows)
     weight = torch.randn(rows, 256, dtype=torch.float32)
-    lane = Lane(device)
-    pending = [lane.start("w", weight, torch.bfloat16, scheme, cut(weight, scheme, 256 * step)) for _ in range(3)]
+    lane = BlockQuantizer(device)
+    pending = [begin(lane, "w", weight, torch.bfloat16, scheme, 256 * step) for _ in range(3)]
     expected = quantize_tensor("w", weight, torch.bfloat16, scheme, "cpu")
     for wait in pending:
         tensor, error = wait()
@@ -60,7 +61,7 @@ def test_a_gpu_gives_what_quantize_gives_on_it(name: str, base: torch.dtype) -> 
     if schemes.blocker((256, 512), base, scheme) is not None:
         pytest.skip(f"{name} takes no {base}")
     weight = torch.randn(256, 512, dtype=torch.float32)
-    tensor, _ = Lane("cuda:0").start("w", weight.pin_memory(), base, scheme, cut(weight, scheme, 100 * 512))()
+    tensor, _ = begin(BlockQuantizer("cuda:0"), "w", weight.pin_memory(), base, scheme, 100 * 512)()
     linear = torch.nn.Linear(1, 1, bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight.to(base).cuda(), requires_grad=False)
     quantize_(linear, scheme.config)
@@ -82,26 +83,28 @@ def test_how_a_gpu_divides_by_a_number(divisor: float, dtype: torch.dtype) -> No
 def test_nan_is_named_when_the_result_is_asked_for() -> None:
     weight = torch.zeros(4, 256)
     weight[2, 2] = torch.nan
-    wait = Lane("cpu").start("blocks.0.weight", weight, torch.bfloat16, schemes.get("int8wo"), Blocks(2))
+    wait = begin(BlockQuantizer("cpu"), "blocks.0.weight", weight, torch.bfloat16, schemes.get("int8wo"), 2 * 256)
     with pytest.raises(QuantizeError, match=r"blocks\.0\.weight holds NaN or infinity"):
         wait()
 
 
 def test_pieces_are_dealt_by_bytes() -> None:
     scheme = schemes.get("int8wo")
-    lanes = Lanes(("cpu",), NoKernels())
-    assert lanes.depth == 0
-    lanes._lanes = [Lane("cpu"), Lane("cpu")]
+    lanes = [BlockQuantizer("cpu"), BlockQuantizer("cpu")]
+    quantizer = Quantizer(("cpu",), NoKernels())
+    assert not quantizer.takes_page_locked(scheme)
+    quantizer._gpus = lanes
     for rows in (100, 10, 10, 10):
-        lanes.start("w", torch.randn(rows, 64), torch.bfloat16, scheme)()
-    assert [lane.bytes for lane in lanes._lanes] == [100 * 64 * 4, 30 * 64 * 4]
+        into = Assembly.of((rows, 64), torch.bfloat16, scheme).rows(0, rows)
+        quantizer.start(WeightSlice("w", torch.randn(rows, 64), torch.bfloat16, scheme), into)()
+    assert [lane.bytes for lane in lanes] == [100 * 64 * 4, 30 * 64 * 4]
 
 
 def test_pieces_wait_for_lanes_and_buffers() -> None:
     """A small tensor that is only copied takes no lane; giants do not pile up."""
-    lanes = Lanes(("cpu",), NoKernels())
+    lanes = Quantizer(("cpu",), NoKernels())
     assert lanes.crowded([None])
-    lanes._lanes = [Lane("cpu"), Lane("cpu")]
+    lanes._gpus = [BlockQuantizer("cpu"), BlockQuantizer("cpu")]
     assert not lanes.crowded([1, None, 1, None])
     assert lanes.crowded([1, None, 1, None, 1])
     assert lanes.crowded([None] * 5)  # of as many buffers, and the reader wants one
