@@ -103,7 +103,7 @@ def test_what_torchao_fails_on_is_left_out_and_said(llama: Path, monkeypatch: py
     assert bad.key not in measured.errors[name]
     assert len(measured.errors[name]) == len(NAMES)
     (line,) = measured.failures
-    assert line.startswith(f"auto leaves intx4wo out for {name}: ")
+    assert line.startswith(f"auto does not consider intx4wo for {name}: ")
     assert "\n" not in line
 
 
