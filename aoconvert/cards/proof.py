@@ -51,7 +51,7 @@ def prove(folder: Path, target: Checkpoint) -> Proof:
     try:
         report = read_report(folder)
     except FileNotFoundError:
-        return Proof(False, "`aoconvert verify` has not been run.", usual)
+        return Proof(False, "No verification has been run.", usual)
     except (OSError, ValueError):  # of pydantic's, too
         return Proof(False, "The verification report cannot be read.", usual)
     if report.manifest_sha256 != file_sha256(folder / MANIFEST_NAME):

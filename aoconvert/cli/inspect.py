@@ -83,7 +83,7 @@ def _rows(part: Component) -> list[tuple[str, str, str]]:
     rows.append(("written by", _writer(part), ""))
     names = [name for file in part.files for name in file.globals if not name.startswith(("torch.", "collections."))]
     if names:
-        rows.append(("names in its pickles pickle", ", ".join(sorted(set(names))), ""))
+        rows.append(("pickle uses", ", ".join(sorted(set(names))), ""))
     rows += _loading(part)
     rows += [("unsafe", line, "bold red") for line in part.unsafe]
     rows += [("to do" if place == 0 else "", line, "") for place, line in enumerate(part.advice)]

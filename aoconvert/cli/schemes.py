@@ -139,10 +139,7 @@ def _screen(rows: list[dict[str, Any]]) -> RenderableType:
         for line in fold(rows, columns - _BESIDE_SUMMARY)
     ]
     table = Output.table(lines, {"scheme": WHOLE, "bytes": NUMBER, "here": WHOLE, "when to choose it": WHOLE})
-    notes = (
-        "bytes: per parameter. GPU: can be made here, runs on a GPU. --all shows everything, schemes NAME one "
-        "scheme in full"
-    )
+    notes = "bytes: per parameter. GPU: made here, runs on a GPU. --all: with details; schemes NAME: one in full"
     return Group(table, Text(notes if len(notes) <= columns else notes.partition(". ")[2], style="dim"))
 
 

@@ -236,7 +236,7 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         found = found or ["the versions changed"]
     for key in ("device", "plan", "source"):
         if earlier.get(key) != now[key]:
-            found.append(f"{key} changed")
+            found.append(f"the {key} changed")
     if not found and set(earlier) != set(now):
         found.append("its journal has another format")
     return found

@@ -79,7 +79,7 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Preflight:
     warnings = []
     if not found.none:
         warnings += [f"{job.repo_id}: {line}" for line in head.held.notes]
-        warnings += [f"it takes the place of another model: {head.held.model}"] if head.held.model is not None else []
+        warnings += [f"it replaces another model: {head.held.model}"] if head.held.model is not None else []
     if found.others:
         warnings.append(f"{job.repo_id} keeps files that are not part of this push: {some(list(found.others))}")
     return Preflight(info is not None, head, found, tuple(warnings))

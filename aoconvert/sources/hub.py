@@ -89,7 +89,7 @@ class HubSource(Source):
         missing = [entry for entry in missing if not (self.root / entry.path).is_file()]
         if missing:
             raise HubError(
-                f"{_list_files(self.repo_id, missing)} were not downloaded", hint="try again", retryable=True
+                f"not downloaded from {_list_files(self.repo_id, missing)}", hint="try again", retryable=True
             )
         if progress is not None:
             progress(total, total)

@@ -250,9 +250,9 @@ def test_an_accepted_path_stays_inside(parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"", "it is not valid JSON"),
-        (b"{", "it is not valid JSON"),
-        (b"\xff\xfe", "it is not UTF-8 text"),
+        (b"", "cannot be read: not valid JSON"),
+        (b"{", "cannot be read: not valid JSON"),
+        (b"\xff\xfe", "cannot be read: not UTF-8 text"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"schema_version": NaN}', r"not valid JSON \(NaN\)"),
         (b'{"schema_version": ' + b"9" * 5000 + b"}", "a number of 5,000 digits"),

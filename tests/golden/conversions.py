@@ -96,7 +96,8 @@ CONVERSIONS: Mapping[str, Conversion] = {
 
 _SENTENCES = {"reason", "unconfirmed", "warnings", "advice", "problems", "why", "note"}
 _ELSEWHERE = {"run", "environment", "version", "host_peak_bytes", "loads_here", "why_not"}
-_MADE = re.compile(r"^- Made .*$", re.MULTILINE)
+_MADE = re.compile(r"^- Made .*$", re.MULTILINE)  # the date, the device, the versions
+_SEAL = re.compile(r"sha256 of all above: [0-9a-f]{64}")  # of that line, too
 
 
 class Golden:
@@ -146,7 +147,7 @@ class Golden:
                 if path.name == "aoconvert.json":
                     texts |= facts(f"{output} manifest", json.loads(path.read_text(encoding="utf-8")))
                 elif path.name == "README.md":
-                    texts[f"{output} card"] = _MADE.sub("- Made", path.read_text(encoding="utf-8"))
+                    texts[f"{output} card"] = _SEAL.sub("sealed", _MADE.sub("- Made", path.read_text(encoding="utf-8")))
                 else:
                     files[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         self._write(name, texts)

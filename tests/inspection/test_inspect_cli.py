@@ -140,7 +140,7 @@ def test_another_torchao(version: str, folder: Path, loads: bool | None, without
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torchao\nVersion: {version}\n")
     found = json.loads(run("inspect", folder, "--json", path=[str(tmp_path), str(without_torch)]).stdout)
     assert found["loads_here"] is loads
-    assert (f"torchao {version} is here" in (found["why_not"] or "")) == (loads is False)
+    assert (f"torchao {version} is installed" in (found["why_not"] or "")) == (loads is False)
 
 
 def test_a_file_that_is_no_weights_file(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from aoconvert.environment import import_torchao
 
 SCRIPT = """
 from aoconvert.inspection.inspect import inspect
+from aoconvert.options import HubOptions
 result = attempt(lambda: inspect('user/model').to_dict())
 result['torch'] = 'torch' in sys.modules
 """
@@ -166,7 +167,7 @@ def test_private_repo(hub_client: HubClient, tmp_path: Path) -> None:
     hub_client.hub.state.add_user("me", "hf_secret_token")
     small_repo(hub_client, tmp_path, private=True, readers=["me"])
     assert hub_client.run(SCRIPT)["error"] == "HubError"
-    script = SCRIPT.replace("'user/model'", "'user/model', token=sys.stdin.read()")
+    script = SCRIPT.replace("'user/model'", "'user/model', HubOptions(token=sys.stdin.read())")
     result = hub_client.run(script, stdin="hf_secret_token")
     assert result["value"]["parameters"] == 512 * 512
     # the token stays with the Hub: the store is another origin

@@ -126,7 +126,7 @@ def test_code_is_not_run_unless_that_was_allowed(tmp_path: Path) -> None:
     folder = own(tmp_path / "source")
     (folder / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(
-        SourceError, match=r"OwnModel is code inside the checkpoint \(modeling_own\.OwnModel\)"
+        SourceError, match=r"OwnModel is defined by code inside the checkpoint \(modeling_own\.OwnModel\)"
     ) as caught:
         actions(folder)
     assert "--trust-remote-code" in str(caught.value.hint)

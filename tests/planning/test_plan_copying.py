@@ -90,7 +90,7 @@ def test_every_file_arrives_or_is_named(tmp_path: Path) -> None:
     made = aoconvert.plan(source, "int8wo", output=tmp_path / "other", device="cpu").to_dict()
     assert {entry["path"]: entry["reason"] for entry in made["left_behind"]} == expected
     card = render(tmp_path / "out", CardOptions()).text
-    assert "| left behind | `.eval_results` | 1 | hidden |" in card
+    assert "| not copied | `.eval_results` | 1 | hidden |" in card
 
 
 NAMES = re.compile(

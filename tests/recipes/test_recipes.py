@@ -133,7 +133,7 @@ RULE = '[[rule]]\nmatch = "a"\n'
         (RULE + "scheme = 'skip'\ngroup_size = 8", r"rule 1 \('a'\): scheme .skip. takes no options"),
         (RULE + "scheme = 'int8wo'\ngroup_size = '8'", r"rule 1: group_size should be a whole number$"),
         (RULE + "scheme = 'int8wo'\nset = { granularity = [] }", r"rule 1: set\.granularity is neither text nor"),
-        (RULE + "scheme = 'intx'", r"rule 1 \('a'\): 'intx' does not say which weight_dtype"),
+        (RULE + "scheme = 'intx'", r"rule 1 \('a'\): 'intx' does not specify the weight_dtype"),
         ((RULE + "scheme = 'int8wo'\n") * 2, r"rule 2 \('a'\): rule 1 has the same pattern"),
         ("[[rule]]\nmatch = 're:['\nscheme = 'skip'", r"rule 1 \('re:\['\): not a regular expression: unterminated"),
         ("[[rule]]\nmatch = 're:'\nscheme = 'skip'", r"rule 1 \('re:'\): an empty pattern"),
@@ -176,7 +176,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b"default = 'int8w\xf6'")
     for name, content, message in (
-        ("a.json", "{", "is not valid JSON"),
+        ("a.json", "{", "not valid JSON"),
         ("b.json", "[]", "says nothing about quantization"),
         ("c.json", '{"quantization_config": {"quant_method": "gptq"}}', "'gptq', not 'torchao'"),
         (
@@ -199,7 +199,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
 
 def test_options_that_a_scheme_does_not_take_are_found_with_their_place(tmp_path: Path) -> None:
     recipe = load(write(tmp_path, RULE + "scheme = 'int8dq'\ngroup_size = 32"))
-    with pytest.raises(UsageError, match=r"r\.toml, rule 'a': int8dq has no group size"):
+    with pytest.raises(UsageError, match=r"r\.toml, rule 'a': int8dq has a fixed group size"):
         rules(recipe, "", None)
 
 

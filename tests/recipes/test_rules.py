@@ -105,6 +105,6 @@ def test_a_rule_for_every_layer_of_a_large_model() -> None:
 
 def test_a_star_is_told_what_a_pattern_is() -> None:
     [line] = find_unmatched(skipping(["model.layers.*.mlp"]), ["model.layers.0.mlp"])
-    pattern = line.partition("re:")[2].rstrip(")")
-    assert line.startswith("--skip 'model.layers.*.mlp' matches nothing (it is taken for a name")
+    pattern = line.rpartition("use re:")[2].rstrip(")")
+    assert line.startswith("--skip 'model.layers.*.mlp' matches nothing (without re: it is a name")
     assert find_unmatched(skipping([f"re:{pattern}"]), ["model.layers.0.mlp"]) == []

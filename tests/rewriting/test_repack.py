@@ -22,7 +22,7 @@ from aoconvert.errors import Interrupted, PlanError, QuantizeError, SourceError,
 from aoconvert.progress import Silent
 from aoconvert.schemes import cpu_packing
 from aoconvert.schemes import int4 as layouts
-from aoconvert.schemes.tensors import take_apart
+from aoconvert.schemes.tensors import dequantize, take_apart
 from aoconvert.verification.load_device import choose_load_device
 
 OTHER = {"cpu": "cuda", "cuda": "cpu"}
@@ -80,7 +80,7 @@ def test_every_value_is_carried_where_the_layouts_choose_other_scales(source: An
     for part in ("codes", "scale", "zero"):
         assert torch.equal(getattr(take_apart(here), part), getattr(take_apart(repacked), part))
     assert not torch.equal(take_apart(direct).scale, take_apart(repacked).scale)
-    assert torch.equal(layouts.dequantize(here), layouts.dequantize(repacked))
+    assert torch.equal(dequantize(here), dequantize(repacked))
 
 
 def weight(folder: Path, name: str) -> Any:
@@ -150,8 +150,8 @@ def test_what_the_layout_cannot_hold_exactly_is_refused_by_name(int4: Any, tmp_p
             "cpu",
             "k_proj.weight: out_features 8 is not a multiple of 16",
         ),
-        ({}, "cpu", "cpu", "packed for cpu already"),
-        ({}, "cuda", "cuda", "packed for cuda already"),
+        ({}, "cpu", "cpu", "already packed for cpu"),
+        ({}, "cuda", "cuda", "already packed for cuda"),
     ],
 )
 def test_what_is_in_the_way_is_said_before_any_work(
@@ -169,7 +169,7 @@ def test_only_checkpoints_with_int4_are_repacked(int4: Any, source: Any, tmp_pat
     aoconvert.quantize(source(), "int8wo", output=tmp_path / "int8", device="cpu", min_quantized=0.0)
     with pytest.raises(PlanError, match="no int4 weights"):
         aoconvert.repack(tmp_path / "int8", "cuda", output=tmp_path / "out")
-    with pytest.raises(UsageError, match="no layout for 'tpu'"):
+    with pytest.raises(UsageError, match="device 'tpu' has no layout"):
         aoconvert.repack(int4("cpu"), "tpu", output=tmp_path / "out")
     assert left(tmp_path) == ["int8"]
 

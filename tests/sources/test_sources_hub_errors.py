@@ -150,7 +150,7 @@ def test_snapshot_left_incomplete_in_silence(client: HubClient) -> None:
     client.hub.faults.append(Fault("/tree/", status=400, skip=1, times=1))
     outcome = client.run(script)
     assert len(client.hub.requests("/tree/")) == 2
-    check(outcome, "user/model: model.safetensors did not arrive", "try again")
+    check(outcome, "not downloaded from user/model: model.safetensors", "try again")
 
 
 def test_nobody_listens(client: HubClient) -> None:

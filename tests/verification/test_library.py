@@ -278,7 +278,7 @@ FAULTS = {
         "chat", "is float32, but the library loads it as", json_file("config.json", dtype="float32")
     ),
     "a tensor made anew": Fault(
-        "chat", "calls model.norm.weight missing", in_weights(lambda s: s.pop("model.norm.weight"))
+        "chat", "reports model.norm.weight as missing", in_weights(lambda s: s.pop("model.norm.weight"))
     ),
     "a tensor that was not quantized": Fault(
         "chat",

@@ -47,7 +47,7 @@ def test_the_command_fails_with_its_exit_code(
             "pytorch_model.bin is not the file that",
         ),
         "no-weights": ({p: c for p, c in files.items() if p != "pytorch_model.bin"}, "pytorch_model.bin is missing"),
-        "not-a-manifest": ({**files, "aoconvert.json": b"{"}, "it is not valid JSON (line 1)"),
+        "not-a-manifest": ({**files, "aoconvert.json": b"{"}, "cannot be read: not valid JSON (line 1)"),
     }
     for name, (content, says) in damages.items():
         hub_client.hub.state.create_repo(f"user/{name}")

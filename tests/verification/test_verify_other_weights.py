@@ -123,7 +123,7 @@ def reloaded_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, s
     reload_child.main()
     monkeypatch.undo()
     answers = [json.loads(line) for line in said.getvalue().splitlines() if line.startswith("{")]
-    return loading._reloaded(target, lambda: answers, loaded)
+    return loading._compare_reloaded(target, lambda: answers, loaded)
 
 
 def shard_with(folder: Path, name: str) -> Path:

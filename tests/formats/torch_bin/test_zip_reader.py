@@ -178,7 +178,7 @@ HOSTILE = {
     "another CRC in the record": (changed(CLEAN, (local(CLEAN, 0) + 14, b"\1\2\3\4")), "contradict each other"),
     "another size in the record": (changed(CLEAN, (local(CLEAN, 0) + 22, b"\1")), "contradict each other"),
     "another size in the directory": (changed(CLEAN, (central(CLEAN, 0) + 24, b"\1")), "would give"),
-    "size to the next record": (both(2, 18, 20, b"\xff\xff\xff\x00" * 2), "outside|runs into"),
+    "size to the next record": (both(2, 18, 20, b"\xff\xff\xff\x00" * 2), "outside|overlaps what follows"),
     "no local header": (changed(CLEAN, (local(CLEAN, 0), b"XX")), "no local header"),
     "descriptor that is not there": (both(0, 6, 8, b"\x08"), "descriptor"),
     "wrong CRC of data.pkl": (both(0, 14, 16, b"\1\2\3\4"), "CRC-32 is wrong"),
