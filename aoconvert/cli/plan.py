@@ -9,7 +9,7 @@ import click
 
 from aoconvert.cli.options import common, conversion
 from aoconvert.cli.output import FOLD, NUMBER, Output
-from aoconvert.humanize import first, size
+from aoconvert.humanize import first, plural, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -78,7 +78,9 @@ def _render(plan: Plan, *, tensors: bool) -> RenderableType:
             Text(f"{part.component.name} ({part.component.class_name}) unchanged, {size(total)} in .bin files")
         )
     if plan.copied:
-        parts.append(Text(f"copied unchanged: {len(plan.copied)} files, {size(sum(c.size for c in plan.copied))}"))
+        parts.append(
+            Text(f"copied unchanged: {plural(len(plan.copied), 'file')}, {size(sum(c.size for c in plan.copied))}")
+        )
     for reason, paths in left_behind(plan.left_behind).items():
         parts.append(Text(f"not copied: {first(paths)} ({reason})"))
     needs = plan.needs

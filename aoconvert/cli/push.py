@@ -9,7 +9,7 @@ import click
 
 from aoconvert.cli.options import common
 from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
-from aoconvert.humanize import size
+from aoconvert.humanize import plural, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -122,5 +122,5 @@ def _last_line(done: Pushed) -> str:
     if done.nothing_to_do:
         return f"nothing to do: {done.pr_url or done.url} holds exactly this"
     if done.dry_run:
-        return f"nothing was changed; {len(done.sent)} files, {size(done.bytes_sent)}, would go to {done.url}"
+        return f"nothing was changed; {plural(len(done.sent), 'file')}, {size(done.bytes_sent)}, would go to {done.url}"
     return f"published: {done.url} (commit {(done.commit or '')[:12]}, {size(done.bytes_sent)})"

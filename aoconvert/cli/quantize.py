@@ -10,7 +10,7 @@ from aoconvert.cli import plan as plan_command
 from aoconvert.cli import verify as verify_command
 from aoconvert.cli.options import common, conversion
 from aoconvert.cli.output import Output
-from aoconvert.humanize import first, number, size
+from aoconvert.humanize import first, number, plural, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -93,7 +93,7 @@ def _summary(result: QuantizeResult) -> RenderableType:
     if result.peak_device_bytes:
         rows.append(("device", f"peak {size(result.peak_device_bytes)}"))
     if result.resumed:
-        rows.append(("resumed", f"{result.resumed} tensors were finished by an earlier run"))
+        rows.append(("resumed", f"{plural(result.resumed, 'tensor')} from an earlier run"))
     if result.skipped:
         matrices = "1 matrix" if len(result.skipped) == 1 else f"{len(result.skipped)} matrices"
         rows.append(("not quantized", f"{matrices}; aoconvert.json has the reasons"))

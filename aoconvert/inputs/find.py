@@ -33,7 +33,8 @@ class NoInputs(Exception):
 
     def __init__(self, closest: BaseException | None, tries: int) -> None:
         lines = str(closest).strip().splitlines() or [""]
-        super().__init__(f"{tries} inputs were tried; {type(closest).__name__}: {lines[0]}")
+        tried = "1 input was" if tries == 1 else f"{tries} inputs were"
+        super().__init__(f"{tried} tried; {type(closest).__name__}: {lines[0]}")
         self.closest = closest
         self.tries = tries
 

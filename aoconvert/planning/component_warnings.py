@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aoconvert import schemes
-from aoconvert.humanize import size
+from aoconvert.humanize import plural, size
 from aoconvert.models import ModelPart, join
 from aoconvert.planning.decide import nbytes
 from aoconvert.planning.types import ComponentPlan, LeftOut, TensorPlan
@@ -45,9 +45,9 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
     for name, origin in component.apart:
         lines.append(f"{title}: {name} and {origin} should be tied according to its config, but differ: both are kept")
     lines += _adapter_warnings(source, component.component)
-    lines += _counted(title, "tensors that its class does not know are carried over unchanged", component.carried)
+    lines += _counted(title, "unknown to its class, carried over unchanged", component.carried)
     lines += dropped_warning(title, component.dropped)
-    lines += _counted(title, "tensors that the checkpoint does not hold are left to the library", component.missing)
+    lines += _counted(title, "that the checkpoint does not hold, left to the library", component.missing)
     if (larger := _larger_than_int8(component)) is not None:
         lines.append(f"{title}: {larger}")
     if component.copied is not None:
@@ -95,11 +95,11 @@ def _int8_bytes(shape: tuple[int, ...], dtype: str) -> int:
 
 def dropped_warning(title: str, dropped: Sequence[LeftOut]) -> list[str]:
     """What the checkpoint holds and the result does not; no line where that is nothing."""
-    return _counted(title, "unused entries of the checkpoint are left out", dropped)
+    return _counted(title, "of the checkpoint left out as unused", dropped)
 
 
 def _counted(title: str, what: str, items: Sequence[LeftOut | TensorPlan]) -> list[str]:
     if not items:
         return []
     shown = ", ".join(item.name for item in items[:3]) + (", …" if len(items) > 3 else "")
-    return [f"{title}: {len(items)} {what}: {shown}"]
+    return [f"{title}: {plural(len(items), 'tensor')} {what}: {shown}"]

@@ -20,6 +20,7 @@ from aoconvert.checkpoint.load_code import load_code
 from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
 from aoconvert.checkpoint.report import Status, some
 from aoconvert.errors import SourceError
+from aoconvert.humanize import plural
 from aoconvert.memory import available_bytes
 from aoconvert.models import identify
 from aoconvert.sources import Source
@@ -217,11 +218,11 @@ def _summary(counted: dict[str, int], worst: float | None, left: dict[str, froze
     parts = [f"{counted.get('equal', 0)} tensors have the source's bits, {counted.get('quantized', 0)} are within"]
     parts[0] += " their SQNR" + (f" (worst {worst:.1f} dB)" if worst is not None else "")
     if counted.get("buffers"):
-        parts.append(f"{counted['buffers']} buffers that are in no file")
+        parts.append(f"{plural(counted['buffers'], 'buffer')} in no file")
     if counted.get("unused"):
         parts.append(f"{counted['unused']} that the class does not use")
     if counted.get("others"):
-        parts.append(f"{counted['others']} other parts")
+        parts.append(plural(counted["others"], "other part"))
     if left:
         parts.append(f"{sum(map(len, left.values()))} have no values on this machine")
     return ", ".join(parts)

@@ -15,6 +15,7 @@ from aoconvert.checkpoint.published import Published
 from aoconvert.checkpoint.report import ForwardPass, Status, some
 from aoconvert.errors import VerificationError
 from aoconvert.formats.torch_bin.header import read_bin
+from aoconvert.humanize import plural
 from aoconvert.sources import Source
 from aoconvert.verification.process import Children, Ended
 
@@ -82,7 +83,7 @@ def check_load(target: Checkpoint, loaded: Loaded, children: Children) -> tuple[
     if problems:
         return "failed", some(problems)
     compared = "" if target.manifest else " (no manifest to compare with)"
-    return "passed", f"{count} tensors, weights_only=True, mmap=True{compared}"
+    return "passed", f"{plural(count, 'tensor')}, weights_only=True, mmap=True{compared}"
 
 
 def _load(
@@ -357,7 +358,10 @@ def check_numbers(
     if problems:
         return "failed", some(problems)
     shown = f", worst SQNR {worst:.1f} dB" if math.isfinite(worst) else ""
-    return "passed", f"{plain}; {count} tensors compared with what aoconvert itself reads from the source{shown}"
+    return (
+        "passed",
+        f"{plain}; {plural(count, 'tensor')} compared with what aoconvert itself reads from the source{shown}",
+    )
 
 
 def check_forward(loaded: Loaded, *, asked: bool, obstacle: str | None = None) -> tuple[Status, str]:

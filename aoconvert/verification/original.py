@@ -12,6 +12,7 @@ from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import FileEntry, SourceEntry
 from aoconvert.checkpoint.report import Status, some
 from aoconvert.errors import SourceError, UsageError
+from aoconvert.humanize import plural
 from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.sources import Source, resolve
 from aoconvert.sources.references import parse_repo
@@ -78,7 +79,7 @@ def check_source(source: Source, made_of: SourceEntry) -> tuple[Status, str]:
         return "skipped", "the manifest names no file of the source"
     problems = list(_other_files(source, made_of))
     if not problems:
-        return "passed", f"{len(made_of.files)} weights file(s) have the SHA-256 of what was quantized"
+        return "passed", f"{plural(len(made_of.files), 'weights file')} with the SHA-256 of what was quantized"
     return "failed", f"{source.label} is not what was quantized{_commits(source, made_of)}: {some(problems, 2)}"
 
 

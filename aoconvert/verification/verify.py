@@ -41,7 +41,7 @@ from aoconvert.environment import choose_device, versions
 from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.files import check_replaceable, is_there, read_limited, write_whole, writing
 from aoconvert.formats.torch_bin.header import read_loadable
-from aoconvert.humanize import size
+from aoconvert.humanize import plural, size
 from aoconvert.models.bounds import Held, check_config
 from aoconvert.options import VerifyOptions
 from aoconvert.planning.overwriting import tidy
@@ -253,7 +253,10 @@ def _manifest(run: _Run) -> tuple[Status, str]:
     run.manifest = found = manifests.load(run.folder)
     validate(found)
     count = sum(len(component.tensors) for component in found.components)
-    return "passed", f"schema {found.schema_version}, {len(found.components)} component(s), {count} tensors"
+    return (
+        "passed",
+        f"schema {found.schema_version}, {plural(len(found.components), 'component')}, {plural(count, 'tensor')}",
+    )
 
 
 def _files(run: _Run) -> tuple[Status, str]:
@@ -270,7 +273,7 @@ def _files(run: _Run) -> tuple[Status, str]:
     listed = {file.path for file in run.manifest.files()}
     if problems := shadows(run.folder, run.manifest.weights_by_folder(), listed):
         return "failed", some(problems)
-    return "passed", some([f"{len(listed)} files, {size(hashed)} hashed", *notes(run.folder)])
+    return "passed", some([f"{plural(len(listed), 'file')}, {size(hashed)} hashed", *notes(run.folder)])
 
 
 def _pickle(run: _Run) -> tuple[Status, str]:
@@ -299,7 +302,7 @@ def _pickle(run: _Run) -> tuple[Status, str]:
         run.target = with_imports(target, known)
     elif extra := sorted(name for name in known if name.startswith("torchao.") and name not in target.safe_globals):
         return "failed", f"the pickles name {extra[0]}, which the manifest does not list"
-    return "passed", f"{len(target.files)} file(s), {len(known)} names, all in the list of safe names"
+    return "passed", f"{plural(len(target.files), 'file')}, {plural(len(known), 'name')}, all in the list of safe names"
 
 
 def _versions(run: _Run, target: Checkpoint) -> tuple[Status, str]:
