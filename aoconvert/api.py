@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aoconvert.cards import Card
     from aoconvert.checkpoint.published import Published
     from aoconvert.checkpoint.report import Report
+    from aoconvert.comparison import Comparison
     from aoconvert.engine.results import QuantizeResult
     from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
@@ -240,6 +241,36 @@ def repack(
     return run(
         folder, layout_device, place, overwrite=overwrite, progress=progress or Silent(), command=shlex.join(words)
     )
+
+
+@host_by_default()
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    token: str | None = None,
+    cache_dir: Path | None = None,
+    local_files_only: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Say what differs between two checkpoints, or between a checkpoint and its source, tensor by tensor.
+
+    Args:
+        a, b: a folder, one weights file, or a Hub repo id each, also ``user/repo@revision``.
+        token, cache_dir, local_files_only: for a Hub repo.
+        progress: is told what happens; default: silent.
+
+    Returns:
+        What differs; ``equal`` says whether nothing does, ``to_dict()`` is the document of ``aoconvert diff --json``.
+
+    Raises:
+        SourceError: nothing there, or files that cannot be compared.
+        VerificationError: a pickle that must not be loaded.
+        HubError: the Hub said no.
+    """
+    from aoconvert.comparison import compare
+
+    return compare(str(a), str(b), HubOptions(None, token, cache_dir, local_files_only), progress or Silent())
 
 
 @host_by_default()

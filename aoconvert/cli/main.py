@@ -31,12 +31,13 @@ _COMMANDS = {
     "card": "Print the model card of a converted checkpoint, or write it.",
     "push": "Publish a converted checkpoint on the Hugging Face Hub.",
     "inspect": "Show what a checkpoint is and what can load it, from headers alone.",
+    "diff": "Show what differs between two checkpoints, or a checkpoint and its source.",
     "schemes": "List the quantization schemes, or show one.",
     "env": "Show what aoconvert would run with here: versions, devices, caches.",
     "cache": "Show where aoconvert's cache is and how large it is, or clear it.",
     "demo": "Build, quantize and verify a tiny pipeline, without a network.",
 }
-_TAKE_TOKEN = {"quantize", "plan", "verify", "push", "inspect"}
+_TAKE_TOKEN = {"quantize", "plan", "verify", "push", "inspect", "diff"}
 
 
 class _Commands(click.Group):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,12 +34,17 @@ def common(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def with_options(cls: type[Any]) -> Callable[[F], F]:
-    """Every option of a dataclass; the command receives what was typed by the names of the fields."""
+def with_options(cls: type[Any], *, without: Collection[str] = ()) -> Callable[[F], F]:
+    """Every option of a dataclass; the command receives what was typed by the names of the fields.
+
+    Args:
+        cls: the dataclass.
+        without: fields that this command has no option for.
+    """
     known, defaults = options_of(cls), defaults_of(cls)
 
     def decorate(function: F) -> F:
-        for field, option in reversed(list(known.items())):
+        for field, option in reversed([item for item in known.items() if item[0] not in without]):
             function = _click_option(field, option, defaults.get(field))(function)
         return function
 

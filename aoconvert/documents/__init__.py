@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from aoconvert.documents.base import ErrorDocument
 from aoconvert.documents.conversion import DemoDocument, PlanDocument, QuantizeDocument, RepackDocument
 from aoconvert.documents.publishing import CardDocument, PushDocument, VerifyDocument
-from aoconvert.documents.reading import CacheDocument, EnvDocument, InspectDocument, SchemeDocument
+from aoconvert.documents.reading import CacheDocument, DiffDocument, EnvDocument, InspectDocument, SchemeDocument
 
 FOLDER = Path("manifests")
 
@@ -26,6 +26,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "card": CardDocument,
     "push": PushDocument,
     "inspect": InspectDocument,
+    "diff": DiffDocument,
     "repack": RepackDocument,
     "scheme": SchemeDocument,
     "env": EnvDocument,

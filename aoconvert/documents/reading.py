@@ -1,6 +1,8 @@
-"""Documents of ``inspect``, ``schemes``, ``env`` and ``cache``."""
+"""Documents of ``inspect``, ``diff``, ``schemes``, ``env`` and ``cache``."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field
 
@@ -89,6 +91,29 @@ class InspectDocument(_Inspected):
     revision: str | None
     bytes_fetched: int
     components: list[InspectedComponent]
+
+
+class DifferentTensor(Document):
+    """A tensor that both have and that differs; ``what`` is the first thing that does."""
+
+    name: str
+    what: Literal["codes", "scales", "dtype", "shape", "class", "values"] = Field(
+        description="class: another tensor class, or the same one with other settings"
+    )
+    sqnr_db: float | None = Field(description="of the values; null where they are equal or cannot be compared")
+    detail: str
+
+
+class DiffDocument(Document):
+    """``diff --json``. Names in a pipeline begin with the part's, as in ``transformer/proj.weight``."""
+
+    equal: bool
+    same: int = Field(description="tensors that are bit for bit the same")
+    different: list[DifferentTensor] = Field(description="the biggest difference first")
+    only_a: list[str]
+    only_b: list[str]
+    tied: list[str] = Field(description="names that only one has, for a tensor that both have under another name")
+    left_out: list[str] = Field(description="parts of a pipeline that one model was not compared with")
 
 
 class SchemeLayout(Document):

@@ -86,9 +86,9 @@ def _safetensors(source: ByteSource, path: str, label: str, config: Mapping[str,
     header = read_header(source, label)
     entries, metadata = header.entries, header.metadata
     stored = {name: (_torch_name(entry.dtype), entry.shape) for name, entry in entries.items()}
-    described = _described(metadata)
-    if described:
-        facts = tuple(_flat(stored, described))
+    tensors = described(metadata)
+    if tensors:
+        facts = tuple(_flat(stored, tensors))
         return FileFacts(path, source.size, "safetensors", len(entries), facts, "torchao-safetensors", (), metadata)
     kind, facts = classify(stored, config)
     return FileFacts(path, source.size, "safetensors", len(entries), facts, kind, (), metadata)
@@ -99,7 +99,7 @@ def _torch_name(dtype: str) -> str:
     return "float4_e2m1fn_x2" if dtype == "F4" else DTYPES.get(dtype, (dtype, 0))[0]
 
 
-def _described(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+def described(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     """The tensors that torchao's metadata describe; empty where it is no file of torchao's.
 
     Source: ``torchao.prototype.safetensors``: ``tensor_names`` is a JSON list, and each tensor has an entry of its own.
@@ -112,6 +112,12 @@ def _described(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     return {name: value for name, value in found.items() if isinstance(value, dict) and "_type" in value}
 
 
+def prefix_of(name: str) -> str:
+    """What the names of a torchao tensor's parts begin with in a safetensors file: ``0.weight`` → ``0._weight_``."""
+    module, _, weight = name.rpartition(".")
+    return f"{module}._{weight}_" if module else f"_{weight}_"
+
+
 def _flat(
     stored: Mapping[str, tuple[str, tuple[int, ...]]], described: Mapping[str, Mapping[str, Any]]
 ) -> Iterable[TensorFact]:
@@ -120,8 +126,7 @@ def _flat(
         kind = str(entry["_type"])
         if kind == "Tensor":
             continue
-        module, _, weight = name.rpartition(".")
-        prefix = f"{module}._{weight}_" if module else f"_{weight}_"
+        prefix = prefix_of(name)
         parts = entry.get("_tensor_data_names")
         helpers |= {f"{prefix}{part}" for part in (parts if isinstance(parts, list) else ())}
         data = entry.get("_data")

@@ -42,20 +42,30 @@ def inspect(reference: str, hub: HubOptions = DEFAULT_HUB) -> Inspection:
         UsageError: a revision for a folder.
         HubError: the Hub refused or could not be reached.
     """
+    source, name = find(reference, hub)
+    return inspect_source(reference, source, name)
+
+
+def find(reference: str, hub: HubOptions = DEFAULT_HUB) -> tuple[Source, str | None]:
+    """Where a checkpoint is, and the file where it is only one; see :func:`inspect`."""
     place = _file(reference)
-    if place is not None:
-        if not _may_hold_weights(place):
-            raise SourceError(
-                f"{reference} is not a weights file", hint=f"weights are in {', '.join(sorted(WEIGHT_SUFFIXES))}"
-            )
-        source: Source = FolderSource(place.parent)
-        reader = _Reader(source)
-        part = reader.single(place.name)
+    if place is None:
+        return resolve(reference, hub, small_files=False), None
+    if not _may_hold_weights(place):
+        raise SourceError(
+            f"{reference} is not a weights file", hint=f"weights are in {', '.join(sorted(WEIGHT_SUFFIXES))}"
+        )
+    return FolderSource(place.parent), place.name
+
+
+def inspect_source(reference: str, source: Source, name: str | None) -> Inspection:
+    """Say what a checkpoint is that :func:`find` found."""
+    reader = _Reader(source)
+    if name is not None:
+        part = reader.single(name)
         return Inspection(reference, None, part.library, part.class_name, (part,), 0)
-    source = resolve(reference, hub, small_files=False)
     if source.kind == "folder":
         tidy(source.root)
-    reader = _Reader(source)
     library, class_name, parts = reader.everything()
     return Inspection(reference, source.revision, library, class_name, tuple(parts), reader.fetched)
 

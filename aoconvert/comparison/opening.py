@@ -1,0 +1,123 @@
+"""One side of a comparison: where its weights are, part by part, and the tensors that their headers describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.comparison.tensors import StoredTensor, read_tensors
+from aoconvert.errors import AoconvertError, SourceError, UnsafeFileError
+from aoconvert.inspection.inspect import find, inspect_source
+from aoconvert.inspection.types import Component
+from aoconvert.options import HubOptions
+from aoconvert.progress import Progress
+from aoconvert.schemes import int4
+from aoconvert.sources import Source
+
+_READ = ("bin", "safetensors")
+
+
+@dataclass(frozen=True)
+class SidePart:
+    """One model of a side.
+
+    Attributes:
+        class_name: of the model; ``None`` where no config says it.
+        tensors: by name.
+        packing: the CPU's layout of its int4 weights, where a manifest says it.
+    """
+
+    class_name: str | None
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    packing: str | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """A checkpoint or a source. ``parts`` are its models by name, ``""`` for one by itself."""
+
+    label: str
+    parts: Mapping[str, SidePart]
+
+    @property
+    def single(self) -> SidePart | None:
+        """Its only model, where it is no pipeline."""
+        return self.parts.get("")
+
+
+def open_side(reference: str, hub: HubOptions, progress: Progress) -> Side:
+    """Find a checkpoint and read its headers; a repo's weights are fetched into the Hub cache.
+
+    Args:
+        reference: a folder, one weights file, or a Hub repo.
+        hub: how to ask for a Hub repo.
+        progress: is told of the download.
+
+    Raises:
+        SourceError: nothing there, or files that cannot be compared.
+        UnsafeFileError: a pickle that must not be loaded.
+        HubError: the Hub refused or could not be reached.
+    """
+    source, name = find(reference, hub)
+    found = inspect_source(reference, source, name)
+    for reason in found.unsafe:
+        raise UnsafeFileError(reason, hint="do not use this checkpoint")
+    for part in found.components:
+        _refuse_other_formats(reference, part)
+    _fetch(source, found.components, progress)
+    packings = _packings(source)
+    parts = {
+        part.name: SidePart(part.class_name, _tensors(source, part), packings.get(part.name))
+        for part in found.components
+    }
+    return Side(reference, parts)
+
+
+def _refuse_other_formats(reference: str, part: Component) -> None:
+    for file in part.files:
+        if file.format not in _READ:
+            raise SourceError(
+                f"{reference}: {file.path} is a {file.format.upper()} file, which diff does not read",
+                hint="diff compares .safetensors and torch files (.bin, .pt)",
+            )
+
+
+def _fetch(source: Source, parts: tuple[Component, ...], progress: Progress) -> None:
+    paths = [file.path for part in parts for file in part.files if not source.is_local(file.path)]
+    if not paths:
+        return
+    progress.start("download", sum(source.files()[path].size for path in paths))
+    done = 0
+
+    def report(fetched: int, _: int) -> None:
+        nonlocal done
+        progress.advance(fetched - done)
+        done = fetched
+
+    source.fetch(paths, report)
+    progress.finish()
+
+
+def _tensors(source: Source, part: Component) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for file in part.files:
+        label = f"{source.label}: {file.path}"
+        for name, tensor in read_tensors(source.local(file.path), label).items():
+            if name in found:
+                raise SourceError(
+                    f"{label}: tensor {name!r} is in another of the checkpoint's files, too",
+                    hint="remove the file that does not belong to the checkpoint",
+                )
+            found[name] = tensor
+    return found
+
+
+def _packings(source: Source) -> dict[str, str | None]:
+    """The CPU's layout of each component, by the manifest; one that cannot be read says nothing."""
+    if source.is_local(manifests.MANIFEST_NAME):
+        with suppress(AoconvertError):
+            entries = manifests.load(source.root).components
+            return {entry.name: int4.cpu_layout(entry.layout.packing) for entry in entries}
+    return {}
