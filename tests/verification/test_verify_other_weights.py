@@ -160,11 +160,9 @@ def test_a_tensor_from_another_file(copy: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_source_that_is_not_there_is_refused_before_any_work(copy: Path) -> None:
     (copy / REPORT_NAME).write_text('{"ok": true}')
-    began = time.perf_counter()
     done = CliRunner().invoke(cli, ["verify", str(copy), "--source", "./nope"], standalone_mode=False)
     assert isinstance(done.exception, aoconvert.UsageError)
     assert str(done.exception) == "--source: no such folder: './nope'"
-    assert time.perf_counter() - began < 5
     assert (copy / REPORT_NAME).read_text() == '{"ok": true}'
 
 
