@@ -56,6 +56,10 @@ _CARRIED = (
     "the model class does not know {names}: {are} in the weights file as in the source, for loaders that use {them}. "
     "`from_pretrained` ignores {them}."
 )
+_ORIGINAL = (
+    "the source was quantized already ({method}: {how}). {by} gave its values back before they were quantized again: "
+    "what the first quantization lost is lost here too, and the errors stated here are to those values."
+)
 _DROPPED = "the source's weights files also hold {names}, left out here."
 _MISSING = "the source does not hold {names}: {library} {makes} {them} when it opens the model, as with the source."
 _FUSED = (
@@ -154,7 +158,10 @@ def _of_layers(target: Checkpoint, tensors: Sequence[TensorEntry], zeros: Set[st
 
 
 def _of_source(components: Sequence[ComponentEntry]) -> Iterable[tuple[str, str]]:
-    """What the source's weights files hold beside the model's tensors, and what they lack."""
+    """How the source was quantized, what its weights files hold beside the model's tensors, and what they lack."""
+    for original in dict.fromkeys(entry.original for entry in components if entry.original is not None):
+        values = {"method": original.method, "how": original.how, "by": original.dequantized_by}
+        yield "a quantized original", _ORIGINAL.format(**{key: text(value) for key, value in values.items()})
     carried = [tensor.name for entry in components for tensor in entry.tensors if tensor.action == "carry"]
     if carried:
         one = len(carried) == 1

@@ -146,6 +146,16 @@ class LeftOutEntry(_Model):
     reason: str
 
 
+class OriginalEntry(_Model):
+    """How the source was quantized. ``dtype`` is what its config says that the model runs in."""
+
+    method: str = Field(description="quant_method of the source's config")
+    how: str = Field(description="what its files hold, in words")
+    dequantized_by: str = Field(description="the package whose code gave the values back, and its version")
+    dtype: str
+    tensors: int = Field(description="how many of its tensors were quantized")
+
+
 class Totals(_Model):
     """Sums over a component. ``quantized_fraction`` is of the parameters outside embeddings."""
 
@@ -184,6 +194,9 @@ class ComponentEntry(_Model):
     fused_qkv: bool = Field(default=False, description="query, key and value projections were fused first")
     rules: dict[str, str | None] | None = Field(
         default=None, description="with several schemes: pattern of the FqnToConfig → scheme, null where it is skipped"
+    )
+    original: OriginalEntry | None = Field(
+        default=None, description="how the source was quantized already; null where it was not"
     )
     missing: list[LeftOutEntry] = Field(
         default_factory=list,

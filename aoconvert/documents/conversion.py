@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from aoconvert.checkpoint.manifest import LayoutEntry, LeftOutEntry, Totals
+from aoconvert.checkpoint.manifest import LayoutEntry, LeftOutEntry, OriginalEntry, Totals
 from aoconvert.documents.base import Document, SizedFile
 from aoconvert.documents.publishing import VerifyDocument
 
@@ -50,6 +50,7 @@ class PlannedComponent(Document):
     class_name: str = Field(alias="class")
     scheme: str
     config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict")
+    original: OriginalEntry | None = Field(description="how the source is quantized already; null where it is not")
     layout: LayoutEntry
     tensors: list[PlannedTensor]
     missing: list[LeftOutEntry] = Field(

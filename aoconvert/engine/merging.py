@@ -15,8 +15,8 @@ import torch
 from aoconvert.errors import AoconvertError, ReadError
 from aoconvert.formats.safetensors.reader import SafetensorsReader
 from aoconvert.models import transformers as transformers_models
-from aoconvert.models.base import SourceTensor
-from aoconvert.models.conversions import BLOCK_BYTES, Load, MergeRecipe, Rows, build
+from aoconvert.models.base import Load, Rows, SourceTensor
+from aoconvert.models.conversions import BLOCK_BYTES, MergeRecipe, build
 from aoconvert.planning.inventory import Readable
 from aoconvert.planning.types import ComponentPlan, StreamedPlan
 
@@ -27,7 +27,7 @@ _HINT = "check that from_pretrained opens this model"
 
 
 class LoadInto(Protocol):
-    """Gives a tensor of the checkpoint, or rows of it, as it is stored."""
+    """Gives a tensor of the checkpoint, or rows of it, in its dtype."""
 
     def __call__(self, source: SourceTensor, rows: Rows | None, into: torch.Tensor | None = None) -> torch.Tensor:
         """In ``into``, uint8 memory, where that is possible."""
@@ -106,8 +106,8 @@ class _Made:
         loaded: dict[str, torch.Tensor] = {}
         for at, sources in enumerate(recipe.sources.values()):
             source = sources[row]
-            if at not in self._scratch or self._scratch[at].numel() < source.nbytes:
-                self._scratch[at] = torch.empty(source.nbytes, dtype=torch.uint8)
+            if at not in self._scratch or self._scratch[at].numel() < source.read_bytes:
+                self._scratch[at] = torch.empty(source.read_bytes, dtype=torch.uint8)
             loaded[source.name] = self._load(source, None, self._scratch[at])
         height = result.shape[0] // recipe.parts
         parts = result.view(recipe.parts, height, *result.shape[1:])

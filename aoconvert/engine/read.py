@@ -13,8 +13,8 @@ from aoconvert.engine.merging import Merging, open_merging
 from aoconvert.errors import ReadError, SourceError
 from aoconvert.formats.digest import FileDigest, Mark, damaged_in_cache
 from aoconvert.formats.sharded import CheckpointReader
-from aoconvert.models.base import SourceTensor
-from aoconvert.models.conversions import Rows
+from aoconvert.models.base import Rows, SourceTensor
+from aoconvert.originals import make_rows
 from aoconvert.planning.inventory import Readable
 from aoconvert.planning.types import ComponentPlan, StreamedPlan
 from aoconvert.sources import Source
@@ -57,6 +57,7 @@ class ComponentReading:
             self._source.root, plan.weights.files, plan.weights.index, observe, self._source.headers
         )
         self._merging: Merging | None = open_merging(plan, whole, scratch, self._load)
+        self._made = plan.made if isinstance(plan, ComponentPlan) else {}
         self._copied = isinstance(plan, ComponentPlan) and plan.copied is not None
         if self._copied:  # transformers read the files: each tensor may be made of any byte of them
             for digest in self._digests.values():
@@ -78,7 +79,9 @@ class ComponentReading:
             return self._merging.read(tensor, rows, into)
         path, name = tensor.origin
         dtype: torch.dtype = getattr(torch, tensor.source_dtype)
-        return self._load(SourceTensor(path, name, dtype, tensor.shape, tensor.bytes_in), rows, into)
+        if (made := self._made.get(name)) is not None:
+            return make_rows(made, rows, self._load, into, dtype)
+        return self._load(SourceTensor(path, name, dtype, tensor.shape, tensor.bytes_read), rows, into)
 
     def _feed(self, file: str, offset: int, data: memoryview) -> None:
         self._digests[file].feed(offset, data)
@@ -89,7 +92,9 @@ class ComponentReading:
         return {file: mark for file, mark in marks.items() if mark is not None}
 
     def _load(self, source: SourceTensor, rows: Rows | None, into: torch.Tensor | None = None) -> torch.Tensor:
-        """A tensor of the checkpoint, or rows of it, as it is stored; its bytes go into the file's digest."""
+        """A tensor of the checkpoint, or rows of it; the bytes that are read go into the file's digest."""
+        if source.formula is not None:
+            return make_rows(source, rows, self._load, into)
         path, name = source.file, source.name
         info = self._reader.infos().get(name)
         if info is None or (info.file, info.shape, info.dtype) != (path, source.shape, source.dtype):

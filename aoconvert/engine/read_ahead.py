@@ -113,7 +113,7 @@ class ReadAhead:
 
     def _read(self) -> None:
         for cut in self._inventory:
-            rows, nbytes = cut.ranges[-1][1], cut.tensor.bytes_in
+            rows, nbytes = cut.ranges[-1][1], cut.tensor.bytes_read
             for start, stop in cut.ranges:
                 self._put(cut, start, stop, -(-nbytes * (stop - start) // rows) if rows else 0)
         self._channel.end()

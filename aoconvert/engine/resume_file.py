@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -213,6 +214,7 @@ def _plan_values(plan: Plan) -> list[Any]:
                 for t in model.tensors
             ],
             model.order,
+            asdict(model.original) if isinstance(model, ComponentPlan) and model.original is not None else None,
         ]
         for model in plan.streamed
     ]

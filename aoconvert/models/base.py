@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from aoconvert.errors import SourceError
 from aoconvert.formats.dtypes import dtype_name
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 Library = Literal["diffusers", "transformers"]
 Kind = Literal["linear", "embedding", "experts", "other"]
+
+Rows = tuple[int, int]
+"""Start and stop along dimension 0."""
+
+Load = Callable[["SourceTensor", "Rows | None"], "torch.Tensor"]
+"""Gives a tensor of the checkpoint, or rows of it."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,35 @@ class ModelPart:
         return self.name or self.class_name
 
 
+class Formula(Protocol):
+    """How a tensor is made of those that the checkpoint stores for it."""
+
+    @property
+    def parts(self) -> tuple[SourceTensor, ...]:
+        """What is stored for it, as it is stored."""
+
+    @property
+    def unit(self) -> int:
+        """Rows that are made together: those that share a scale, or a word in which they are packed."""
+
+    def make(self, rows: Rows, load: Load) -> torch.Tensor:
+        """Rows of the tensor, in its dtype.
+
+        Args:
+            rows: from a multiple of ``unit`` to another, or to the end.
+            load: gives the parts.
+        """
+
+
 @dataclass(frozen=True)
 class SourceTensor:
     """A tensor of the checkpoint: the file that holds it (relative to the source), its name there, what it is.
 
     ``place`` is the byte of the file at which its elements begin, and its strides: tensors of one file with the same
     place, shape and dtype are one tensor under several names. ``None`` where no two can be.
+
+    With a ``formula`` the file does not hold it as it is: it is made of stored ones. Then ``name`` is the one it would
+    have if it were stored, ``file`` that of its first part, ``nbytes`` the bytes of all its parts.
     """
 
     file: str
@@ -60,6 +90,12 @@ class SourceTensor:
     shape: tuple[int, ...]
     nbytes: int
     place: tuple[int, ...] | None = None
+    formula: Formula | None = field(default=None, repr=False)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of it in memory."""
+        return self.nbytes if self.formula is None else math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

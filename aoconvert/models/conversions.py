@@ -16,13 +16,10 @@ from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
-from aoconvert.models.base import Skeleton, SourceTensor
+from aoconvert.models.base import Load, Rows, Skeleton, SourceTensor
 
 if TYPE_CHECKING:
     import torch
-
-Rows = tuple[int, int]
-Load = Callable[[SourceTensor, Rows | None], "torch.Tensor"]
 
 # Operations make fresh tensors; below glibc's limit for mappings (engine/memory.py) that costs no page faults.
 BLOCK_BYTES = 2 << 20
@@ -94,7 +91,7 @@ class MergeRecipe:
         if self.along == "stacked":
             return 1
         rows = next(iter(self.targets.values()))[0]
-        return max(1, BLOCK_BYTES * rows // max(1, sum(tensor.nbytes for tensor in self)))
+        return max(1, BLOCK_BYTES * rows // max(1, sum(tensor.read_bytes for tensor in self)))
 
     def bytes_in(self, target: str) -> int:
         """A target's share of the sources' bytes."""

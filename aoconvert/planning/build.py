@@ -13,8 +13,8 @@ from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError, SourceError
 from aoconvert.models import ModelPart, identify
 from aoconvert.models.fused import CannotFuse
-from aoconvert.models.pipeline import refuse_quantized
 from aoconvert.options import QuantizeOptions
+from aoconvert.originals import refuse_unsupported
 from aoconvert.planning.component import plan_component
 from aoconvert.planning.component_warnings import component_warnings, dropped_warning
 from aoconvert.planning.copying import sort_files, unread_pickles
@@ -56,7 +56,7 @@ def build_plan(
     recipe = load_recipe(options)
     chosen, problems = choose_components(layout, options, recipe)
     for model in chosen:
-        refuse_quantized(model)  # before torch is imported
+        refuse_unsupported(model)  # before torch is imported
     devices, unusable = _choose_devices(options.device)
     rules = rules or {model.name: resolve_rules(options, model, devices[0], recipe) for model in chosen}
     components, found, warnings = _plan_components(source, layout, chosen, rules, options, need_weights=need_weights)
@@ -102,7 +102,7 @@ def refuse_early(source: Source, options: QuantizeOptions) -> None:
 
     Raises:
         PlanError: the output is in the way, or a component is not there, all at once; another process writes there.
-        SourceError: the source cannot be read at all, or is quantized already.
+        SourceError: the source cannot be read at all, or is quantized by a method that is not read.
         UsageError: the recipe has a mistake.
     """
     layout = identify(source, options.subfolder)
@@ -112,7 +112,7 @@ def refuse_early(source: Source, options: QuantizeOptions) -> None:
         raise PlanError(problems)
     refuse_held(options.output)
     for model in chosen:
-        refuse_quantized(model)
+        refuse_unsupported(model)
 
 
 def _choose_devices(wanted: str) -> tuple[tuple[str, ...], list[str]]:

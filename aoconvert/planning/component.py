@@ -12,14 +12,14 @@ from aoconvert.formats.dtypes import dtype_name
 from aoconvert.formats.registry import OUTPUT
 from aoconvert.models import ModelLayout, ModelPart, Skeleton, build_skeleton, join
 from aoconvert.models.bounds import Held, check_config, limit_model
-from aoconvert.models.pipeline import refuse_quantized
 from aoconvert.models.ties import untie
 from aoconvert.models.unknown import other_weights
 from aoconvert.options import DEFAULT_DTYPE, QuantizeOptions
+from aoconvert.originals import is_quantized, refuse_unsupported, without_quantization
 from aoconvert.planning.choices import Wishes
 from aoconvert.planning.decide import Decisions, decide
 from aoconvert.planning.files import lay_out
-from aoconvert.planning.inventory import SourceTensors, read_contents
+from aoconvert.planning.inventory import SourceTensors, dequantize_contents, read_contents
 from aoconvert.planning.source_checkpoint import read_checkpoint
 from aoconvert.planning.types import ComponentPlan, TensorPlan
 from aoconvert.planning.weights import chosen_weights, is_only
@@ -62,18 +62,27 @@ def plan_component(
         CannotFuse: its projections cannot be fused.
         SourceError: the source cannot be read at all.
     """
-    refuse_quantized(component)  # before its files are read, which would say it in their words
+    refuse_unsupported(component)  # before its files are read, which would say it in their words
     weights = chosen_weights(source, component, options.variant)
     contents = read_contents(source, weights) if weights is not None else None
     held = Held.of(tensor.nbytes for tensor in contents.tensors.values()) if contents is not None else None
     check_config(component.title, component.config, held)
+    original = None
+    if contents is not None and is_quantized(component):
+        contents, original = dequantize_contents(source, component, contents)
+    component = without_quantization(component)
     checkpoint = (contents, weights.index is not None) if weights is not None and contents is not None else None
     draft = _draft_that_runs(
-        partial(_draft, source, component, rules, options, checkpoint, held, fuse_qkv=fuse_qkv), options.dtype
+        partial(_draft, source, component, rules, options, checkpoint, held, fuse_qkv=fuse_qkv),
+        original.dtype if original is not None and options.dtype == "auto" else options.dtype,
     )
     folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
     plan = _build(component, rules, draft, weights, folder, options)
     problems = list(draft.problems)
+    if original is not None and contents is not None:
+        plan = replace(plan, original=original, made={n: t for n, t in contents.tensors.items() if t.formula})
+        if plan.copied is not None:
+            problems.append(f"{component.title}: it is quantized, and cannot be read tensor by tensor: {plan.copied}")
     if weights is None and need_weights:
         problems.append(_no_weights(source, component))
     if not draft.decisions.problems:

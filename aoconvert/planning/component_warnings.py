@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from aoconvert import schemes
 from aoconvert.humanize import plural, size
 from aoconvert.models import ModelPart, join
+from aoconvert.originals import describe
 from aoconvert.planning.decide import nbytes
 from aoconvert.planning.types import ComponentPlan, LeftOut, TensorPlan
 from aoconvert.schemes.apply import quantize_weight
@@ -24,6 +25,8 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
     """Say what is not wrong with a component, but the user should know."""
     title = component.component.title
     lines = list(dict.fromkeys(f"{title}: {note}" for scheme in component.schemes for note in scheme.notes))
+    if component.original is not None:
+        lines.append(f"{title}: {describe(component.original)}")
     if component.cannot_run is not None:
         dtype, error = component.cannot_run
         what = (

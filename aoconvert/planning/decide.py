@@ -133,10 +133,12 @@ class _Decider:
         self.problems += self.choices.problems
 
     def _dtypes(self, spec: TensorSpec) -> tuple[torch.dtype, torch.dtype]:
-        """The tensor's dtype in the checkpoint, and the one it will have."""
-        made = self._origin(spec) or (self.inventory.recipes.get(spec.name) if self.inventory else None)
+        """The dtype that the tensor is read in, and the one it will have."""
+        origin = self._origin(spec)
+        made = origin or (self.inventory.recipes.get(spec.name) if self.inventory else None)
         found = made.dtype if made else (spec.dtype if not spec.floating else self.dtype or spec.dtype)
-        return found, _target_dtype(spec, found, self.dtype)
+        target = _target_dtype(spec, found, self.dtype)
+        return (found if origin is None else _dtype_read(origin, target)), target
 
     def plan(self, spec: TensorSpec) -> TensorPlan | None:
         """What happens to one tensor; ``None`` where something is wrong with it."""
@@ -148,8 +150,10 @@ class _Decider:
         choice = self.choices.of(spec)
         why = choice.reason
         action: Action = (
-            "tied" if spec.tied_to else "quantize" if why is None else "cast" if target != found else "keep"
+            "tied" if spec.tied_to else "quantize" if why is None else "keep" if target == found else "cast"
         )
+        if action == "keep" and any(tensor.formula for tensor in recipe or [origin] if tensor):
+            action = "cast"  # its bytes are not the source's
         written = action != "tied"
         if written:
             self.outputs[spec.name] = self._output(spec, target, choice.scheme)
@@ -163,7 +167,7 @@ class _Decider:
             candidate=spec.parameter and len(spec.shape) > 1 and spec.kind != "embedding",
             parameter=spec.parameter,
             embedding=spec.kind == "embedding",
-            bytes_in=0 if not written else recipe.bytes_in(spec.name) if recipe else spec.numel * found.itemsize,
+            bytes_in=0 if not written else recipe.bytes_in(spec.name) if recipe else _bytes_in(spec, found, origin),
             bytes_out=nbytes(self.outputs[spec.name]) if written else 0,
             origin=(origin.file, origin.name) if origin and written else None,
             sources=tuple((source.file, source.name) for source in recipe) if recipe and written else (),
@@ -254,8 +258,9 @@ class _Decider:
             return []
         made = []
         for tensor in self.found.inventory.unknown:
-            dtype = dtype_name(tensor.dtype)
-            self.outputs[tensor.name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            wanted = _dtype_read(tensor, self.dtype or tensor.dtype)
+            dtype = dtype_name(wanted)
+            self.outputs[tensor.name] = torch.empty(tensor.shape, dtype=wanted, device="meta")
             made.append(
                 TensorPlan(
                     name=tensor.name,
@@ -263,12 +268,12 @@ class _Decider:
                     dtype=dtype,
                     source_dtype=dtype,
                     action="carry",
-                    reason=UNKNOWN,
+                    reason=UNKNOWN if tensor.formula is None else f"{UNKNOWN}; dequantized",
                     candidate=False,
                     parameter=tensor.dtype.is_floating_point,
                     embedding=False,
                     bytes_in=tensor.nbytes,
-                    bytes_out=tensor.nbytes,
+                    bytes_out=nbytes(self.outputs[tensor.name]),
                     origin=(tensor.file, tensor.name),
                 )
             )
@@ -288,6 +293,15 @@ class _Decider:
         if key not in self._cache:
             self._cache[key] = meta_output(spec.name, spec.shape, dtype, scheme)
         return self._cache[key]
+
+
+def _dtype_read(tensor: SourceTensor, target: torch.dtype) -> torch.dtype:
+    """The stored one; what is dequantized comes in the dtype that it will have, as the library casts it."""
+    return tensor.dtype if tensor.formula is None else target
+
+
+def _bytes_in(spec: TensorSpec, found: torch.dtype, origin: SourceTensor | None) -> int:
+    return spec.numel * found.itemsize if origin is None else origin.nbytes
 
 
 def _first(lines: Sequence[str]) -> str:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from aoconvert.errors import SourceError
 from aoconvert.formats.registry import FORMATS
-from aoconvert.models import Skeleton
+from aoconvert.models import ModelPart, Skeleton
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import CannotConvert, MergeRecipe, resolve_conversions
 from aoconvert.models.fused import conversions
+from aoconvert.originals import Original, dequantize
+from aoconvert.planning.values import Values
 
 if TYPE_CHECKING:
     from aoconvert.sources import Source
@@ -36,8 +38,8 @@ class Readable(Protocol):
 
     Attributes:
         name: of the model's state dict.
-        bytes_in: its bytes in the checkpoint.
-        source_dtype: its dtype there, such as ``bfloat16``.
+        bytes_read: its bytes in memory when it is read.
+        source_dtype: the dtype that it is read in, such as ``bfloat16``.
         origin: (file, name) in the source; ``None`` where it is made from others.
     """
 
@@ -50,7 +52,7 @@ class Readable(Protocol):
         """See above."""
 
     @property
-    def bytes_in(self) -> int:
+    def bytes_read(self) -> int:
         """See above."""
 
     @property
@@ -125,6 +127,19 @@ def _check_twice(source: Source, weights: WeightFiles, name: str, first: str, la
             f"{source.label}: tensor {name!r} is in {first} and in {last}",
             hint="delete the file that does not belong to this checkpoint",
         )
+
+
+def dequantize_contents(
+    source: Source, component: ModelPart, contents: SourceTensors
+) -> tuple[SourceTensors, Original]:
+    """What a quantized checkpoint holds, as if it were not quantized, and how it is.
+
+    Raises:
+        SourceError: parts are missing, or do not fit together.
+    """
+    with Values(source) as values:
+        tensors, dropped, original = dequantize(component, contents.tensors, values.read)
+    return SourceTensors(tensors, {**contents.others, **dropped}), original
 
 
 def match(skeleton: Skeleton, contents: SourceTensors, *, sharded: bool) -> Inventory:

@@ -63,7 +63,7 @@ def _pieces(tensor: TensorPlan) -> tuple[int, int]:
     """How many pieces a tensor comes in, and the source bytes of the largest."""
     ranges = slices(tensor)
     rows = ranges[-1][1]
-    return len(ranges), -(-tensor.bytes_in * ranges[0][1] // rows) if rows else 0
+    return len(ranges), -(-tensor.bytes_read * ranges[0][1] // rows) if rows else 0
 
 
 def _tensors_peak(plan: StreamedPlan, lanes: int = 0) -> int:
@@ -103,7 +103,7 @@ def _tensors_peak(plan: StreamedPlan, lanes: int = 0) -> int:
 
 
 def _is_copied(tensor: TensorPlan) -> bool:
-    return tensor.bytes_in == tensor.bytes_out and tensor.dtype == tensor.source_dtype
+    return tensor.bytes_read == tensor.bytes_out and tensor.dtype == tensor.source_dtype
 
 
 def _on_gpu(tensor: TensorPlan) -> bool:

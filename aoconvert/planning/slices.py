@@ -57,9 +57,9 @@ def by_rows(tensor: TensorPlan) -> bool:
 def slices(tensor: TensorPlan) -> list[tuple[int, int]]:
     """Row ranges (start, stop) of dimension 0 that cover the tensor in order; one range for what must stay whole."""
     rows = tensor.shape[0] if tensor.shape else 1
-    if tensor.bytes_in <= SLICE_BYTES or not by_rows(tensor):
+    if tensor.bytes_read <= SLICE_BYTES or not by_rows(tensor):
         return [(0, rows)]
-    step = max(1, SLICE_BYTES // (prod(tensor.shape[1:]) * (tensor.bytes_in // tensor.numel)))
+    step = max(1, SLICE_BYTES // (prod(tensor.shape[1:]) * (tensor.bytes_read // tensor.numel)))
     if tensor.scheme is not None and len(tensor.shape) == 2:
         step = tensor.scheme.block(step)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from aoconvert.formats.registry import FileFormat
     from aoconvert.models import ModelLayout, ModelPart, Skeleton
+    from aoconvert.models.base import SourceTensor
     from aoconvert.models.conversions import MergeRecipe
+    from aoconvert.originals import Original
     from aoconvert.recipes.rules import Rules
     from aoconvert.schemes import Scheme
     from aoconvert.sources import Source
@@ -37,7 +39,7 @@ class TensorPlan:
         name: state-dict key.
         shape: its shape.
         dtype: dtype it will have; for a quantized one the dtype it dequantizes to.
-        source_dtype: dtype in the checkpoint.
+        source_dtype: dtype in the checkpoint; ``dtype`` where it is dequantized.
         action: ``quantize``, ``cast`` (to ``dtype``), ``keep`` (same bytes), ``tied`` (not written) or ``carry``
             (unknown to the model class: under the checkpoint's name, same bytes).
         scheme: what it is quantized to; ``None`` where it is not.
@@ -45,7 +47,7 @@ class TensorPlan:
         candidate: a matrix that somebody could expect to be quantized (embeddings not counted).
         parameter: a parameter, not a buffer.
         embedding: an embedding table.
-        bytes_in: bytes in the checkpoint.
+        bytes_in: bytes in the checkpoint; of all the stored tensors that it is made of.
         bytes_out: bytes of the tensor's data in the output, all inner tensors together.
         file: file of the output that holds it, relative; ``None`` where it is tied.
         origin: (file, name) in the source; ``None`` where it is made from others, or there are no weights.
@@ -71,6 +73,14 @@ class TensorPlan:
     working_bytes: int = 0
     scheme: Scheme | None = None
     same_as: str | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes in memory when it is read: more than in the checkpoint where that is quantized."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.source_dtype)
+        return self.numel * dtype.itemsize if self.bytes_in else 0
 
     @property
     def is_written(self) -> bool:
@@ -145,6 +155,8 @@ class ComponentPlan:
         copied: why such tensors cannot be made one by one: transformers' loader makes a copy of all of them on the
             output's disk (they have neither ``origin`` nor ``sources``). ``None`` where it need not.
         format: of its weights files.
+        original: how the source was quantized; ``None`` where it was not.
+        made: the checkpoint's name → how a quantized tensor is made of stored ones.
     """
 
     component: ModelPart
@@ -165,6 +177,8 @@ class ComponentPlan:
     skeleton: Skeleton = field(repr=False, compare=False)
     recipes: Mapping[str, MergeRecipe] = field(default_factory=dict, repr=False, compare=False)
     cannot_run: tuple[str, str] | None = None
+    original: Original | None = None
+    made: Mapping[str, SourceTensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -345,6 +359,7 @@ def _component_dict(component: ComponentPlan, device: str) -> dict[str, Any]:
         "class": component.component.class_name,
         "scheme": component.scheme_name,
         "config": config_dict(component.config),
+        "original": asdict(component.original) if component.original is not None else None,
         "layout": layout_dict(component.layout, component.unconfirmed),
         "tensors": [
             {

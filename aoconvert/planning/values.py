@@ -1,4 +1,4 @@
-"""Whether two tensors of a checkpoint are the same: their values are read only until the first difference."""
+"""Values of a checkpoint that a plan needs: whether two tensors are the same, and small ones that say what is there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from aoconvert.formats.safetensors.header import header_of
 from aoconvert.models.base import SourceTensor
+from aoconvert.originals import make_rows
 
 if TYPE_CHECKING:
     import torch
@@ -60,13 +61,27 @@ class Values:
     def _rows(self, tensor: SourceTensor, start: int, stop: int) -> torch.Tensor:
         import torch
 
+        if tensor.formula is not None:
+            return make_rows(tensor, (start, stop), self._load)
         if self._source.is_local(tensor.file):
             reader = self._reader(tensor.file)
             return reader.read_rows(tensor.name, start, stop) if tensor.shape else reader.read(tensor.name)
         row = prod(tensor.shape[1:]) * tensor.dtype.itemsize
         begin = header_of(self._source, tensor.file).entries[tensor.name].begin + start * row
         data = self._source.read_range(tensor.file, begin, (stop - start) * row)
-        return torch.frombuffer(bytearray(data), dtype=tensor.dtype)
+        return torch.frombuffer(bytearray(data), dtype=tensor.dtype).reshape(-1, *tensor.shape[1:])
+
+    def _load(self, tensor: SourceTensor, rows: tuple[int, int] | None) -> torch.Tensor:
+        return self.read(tensor) if rows is None else self._rows(tensor, *rows)
+
+    def read(self, tensor: SourceTensor) -> torch.Tensor:
+        """A small tensor.
+
+        Raises:
+            AoconvertError: it could not be read.
+        """
+        rows = self._rows(tensor, 0, tensor.shape[0] if tensor.shape else 1)
+        return rows.reshape(tensor.shape)
 
     def close(self) -> None:
         """Close the files."""

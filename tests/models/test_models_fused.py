@@ -14,8 +14,8 @@ from helpers import tiny
 from aoconvert import schemes
 from aoconvert.errors import SourceError
 from aoconvert.models import Skeleton, build_skeleton
-from aoconvert.models.base import ModelPart, SourceTensor
-from aoconvert.models.conversions import MergeRecipe, Rows, build, resolve_conversions
+from aoconvert.models.base import ModelPart, Rows, SourceTensor
+from aoconvert.models.conversions import MergeRecipe, build, resolve_conversions
 from aoconvert.models.fused import FUSED, conversions
 from aoconvert.schemes.apply import flatten, quantize_weight
 
