@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .blanks import Blank, Given, Path, State, replace_at, tensors
+from .blanks import Blank, Given, Path, State, tensors
 from .docs import laid_out
+from .edits import WORD, find_mentioned, in_turn, order_by_mention, put
 from .facts import Facts
 from .guesses import guesses
+from .sizes import enlarge, fit_layer, fit_message, lengthen, try_numbers
 from .trial import Attempt
 
-_WORD = re.compile(r"[A-Za-z_]\w*")
 _UNPACKED = re.compile(r"([\w*]+(?:\s*,\s*[\w*]+)+)\s*=\s*(\w+)\.(?:shape|size\(\))")
 _LONGEST = 32  # items of a list
 _LARGEST = 1 << 21  # elements of one input
@@ -28,76 +30,33 @@ def repairs(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
         failed: how.
     """
     for found in _all(facts, state, failed):
-        if all(_count(blank.shape) <= _LARGEST and 0 not in blank.shape for _, blank in tensors(found)):
+        if all(math.prod(blank.shape) <= _LARGEST and 0 not in blank.shape for _, blank in tensors(found)):
             yield found
 
 
 def _all(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
     message = str(failed.error)
-    wild = _in_turn(
+    wild = in_turn(
         _others(facts, state, failed),
-        _larger(state),
+        enlarge(state),
         _optional(facts, state, failed),
-        _numbered(state, failed, message),
+        try_numbers(state, failed, message),
     )
-    yield from _in_turn(
+    yield from in_turn(
         _keys(facts, state, failed, message),
         _absent(facts, state, failed, message),
         _kinds(state, failed, message),
         _fillers(facts, state, message),
         _choices(facts, state, message),
-        _beyond(facts, state, failed, message),
+        lengthen(facts, state, failed, message),
         _layouts(facts, state, failed, message),
         _in_range(state, failed, message),
-        _layer(state, failed),
+        fit_layer(state, failed),
         _lists(facts, state, message),
         _ranks(facts, state, failed, message),
-        _dims(state, failed, message),
+        fit_message(state, failed, message),
         wild,
     )
-
-
-def _in_turn(*sources: Iterator[State]) -> Iterator[State]:
-    """One of each, until all are used up."""
-    left = list(sources)
-    while left:
-        for source in list(left):
-            try:
-                yield next(source)
-            except StopIteration:
-                left.remove(source)
-
-
-def _layer(state: State, failed: Attempt) -> Iterator[State]:
-    """A layer of torch's wants another size along one axis."""
-    misfit = failed.misfit
-    if misfit is None or misfit.got == misfit.want or misfit.got == 0:
-        return
-    same = [(path, blank) for path, blank in _by_mention(state, failed) if blank.shape == misfit.shape]
-    for path, blank in same:
-        axis = 1 if misfit.axes and len(blank.shape) > 1 else len(blank.shape) - 1
-        if blank.shape[axis] == misfit.got:
-            yield _put(state, path, replace(blank, shape=(*blank.shape[:axis], misfit.want, *blank.shape[axis + 1 :])))
-        if misfit.want in blank.shape:  # the axes are in another order
-            other = blank.shape.index(misfit.want)
-            shape = list(blank.shape)
-            shape[axis], shape[other] = shape[other], shape[axis]
-            yield _put(state, path, replace(blank, shape=tuple(shape)))
-    yield from _resized(state, failed, misfit.got, misfit.want)
-    yield from _scaled(state, failed, misfit.got, misfit.want)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _mentioned(failed: Attempt, message: str) -> list[str]:
-    """Names in the message, and then in the lines of code, the innermost first, and in those around them."""
-    lines = [message, *(frame.line for frame in failed.frames), *(frame.around for frame in failed.frames)]
-    return list(dict.fromkeys(word for line in lines for word in _WORD.findall(line)))
 
 
 def _keys(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
@@ -117,8 +76,8 @@ def _absent(facts: Facts, state: State, failed: Attempt, message: str) -> Iterat
     """An argument that was left out is wanted."""
     missing = [name for name in facts.parameters if state.get(name) is None and not _instead(facts, name)]
     absent = {name for frame in failed.frames for name in frame.absent}
-    in_message = [name for name in _WORD.findall(message) if name in missing]
-    in_code = [name for name in _mentioned(failed, "") if name in missing and name in absent]
+    in_message = [name for name in WORD.findall(message) if name in missing]
+    in_code = [name for name in find_mentioned(failed) if name in missing and name in absent]
     wanted = re.search("None|missing .* argument", message) or in_message
     for name in dict.fromkeys([*in_message, *(in_code if wanted else ())]):
         for guess in guesses(facts, name)[:4]:
@@ -139,15 +98,15 @@ def _kinds(state: State, failed: Attempt, message: str) -> Iterator[State]:
         r"\bLong\b|integer|integral|indices|Int\b|embedding|one_hot|index tensor|used as indices", message
     )
     if wants_long and re.search(r"[Ff]loat|integral|Half|BFloat16|scalar type|dtype", message):
-        for path, blank in _by_mention(state, failed):
+        for path, blank in order_by_mention(state, failed):
             if blank.floating:
-                yield _put(state, path, replace(blank, kind="mask"))
+                yield put(state, path, replace(blank, kind="mask"))
     if re.search(r"dtype|scalar type|integral|Float|Long|Bool|bool", message):
         yield from _all_masks(state)
-        for path, blank in _by_mention(state, failed):
+        for path, blank in order_by_mention(state, failed):
             for kind in ("normal", "bool", "mask", "float32"):
                 if kind != blank.kind and blank.kind != "ids":
-                    yield _put(state, path, replace(blank, kind=kind))
+                    yield put(state, path, replace(blank, kind=kind))
 
 
 def _all_masks(state: State) -> Iterator[State]:
@@ -156,7 +115,7 @@ def _all_masks(state: State) -> Iterator[State]:
     for kind in ("normal", "bool") if len(masks) > 1 else ():
         changed = state
         for path, blank in masks:
-            changed = _put(changed, path, replace(blank, kind=kind))
+            changed = put(changed, path, replace(blank, kind=kind))
         yield changed
 
 
@@ -175,7 +134,7 @@ def _fillers(facts: Facts, state: State, message: str) -> Iterator[State]:
             continue
         for path, blank in tensors(state):
             if blank.kind == "ids" and path[0] == "input_ids":
-                yield _put(state, path, replace(blank, shape=(1, count + 3), run=count, filler=token))
+                yield put(state, path, replace(blank, shape=(1, count + 3), run=count, filler=token))
 
 
 def _choices(facts: Facts, state: State, message: str) -> Iterator[State]:
@@ -186,43 +145,27 @@ def _choices(facts: Facts, state: State, message: str) -> Iterator[State]:
             yield from ({**state, name: word} for word in words if word not in facts.parameters)
 
 
-def _beyond(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
-    """Something is counted that there is not enough of: layers of a text encoder, places in a sequence."""
-    found = re.search(r"index (\d+) is out of bounds for dimension (\d+) with size (\d+)", message)
-    if not found:
-        return
-    index, axis, size = (int(number) for number in found.groups())
-    short = [(p, blank) for p, blank in _by_mention(state, failed) if blank.shape[axis : axis + 1] == (size,)]
-    for path, blank in short:
-        layers = facts.number("num_layers", "num_hidden_layers", default=1)
-        for count in dict.fromkeys((index + 1, layers + 1, 4 * (index + 1))):
-            if count > size:
-                yield _put(state, path, replace(blank, shape=_with(blank.shape, axis, count)))
-    for count in (index + 1, 4 * (index + 1)):
-        yield from _all_resized(state, failed, size, count)
-
-
 def _in_range(state: State, failed: Attempt, message: str) -> Iterator[State]:
     """Indices reach beyond what they are into: the first of it is always there."""
     if not re.search(r"index out of range|out of bounds|index_select|IndexError", f"{type(failed.error)} {message}"):
         return
     kinds = ("ids", "mask", "positions")
-    whole = [(path, blank) for path, blank in _by_mention(state, failed) if blank.kind in kinds]
+    whole = [(path, blank) for path, blank in order_by_mention(state, failed) if blank.kind in kinds]
     for path, blank in whole:
-        yield _put(state, path, replace(blank, kind="long"))
+        yield put(state, path, replace(blank, kind="long"))
     changed = state
     for path, blank in whole:
         if blank.kind in ("positions", "mask"):
-            changed = _put(changed, path, replace(blank, kind="long"))
+            changed = put(changed, path, replace(blank, kind="long"))
     yield changed
 
 
 def _layouts(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
     """A tensor in the layout that the error gives in words."""
-    for path, blank in _by_mention(state, failed):
+    for path, blank in order_by_mention(state, failed):
         for other in laid_out(facts, message, blank):
             if other.shape != blank.shape:
-                yield _put(state, path, other)
+                yield put(state, path, other)
 
 
 def _ranks(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
@@ -244,17 +187,17 @@ def _ranks(facts: Facts, state: State, failed: Attempt, message: str) -> Iterato
             if not any(name.startswith("*") for name in names):
                 wanted.insert(0, len(names))
                 yield from _by_names(state, frame.shapes.get(unpacked[2]), unpacked[2], names)
-    for path, blank in _by_mention(state, failed):
+    for path, blank in order_by_mention(state, failed):
         for guess in _tensor_guesses(facts, path):
             if len(guess.shape) != len(blank.shape) and (not wanted or len(guess.shape) in wanted):
-                yield _put(state, path, guess)
+                yield put(state, path, guess)
     yield from _all_without_batch(state)
-    for path, blank in _by_mention(state, failed):
+    for path, blank in order_by_mention(state, failed):
         if blank.shape and blank.shape[0] == 1 and len(blank.shape) > 1:
-            yield _put(state, path, replace(blank, shape=blank.shape[1:]))
+            yield put(state, path, replace(blank, shape=blank.shape[1:]))
         longer = [(1, *blank.shape), (*blank.shape[:1], 1, *blank.shape[1:])]
         for shape in reversed(longer) if len(path) > 1 else longer:  # in a list there is no axis for the batch
-            yield _put(state, path, replace(blank, shape=shape))
+            yield put(state, path, replace(blank, shape=shape))
 
 
 def _all_without_batch(state: State) -> Iterator[State]:
@@ -267,7 +210,7 @@ def _all_without_batch(state: State) -> Iterator[State]:
         changed = state
         for path in paths if len(paths) > 1 else ():
             blank = dict(tensors(changed))[path]
-            changed = _put(changed, path, replace(blank, shape=blank.shape[1:]))
+            changed = put(changed, path, replace(blank, shape=blank.shape[1:]))
         yield changed
 
 
@@ -287,7 +230,7 @@ def _by_names(state: State, shape: tuple[int, ...] | None, variable: str, names:
                 sizes.append(4)
             else:
                 sizes.append(side)
-        yield _put(state, path, replace(blank, shape=tuple(sizes)))
+        yield put(state, path, replace(blank, shape=tuple(sizes)))
 
 
 def _channels_and_side(blank: Blank) -> tuple[int, int]:
@@ -295,24 +238,6 @@ def _channels_and_side(blank: Blank) -> tuple[int, int]:
         image = blank.shape[-3] if len(blank.shape) == 4 else min(blank.shape[1:3])
         return image, blank.shape[-1]
     return (blank.shape[-1] if blank.shape else 1), 16
-
-
-def _dims(state: State, failed: Attempt, message: str) -> Iterator[State]:
-    """Sizes that do not fit: what the message says there is, and what it says there should be."""
-    pairs = list(dict.fromkeys(_stated(message)))
-    yield from _in_turn(*(_in_turn(_resized(state, failed, *pair), _scaled(state, failed, *pair)) for pair in pairs))
-    for frame in failed.frames[:3]:
-        if "==" in frame.line or "!=" in frame.line:
-            numbers = [int(number) for number in re.findall(r"(?<![\w.])(\d+)(?![\w.])", frame.line)][:4]
-            sizes = sorted({size for _, blank in tensors(state) for size in blank.shape})
-            for got, want in ((a, b) for a in sizes for b in numbers if a != b > 1):
-                yield from _resized(state, failed, got, want)
-
-
-def _numbered(state: State, failed: Attempt, message: str) -> Iterator[State]:
-    """Any number of the message in the place of any other."""
-    for pair in list(dict.fromkeys(_numbers(message)))[:60]:
-        yield from _resized(state, failed, *pair)
 
 
 def _lists(facts: Facts, state: State, message: str) -> Iterator[State]:
@@ -329,110 +254,9 @@ def _lists(facts: Facts, state: State, message: str) -> Iterator[State]:
             yield {**state, name: [replace(value, shape=value.shape[1:])]}
 
 
-def _larger(state: State) -> Iterator[State]:
-    """Images, clips and sounds of other sizes: what halves them on the way may leave nothing."""
-    for times in (2, 4, 8):
-        for path, blank in tensors(state):
-            if len(blank.shape) == 5:  # frames: so many times as many, and those after the first
-                for axis in (2, 1):
-                    for count in (times * (blank.shape[axis] - 1) + 1, times * blank.shape[axis]):
-                        yield _put(state, path, replace(blank, shape=_with(blank.shape, axis, count)))
-            if len(blank.shape) >= 4:
-                yield _put(
-                    state, path, replace(blank, shape=(*blank.shape[:-2], *(times * s for s in blank.shape[-2:])))
-                )
-            elif len(blank.shape) == 3:
-                yield _put(state, path, replace(blank, shape=(*blank.shape[:-1], times * blank.shape[-1])))
-                yield _put(state, path, replace(blank, shape=(blank.shape[0], times * blank.shape[1], blank.shape[2])))
-
-
-def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
-    """The shape with another size there."""
-    return (*shape[:axis], size, *shape[axis + 1 :])
-
-
-_PAIRS = (
-    r"shapes cannot be multiplied \((?:\d+)x(?P<got>\d+) and (?P<want>\d+)x",
-    r"to have (?P<want>\d+) channels, but got (?P<got>\d+)",
-    r"tensor a \((?P<got>\d+)\) must match the size of tensor b \((?P<want>\d+)\)",
-    r"Expected size (?P<want>\d+) but got size (?P<got>\d+)",
-    r"normalized_shape=\[(?P<want>\d+)\].*input of size\[.*?(?P<got>\d+)\]",
-    r"[Ee]xpected (?:\w+ )*?(?P<want>\d+),? (?:but )?got (?P<got>\d+)",
-    r"size \((?P<want>\d+)\) must match the existing size \((?P<got>\d+)\)",
-    r"got (?P<got>\d+).*?(?:but )?expected (?P<want>\d+)",
-)
-
-
-_SHAPE = re.compile(r"\[((?:\d+|\*)(?:, (?:\d+|\*))*)\]")
-
-
-def _stated(message: str) -> Iterator[tuple[int, int]]:
-    if "broadcast" in message and len(shapes := [found[1].split(", ") for found in _SHAPE.finditer(message)]) == 2:
-        for got, want in zip(reversed(shapes[0]), reversed(shapes[1]), strict=False):
-            if got != want and "1" not in (got, want):
-                yield int(got), int(want)
-                yield int(want), int(got)
-    for pattern in _PAIRS:
-        if found := re.search(pattern, message):
-            yield int(found["got"]), int(found["want"])
-            yield int(found["want"]), int(found["got"])
-
-
-def _numbers(message: str) -> Iterator[tuple[int, int]]:
-    numbers = [int(number) for number in re.findall(r"\d+", message)][:12]
-    for place, got in enumerate(numbers):
-        for want in numbers[place + 1 :] + numbers[:place]:
-            if got != want and got > 0 and want > 0:
-                yield got, want
-
-
-def _resized(state: State, failed: Attempt, got: int, want: int) -> Iterator[State]:
-    having = [
-        (path, blank)
-        for path, blank in _by_mention(state, failed)
-        if got in blank.shape and (got > 1 or len(blank.shape) == 1)
-    ]
-    for path, blank in having:
-        yield _put(state, path, replace(blank, shape=tuple(want if size == got else size for size in blank.shape)))
-    for path, blank in having:
-        if blank.shape.count(got) > 1:
-            for axis in (axis for axis, size in enumerate(blank.shape) if size == got):
-                yield _put(state, path, replace(blank, shape=(*blank.shape[:axis], want, *blank.shape[axis + 1 :])))
-    yield from _all_resized(state, failed, got, want)
-
-
-def _all_resized(state: State, failed: Attempt, got: int, want: int) -> Iterator[State]:
-    """All tensors that have a size get another one together."""
-    having = [(path, blank) for path, blank in _by_mention(state, failed) if got in blank.shape]
-    if len(having) > 1:
-        changed = state
-        for path, blank in having:
-            changed = _put(changed, path, replace(blank, shape=tuple(want if s == got else s for s in blank.shape)))
-        yield changed
-
-
-def _scaled(state: State, failed: Attempt, got: int, want: int) -> Iterator[State]:
-    """Sizes that were multiplied or joined on the way: of all that have one, and of one tensor."""
-    for size in dict.fromkeys(size for _, blank in _by_mention(state, failed) for size in blank.shape if size > 1):
-        if 0 < size + want - got < 1 << 14:
-            yield from _all_resized(state, failed, size, size + want - got)
-    for path, blank in _by_mention(state, failed):
-        for axis, size in enumerate(blank.shape):
-            if axis == 0 and size == 1:
-                continue
-            for new in {size * want // got if got and size * want % got == 0 else 0, size + want - got}:
-                if new > 0 and new != size and new < 1 << 14:
-                    shape = (*blank.shape[:axis], new, *blank.shape[axis + 1 :])
-                    yield _put(state, path, replace(blank, shape=shape))
-        if len(blank.shape) >= 4 and blank.shape[-1] == blank.shape[-2]:  # both sides of an image
-            root = (blank.shape[-1] ** 2 * want / max(got, 1)) ** 0.5
-            if root == int(root) and 0 < root < 1 << 11:
-                yield _put(state, path, replace(blank, shape=(*blank.shape[:-2], int(root), int(root))))
-
-
 def _others(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
     """Whatever else an argument may be, those first that the failing lines name."""
-    names = list(dict.fromkeys([path[0] for path, _ in _by_mention(state, failed)]))
+    names = list(dict.fromkeys([path[0] for path, _ in order_by_mention(state, failed)]))
     for name in names + [name for name in state if name not in names and not isinstance(state[name], Given)]:
         for guess in guesses(facts, name):
             if guess != state[name]:
@@ -454,7 +278,7 @@ def _optional(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
     """Arguments that may be left out, those first that the failing lines name."""
     missing = [name for name in facts.parameters if state.get(name) is None and not _LEFT_OUT.fullmatch(name)]
     missing = [name for name in missing if not _instead(facts, name)]
-    named = [name for name in _mentioned(failed, "") if name in missing]
+    named = [name for name in find_mentioned(failed) if name in missing]
     tensor = {name: guesses(facts, name)[:1] for name in missing if "Tensor" in str(facts.parameters[name].annotation)}
     if len(tensor) > 1:  # those that only serve together
         yield {**state, **{name: found[0] for name, found in tensor.items() if found}}
@@ -466,22 +290,3 @@ def _optional(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
 def _tensor_guesses(facts: Facts, path: Path) -> list[Blank]:
     name = next((part for part in reversed(path) if isinstance(part, str)), str(path[0]))
     return [guess for guess in guesses(facts, name) if isinstance(guess, Blank)]
-
-
-def _by_mention(state: State, failed: Attempt) -> list[tuple[Path, Blank]]:
-    """The tensors, those first whose names or shapes are found in the failing lines."""
-    words = _mentioned(failed, "")
-    rank = {word: place for place, word in enumerate(words)}
-
-    def order(item: tuple[Path, Blank]) -> tuple[int, int]:
-        path, _ = item
-        return min(rank.get(str(part), len(rank)) for part in path), 0
-
-    return sorted(tensors(state), key=order)
-
-
-def _put(state: State, path: Path, blank: Any) -> State:
-    """The arguments with another tensor at that place; one whose values are given stays as it is."""
-    if blank.kind == "given":
-        return state
-    return {**state, path[0]: replace_at(state[path[0]], path[1:], blank)}

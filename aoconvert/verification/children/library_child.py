@@ -21,15 +21,12 @@ much of what, and the lowest SQNR in dB.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import importlib.util
 import json
-import re
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,6 +43,7 @@ def sibling(name: str) -> Any:
 
 
 opening, tensors, configs = sibling("library_opening"), sibling("library_tensors"), sibling("library_configs")
+reports = sibling("library_reports")
 
 
 class Comparison:
@@ -192,27 +190,11 @@ def compare_part(comparison: Comparison, name: str, source: Any, result: Any, *,
     compare_models(comparison, part, source, result)
     # the library gives a report only of a model that is opened by itself
     dtype = opening.dtype_option(part["library"], part["stored"])
-    here = report_of(type(source), comparison.source / name, **dtype, **variant_option(comparison.variant))
+    here = reports.report_of(type(source), comparison.source / name, **dtype, **variant_option(comparison.variant))
     kwargs = {key: getattr(torch, value) if key == "torch_dtype" else value for key, value in part["kwargs"].items()}
-    there = None if part["fused"] else report_of(type(result), comparison.result / name, **(kwargs or dtype))
+    there = None if part["fused"] else reports.report_of(type(result), comparison.result / name, **(kwargs or dtype))
     compare_reports(comparison, part, here, there)
     compare_unused(comparison, part, source, here, there)
-
-
-def report_of(cls: Any, folder: Path, **options: Any) -> dict[str, list[str]] | None:
-    """The library's loading report of one part; ``None`` where its class gives none."""
-    if not hasattr(cls, "from_pretrained") or not (hasattr(cls, "from_config") or hasattr(cls, "_from_config")):
-        return None  # of a list of models, too
-    model, report = cls.from_pretrained(str(folder), output_loading_info=True, local_files_only=True, **options)
-    large = sum(tensor.numel() for tensor in model.parameters()) > LARGE
-    del model
-    if large:  # its modules refer to each other, and what of it is not mapped would stay
-        gc.collect()
-    return {key: sorted(str(name) for name in report.get(key) or ()) for key in REPORT}
-
-
-LARGE = 1 << 27  # elements
-REPORT = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def compare_models(comparison: Comparison, part: dict[str, Any], source: Any, result: Any) -> None:
@@ -347,16 +329,9 @@ def held_by(comparison: Comparison, part: dict[str, Any]) -> dict[str, Path]:
 
 
 def compare_reports(comparison: Comparison, part: dict[str, Any], source: Any, result: Any) -> None:
-    """The library's loading reports: what is missing, unexpected and mismatched must agree."""
-    if source is None or result is None:
-        return
-    excused = {"missing_keys": set(part["missing"]), "unexpected_keys": set(part["dropped"])}
-    for key in REPORT:
-        word = key.removesuffix("_keys")
-        for name in sorted(set(result[key]) - set(source[key]) - excused.get(key, set())):
-            comparison.problem(f"the library reports {name} as {word} in the result, but not in the source", other=True)
-        for name in sorted(set(source[key]) - set(result[key]) - excused.get(key, set())):
-            comparison.problem(f"the library reports {name} as {word} in the source, but not in the result")
+    """The library's loading reports."""
+    for text, other in reports.compare_reports(part, source, result):
+        comparison.problem(text, other=other)
 
 
 def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, source: Any, result: Any) -> None:
@@ -365,7 +340,7 @@ def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, sou
     there = opening.stored_names(comparison.result / part["result_folder"], None)
     known = tensors.tensors_of(model).keys()
     reported = set(source["unexpected_keys"]) if source is not None else set()
-    unused = (reported & here.keys()) | ignored_by(model, here.keys() - known)
+    unused = (reported & here.keys()) | reports.ignored_by(model, here.keys() - known)
     for name, file in sorted(here.items()):
         if name not in unused or name in part["dropped"]:
             continue
@@ -377,31 +352,6 @@ def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, sou
             wrong = tensors.compare_values(name, opening.read(name, file), opening.read(name, there[name]))
             comparison.problem(wrong)
             comparison.counted["unused"] += wrong is None
-
-
-def ignored_by(model: Any, names: set[str]) -> set[str]:
-    """Those of the names that the library leaves out of its report, as the class wants it."""
-    if hasattr(model, "_adjust_missing_and_unexpected_keys"):  # transformers; old tables of positions are in its code
-        report = SimpleNamespace(missing_keys=set(), unexpected_keys=set(names))
-        model._adjust_missing_and_unexpected_keys(report)
-        return not_renamed(model, {name for name in names if name not in report.unexpected_keys})
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
-
-
-def not_renamed(model: Any, names: set[str]) -> set[str]:
-    """Those of the names in a file that transformers has no other name for in the model (``weight_g``, a prefix)."""
-    try:
-        mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-        loading = importlib.import_module("transformers.core_model_loading")
-    except ImportError:  # a version without such a table
-        return names
-    kinds = [
-        [item for item in mapping if isinstance(item, kind)]
-        for kind in (loading.WeightRenaming, loading.WeightConverter)
-    ]
-    state, prefix = model.state_dict(), model.base_model_prefix
-    return {name for name in names if loading.rename_source_key(name, *kinds, prefix, state)[0] not in state}
 
 
 def say(value: dict[str, Any]) -> None:
