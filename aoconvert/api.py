@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 from aoconvert.environment import host_by_default
 from aoconvert.errors import SourceError
 from aoconvert.humanize import argument
-from aoconvert.options import HubOptions, QuantizeKwargs, QuantizeOptions, VerifyKwargs, VerifyOptions, make_options
+from aoconvert.options import (
+    HubOptions,
+    QuantizeKwargs,
+    QuantizeOptions,
+    VerifyKwargs,
+    VerifyOptions,
+    make_options,
+)
 from aoconvert.options.fields import read_values, record
 from aoconvert.progress import Progress, Silent
 
@@ -23,8 +30,9 @@ if TYPE_CHECKING:
     from aoconvert.engine.results import QuantizeResult
     from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
+    from aoconvert.options.migrate import MigrateKwargs
     from aoconvert.planning import Plan
-    from aoconvert.rewriting import Repacked
+    from aoconvert.rewriting import Migrated, Repacked
     from aoconvert.sources import Source
 
 
@@ -274,6 +282,51 @@ def diff(
 
 
 @host_by_default()
+def migrate(
+    checkpoint: str | Path,
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[MigrateKwargs],
+) -> Migrated:
+    """Write an old torchao checkpoint again in the tensor classes of today, with the same codes and scales.
+
+    Args:
+        checkpoint: a folder or a Hub repo id.
+        progress: is told what happens; default: silent.
+        **options: fields of ``aoconvert.options.MigrateOptions``: ``then`` names a scheme for what no class of today
+            can hold, ``packed_on`` the CPU that packed int4 weights.
+
+    Returns:
+        What was done; ``output`` is the folder, ``manifest`` what is in it, ``deviations`` what is not as it was.
+
+    Raises:
+        PlanError: nothing to migrate, tensors without a known counterpart, or an output that is in the way.
+        SourceError: it cannot be read, or its pickle holds what no checkpoint holds.
+        HubError: the Hub said no.
+        WriteError: disk full, or no permission.
+    """
+    from aoconvert import schemes
+    from aoconvert.options.migrate import MigrateOptions
+    from aoconvert.planning.output import refuse_output
+    from aoconvert.planning.overwriting import tidy
+    from aoconvert.sources import resolve
+
+    wanted = MigrateOptions(**read_values(MigrateOptions, options))
+    progress = progress or Silent()
+    if wanted.then is not None:
+        schemes.find(wanted.then)
+    tidy(wanted.output)
+    source = resolve(str(checkpoint), wanted.hub)
+    refuse_output(source, wanted.output, overwrite=wanted.overwrite)
+    from aoconvert.rewriting import migrate as run
+
+    words = record(wanted, {"revision": source.revision})
+    place = source.repo_id or argument(source.label)
+    command = shlex.join(["aoconvert", "migrate", place, *words])
+    return run(source, wanted, progress, command=command, fetch=lambda paths: _download(source, paths, progress))
+
+
+@host_by_default()
 def card(
     checkpoint: str | Path,
     *,
@@ -384,7 +437,7 @@ def _resolve_source(source: str | Path, options: QuantizeOptions) -> Source:
 
 
 def _download(source: Source, paths: Sequence[str], progress: Progress) -> None:
-    if not paths:
+    if not paths or source.kind != "hub":
         return
     progress.start("download", sum(source.files()[path].size for path in paths))
     done = 0

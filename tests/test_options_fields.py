@@ -14,11 +14,20 @@ from hypothesis import strategies as st
 
 from aoconvert.cards.reproduce import OPTIONS
 from aoconvert.cli.inspect import command as inspect
+from aoconvert.cli.migrate import command as migrate
 from aoconvert.cli.options import conversion
 from aoconvert.cli.verify import command as verify
 from aoconvert.errors import UsageError
-from aoconvert.options import HubOptions, QuantizeKwargs, QuantizeOptions, VerifyKwargs, VerifyOptions, make_options
+from aoconvert.options import (
+    HubOptions,
+    QuantizeKwargs,
+    QuantizeOptions,
+    VerifyKwargs,
+    VerifyOptions,
+    make_options,
+)
 from aoconvert.options.fields import defaults_of, options_of, record
+from aoconvert.options.migrate import MigrateKwargs, MigrateOptions
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,13 +43,17 @@ def parse(words: list[str]) -> QuantizeOptions:
     return found
 
 
-@pytest.mark.parametrize(("keywords", "options"), [(QuantizeKwargs, QuantizeOptions), (VerifyKwargs, VerifyOptions)])
+@pytest.mark.parametrize(
+    ("keywords", "options"),
+    [(QuantizeKwargs, QuantizeOptions), (VerifyKwargs, VerifyOptions), (MigrateKwargs, MigrateOptions)],
+)
 def test_the_keywords_that_a_type_checker_knows_are_the_fields(keywords: type, options: type) -> None:
     assert [*keywords.__annotations__] == [name for name in options_of(options) if name != "scheme"]
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [(typed, QuantizeOptions), (verify, VerifyOptions), (inspect, HubOptions)]
+    ("command", "options"),
+    [(typed, QuantizeOptions), (verify, VerifyOptions), (inspect, HubOptions), (migrate, MigrateOptions)],
 )
 def test_each_field_is_an_option_of_the_command_line(command: click.Command, options: Any) -> None:
     assert [*options_of(options)] == [*options.__dataclass_fields__]
@@ -51,7 +64,7 @@ def test_each_field_is_an_option_of_the_command_line(command: click.Command, opt
         assert option.help.partition(" ")[0] in shown
 
 
-@pytest.mark.parametrize("options", [QuantizeOptions, VerifyOptions])
+@pytest.mark.parametrize("options", [QuantizeOptions, VerifyOptions, MigrateOptions])
 def test_the_hub_is_asked_by_the_same_options_everywhere(options: Any) -> None:
     ours = options_of(HubOptions)
     assert {field: options_of(options)[field] for field in ours} == ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,6 +48,28 @@ def describe(entry: ComponentEntry) -> dict[str, Any]:
         "groups": layers.kept_groups(entry),
         "kinds": layers.kinds(found),
         "worst": layers.worst(found),
+        "migrated": _migrated(entry),
+    }
+
+
+def _migrated(entry: ComponentEntry) -> dict[str, Any] | None:
+    """What a migration did, ``None`` where there was none: counts of tensors, and what differs by reason."""
+    if entry.migrated is None:
+        return None
+    counts = Counter(tensor.migration for tensor in entry.tensors)
+    reasons: dict[str, list[float]] = {}
+    for item in entry.migrated.deviations:
+        reasons.setdefault(item.reason, []).append(item.max_abs_error)
+    return {
+        "kind": entry.migrated.kind,
+        "scheme": entry.migrated.scheme,
+        "written_by": entry.migrated.written_by,
+        "carried": counts["carried"],
+        "dequantized": counts["dequantized"],
+        "requantized": counts["requantized"],
+        "deviations": [
+            {"reason": reason, "count": len(errors), "error": max(errors) or None} for reason, errors in reasons.items()
+        ],
     }
 
 

@@ -46,6 +46,7 @@ _SHARED = AfterValidator(_one)
 RelativePath = Annotated[str, AfterValidator(inside), Field(description="relative, '/'-separated, inside the folder")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Action = Literal["quantize", "cast", "keep", "tied", "carry"]
+Migration = Literal["carried", "dequantized", "requantized"]
 Kind = Literal["linear", "embedding", "experts", "other"]
 _Text = Annotated[str, _SHARED]
 _Texts = Annotated[tuple[_Text, ...], _SHARED]
@@ -96,6 +97,8 @@ class TensorEntry(Entry):
     to, ``kind`` what it belongs to. ``repaired_rows`` counts rows of zeros for which torchao gives no scale, so that
     they would become NaN, and which were given one. ``device``: the type of device that quantized it, or a part of it,
     where that is not ``environment.device``: a GPU had no memory for it, or torchao does it on a CPU only.
+    ``migration``: what ``migrate`` did with a tensor that was quantized before: ``carried`` (the same codes and
+    scales), ``dequantized`` or ``requantized``.
     """
 
     name: str
@@ -113,6 +116,7 @@ class TensorEntry(Entry):
     max_abs_error: float | None = None
     repaired_rows: Annotated[int, Field(ge=0)] = 0
     device: _Text | None = None
+    migration: Annotated[Migration, _SHARED] | None = None
     file: _File | None = None
     sha256: Sha256 | None = None
 

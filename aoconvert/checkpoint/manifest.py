@@ -156,6 +156,27 @@ class OriginalEntry(_Model):
     tensors: int = Field(description="how many of its tensors were quantized")
 
 
+class DeviationEntry(_Model):
+    """A tensor of an old checkpoint that is not what it was, or with which something else is computed, and why.
+
+    ``max_abs_error`` is the largest difference of its values to those that the old checkpoint stands for; 0 where there
+    is none.
+    """
+
+    name: str
+    reason: str
+    max_abs_error: float
+
+
+class MigratedEntry(_Model):
+    """Where the tensors of a migrated component are from."""
+
+    kind: Literal["torchao", "quanto"] = Field(description="who wrote the old checkpoint")
+    scheme: str | None = Field(description="what it was quantized to, as inspect says it")
+    written_by: str | None = Field(default=None, description="the release that wrote it, or the releases that can have")
+    deviations: list[DeviationEntry] = Field(default_factory=list)
+
+
 class Totals(_Model):
     """Sums over a component. ``quantized_fraction`` is of the parameters outside embeddings."""
 
@@ -197,6 +218,10 @@ class ComponentEntry(_Model):
     )
     original: OriginalEntry | None = Field(
         default=None, description="how the source was quantized already; null where it was not"
+    )
+    migrated: MigratedEntry | None = Field(
+        default=None,
+        description="with migrate: the old checkpoint that the component was; each tensor says its fate",
     )
     missing: list[LeftOutEntry] = Field(
         default_factory=list,

@@ -26,6 +26,7 @@ from aoconvert.version import __version__
 _COMMANDS = {
     "quantize": "Quantize a checkpoint into a torchao checkpoint.",
     "plan": "Show what quantize would do, and write nothing.",
+    "migrate": "Write an old torchao checkpoint again in the tensor classes of today.",
     "repack": "Pack the int4 weights of a checkpoint for another device.",
     "verify": "Prove that a converted checkpoint loads.",
     "card": "Print the model card of a converted checkpoint, or write it.",
@@ -37,7 +38,7 @@ _COMMANDS = {
     "cache": "Show where aoconvert's cache is and how large it is, or clear it.",
     "demo": "Build, quantize and verify a tiny pipeline, without a network.",
 }
-_TAKE_TOKEN = {"quantize", "plan", "verify", "push", "inspect", "diff"}
+_TAKE_TOKEN = {"quantize", "plan", "migrate", "verify", "push", "inspect", "diff"}
 
 
 class _Commands(click.Group):

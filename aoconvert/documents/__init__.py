@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from aoconvert.documents.base import ErrorDocument
-from aoconvert.documents.conversion import DemoDocument, PlanDocument, QuantizeDocument, RepackDocument
+from aoconvert.documents.conversion import DemoDocument, MigrateDocument, PlanDocument, QuantizeDocument, RepackDocument
 from aoconvert.documents.publishing import CardDocument, PushDocument, VerifyDocument
 from aoconvert.documents.reading import CacheDocument, DiffDocument, EnvDocument, InspectDocument, SchemeDocument
 
@@ -28,6 +28,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "inspect": InspectDocument,
     "diff": DiffDocument,
     "repack": RepackDocument,
+    "migrate": MigrateDocument,
     "scheme": SchemeDocument,
     "env": EnvDocument,
     "cache": CacheDocument,

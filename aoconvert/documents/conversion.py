@@ -1,4 +1,4 @@
-"""Documents of ``plan``, ``quantize``, ``repack`` and ``demo``. Sizes and peaks in bytes."""
+"""Documents of ``plan``, ``quantize``, ``repack``, ``migrate`` and ``demo``. Sizes and peaks in bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from aoconvert.checkpoint.manifest import LayoutEntry, LeftOutEntry, OriginalEntry, Totals
+from aoconvert.checkpoint.manifest import DeviationEntry, LayoutEntry, LeftOutEntry, OriginalEntry, Totals
 from aoconvert.documents.base import Document, SizedFile
 from aoconvert.documents.publishing import VerifyDocument
 
@@ -174,4 +174,27 @@ class RepackDocument(Document):
     weights: int
     bytes_out: int
     unconfirmed: str | None
+    seconds: float
+
+
+class MigratedTensors(Document):
+    """How many tensors of what was migrated became what; ``unchanged`` ones were not quantized before."""
+
+    carried: int
+    dequantized: int
+    requantized: int
+    unchanged: int
+
+
+class MigrateDocument(Document):
+    """``migrate --json``."""
+
+    output: str
+    manifest: str
+    kind: str
+    tensors: MigratedTensors
+    deviations: list[DeviationEntry]
+    schemes: list[str]
+    bytes_out: int
+    warnings: list[str]
     seconds: float

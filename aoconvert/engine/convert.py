@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,22 @@ from aoconvert.planning.types import StreamedPlan
 from aoconvert.progress import Progress
 
 
+@dataclass(frozen=True)
+class Making:
+    """Another way to make the tensors of a component than to quantize a source's.
+
+    Attributes:
+        verb: what a progress bar calls it.
+        write: writes a component's tensors to its files in the stage; gives also the SHA-256 of each file that it read,
+            by its path in the source.
+        describe: adds to what the manifest says of a component.
+    """
+
+    verb: str
+    write: Callable[[ComponentPlan, Stage, Progress], tuple[ComponentResult, Mapping[str, str]]]
+    describe: Callable[[ComponentPlan, ComponentEntry], ComponentEntry]
+
+
 def run(
     plan: Plan,
     progress: Progress,
@@ -45,6 +61,7 @@ def run(
     command: str,
     resume: bool = True,
     begun: Mapping[Path, FileDigest] | None = None,
+    making: Making | None = None,
 ) -> QuantizeResult:
     """Carry out ``plan``. The output appears under its name only when it is whole.
 
@@ -54,6 +71,7 @@ def run(
         command: the command line that makes the result again, for the manifest.
         resume: go on with what an earlier run left; otherwise start afresh.
         begun: digests of weights files that were hashed in part already.
+        making: makes the tensors of the components; by default they are quantized.
 
     Raises:
         AoconvertError: what stays for the next run after which errors, ``staging.staged_output`` says.
@@ -65,7 +83,7 @@ def run(
         stage.announce(_written_files(plan))
         resumed = stage.kept
         journal.digests = _begun_digests(plan, begun) | journal.digests
-        conversion = _Conversion(plan, stage, journal, progress)
+        conversion = _Conversion(plan, stage, journal, progress, making)
         components = conversion.write_components()
         unquantized, copied = conversion.write_the_rest()
         written = Manifest(
@@ -81,7 +99,7 @@ def run(
             run=run_entry(clock, command, plan.devices, conversion.seconds),
         )
         stage.publish(manifest.encode(written))
-    for component in plan.components:  # the result is in its place
+    for component in plan.components if making is None else ():  # the result is in its place
         prepare_kernels(plan.devices[0], component.tensors)
     warnings = (*plan.warnings, *([f"the earlier run's work cannot be used: {unused}"] if unused else []))
     return QuantizeResult.of(plan, written, warnings, resumed)
@@ -119,17 +137,25 @@ class _Conversion:
     stage: Stage
     journal: Journal
     progress: Progress
+    making: Making | None = None
     read_files: dict[str, FileEntry] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
 
     def write_components(self) -> list[ComponentEntry]:
-        """Quantize every component."""
-        self.progress.start("quantize", sum(item.totals.bytes_in for item in self.plan.components))
+        """Quantize every component, or make its tensors in another way."""
+        making = self.making
+        verb = "quantize" if making is None else making.verb
+        self.progress.start(verb, sum(item.totals.bytes_in for item in self.plan.components))
         entries = []
         for component in self.plan.components:
-            done = self._stream(component, self.plan.devices, allow_cpu=self.plan.allow_cpu)
+            if making is None:
+                done = self._stream(component, self.plan.devices, allow_cpu=self.plan.allow_cpu)
+            else:
+                done, digests = making.write(component, self.stage, self.progress)
+                self._note(digests)
             others = [self._write_config(component), *self._write_index(component)]
-            entries.append(component_entry(self.plan, component, done, others))
+            entry = component_entry(self.plan, component, done, others)
+            entries.append(entry if making is None else making.describe(component, entry))
         self.progress.finish()
         return entries
 
@@ -150,13 +176,16 @@ class _Conversion:
     def _stream(self, model: StreamedPlan, devices: Sequence[str], *, allow_cpu: bool = False) -> ComponentResult:
         with ComponentReading(model, self.plan, self.stage.root, self.journal.digests) as reading:
             done = run_component(model, reading, self.journal, devices, self.progress, allow_cpu=allow_cpu)
-            files = self.plan.source.files()
-            self.read_files |= {
-                path: FileEntry(path=path, size=files[path].size, sha256=digest)
-                for path, digest in reading.digests().items()
-            }
+            self._note(reading.digests())
         self.seconds += done.seconds
         return done
+
+    def _note(self, digests: Mapping[str, str]) -> None:
+        """Take down which weights files of the source were read, by their SHA-256."""
+        files = self.plan.source.files()
+        self.read_files |= {
+            path: FileEntry(path=path, size=files[path].size, sha256=digest) for path, digest in digests.items()
+        }
 
     def _write_config(self, component: ComponentPlan) -> FileEntry:
         model = component.component

@@ -174,6 +174,7 @@ def component_entry(
         fused_qkv=bool(component.skeleton.fused),
         rules=dict(rule_schemes(config, component.layout.device)) if len(component.schemes) > 1 else None,
         original=manifest.OriginalEntry(**asdict(component.original)) if component.original is not None else None,
+        migrated=None,
         missing=[manifest.LeftOutEntry(**asdict(item)) for item in component.missing],
         dropped=[manifest.LeftOutEntry(**asdict(item)) for item in component.dropped],
         tensors=tensors,

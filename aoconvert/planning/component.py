@@ -181,7 +181,7 @@ def _build(
         tensors=tensors,
         order=order,
         files=files,
-        skip_modules=(*_skip_modules(component, tensors), *_missing_modules(skeleton, decisions)),
+        skip_modules=(*skip_modules(component, tensors), *_missing_modules(skeleton, decisions)),
         missing=decisions.missing,
         dropped=decisions.dropped,
         apart=found.apart if found else (),
@@ -264,7 +264,7 @@ def _reasons(skipped: Sequence[TensorPlan]) -> str:
     return "; ".join(sorted(weight, key=lambda reason: -weight[reason])[:3]) or "no matrices"
 
 
-def _skip_modules(component: ModelPart, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+def skip_modules(component: ModelPart, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
     """``modules_to_not_convert``: linear modules that stay as they are.
 
     diffusers matches an entry as a substring of a parameter's name; an entry that would also catch a quantized

@@ -1,5 +1,6 @@
-"""Moves an int4 checkpoint from one packed layout to another: the same codes, scales and zero points."""
+"""Writes a finished checkpoint again: int4 in another packing, old tensors in the classes of today. The same codes."""
 
+from aoconvert.rewriting.migrate import Migrated, migrate
 from aoconvert.rewriting.repack import Repacked, repack
 
-__all__ = ["Repacked", "repack"]
+__all__ = ["Migrated", "Repacked", "migrate", "repack"]

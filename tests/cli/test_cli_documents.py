@@ -15,6 +15,8 @@ from helpers.documents import SCHEMAS, check_document
 
 from aoconvert.documents import DOCUMENTS, json_schema
 
+LEGACY = Path(__file__).parents[1] / "fixtures" / "legacy"
+
 Call = Callable[..., Any]
 
 
@@ -58,6 +60,19 @@ def test_documents_of_a_pipeline(call: Call, pipeline: Path, tmp_path: Path) -> 
     document(call, "quantize", pipeline, *int4, *options)
     check_document("repack", document(call, "repack", tmp_path / "four", "--layout-device", "cuda"))
     check_document("inspect", document(call, "inspect", tmp_path / "four"))
+
+
+def test_document_of_a_migration(call: Call, tmp_path: Path) -> None:
+    old = LEGACY / "diffusers-0.33.1-torchao-0.10.0" / "int8dq"
+    found = document(call, "migrate", old, "-o", tmp_path / "out")
+    check_document("migrate", found)
+    assert found["tensors"] == {"carried": 16, "dequantized": 0, "requantized": 0, "unchanged": 20}
+    said = call("migrate", old, "-o", tmp_path / "out", "--overwrite")
+    assert (said.code, said.stderr) == (0, "")
+    assert "int8dq by torchao 0.7 to 0.17 → int8dq" in said.stdout
+    refused = call("migrate", tmp_path / "out", "-o", tmp_path / "again", "--json")
+    assert (refused.code, refused.stderr) == (3, "")
+    assert "nothing" in json.loads(refused.stdout)["error"]["message"]
 
 
 def test_quiet_beside_json_silences_stderr_only(call: Call, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What ``migrate`` can be told. A new option is a field here, and its line in ``MigrateKwargs``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, TypedDict
+
+from aoconvert.options.fields import FOLDER, SWITCH, Option, choice
+from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
+
+PackedOn = Literal["avx512", "avx2", "generic"]
+
+
+class MigrateKwargs(TypedDict, total=False):
+    """``MigrateOptions`` as keyword arguments, for type checkers; a test holds the two equal."""
+
+    then: str | None
+    packed_on: PackedOn | None
+    output: str | Path
+    overwrite: bool
+    revision: str | None
+    token: str | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+
+
+@dataclass(frozen=True)
+class MigrateOptions:
+    """What to do with an old checkpoint; the help of each field says what it is.
+
+    A ``then`` of ``None`` leaves the values as they are, in the dtype that they have.
+    """
+
+    then: Annotated[
+        str | None,
+        Option(
+            "Scheme to quantize to what no tensor class of today can hold. Default: it is dequantized exactly.",
+            metavar="SCHEME",
+            recorded=1,
+        ),
+    ] = None
+    packed_on: Annotated[
+        PackedOn | None,
+        Option(
+            "CPU that packed int4 weights for the CPU, which old files do not record.",
+            choice("avx512", "avx2", "generic"),
+            recorded=2,
+        ),
+    ] = None
+    output: Annotated[Path, Option("Output folder.", FOLDER, ("-o", "--output"), show_default=True)] = Path("out")
+    overwrite: Annotated[
+        bool, Option("Replace an earlier result of aoconvert in the output folder, never anything else.", SWITCH)
+    ] = False
+    revision: Revision = None
+    token: Token = field(default=None, repr=False)
+    cache_dir: CacheDir = None
+    local_files_only: LocalFilesOnly = False
+
+    @property
+    def hub(self) -> HubOptions:
+        """How the Hub is asked for the checkpoint."""
+        return HubOptions(self.revision, self.token, self.cache_dir, self.local_files_only)

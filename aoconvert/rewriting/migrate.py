@@ -1,0 +1,241 @@
+"""``aoconvert migrate``: an old checkpoint → one of today's classes, with the same codes and scales."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from aoconvert.checkpoint.manifest import (
+    MANIFEST_NAME,
+    ComponentEntry,
+    DeviationEntry,
+    Manifest,
+    MigratedEntry,
+    TensorEntry,
+)
+from aoconvert.engine.convert import Making, run
+from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
+from aoconvert.engine.staging import Stage
+from aoconvert.files import writing
+from aoconvert.formats.base import SealedFile
+from aoconvert.models import ModelPart
+from aoconvert.options.migrate import MigrateOptions
+from aoconvert.planning.types import ComponentPlan, TensorPlan
+from aoconvert.progress import Progress
+from aoconvert.rewriting.migrate_plan import MigrationPlan, Moved, Open, make_output, plan_migration, weights_of_all
+from aoconvert.rewriting.migrate_types import OldWeights
+from aoconvert.rewriting.old_torchao.weights import TorchaoWeights, holds_torchao
+from aoconvert.schemes.tensors import dequantize, repair
+from aoconvert.sources import Source
+from aoconvert.sources.weights import WeightFiles
+
+_REPAIRED = "{} of its scales were 0, so that their values were NaN: they stand for zeros now"
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """What was done; ``to_dict`` is what ``aoconvert migrate --json`` prints."""
+
+    output: Path
+    manifest: Manifest
+    warnings: tuple[str, ...]
+    seconds: float
+
+    @property
+    def entries(self) -> list[tuple[ComponentEntry, MigratedEntry]]:
+        """The components that were migrated."""
+        return [(part, part.migrated) for part in self.manifest.components if part.migrated is not None]
+
+    @property
+    def kind(self) -> str:
+        """Who wrote the old checkpoint."""
+        return "+".join(dict.fromkeys(entry.kind for _, entry in self.entries))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tensors by what became of them."""
+        found = Counter(tensor.migration for part, _ in self.entries for tensor in part.tensors)
+        return {
+            "carried": found["carried"],
+            "dequantized": found["dequantized"],
+            "requantized": found["requantized"],
+            "unchanged": found[None],
+        }
+
+    @property
+    def deviations(self) -> list[DeviationEntry]:
+        """Tensors that are not what they were, or with which something else is computed."""
+        named = len(self.entries) > 1
+        return [
+            item.model_copy(update={"name": f"{part.name}.{item.name}"}) if named else item
+            for part, entry in self.entries
+            for item in entry.deviations
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keys are a contract (``cli.md``)."""
+        return {
+            "output": str(self.output),
+            "manifest": str(self.output / MANIFEST_NAME),
+            "kind": self.kind,
+            "tensors": self.counts,
+            "deviations": [item.model_dump() for item in self.deviations],
+            "schemes": list(dict.fromkeys(part.scheme for part, _ in self.entries)),
+            "bytes_out": sum(part.totals.bytes_out for part, _ in self.entries),
+            "warnings": list(self.warnings),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def migrate(
+    source: Source,
+    options: MigrateOptions,
+    progress: Progress,
+    *,
+    command: str,
+    fetch: Callable[[Sequence[str]], None] = lambda paths: None,
+) -> Migrated:
+    """Write an old checkpoint again in the tensor classes of today. The output appears when it is whole.
+
+    What one of today's classes can hold keeps its codes and scales, bit for bit. The rest is dequantized exactly, and
+    quantized again only where the options name a scheme. Other parts of a pipeline stay as they are.
+
+    Args:
+        source: the old checkpoint.
+        options: what the user asked for.
+        progress: is told what happens.
+        command: the command line, for the manifest.
+        fetch: makes files of the source local.
+
+    Raises:
+        PlanError: with everything that is in the way.
+        SourceError, UnsafeFileError: it cannot be read, or must not be loaded.
+        ReadError, WriteError: a disk error, a full disk, no permission.
+    """
+    began = time.perf_counter()
+    fetch(weights_of_all(source))
+    planned = plan_migration(source, options, KINDS)
+    try:
+        fetch([file.source for file in planned.plan.copied])
+        work = _Migration(planned)
+        done = run(
+            planned.plan,
+            progress,
+            command=command,
+            resume=False,
+            making=Making("migrate", work.write, work.describe),
+        )
+    finally:
+        planned.close()
+    return Migrated(done.output, done.manifest, done.warnings, time.perf_counter() - began)
+
+
+def _open_torchao(
+    source: Source, component: ModelPart, files: WeightFiles, options: MigrateOptions
+) -> OldWeights | None:
+    if files.format != "bin" or not holds_torchao(source, files.files):
+        return None
+    return TorchaoWeights(source, files.files, options.packed_on)
+
+
+KINDS: tuple[Open, ...] = (_open_torchao,)
+"""What opens the weights of each kind of input."""
+
+
+class _Migration:
+    """Makes and writes the tensors of the components.
+
+    Args:
+        planned: what to do.
+    """
+
+    def __init__(self, planned: MigrationPlan) -> None:
+        self._planned = planned
+        self._deviations: dict[str, list[DeviationEntry]] = {}
+
+    def write(
+        self, component: ComponentPlan, stage: Stage, progress: Progress
+    ) -> tuple[ComponentResult, Mapping[str, str]]:
+        """Write a component's files; tensors are made one at a time."""
+        name, began = component.component.name, time.perf_counter()
+        weights = self._planned.weights[name]
+        weights.hash()
+        tensors: dict[str, TensorResult] = {}
+        files: dict[str, SealedFile] = {}
+        for file in component.files:
+            files[file.path] = self._write_file(component, file.path, stage, progress, tensors)
+        seconds = Seconds(writer=time.perf_counter() - began)
+        return ComponentResult(tensors, files, seconds), weights.digests()
+
+    def _write_file(
+        self, component: ComponentPlan, path: str, stage: Stage, progress: Progress, tensors: dict[str, TensorResult]
+    ) -> SealedFile:
+        planned = {tensor.name: tensor for tensor in component.tensors if tensor.file == path}
+        target = stage.root / path
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with component.format.writer(target) as writer:
+            for name in component.order:
+                if name not in planned or not planned[name].is_written:
+                    continue
+                tensor, result = self._make(component.component.name, planned[name])
+                tensors[name] = replace(result, written=writer.add(name, tensor))
+                del tensor
+                progress.advance(planned[name].bytes_in, name)
+            also = {name: tensor.same_as for name, tensor in planned.items() if tensor.same_as is not None}
+            for name, same in also.items():
+                tensors[name] = tensors[same]
+            return writer.seal(list(planned), also)
+
+    def _make(self, component: str, planned: TensorPlan) -> tuple[Any, TensorResult]:
+        """The tensor, and what is to be said of it; what was written is filled in later."""
+        old, moved = self._planned.old[component][planned.name], self._planned.moved[component].get(planned.name)
+        made = make_output(old, moved, on_meta=False)
+        repaired = repair(made) if moved is not None and moved.migration == "carried" else 0
+        reasons = [moved.reason] if moved is not None and moved.reason else []
+        if repaired:
+            reasons.append(_REPAIRED.format(repaired))
+        error = _error(made, moved)
+        if moved is not None and (reasons or moved.migration != "carried"):
+            entry = DeviationEntry(name=planned.name, reason="; ".join(reasons), max_abs_error=error or 0.0)
+            self._deviations.setdefault(component, []).append(entry)
+        return made, TensorResult(_UNWRITTEN, None, error, repaired)
+
+    def describe(self, component: ComponentPlan, entry: ComponentEntry) -> ComponentEntry:
+        """Say in the manifest where the tensors are from, and what became of each."""
+        name = component.component.name
+        weights, moved = self._planned.weights[name], self._planned.moved[name]
+        migrated = MigratedEntry(
+            kind=weights.kind,
+            scheme=weights.scheme,
+            written_by=weights.written_by,
+            deviations=self._deviations.get(name, []),
+        )
+        tensors = [_with_migration(tensor, moved.get(tensor.name)) for tensor in entry.tensors]
+        unconfirmed = next((item.old.unconfirmed for item in moved.values() if item.old.unconfirmed), None)
+        layout = entry.layout.model_copy(update={"unconfirmed": unconfirmed or entry.layout.unconfirmed})
+        return entry.model_copy(update={"migrated": migrated, "tensors": tensors, "layout": layout})
+
+
+def _with_migration(entry: TensorEntry, moved: Moved | None) -> TensorEntry:
+    return entry if moved is None else replace(entry, migration=moved.migration)
+
+
+def _error(made: Any, moved: Moved | None) -> float | None:
+    """The largest difference of what is written to the values that the old tensor stands for; ``None``: there is none.
+
+    A tensor that is carried, or dequantized, stands for the same values.
+    """
+    if moved is None or (moved.old.exact is None and moved.migration != "requantized"):
+        return None
+    exact = moved.old.exact() if moved.old.exact is not None else moved.old.make(False)
+    values = dequantize(made) if hasattr(made, "__tensor_flatten__") else made
+    return float((values.float() - exact.float()).abs().max()) if exact.numel() else 0.0
+
+
+_UNWRITTEN: Any = None
+"""Stands for what a writer says, until it has."""

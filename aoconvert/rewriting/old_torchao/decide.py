@@ -1,0 +1,55 @@
+"""What becomes of a tensor, by its class."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from aoconvert.environment import import_torchao
+from aoconvert.formats.torch_bin.contents import BinTensor
+from aoconvert.rewriting.migrate_types import CannotMigrate, Outcome, Read
+from aoconvert.rewriting.old_torchao.activations import NO_ACTIVATIONS, Activations, last_name, unwrap
+from aoconvert.rewriting.old_torchao.floats import float8
+from aoconvert.rewriting.old_torchao.integers import int4_packed, plain, uintx
+from aoconvert.rewriting.old_torchao.todays import todays
+from aoconvert.rewriting.old_torchao.weight import AGAIN, Weight
+
+_AFFINE: Mapping[str, Callable[[Weight, Activations], Outcome]] = {
+    "PlainAQT": plain,
+    "QDQ": plain,
+    "UintxAQT": uintx,
+    "Int4Packed": int4_packed,
+    "Float8AQT": float8,
+}
+"""By the implementation's name, without ``Layout`` (up to torchao 0.6.1) or ``TensorImpl``."""
+
+
+def decide(tensor: BinTensor, read: Read, packed_on: str | None = None) -> Outcome:
+    """What becomes of a quantized tensor.
+
+    Args:
+        tensor: of a torchao class, today's or gone.
+        read: gives the elements of the small tensors (zero points) that decide.
+        packed_on: the CPU that packed int4 weights for the CPU: ``avx512``, ``avx2``, ``generic``.
+
+    Raises:
+        CannotMigrate: there is no counterpart that is known to be right.
+    """
+    import_torchao()
+    weight, activations = unwrap(tensor)
+    name = last_name(weight.class_name)
+    if name == "AffineQuantizedTensor":
+        found = Weight(weight, read, packed_on)
+        build = _AFFINE.get(re.sub("(Layout|TensorImpl)$", "", last_name(found.impl.class_name)))
+        if build is None:
+            raise _unknown(last_name(found.impl.class_name))
+        return build(found, activations)
+    if activations is not NO_ACTIVATIONS:
+        raise CannotMigrate(f"a {name} within a {last_name(tensor.class_name)} is not known")
+    if (outcome := todays(weight, read)) is not None:
+        return outcome
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> CannotMigrate:
+    return CannotMigrate(f"no class of today is known to hold the values of a {name}", AGAIN)

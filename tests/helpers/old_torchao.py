@@ -1,0 +1,100 @@
+"""Files as old torchao wrote them: classes that are gone, as stand-ins of the same names, pickled by torch itself.
+
+A stand-in is a wrapper subclass with the attributes that the old class had; real files of every release lie in
+``tests/fixtures/legacy``, and ``tests/rewriting/test_migrate.py`` compares the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+AFFINE = "torchao.dtypes.affine_quantized_tensor.AffineQuantizedTensor"
+PLAIN = "torchao.dtypes.uintx.plain_layout.PlainAQTTensorImpl"
+FLOAT8 = "torchao.dtypes.floatx.float8_layout.Float8AQTTensorImpl"
+DYNAMIC = "torchao.quantization.linear_activation_quantized_tensor.LinearActivationQuantizedTensor"
+LAYOUTS = {PLAIN: "torchao.dtypes.utils.PlainLayout", FLOAT8: "torchao.dtypes.floatx.float8_layout.Float8Layout"}
+
+
+class Wrapper(torch.Tensor):
+    """What every stand-in is."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+@contextlib.contextmanager
+def old_names(*dotted: str) -> Iterator[Mapping[str, Any]]:
+    """Classes of these names, where pickle looks for them: tensors, and layouts (``…Layout``), which are plain."""
+    made: dict[str, Any] = {}
+    before = {name: sys.modules.get(name) for name in {item.rpartition(".")[0] for item in dotted}}
+    try:
+        for item in dotted:
+            module, _, name = item.rpartition(".")
+            bases = (object,) if name.endswith("Layout") else (Wrapper,)
+            made[item] = type(name, bases, {"__module__": module, "__qualname__": name})
+            if module not in sys.modules or before[module] is sys.modules[module]:
+                stand_in = types.ModuleType(module)
+                stand_in.__spec__ = importlib.machinery.ModuleSpec(module, None)
+                for known, value in vars(before[module] or types.ModuleType("")).items():
+                    setattr(stand_in, known, value)
+                sys.modules[module] = stand_in
+            setattr(sys.modules[module], name, made[item])
+        yield made
+    finally:
+        for module, value in before.items():
+            if value is None:
+                sys.modules.pop(module, None)
+            else:
+                sys.modules[module] = value
+
+
+def wrap(kind: Any, shape: tuple[int, ...], dtype: torch.dtype, **attributes: Any) -> Any:
+    """A tensor of a stand-in class."""
+    made = torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype)
+    made.__dict__.update(attributes)
+    return made
+
+
+def save_old(state: Mapping[str, torch.Tensor], path: Path, quantized: frozenset[str], **options: Any) -> None:
+    """Save a state dict, these weights in int8 as torchao 0.10 had it: a scale per row, zero points of int64 zeros."""
+    from torchao.quantization.quant_primitives import ZeroPointDomain
+
+    with old_names(AFFINE, PLAIN, LAYOUTS[PLAIN]) as names:
+        made: dict[str, Any] = {}
+        for name, tensor in state.items():
+            made[name] = tensor
+            if name not in quantized:
+                continue
+            scale = (tensor.float().abs().amax(1) / 127).to(tensor.dtype)
+            codes = (tensor.float() / scale.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
+            impl = wrap(
+                names[PLAIN],
+                tuple(tensor.shape),
+                torch.int8,
+                int_data=codes,
+                scale=scale,
+                zero_point=torch.zeros(len(scale), dtype=torch.int64),
+                _layout=names[LAYOUTS[PLAIN]](),
+            )
+            made[name] = wrap(
+                names[AFFINE],
+                tuple(tensor.shape),
+                tensor.dtype,
+                tensor_impl=impl,
+                block_size=(1, tensor.shape[1]),
+                quant_min=None,
+                quant_max=None,
+                zero_point_domain=ZeroPointDomain.INT,
+            )
+        torch.save(made, path, **options)

@@ -1,0 +1,282 @@
+"""Old checkpoints in the classes of today: what the release that wrote them computed, bit for bit, or an answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checkpoints import build_llama, llama_tensors
+from helpers.old_torchao import save_old
+from safetensors.torch import load_file
+
+import aoconvert
+from aoconvert import schemes
+from aoconvert.checkpoint import manifest as manifests
+from aoconvert.errors import PlanError, UsageError
+from aoconvert.rewriting.migrate_types import CannotMigrate, SchemeName, read_meta
+from aoconvert.rewriting.old_file import OldFile
+from aoconvert.rewriting.old_torchao.decide import decide
+
+LEGACY = Path(__file__).parents[1] / "fixtures" / "legacy"
+DIFFUSERS = LEGACY / "diffusers-0.33.1-torchao-0.10.0"
+
+# folder → class of today, scheme, group size, settings
+CARRIED: dict[str, tuple[str, SchemeName]] = {
+    "diffusers-0.33.1-torchao-0.10.0/float8wo_e4m3": ("Float8Tensor", SchemeName("float8wo")),
+    "diffusers-0.33.1-torchao-0.10.0/int8dq": ("Int8Tensor", SchemeName("int8dq")),
+    "diffusers-0.33.1-torchao-0.10.0/int8wo": ("Int8Tensor", SchemeName("int8wo")),
+    "torchao-0.4.0/int8wo": ("Int8Tensor", SchemeName("int8wo")),
+    "torchao-0.6.1/int8dq": ("Int8Tensor", SchemeName("int8dq")),
+    "torchao-0.6.1/float8dq_e4m3_perrow": ("Float8Tensor", SchemeName("float8dq_row")),
+    "torchao-0.7.0/int8wo_g32": ("Int8Tensor", SchemeName("int8wo", 32)),
+    "torchao-0.10.0/int8wo": ("Int8Tensor", SchemeName("int8wo")),
+    "torchao-0.10.0/int8dq": ("Int8Tensor", SchemeName("int8dq")),
+    "torchao-0.10.0/int8dq_asym": ("Int8Tensor", SchemeName("int8dq", None, {"act_mapping_type": "asymmetric"})),
+    "torchao-0.10.0/float8wo_e4m3": ("Float8Tensor", SchemeName("float8wo")),
+    "torchao-0.10.0/float8dq_e4m3_pertensor": ("Float8Tensor", SchemeName("float8dq")),
+    "torchao-0.10.0-float16/int8wo": ("Int8Tensor", SchemeName("int8wo")),
+    "torchao-0.17.0/int8wo": ("Int8Tensor", SchemeName("int8wo")),
+    "torchao-0.10.0/int4dq_g32_asym": (
+        "IntxUnpackedToInt8Tensor",
+        SchemeName("int4dq", 32, {"weight_mapping_type": "asymmetric"}),
+    ),
+    "torchao-0.10.0/uint3wo_g64": ("IntxUnpackedToInt8Tensor", SchemeName("uint3wo", 64)),
+    "torchao-0.5.0/uint4wo_g64": ("IntxUnpackedToInt8Tensor", SchemeName("uint4wo", 64)),
+    "torchao-0.15.0/uint4wo_g64": ("IntxUnpackedToInt8Tensor", SchemeName("uint4wo", 64)),
+    "torchao-0.10.0/int4a4w": ("IntxUnpackedToInt8Tensor", SchemeName("intx4wo")),
+}
+CARRIED |= {
+    "torchao-0.13.0/int4x_pergroup32_v2": ("IntxUnpackedToInt8Tensor", SchemeName("intx4wo", 32)),
+    "torchao-0.15.0/int8wo_v2": ("Int8Tensor", SchemeName("int8wo")),
+    "torchao-0.15.0/float8dq_e4m3_perrow_v2": ("Float8Tensor", SchemeName("float8dq_row")),
+    "torchao-0.17.0/int8dq_v2": ("Int8Tensor", SchemeName("int8dq")),
+}
+DEQUANTIZED = {"torchao-0.10.0/uint4wo_g64_hqq": "its zero points are values"}
+
+
+def quantized(folder: str) -> Any:
+    """The open file, its quantized tensors, and what their release computed of them."""
+    file = OldFile(next((LEGACY / folder).glob("*.bin")))
+    truth = load_file(LEGACY / folder / "dequant.safetensors")
+    return file, {name: tensor for name, tensor in file.tensors.items() if tensor.data is None}, truth
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("folder", CARRIED)
+def test_codes_and_scales_are_carried_over(folder: str) -> None:
+    kind, name = CARRIED[folder]
+    file, tensors, truth = quantized(folder)
+    compared = 0
+    with file:
+        for key, tensor in tensors.items():
+            outcome = decide(tensor, file.read)
+            made: Any = outcome.make(file.read)
+            group = name.group_size if tensor.shape[1] != name.group_size else None
+            assert (type(made).__name__, outcome.scheme) == (kind, SchemeName(name.name, group, name.settings))
+            assert (made.shape, made.dtype) == (tensor.shape, getattr(torch, tensor.dtype))
+            empty: Any = outcome.make(read_meta)
+            assert [getattr(empty, part).shape for part in empty.__tensor_flatten__()[0]] == [
+                getattr(made, part).shape for part in made.__tensor_flatten__()[0]
+            ]
+            if key in truth:
+                assert torch.equal(bits(made.dequantize()), bits(truth[key]))
+                compared += 1
+    assert compared >= 2
+
+
+@pytest.mark.parametrize("folder", CARRIED)
+def test_it_is_the_tensor_that_todays_torchao_makes_with_that_scheme(folder: str) -> None:
+    """The same attributes and the same inner tensors: only codes and scales are older."""
+    file, tensors, truth = quantized(folder)
+    with file:
+        name = next(name for name in tensors if name in truth)
+        outcome = decide(tensors[name], file.read)
+        made: Any = outcome.make(file.read)
+    assert outcome.scheme is not None
+    scheme = schemes.get(
+        outcome.scheme.name, group_size=outcome.scheme.group_size, settings=dict(outcome.scheme.settings)
+    )
+    today: Any = scheme.quantize(truth[name].clone())
+    (parts, context), (todays, wanted) = made.__tensor_flatten__(), today.__tensor_flatten__()
+    assert (parts, str(context)) == (todays, str(wanted))
+    assert [getattr(made, part).shape for part in parts] == [getattr(today, part).shape for part in parts]
+
+
+@pytest.mark.parametrize("folder", DEQUANTIZED)
+def test_what_has_no_class_today_is_dequantized(folder: str) -> None:
+    file, tensors, truth = quantized(folder)
+    with file:
+        for name, tensor in tensors.items():
+            outcome = decide(tensor, file.read)
+            assert outcome.scheme is None
+            assert DEQUANTIZED[folder] in (outcome.reason or "")
+            made = outcome.make(file.read)
+            assert type(made) is torch.Tensor
+            assert torch.equal(bits(made), bits(truth[name]))
+
+
+# --- whole folders
+
+SQNR = {"int8wo": 40.0, "float8wo_e4m3": 40.0, "int8dq": 25.0}  # dB, of the outputs; measured: see the test
+
+
+def model_of(folder: Path) -> Any:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+
+
+def forward(model: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 16, 16, dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(1, 8, 64, dtype=torch.bfloat16),
+        "timestep": torch.tensor([7]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0].float()
+
+
+def original(folder: Path) -> Any:
+    """The model with the values that the old release computed, not quantized."""
+    from diffusers import PixArtTransformer2DModel
+
+    config = json.loads((folder / "config.json").read_text())
+    model = PixArtTransformer2DModel.from_config(config).to(torch.bfloat16)
+    with OldFile(folder / "diffusion_pytorch_model.bin") as file:
+        state = {}
+        for name, tensor in file.tensors.items():
+            made: Any = file.read(tensor) if tensor.data is not None else decide(tensor, file.read).make(file.read)
+            state[name] = made.dequantize() if tensor.data is None else made
+    truth = load_file(folder / "dequant.safetensors")
+    assert truth
+    assert all(torch.equal(state[name], value) for name, value in truth.items())
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("scheme", SQNR)
+def test_a_diffusers_folder_opens_again(scheme: str, tmp_path: Path) -> None:
+    done = aoconvert.migrate(DIFFUSERS / scheme, output=tmp_path / "out")
+    assert done.counts == {"carried": 16, "dequantized": 0, "requantized": 0, "unchanged": 20}
+    model = model_of(done.output)
+    state = model.state_dict()
+    truth = load_file(DIFFUSERS / scheme / "dequant.safetensors")
+    assert all(torch.equal(bits(state[name].dequantize()), bits(value)) for name, value in truth.items())
+    wanted, found = forward(original(DIFFUSERS / scheme)), forward(model)
+    sqnr = 20 * torch.log10(wanted.norm() / (found - wanted).norm())
+    assert sqnr > SQNR[scheme]
+
+
+def test_config_and_manifest_are_those_of_today(tmp_path: Path) -> None:
+    done = aoconvert.migrate(DIFFUSERS / "int8dq", output=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_type"]["default"]["_type"] == "Int8DynamicActivationInt8WeightConfig"
+    manifest = manifests.load(tmp_path / "out")
+    [part] = manifest.components
+    assert (part.scheme, part.dtype, part.loads_with["torchao"]) == ("int8dq", "bfloat16", ">=0.15")
+    assert part.migrated is not None
+    assert (part.migrated.kind, part.migrated.scheme) == ("torchao", "int8dq")
+    assert part.migrated.written_by == "torchao 0.7 to 0.17"
+    assert {tensor.migration for tensor in part.tensors if tensor.action == "quantize"} == {"carried"}
+    assert {tensor.migration for tensor in part.tensors if tensor.action == "keep"} == {None}
+    assert len(part.migrated.deviations) == 16
+    assert {item.max_abs_error for item in part.migrated.deviations} == {0.0}
+    assert [file.path for file in manifest.source.files] == ["diffusion_pytorch_model.bin"]
+    assert manifest.run.command == "aoconvert migrate int8dq"
+    assert done.to_dict()["kind"] == "torchao"
+    card = aoconvert.card(done.output).text
+    assert "Migrated from an old torchao checkpoint (`int8dq`, torchao 0.7 to 0.17): 16 tensors with the same" in card
+    assert "- 16 tensors: its codes and scales are the same; activations are rounded slightly differently" in card
+    assert "the error of the weights is not known" in card
+    again = aoconvert.migrate(DIFFUSERS / "int8dq", output=tmp_path / "again")
+    weights = "diffusion_pytorch_model.bin"
+    assert (done.output / weights).read_bytes() == (again.output / weights).read_bytes()
+
+
+def old_llama(folder: Path, **options: Any) -> Path:
+    """A Llama as transformers wrote it with old torchao."""
+    tensors = llama_tensors()
+    build_llama(folder, tensors=tensors)
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = frozenset(name for name in tensors if name.endswith("_proj.weight"))
+    save_old(tensors, folder / "pytorch_model.bin", names, **options)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_transformers_folder_of_any_age(tmp_path: Path, zipped: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = old_llama(tmp_path / "old", _use_new_zipfile_serialization=zipped)
+    done = aoconvert.migrate(source, output=tmp_path / "out")
+    assert done.counts["carried"] == 14
+    model = AutoModelForCausalLM.from_pretrained(done.output)
+    with OldFile(source / "pytorch_model.bin") as file:
+        for name, tensor in file.tensors.items():
+            made = model.state_dict()[name]
+            if tensor.data is None:
+                impl = tensor.inner["tensor_impl"]
+                assert torch.equal(made.qdata, file.read(impl.inner["int_data"]))
+                assert torch.equal(made.scale.flatten(), file.read(impl.inner["scale"]))
+            else:
+                assert torch.equal(made, file.read(tensor))
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_only_the_quantized_part_of_a_pipeline_is_written_anew(pipeline: Path, tmp_path: Path) -> None:
+    from diffusers import CogVideoXPipeline
+
+    source = tmp_path / "old"
+    shutil.copytree(pipeline, source)
+    folder = source / "transformer"
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    names = frozenset(name for name in tensors if name.endswith((".to_q.weight", ".to_k.weight")))
+    save_old(tensors, folder / "diffusion_pytorch_model.bin", names)
+    done = aoconvert.migrate(source, output=tmp_path / "out")
+    assert [part.name for part in done.manifest.components] == ["transformer"]
+    assert done.manifest.unquantized
+    pipe = CogVideoXPipeline.from_pretrained(done.output, torch_dtype=torch.bfloat16)
+    kinds = {name: type(value).__name__ for name, value in pipe.transformer.state_dict().items()}
+    assert {name for name, kind in kinds.items() if kind == "Int8Tensor"} == names
+    assert aoconvert.verify(done.output, reload=False).ok
+
+
+# --- what cannot be
+
+
+def test_nothing_to_migrate(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="holds no weights that torchao or Quanto quantized"):
+        aoconvert.migrate(build_llama(tmp_path / "plain"), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    done = aoconvert.migrate(DIFFUSERS / "int8wo", output=tmp_path / "new")
+    with pytest.raises(PlanError, match="is in today's tensor classes already: there is nothing to migrate"):
+        aoconvert.migrate(done.output, output=tmp_path / "out")
+
+
+def test_a_scheme_that_does_not_exist_is_said_first(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no scheme 'int9wo'"):
+        aoconvert.migrate(tmp_path / "absent", then="int9wo")
+
+
+def test_an_unknown_class_is_named(tmp_path: Path) -> None:
+    file, tensors, _ = quantized("torchao-0.10.0/int8wo")
+    with file:
+        tensor = next(iter(tensors.values()))
+        gone = "torchao.dtypes.uintx.gemlite_layout.GemliteAQTTensorImpl"
+        other = replace(tensor, inner={"tensor_impl": replace(tensor.inner["tensor_impl"], class_name=gone)})
+        with pytest.raises(CannotMigrate, match="no class of today is known to hold the values of a GemliteAQT"):
+            decide(other, file.read)
