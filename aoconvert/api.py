@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aoconvert.environment import host_by_default
-from aoconvert.errors import SourceError
+from aoconvert.errors import SourceError, UsageError
 from aoconvert.humanize import argument
 from aoconvert.options import (
     HubOptions,
@@ -47,7 +47,7 @@ def plan(
     """Decide everything about a conversion and write nothing. Only ``auto`` reads weights.
 
     Args:
-        source: a Hub repo id or a folder.
+        source: a Hub repo id, a folder, or one weights file.
         scheme: a scheme name, see ``aoconvert schemes``.
         progress: is told what happens; default: silent.
         **options: fields of ``aoconvert.QuantizeOptions``; paths and sizes may be text.
@@ -76,7 +76,7 @@ def quantize(
     """Quantize a checkpoint into ``output`` (default ``./out``), one tensor at a time.
 
     Args:
-        source: a Hub repo id or a folder.
+        source: a Hub repo id, a folder, or one weights file.
         scheme: a scheme name, see ``aoconvert schemes``.
         progress: is told what happens; default: silent.
         **options: fields of ``aoconvert.QuantizeOptions``; paths and sizes may be text.
@@ -429,11 +429,19 @@ def _resolve_source(source: str | Path, options: QuantizeOptions) -> Source:
     """Find the source; a wrong scheme name is said before anything is fetched."""
     from aoconvert import schemes
     from aoconvert.sources import resolve
+    from aoconvert.sources.file import FileSource
 
     for name in {options.scheme, *options.components.values(), *options.candidates}:
         if name is not None and not (name == options.scheme and options.searches):
             schemes.find(name, options.settings)
-    return resolve(str(source), options.hub, trust_remote_code=options.trust_remote_code)
+    found = resolve(str(source), options.hub, trust_remote_code=options.trust_remote_code, single_file=True)
+    if isinstance(found, FileSource):
+        from aoconvert.models.single_file import add_config
+
+        return add_config(found, options.config, options.subfolder, options.hub)
+    if options.config is not None:
+        raise UsageError("--config is for a single weights file; this source has its own", hint="omit --config")
+    return found
 
 
 def _download(source: Source, paths: Sequence[str], progress: Progress) -> None:
@@ -451,8 +459,18 @@ def _download(source: Source, paths: Sequence[str], progress: Progress) -> None:
     progress.finish()
 
 
+def _config(source: Source) -> str | None:
+    """Where a single file's config came from, as ``--config`` takes it: a repo with its commit, a folder by name."""
+    from aoconvert.sources.file import FileSource
+
+    if not isinstance(source, FileSource) or source.origin is None:
+        return None
+    origin = source.origin
+    return f"{origin.repo_id}@{origin.revision}" if origin.repo_id is not None else argument(origin.label)
+
+
 def command_line(plan: Plan, options: QuantizeOptions) -> str:
     """The command that makes the same result again: no token, no absolute path, the revision pinned."""
     device = plan.device.partition(":")[0]  # another kind may make other bytes, another number does not
-    words = record(options, {"revision": plan.source.revision, "device": device})
+    words = record(options, {"revision": plan.source.revision, "device": device, "config": _config(plan.source)})
     return shlex.join(["aoconvert", "quantize", plan.source.repo_id or argument(plan.source.label), *words])

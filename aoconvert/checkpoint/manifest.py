@@ -82,6 +82,15 @@ class SourceCard(_Model):
     )
 
 
+class ConfigEntry(_Model):
+    """Where the config of a single file came from: a repo at a commit, or a folder."""
+
+    repo_id: str | None = None
+    revision: str | None = Field(default=None, description="commit hash")
+    folder: str = Field(default="", description="in the repo or folder")
+    inferred: bool = Field(default=False, description="it was not named: diffusers takes it for this layout")
+
+
 class SourceEntry(_Model):
     """What was quantized. ``files`` are the weights files that were read."""
 
@@ -92,6 +101,7 @@ class SourceEntry(_Model):
     license: str | None = None
     base_model: str | None = None
     card: SourceCard | None = None
+    config: ConfigEntry | None = Field(default=None, description="of a single file")
     files: list[FileEntry]
 
 

@@ -27,6 +27,8 @@ from aoconvert.planning.types import TensorPlan, UnquantizedPlan, config_dict, l
 from aoconvert.recipes import rule_schemes
 from aoconvert.schemes.base import Layout
 from aoconvert.schemes.imports import imports
+from aoconvert.sources import Source
+from aoconvert.sources.file import FileSource
 from aoconvert.version import __version__
 
 
@@ -87,7 +89,17 @@ def source_entry(plan: Plan, files: Mapping[str, FileEntry]) -> manifest.SourceE
         license=card.license if card else None,
         base_model=plan.source.repo_id,
         card=card,
+        config=_config_entry(plan.source),
         files=[files[path] for path in sorted(files)],
+    )
+
+
+def _config_entry(source: Source) -> manifest.ConfigEntry | None:
+    """Say where the config of a single file came from."""
+    if not isinstance(source, FileSource) or (origin := source.origin) is None:
+        return None
+    return manifest.ConfigEntry(
+        repo_id=origin.repo_id, revision=origin.revision, folder=origin.folder, inferred=origin.inferred
     )
 
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from aoconvert.engine.replaying import Replayed
 from aoconvert.errors import AoconvertError, ReadError
 from aoconvert.formats.safetensors.reader import SafetensorsReader
 from aoconvert.models import transformers as transformers_models
 from aoconvert.models.base import Load, Rows, SourceTensor
 from aoconvert.models.conversions import BLOCK_BYTES, MergeRecipe, build
+from aoconvert.models.recording import ReplayRecipe
 from aoconvert.planning.inventory import Readable
 from aoconvert.planning.types import ComponentPlan, StreamedPlan
 
@@ -61,6 +63,9 @@ def open_merging(plan: StreamedPlan, whole: Plan, scratch: Path, load: LoadInto)
     """
     if not isinstance(plan, ComponentPlan):
         return None
+    replayed = {name: recipe for name, recipe in plan.recipes.items() if isinstance(recipe, ReplayRecipe)}
+    if replayed:
+        return Replayed(replayed, load)
     return _Made(plan, load) if plan.copied is None else _Copied(plan, whole, scratch)
 
 
@@ -72,7 +77,7 @@ class _Made:
     """
 
     def __init__(self, plan: ComponentPlan, load: LoadInto) -> None:
-        self._recipes = plan.recipes
+        self._recipes = {name: item for name, item in plan.recipes.items() if isinstance(item, MergeRecipe)}
         self._model = plan.skeleton.model
         self._dtypes: Mapping[str, torch.dtype] = {t.name: getattr(torch, t.dtype) for t in plan.tensors}
         self._load = load

@@ -78,7 +78,7 @@ def _torch_bin_writer() -> type[Writer]:
 
 
 SAFETENSORS = FileFormat("safetensors", (".safetensors",), _safetensors_reader)
-TORCH_BIN = FileFormat("bin", (".bin", ".pt"), _torch_bin_reader, _torch_bin_writer)
+TORCH_BIN = FileFormat("bin", (".bin", ".pt", ".pth", ".ckpt"), _torch_bin_reader, _torch_bin_writer)
 
 FORMATS: Mapping[str, FileFormat] = {entry.name: entry for entry in (SAFETENSORS, TORCH_BIN)}
 """By name, in the order in which a checkpoint's files are looked for."""

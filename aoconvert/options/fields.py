@@ -108,6 +108,7 @@ class Kind:
 
 
 TEXT = Kind("text")
+REFERENCE = Kind("reference", r"(\./)?\w[\w.-]*(/\w[\w.-]*)?(@[0-9a-f]{40})?", str)
 COUNT = Kind("count", _DIGITS)
 NUMBER = Kind("number", _DIGITS)
 FRACTION = Kind("fraction", _DIGITS)

@@ -20,6 +20,7 @@ from aoconvert.options.fields import (
     NAMES,
     NUMBER,
     PATTERNS,
+    REFERENCE,
     SETTINGS,
     SIZE,
     SWITCH,
@@ -69,6 +70,7 @@ class QuantizeKwargs(TypedDict, total=False):
     overwrite: bool
     resume: bool
     revision: str | None
+    config: str | Path | None
     subfolder: str | None
     variant: str | None
     token: str | None
@@ -250,9 +252,19 @@ class QuantizeOptions:
     ] = False
     resume: Annotated[bool, Option("Start over instead of resuming a stopped run.", SWITCH, ("--no-resume",))] = True
     revision: Revision = None
+    config: Annotated[
+        str | None,
+        Option(
+            "With a SOURCE that is one weights file: folder or repo with its diffusers config. Default: what diffusers "
+            "takes for such a file.",
+            REFERENCE,
+            metavar="FOLDER|REPO",
+            recorded=4,
+        ),
+    ] = None
     subfolder: Annotated[
         str | None,
-        Option("Folder inside the source to use as the source.", recorded=4, pattern=r"\w[\w./-]*"),
+        Option("Folder inside the source, or inside --config, to use.", recorded=4, pattern=r"\w[\w./-]*"),
     ] = None
     variant: Annotated[str | None, Option("Weights variant, e.g. fp16.", recorded=4)] = None
     token: Token = field(default=None, repr=False)

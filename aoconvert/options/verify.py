@@ -35,14 +35,14 @@ class VerifyKwargs(TypedDict, total=False):
 class VerifyOptions:
     """What to check; the help of each field says what it is.
 
-    ``source`` is a folder or a repo, of which the commit that was quantized is taken where ``source_revision`` names no
-    other. A ``strategy`` of ``auto`` takes ``assign`` where ``from_pretrained`` fails, a ``device`` of ``auto`` is the
-    layout's where that is here, else the CPU.
+    ``source`` is a folder, a weights file or a repo, of which the commit that was quantized is taken where
+    ``source_revision`` names no other. A ``strategy`` of ``auto`` takes ``assign`` where ``from_pretrained`` fails, a
+    ``device`` of ``auto`` is the layout's where that is here, else the CPU.
     """
 
     source: Annotated[
         str | None,
-        Option("Let the library open the original too (a folder or a repo id), and compare everything."),
+        Option("Let the library open the original too (folder, weights file or repo id), and compare everything."),
     ] = None
     source_revision: Annotated[
         str | None, Option("Branch, tag or commit of the source. Default: the commit that was quantized.")

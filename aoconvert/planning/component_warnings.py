@@ -53,11 +53,29 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
     lines += _counted(title, "that the checkpoint does not hold, left to the library", component.missing)
     if (larger := _larger_than_int8(component)) is not None:
         lines.append(f"{title}: {larger}")
+    lines += _whole_warning(title, component)
     if component.copied is not None:
         lines.append(
             f"{title}: transformers holds a second copy of its merged tensors during the run ({component.copied})"
         )
     return lines
+
+
+def _whole_warning(title: str, component: ComponentPlan) -> list[str]:
+    """Tensors of a single file that are made whole, and what that takes."""
+    from aoconvert.models.recording import ReplayRecipe
+
+    whole = [
+        tensor
+        for tensor in component.tensors
+        if isinstance(recipe := component.recipes.get(tensor.name), ReplayRecipe)
+        and not recipe.step.streams
+        and tensor.shape
+    ]
+    if not whole:
+        return []
+    most = max(tensor.bytes_in + tensor.working_bytes for tensor in whole)
+    return [f"{title}: {len(whole)} tensors are made whole when diffusers' conversion is done, up to {size(most)} each"]
 
 
 def _adapter_warnings(source: Source, component: ModelPart) -> list[str]:

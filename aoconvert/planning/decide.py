@@ -21,6 +21,10 @@ from aoconvert.schemes.apply import quantize_weight
 if TYPE_CHECKING:
     import torch
 
+    from aoconvert.models.recording import ReplayRecipe
+
+    Recipe = MergeRecipe | ReplayRecipe
+
 UNKNOWN = "the model class does not know it"
 
 
@@ -185,7 +189,7 @@ class _Decider:
         names += [self.free[spec.name]] if spec.name in self.free else []
         return next((self.inventory.direct[name] for name in names if name in self.inventory.direct), None)
 
-    def _is_usable(self, spec: TensorSpec, origin: SourceTensor | None, recipe: MergeRecipe | None) -> bool:
+    def _is_usable(self, spec: TensorSpec, origin: SourceTensor | None, recipe: Recipe | None) -> bool:
         if self.inventory is None or spec.tied_to is not None:
             return True
         if what := self.inventory.unreadable.get(spec.name):

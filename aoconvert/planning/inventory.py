@@ -16,8 +16,13 @@ from aoconvert.originals import Original, dequantize
 from aoconvert.planning.values import Values
 
 if TYPE_CHECKING:
+    from aoconvert.models.recording import ReplayRecipe
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles
+
+
+UNKNOWN = "the model class does not know"
+_LEFT_OUT = "diffusers leaves it out when it opens this model from the file"
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,12 @@ class SourceTensors:
     Attributes:
         tensors: the checkpoint's name → tensor, in the order of files and data.
         others: the checkpoint's name → what it is that is not a tensor that could be read (``None``, a number, a dict).
+        single_file: of a single file, its name: the tensors may have the names of their authors.
     """
 
     tensors: Mapping[str, SourceTensor]
     others: Mapping[str, str]
+    single_file: str | None = None
 
 
 class Readable(Protocol):
@@ -81,11 +88,12 @@ class Inventory:
         needs_data: the checkpoint's names that transformers converts on the CPU wherever the model is: without their
             data it cannot be asked about them.
         order: state-dict keys, and names of ``unknown``, as they lie in the files.
+        converted: what the library finds in the checkpoint, by name, where it converts that first; else ``None``.
     """
 
     direct: Mapping[str, SourceTensor]
     merged: frozenset[str]
-    recipes: Mapping[str, MergeRecipe]
+    recipes: Mapping[str, MergeRecipe | ReplayRecipe]
     obstacle: str | None
     for_want_of_data: bool = False
     unknown: tuple[SourceTensor, ...] = ()
@@ -93,6 +101,7 @@ class Inventory:
     unreadable: Mapping[str, str] = field(default_factory=dict)
     needs_data: frozenset[str] = frozenset()
     order: tuple[str, ...] = ()
+    converted: Mapping[str, SourceTensor] | None = None
 
 
 def read_contents(source: Source, weights: WeightFiles) -> SourceTensors | None:
@@ -113,7 +122,7 @@ def read_contents(source: Source, weights: WeightFiles) -> SourceTensors | None:
             if entry.name in found:
                 _check_twice(source, weights, entry.name, found[entry.name].file, path)
             found[entry.name] = entry
-    return SourceTensors(found, others)
+    return SourceTensors(found, others, source.weights_file)
 
 
 def _check_twice(source: Source, weights: WeightFiles, name: str, first: str, last: str) -> None:
@@ -150,6 +159,8 @@ def match(skeleton: Skeleton, contents: SourceTensors, *, sharded: bool) -> Inve
         contents: of its checkpoint.
         sharded: it has an index.
     """
+    if skeleton.component.library == "diffusers" and contents.single_file is not None:
+        return _match_single_file(skeleton, contents, contents.single_file)
     if skeleton.component.library == "diffusers":
         return _match_diffusers(skeleton, contents, sharded=sharded)
     from aoconvert.models import transformers
@@ -197,9 +208,38 @@ def _match_diffusers(skeleton: Skeleton, contents: SourceTensors, *, sharded: bo
     return finish.inventory(merged=frozenset(recipes), recipes=recipes)
 
 
+def _match_single_file(skeleton: Skeleton, contents: SourceTensors, label: str) -> Inventory:
+    from aoconvert.models.recording import ReplayRecipe
+    from aoconvert.models.single_file import convert_names
+
+    found, wanted = contents.tensors, [spec.name for spec in skeleton]
+    if skeleton.fused:
+        raise SourceError(f"{label}: --fuse-qkv does not work with a single file", hint="omit --fuse-qkv")
+    made = convert_names(skeleton.component, found, wanted, label)
+    steps = {name: made[name] for name in wanted if name in made}
+    names = {name: step.source.name for name, step in steps.items() if step.source is not None}
+    recipes = {name: ReplayRecipe(name, step) for name, step in steps.items() if step.source is None}
+    used = {*names.values(), *(source.name for recipe in recipes.values() for source in recipe)}
+    left = {source.name: name for name, step in made.items() for source in step.sources if name not in steps}
+    reasons = {
+        name: f"diffusers makes {left[name]} of it, which {UNKNOWN}" if name in left else _LEFT_OUT
+        for name in [*found, *left]
+        if name not in used
+    }
+    finish = _Finish(skeleton, contents, names, {}, {}, left_out=reasons)
+    converted = {name: SourceTensor(label, name, step.dtype, step.shape, step.nbytes) for name, step in steps.items()}
+    inventory = finish.inventory(merged=frozenset(recipes), recipes=recipes)
+    # as they lie in the folder that diffusers saves: so the result is the same
+    order = sorted(converted, key=lambda name: (-converted[name].dtype.itemsize, name))
+    return replace(inventory, converted=converted, order=tuple(order))
+
+
 @dataclass(frozen=True)
 class _Finish:
-    """Puts together what is known; ``names`` leads from a state-dict key to the checkpoint's name."""
+    """Puts together what is known; ``names`` leads from a state-dict key to the checkpoint's name.
+
+    ``left_out``: names of the checkpoint that nothing is made of, and why.
+    """
 
     skeleton: Skeleton
     contents: SourceTensors
@@ -207,12 +247,13 @@ class _Finish:
     passed: Mapping[str, str]
     unreadable: Mapping[str, str]
     needs_data: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def inventory(
         self,
         *,
         merged: frozenset[str] = frozenset(),
-        recipes: Mapping[str, MergeRecipe] | None = None,
+        recipes: Mapping[str, MergeRecipe | ReplayRecipe] | None = None,
         obstacle: str | None = None,
         used: set[str] | None = None,
     ) -> Inventory:
@@ -226,12 +267,14 @@ class _Finish:
         places = {name: position[tensor.name] for name, tensor in direct.items()}
         places |= {name: min(position[source.name] for source in recipe) for name, recipe in recipes.items()}
         taken = {tensor.name for tensor in direct.values()} | (used or set()) | self.passed.keys()
+        taken |= self.left_out.keys()
         taken |= {source.name for recipe in recipes.values() for source in recipe}
         unknown = tuple(tensor for name, tensor in found.items() if name not in taken)
         places |= {tensor.name: position[tensor.name] for tensor in unknown}
         order = sorted(places, key=places.__getitem__)
         order += sorted(merged) if obstacle is not None else []  # the copy is read after the rest
         passed = {name: f"{other} maps to the same tensor" for name, other in self.passed.items()}
+        passed |= self.left_out
         passed |= {name: what for name, what in self.contents.others.items() if name not in passed}
         return Inventory(
             direct,

@@ -85,6 +85,8 @@ def _content_problems(output: Path, *, overwrite: bool) -> Iterator[str]:
 def _place_problems(source: Source, output: Path) -> Iterator[str]:
     """Where the output is: not in the source, nor around it, and where this process may write."""
     resolved = output.resolve()
+    if (single := source.weights_file) is not None and resolved == (source.root / single).resolve():
+        yield f"output {output} would replace the source"
     if source.kind == "folder":
         root = source.root.resolve()
         if resolved == root or resolved in root.parents:

@@ -71,7 +71,8 @@ def read_checkpoint(
     """
     _refuse_more_files(source, skeleton)
     inventory = match(skeleton, contents, sharded=sharded)
-    tensors = {name: tensor for name, tensor in contents.tensors.items() if name not in inventory.needs_data}
+    given = contents.tensors if inventory.converted is None else inventory.converted
+    tensors = {name: tensor for name, tensor in given.items() if name not in inventory.needs_data}
     opening = ask(skeleton.component, dtype, tensors, sharded=sharded, code_root=code_root)
     opening = replace(opening, missing=opening.missing - inventory.merged if inventory.needs_data else opening.missing)
     found = SourceCheckpoint(inventory, opening, Rules((), None, allowing(options.allow_missing)), options.drop_unknown)

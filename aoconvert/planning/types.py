@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aoconvert.models import ModelLayout, ModelPart, Skeleton
     from aoconvert.models.base import SourceTensor
     from aoconvert.models.conversions import MergeRecipe
+    from aoconvert.models.recording import ReplayRecipe
     from aoconvert.originals import Original
     from aoconvert.recipes.rules import Rules
     from aoconvert.schemes import Scheme
@@ -175,7 +176,7 @@ class ComponentPlan:
     copied: str | None
     weights: WeightFiles | None
     skeleton: Skeleton = field(repr=False, compare=False)
-    recipes: Mapping[str, MergeRecipe] = field(default_factory=dict, repr=False, compare=False)
+    recipes: Mapping[str, MergeRecipe | ReplayRecipe] = field(default_factory=dict, repr=False, compare=False)
     cannot_run: tuple[str, str] | None = None
     original: Original | None = None
     made: Mapping[str, SourceTensor] = field(default_factory=dict, repr=False, compare=False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def local_weights(source: Source, options: QuantizeOptions) -> list[Path]:
     """Weights files of a folder that will be read, in that order; none where anything is wrong: the plan will say."""
-    if source.kind != "folder":
+    if source.kind == "hub":
         return []
     try:
         layout = identify(source, options.subfolder)

@@ -1,4 +1,4 @@
-"""A model reference → pinned files: a folder on this machine, or a repo on the Hugging Face Hub."""
+"""A model reference → pinned files: a folder or file on this machine, or a repo on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from aoconvert.errors import CHECK_PERMISSIONS, SourceError, UsageError
 from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.sources.base import FetchProgress, Source, SourceFile, show
+from aoconvert.sources.file import FileSource
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.hub import open_hub
 from aoconvert.sources.references import parse_repo
@@ -16,6 +17,7 @@ from aoconvert.sources.weights import WeightFiles, find_weights
 __all__ = ["FetchProgress", "Source", "SourceFile", "WeightFiles", "find_weights", "resolve"]
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"})
+SINGLE_FILE_SUFFIXES = WEIGHT_SUFFIXES - {".gguf"}
 
 
 def resolve(
@@ -24,6 +26,7 @@ def resolve(
     *,
     trust_remote_code: bool = False,
     small_files: bool = True,
+    single_file: bool = False,
 ) -> Source:
     """Find what a model reference means. A folder that exists wins over a repo of the same name.
 
@@ -33,21 +36,23 @@ def resolve(
         hub: revision, token, cache and whether to use the network; for a repo.
         trust_remote_code: also fetch the repo's ``.py`` files.
         small_files: fetch a repo's configs, tokenizers and the like at once.
+        single_file: the reference may also be a weights file on this machine.
 
     Raises:
-        UsageError: a revision for a folder, or two revisions.
-        SourceError: no such folder, a single file, or neither a folder nor a repo id.
+        UsageError: a revision for a folder or file, or two revisions.
+        SourceError: no such folder, a file where there must be none, or neither a folder nor a repo id.
         HubError: the Hub refused or could not be reached.
     """
     place = _local_place(reference)
-    if place is not None and place.is_dir():
+    if place is not None and (place.is_dir() or (single_file and place.suffix in SINGLE_FILE_SUFFIXES)):
+        what = "folder" if place.is_dir() else "file"
         if hub.revision is not None:
-            raise UsageError(f"{show(reference)} is a folder, which has no revisions", hint="omit --revision")
-        return FolderSource(place)
+            raise UsageError(f"{show(reference)} is a {what}, which has no revisions", hint="omit --revision")
+        return FolderSource(place) if place.is_dir() else FileSource(place)
     if place is not None:
         if place.suffix.lower() in WEIGHT_SUFFIXES:
             raise SourceError(
-                f"{show(reference)} is a single weights file, which is not supported yet",
+                f"{show(reference)} is a single weights file",
                 hint="give the folder that holds the file and its config.json",
             )
         raise SourceError(f"{show(reference)} is a file", hint="give the folder that holds the model")

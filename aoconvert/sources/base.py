@@ -1,7 +1,8 @@
 """What a source is: pinned files of one model repo or folder, and how they are read.
 
-Two kinds exist, :class:`aoconvert.sources.folder.FolderSource` and :class:`aoconvert.sources.hub.HubSource`. A path is
-always relative to the root of the repo or folder and separated by ``/``; a subfolder is a longer path, nothing more.
+Three kinds exist: :class:`aoconvert.sources.folder.FolderSource`, :class:`aoconvert.sources.hub.HubSource` and
+:class:`aoconvert.sources.file.FileSource`. A path is always relative to the root of the repo or folder and separated by
+``/``; a subfolder is a longer path, nothing more.
 """
 
 from __future__ import annotations
@@ -43,18 +44,21 @@ class Source(ABC):
     """One model repo or folder, possibly a whole diffusers pipeline.
 
     Attributes:
-        kind: ``"hub"`` or ``"folder"``.
-        label: what messages and the manifest call it: the repo id, or the folder's base name, never an absolute path.
-        repo_id: ``None`` for folders.
-        revision: the commit hash (40 hex digits); ``None`` for folders.
+        kind: ``"hub"``, ``"folder"`` or ``"file"``.
+        label: what messages and the manifest call it: the repo id, or the base name of the folder or file, never an
+            absolute path.
+        repo_id: ``None`` but for a repo.
+        revision: the commit hash (40 hex digits); ``None`` but for a repo.
         root: the folder on this machine below which fetched files lie.
+        weights_file: of a single file, the file.
     """
 
-    kind: Literal["hub", "folder"]
+    kind: Literal["hub", "folder", "file"]
     label: str
     repo_id: str | None
     revision: str | None
     root: Path
+    weights_file: str | None = None
 
     @abstractmethod
     def files(self) -> Mapping[str, SourceFile]:

@@ -20,7 +20,7 @@ _POINTER_BYTES = 1024  # a pointer file is smaller
 class FolderSource(Source):
     """A folder, listed once, when the first file is asked for."""
 
-    kind: Literal["hub", "folder"] = "folder"
+    kind: Literal["hub", "folder", "file"] = "folder"
     repo_id = None
     revision = None
 
@@ -76,7 +76,7 @@ class FolderSource(Source):
             SourceError: also for a git-lfs pointer, which stands where the file should.
         """
         place = self.root / self.require(path).path
-        if self.files()[path].size <= _POINTER_BYTES and _is_pointer(place):
+        if is_pointer(place):
             raise SourceError(
                 f"{self.label}: {path} is a git-lfs pointer, not the file",
                 hint="run 'git lfs pull' in the folder, or give the Hub's repo id",
@@ -109,12 +109,14 @@ class FolderSource(Source):
         return None
 
 
-def _is_pointer(place: Path) -> bool:
-    """Whether a small file is what git leaves in place of a large one that was not fetched.
+def is_pointer(place: Path) -> bool:
+    """Whether a file is what git leaves in place of a large one that was not fetched.
 
     Source: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
     """
     try:
+        if place.stat().st_size > _POINTER_BYTES:
+            return False
         with place.open("rb") as file:
             return file.read(len(_POINTER)) == _POINTER
     except OSError:

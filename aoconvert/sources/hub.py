@@ -32,7 +32,7 @@ class HubSource(Source):
     The token lives in this object and nowhere else: it is in no repr and no message.
     """
 
-    kind: Literal["hub", "folder"] = "hub"
+    kind: Literal["hub", "folder", "file"] = "hub"
     repo_id: str
     revision: str
 

@@ -80,6 +80,8 @@ def find_weights(
             that is not there, or that transformers refuses; a distributed checkpoint, which goes before all others.
         HubError: the index could not be fetched.
     """
+    if (single := source.weights_file) is not None:
+        return WeightFiles("safetensors" if single.lower().endswith(".safetensors") else "bin", (single,), None)
     folder, variant = folder.strip("/"), variant or None
     if folder and not is_safe_path(folder):
         raise SourceError(f"{source.label}: {show(folder)} is not a folder inside the source")

@@ -89,6 +89,8 @@ def compare_by_library(target: Checkpoint, source: Source, children: Children, *
     manifest = target.manifest
     if manifest is None:
         return LibraryFindings("skipped", "without a manifest it is unknown what may differ from the source")
+    if source.kind == "file":
+        return LibraryFindings("skipped", "the source is a single file; numbers compares with it")
     if (other := _other_model(target, source, manifest)) is not None:
         return LibraryFindings("failed", other, {})
     folder = None if target.kind == "pipeline" else _source_folder(source, manifest)
@@ -107,7 +109,12 @@ def compare_by_library(target: Checkpoint, source: Source, children: Children, *
 def originals(target: Checkpoint, source: Source | None, *, trust: bool) -> dict[str, dict[str, Any]]:
     """How the library opens what each quantized part was made of; nothing where that is not known."""
     manifest = target.manifest
-    if manifest is None or source is None or _other_model(target, source, manifest) is not None:
+    if (
+        manifest is None
+        or source is None
+        or source.kind == "file"
+        or _other_model(target, source, manifest) is not None
+    ):
         return {}
     fetch_for_library(
         source, _variant(manifest), None if target.kind == "pipeline" else _source_folder(source, manifest)

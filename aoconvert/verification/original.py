@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.files import file_sha256
@@ -14,17 +15,20 @@ from aoconvert.checkpoint.report import Status, some
 from aoconvert.errors import SourceError, UsageError
 from aoconvert.humanize import plural
 from aoconvert.options import DEFAULT_HUB, HubOptions
-from aoconvert.sources import Source, resolve
+from aoconvert.sources import SINGLE_FILE_SUFFIXES, Source, resolve
+from aoconvert.sources.file import CONFIG, FileSource
+from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.references import parse_repo
 
 
 def check_reference(reference: str) -> None:
-    """Refuse what names neither a folder nor a repo, before anything is fetched or loaded.
+    """Refuse what names neither a folder, a weights file nor a repo, before anything is fetched or loaded.
 
     Raises:
         UsageError: it does not.
     """
-    if Path(reference).expanduser().is_dir():
+    place = Path(reference).expanduser()
+    if place.is_dir() or _is_single_file(place):
         return
     try:
         parse_repo(reference)
@@ -38,19 +42,35 @@ def resolve_original(
     """The source to compare with.
 
     Args:
-        reference: a folder or a repo.
+        reference: a folder, a weights file or a repo.
         checkpoint: the checkpoint's folder. A repo that its manifest names is taken at the commit that was quantized.
         hub, trust_remote_code: as for :func:`aoconvert.sources.resolve`; a revision is taken in place of that commit.
 
     Raises:
-        UsageError: neither a folder nor a repo; a revision of a folder.
+        UsageError: neither a folder, a weights file nor a repo; a revision of a folder or file.
         HubError: the Hub said no.
     """
+    place = Path(reference).expanduser()
+    if hub.revision is None and _is_single_file(place):
+        return FileSource(place, _config(checkpoint))
     try:
         pinned = replace(hub, revision=hub.revision or _find_commit(reference, checkpoint))
         return resolve(reference, pinned, trust_remote_code=trust_remote_code)
     except SourceError as error:
         raise UsageError(f"--source: {error.message}", hint=error.hint) from error
+
+
+def _is_single_file(place: Path) -> bool:
+    return place.is_file() and place.suffix in SINGLE_FILE_SUFFIXES
+
+
+def _config(checkpoint: Path) -> Mapping[str, Any] | None:
+    """The checkpoint's config without what quantizing added: that of the file it was made of."""
+    folder = FolderSource(checkpoint)
+    config = folder.read_json(CONFIG) if folder.has(CONFIG) else None
+    if not isinstance(config, dict):
+        return None
+    return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
 def _find_commit(reference: str, checkpoint: Path) -> str | None:

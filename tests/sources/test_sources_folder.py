@@ -64,7 +64,7 @@ def test_existing_folder_wins_over_repo_id(model: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["a.safetensors", "b.bin", "c.pt", "d.ckpt"])
 def test_single_weights_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(SourceError, match="single weights file, which is not supported yet") as caught:
+    with pytest.raises(SourceError, match="is a single weights file") as caught:
         resolve(str(tmp_path / name))
     assert caught.value.hint is not None
     assert "config.json" in caught.value.hint
