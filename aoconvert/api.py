@@ -288,13 +288,13 @@ def migrate(
     progress: Progress | None = None,
     **options: Unpack[MigrateKwargs],
 ) -> Migrated:
-    """Write an old torchao checkpoint again in the tensor classes of today, with the same codes and scales.
+    """Write an old torchao or Quanto checkpoint again in the tensor classes of today, with the same codes and scales.
 
     Args:
         checkpoint: a folder or a Hub repo id.
         progress: is told what happens; default: silent.
         **options: fields of ``aoconvert.options.MigrateOptions``: ``then`` names a scheme for what no class of today
-            can hold, ``packed_on`` the CPU that packed int4 weights.
+            can hold, ``packed_on`` the CPU that packed int4 weights; ``exact`` dequantizes what a class would round.
 
     Returns:
         What was done; ``output`` is the folder, ``manifest`` what is in it, ``deviations`` what is not as it was.

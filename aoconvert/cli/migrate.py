@@ -22,6 +22,7 @@ Examples:
   aoconvert migrate ./CogVideoX-5b-int8wo -o ./CogVideoX-5b-int8wo-new
   aoconvert migrate user/FLUX.1-dev-int4wo --packed-on avx512
   aoconvert migrate ./flux-fp6 --then int8wo
+  aoconvert migrate ./pixart-quanto-int4 --exact
 """
 
 
@@ -30,7 +31,7 @@ Examples:
 @with_options(MigrateOptions)
 @common
 def command(*, source: str, out: Output, **options: Any) -> int:
-    """Write an old torchao checkpoint again in the tensor classes of today.
+    """Write an old torchao checkpoint, or one by Quanto, again in torchao's tensor classes of today.
 
     SOURCE is a folder or a Hub repo id. Codes and scales stay the same, bit for bit. What no class of today can hold is
     dequantized exactly, and quantized again only with --then. The original weights are not needed, and no pickle is

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from aoconvert.comparison.opening import Side, SidePart, open_side
 from aoconvert.comparison.reading import OpenFiles
 from aoconvert.comparison.tensors import Leaf, StoredTensor, is_codes
+from aoconvert.comparison.today import as_today, is_old
 from aoconvert.comparison.types import Comparison, Difference, What
 from aoconvert.comparison.values import NoValues, measure
 from aoconvert.errors import SourceError
@@ -120,7 +121,10 @@ class _Comparing:
         a, b = pair
         if a.shape != b.shape:
             return Difference(name, "shape", None, f"{list(a.shape)} and {list(b.shape)}", comparable=False)
-        found = sorted(_differences(self.files, a, b), key=lambda item: _ORDER.index(item[0]))
+        found = _differences(self.files, a, b)
+        if found and (is_old(a) or is_old(b)):
+            a, b = as_today(self.files, a), as_today(self.files, b)
+            found = _differences(self.files, a, b)
         if not found:
             return None
         what, detail = found[0][0], "; ".join(text for _, text in found)
@@ -139,13 +143,21 @@ class _Comparing:
 _ORDER: tuple[What, ...] = ("dtype", "codes", "scales", "values", "class")
 
 
+# torchao 0.17 and later keep one that is 0 all over, earlier ones kept none
+_ZERO_POINT = "zero_point"
+
+
 def _place(tensor: StoredTensor) -> object:
     """Which bytes it stands for."""
     return tensor.class_name, tensor.dtype, tensor.shape, tuple(tensor.leaves.items())
 
 
-def _differences(files: OpenFiles, a: StoredTensor, b: StoredTensor) -> Iterator[tuple[What, str]]:
-    """What differs in two tensors of one shape, and how, in words."""
+def _differences(files: OpenFiles, a: StoredTensor, b: StoredTensor) -> list[tuple[What, str]]:
+    """What differs in two tensors of one shape, and how, in words; what says most comes first."""
+    return sorted(_find_differences(files, a, b), key=lambda item: _ORDER.index(item[0]))
+
+
+def _find_differences(files: OpenFiles, a: StoredTensor, b: StoredTensor) -> Iterator[tuple[What, str]]:
     if a.kind != b.kind:
         yield "class", f"{_title(a)} and {_title(b)}"
         return
@@ -169,7 +181,10 @@ def _title(tensor: StoredTensor) -> str:
 def _compare_leaves(files: OpenFiles, name: str, a: Leaf | None, b: Leaf | None) -> str | None:
     title = name or "values"
     if a is None or b is None:
-        return f"{title} only in {'a' if b is None else 'b'}"
+        only = a or b
+        if name == _ZERO_POINT and only is not None and files.is_zero(only):
+            return None
+        return f"{title} only in {'A' if b is None else 'B'}"
     if a.dtype != b.dtype:
         return f"{title} in {a.dtype} and {b.dtype}"
     if a.shape != b.shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,9 +13,23 @@ import torch
 
 from aoconvert.comparison.tensors import Leaf
 from aoconvert.formats.base import open_file, read_bytes
+from aoconvert.formats.dtypes import dtype_name
 
 CHUNK = 16 << 20  # bytes of each side that are compared at once
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class HeldLeaf(Leaf):
+    """An array that is in memory, not in a file."""
+
+    data: torch.Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+
+
+def hold(tensor: torch.Tensor) -> HeldLeaf:
+    """A plain tensor as an array that is in memory."""
+    data = tensor.detach().contiguous()
+    return HeldLeaf(Path(), dtype_name(data.dtype), tuple(data.shape), 0, data.nbytes, data.stride(), data)
 
 
 class OpenFiles:
@@ -55,6 +70,10 @@ class OpenFiles:
         """How many elements of two arrays of one dtype and shape have other bits."""
         return sum(_different(*pair, _dtype(a).itemsize) for pair in self._pairs(a, b))
 
+    def is_zero(self, leaf: Leaf) -> bool:
+        """Whether all elements of an array are 0."""
+        return not self.read(leaf).any()
+
     def _pairs(self, a: Leaf, b: Leaf) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The bytes of both in row-major order, a chunk at a time."""
         if not (a.in_order and b.in_order):
@@ -65,6 +84,8 @@ class OpenFiles:
             yield self._bytes(a, start, count), self._bytes(b, start, count)
 
     def _bytes(self, leaf: Leaf, start: int, count: int) -> torch.Tensor:
+        if isinstance(leaf, HeldLeaf):
+            return _as_bytes(leaf.data)[start : start + count]
         if leaf.file not in self._open:
             self._open[leaf.file] = open_file(leaf.file)
         return read_bytes(self._open[leaf.file], leaf.offset + start, count, leaf.file.name)

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Mapping
 from typing import Any, cast
 
-from aoconvert.environment import import_torchao
+from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.formats.torch_bin.contents import Instance, Symbol, Value
 
 
@@ -56,7 +56,12 @@ def settle_all(values: Mapping[str, Value]) -> Mapping[str, object]:
 
 def _classes() -> Mapping[str, Any]:
     """The classes whose objects torchao puts into its metadata."""
-    import_torchao()
-    from torchao.prototype.safetensors.safetensors_utils import ALLOWED_CLASSES
+    return cast("Mapping[str, Any]", import_metadata().ALLOWED_CLASSES)
 
-    return cast("Mapping[str, Any]", ALLOWED_CLASSES)
+
+def import_metadata() -> Any:
+    """The module in which torchao says how a tensor is written into safetensors metadata."""
+    import_torchao()
+    with quiet_imports():  # it imports prototypes
+        from torchao.prototype.safetensors import safetensors_utils
+    return safetensors_utils

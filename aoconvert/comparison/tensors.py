@@ -25,7 +25,8 @@ _PLAIN = "Tensor"
 _CODES = frozenset(
     {"qdata", "int_data", "float8_data", "packed_weight", "packed_float_data", "quantized_data", "codes", "_data"}
 )
-_FACTS = frozenset({"dtype", "shape"})  # attributes that every tensor has anyway
+FACTS = frozenset({"dtype", "shape"})
+"""Attributes that every tensor has anyway."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class StoredTensor:
         leaves: its inner tensors by name, dotted where they are nested; a plain tensor is its own, called ``""``.
         settings: its other attributes, in the form of :func:`settle_all`.
         attributes: the same as they were stored.
+        entry: what the pickle says of it, where a torch file holds it.
+        file: that holds it; its codes, where there are several.
     """
 
     class_name: str
@@ -75,11 +78,18 @@ class StoredTensor:
     leaves: Mapping[str, Leaf]
     settings: Mapping[str, object] = field(default_factory=dict, repr=False)
     attributes: Mapping[str, Value] = field(default_factory=dict, repr=False, compare=False)
+    entry: BinTensor | None = field(default=None, repr=False, compare=False)
+    file: Path = Path()
 
     @property
     def is_plain(self) -> bool:
         """Whether it is no torchao tensor."""
         return self.class_name == _PLAIN
+
+    @property
+    def has_values(self) -> bool:
+        """Whether its only array holds its values themselves."""
+        return "" in self.leaves
 
     @property
     def kind(self) -> str:
@@ -121,12 +131,12 @@ def read_tensors(path: Path, label: str) -> dict[str, StoredTensor]:
 
 
 def _of_bin(tensor: BinTensor, path: Path) -> StoredTensor:
-    leaves = {name: _leaf(leaf, path) for name, leaf in tensor.leaves()}
+    leaves = {name: leaf_of(leaf, path) for name, leaf in tensor.leaves()}
     if tensor.data is not None:
         return StoredTensor(_PLAIN, tensor.dtype, tensor.shape, {"": leaves[""]})
     attributes = dict(_nested_attributes(tensor))
-    settings = settle_all({name: value for name, value in attributes.items() if name not in _FACTS})
-    return StoredTensor(tensor.class_name, tensor.dtype, tensor.shape, leaves, settings, attributes)
+    settings = settle_all({name: value for name, value in attributes.items() if name not in FACTS})
+    return StoredTensor(tensor.class_name, tensor.dtype, tensor.shape, leaves, settings, attributes, tensor, path)
 
 
 def _nested_attributes(tensor: BinTensor, prefix: str = "") -> list[tuple[str, Value]]:
@@ -138,7 +148,8 @@ def _nested_attributes(tensor: BinTensor, prefix: str = "") -> list[tuple[str, V
     return found
 
 
-def _leaf(tensor: BinTensor, path: Path) -> Leaf:
+def leaf_of(tensor: BinTensor, path: Path) -> Leaf:
+    """Where the elements of a plain tensor of a torch file are."""
     assert tensor.data is not None
     assert tensor.data.offset is not None
     return Leaf(path, tensor.dtype, tensor.shape, tensor.data.offset, tensor.data.nbytes, tensor.data.stride)
@@ -169,7 +180,7 @@ def _flat(entries: Mapping[str, HeaderEntry], metadata: Mapping[str, str], path:
 
 def _of_metadata(class_name: str, data: Mapping[str, Any], parts: Mapping[str, Leaf]) -> StoredTensor:
     attributes = {str(name): value_of_metadata(item) for name, item in data.items()}
-    settings = settle_all({name: value for name, value in attributes.items() if name not in _FACTS})
+    settings = settle_all({name: value for name, value in attributes.items() if name not in FACTS})
     dtype = attributes.get("dtype", attributes.get("orig_dtype"))
     codes = next((leaf for name, leaf in parts.items() if is_codes(name)), None)
     shape = attributes.get("shape")

@@ -12,7 +12,7 @@ import torch
 
 from aoconvert.comparison.reading import OpenFiles
 from aoconvert.comparison.tensors import StoredTensor
-from aoconvert.environment import import_torchao
+from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import ReadError, is_out_of_memory
 from aoconvert.formats.torch_bin.contents import Symbol, Value
 from aoconvert.formats.torch_bin.safe_names import Kind, known_names
@@ -70,7 +70,7 @@ def _sum(first: Rows, second: Rows, shape: tuple[int, ...]) -> ErrorStats:
 
 
 def _open(files: OpenFiles, tensor: StoredTensor, packing: str | None) -> Rows:
-    return _plain(files, tensor) if tensor.is_plain else _quantized(files, tensor, packing)
+    return _plain(files, tensor) if tensor.has_values else _quantized(files, tensor, packing)
 
 
 def _plain(files: OpenFiles, tensor: StoredTensor) -> Rows:
@@ -134,7 +134,8 @@ def _find_class(class_name: str) -> Any:
     known = {name: entry for name, entry in known_names().items() if entry.kind is Kind.TENSOR and not entry.legacy}
     for dotted in known:
         if class_name in (dotted, f"torchao.{last}") and dotted.endswith(f".{last}"):
-            return getattr(importlib.import_module(dotted.rpartition(".")[0]), last)
+            with quiet_imports():
+                return getattr(importlib.import_module(dotted.rpartition(".")[0]), last)
     raise NoValues(f"{last} is a class of an older torchao, which cannot be dequantized here")
 
 

@@ -275,13 +275,17 @@ def _nearest(scheme: str | None) -> str:
     return "int8wo"
 
 
+_MIGRATE = "to write it in torchao's tensor classes of today, with the same codes and scales: aoconvert migrate SOURCE"
+
+
 def _foreign_advice(kind: str, config: Mapping[str, Any]) -> list[str]:
     if kind == "quanto":
         if config.get("quant_method") == "quanto":
-            return ["diffusers has deprecated QuantoConfig, and removes it in 1.0"]
+            return ["diffusers has deprecated QuantoConfig, and removes it in 1.0", _MIGRATE]
         return [
             "written by optimum-quanto itself: plain diffusers opens it without an error and leaves the weights on "
-            "meta; use optimum.quanto's QuantizedDiffusersModel or QuantizedTransformersModel"
+            "meta; use optimum.quanto's QuantizedDiffusersModel or QuantizedTransformersModel",
+            _MIGRATE,
         ]
     if kind == "gguf":
         return ["open it with llama.cpp, or with from_single_file / gguf_file of diffusers or transformers"]

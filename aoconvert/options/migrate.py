@@ -17,6 +17,7 @@ class MigrateKwargs(TypedDict, total=False):
 
     then: str | None
     packed_on: PackedOn | None
+    exact: bool
     output: str | Path
     overwrite: bool
     revision: str | None
@@ -48,6 +49,10 @@ class MigrateOptions:
             recorded=2,
         ),
     ] = None
+    exact: Annotated[
+        bool,
+        Option("Dequantize what a tensor class of today would round: Quanto's int4 and int2.", SWITCH, recorded=3),
+    ] = False
     output: Annotated[Path, Option("Output folder.", FOLDER, ("-o", "--output"), show_default=True)] = Path("out")
     overwrite: Annotated[
         bool, Option("Replace an earlier result of aoconvert in the output folder, never anything else.", SWITCH)

@@ -45,6 +45,7 @@ _RULES = tuple(
         (r"(.*/)?__pycache__/.*|.*\.(lock|tmp|partial|incomplete)", "a cache, or an unfinished download"),
         (r"readme\.md", CARD),
         ("|".join(map(re.escape, (MANIFEST_NAME, REPORT_NAME, PICTURE_NAME))), "the result has its own"),
+        (r"(.*/)?quanto_qmap\.json", "it says how Quanto quantized the weights, which are not copied"),
         (r"(.*/)?adapter_(config\.json|model\.[^/]+)", ADAPTER),
         (
             r"(.*/)?(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state)[^/]*\.(pt|pth|bin|pkl)"

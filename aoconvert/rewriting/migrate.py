@@ -29,6 +29,7 @@ from aoconvert.progress import Progress
 from aoconvert.rewriting.migrate_plan import MigrationPlan, Moved, Open, make_output, plan_migration, weights_of_all
 from aoconvert.rewriting.migrate_types import OldWeights
 from aoconvert.rewriting.old_torchao.weights import TorchaoWeights, holds_torchao
+from aoconvert.rewriting.quanto.weights import QuantoWeights, holds_quanto
 from aoconvert.schemes.tensors import dequantize, repair
 from aoconvert.sources import Source
 from aoconvert.sources.weights import WeightFiles
@@ -142,7 +143,15 @@ def _open_torchao(
     return TorchaoWeights(source, files.files, options.packed_on)
 
 
-KINDS: tuple[Open, ...] = (_open_torchao,)
+def _open_quanto(
+    source: Source, component: ModelPart, files: WeightFiles, options: MigrateOptions
+) -> OldWeights | None:
+    if files.format != "safetensors" or not holds_quanto(source, files.files):
+        return None
+    return QuantoWeights(source, component, files.files, options.exact)
+
+
+KINDS: tuple[Open, ...] = (_open_torchao, _open_quanto)
 """What opens the weights of each kind of input."""
 
 

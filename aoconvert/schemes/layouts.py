@@ -10,6 +10,9 @@ from packaging.version import Version
 from aoconvert.errors import PlanError
 from aoconvert.schemes.base import Layout
 
+UNPACKED = Layout("any", "plain", None, ())
+"""Of plain tensors."""
+
 
 def merged(layouts: Sequence[Layout]) -> Layout:
     """What all of them together demand.
