@@ -189,7 +189,9 @@ class _Conversion:
 
     def _write_config(self, component: ComponentPlan) -> FileEntry:
         model = component.component
-        quantization = quantization_config(model.library, component.config, component.skip_modules)
+        quantization = None
+        if component.schemes:  # a migration may leave nothing quantized
+            quantization = quantization_config(model.library, component.config, component.skip_modules)
         config = model_config(model.library, model.config, quantization, component.dtype)
         return self.stage.write_text(join(component.folder, "config.json"), config)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def model_config(
     library: str,
     config: Mapping[str, Any],
-    quantization: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
     dtype: str,
 ) -> str:
     """``config.json`` of the quantized model: the source's, with ``quantization_config`` and the dtype it now has.
@@ -25,7 +25,7 @@ def model_config(
     Args:
         library: ``diffusers`` or ``transformers``.
         config: the source's, with what else has changed.
-        quantization: what :func:`quantization_config` gives.
+        quantization: what :func:`quantization_config` gives; ``None`` for a model that is not quantized.
         dtype: of what is not quantized; ``auto``: the source's.
     """
     values = without_redirections(config) if library == "transformers" else dict(config)
@@ -33,7 +33,8 @@ def model_config(
         values.pop("torch_dtype", None)
         if dtype != "auto":
             values["dtype"] = dtype
-    values["quantization_config"] = dict(quantization)
+    if quantization is not None:
+        values["quantization_config"] = dict(quantization)
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 

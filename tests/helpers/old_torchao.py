@@ -20,6 +20,8 @@ AFFINE = "torchao.dtypes.affine_quantized_tensor.AffineQuantizedTensor"
 PLAIN = "torchao.dtypes.uintx.plain_layout.PlainAQTTensorImpl"
 FLOAT8 = "torchao.dtypes.floatx.float8_layout.Float8AQTTensorImpl"
 DYNAMIC = "torchao.quantization.linear_activation_quantized_tensor.LinearActivationQuantizedTensor"
+FPX = "torchao.dtypes.fpx.fpx.FpxTensorCoreAQTLayout"
+FPX_LAYOUT = "torchao.dtypes.fpx.fpx.FpxTensorCoreLayoutType"
 LAYOUTS = {PLAIN: "torchao.dtypes.utils.PlainLayout", FLOAT8: "torchao.dtypes.floatx.float8_layout.Float8Layout"}
 
 
@@ -35,13 +37,13 @@ class Wrapper(torch.Tensor):
 
 @contextlib.contextmanager
 def old_names(*dotted: str) -> Iterator[Mapping[str, Any]]:
-    """Classes of these names, where pickle looks for them: tensors, and layouts (``…Layout``), which are plain."""
+    """Classes of these names, where pickle looks for them: tensors, and layouts, which are plain."""
     made: dict[str, Any] = {}
     before = {name: sys.modules.get(name) for name in {item.rpartition(".")[0] for item in dotted}}
     try:
         for item in dotted:
             module, _, name = item.rpartition(".")
-            bases = (object,) if name.endswith("Layout") else (Wrapper,)
+            bases = (Wrapper,) if name.endswith(("Tensor", "Impl", "AQTLayout")) else (object,)
             made[item] = type(name, bases, {"__module__": module, "__qualname__": name})
             if module not in sys.modules or before[module] is sys.modules[module]:
                 stand_in = types.ModuleType(module)
@@ -64,6 +66,18 @@ def wrap(kind: Any, shape: tuple[int, ...], dtype: torch.dtype, **attributes: An
     made = torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype)
     made.__dict__.update(attributes)
     return made
+
+
+def save_fp6(state: Mapping[str, Any], path: Path, name: str, packed: torch.Tensor, scale: torch.Tensor) -> None:
+    """Save a state dict with one weight in float6 (e3m2), as torchao 0.5 had it."""
+    with old_names(AFFINE, FPX, FPX_LAYOUT) as names:
+        layout = names[FPX_LAYOUT]()
+        layout.ebits, layout.mbits = 3, 2
+        shape, dtype = tuple(state[name].shape), state[name].dtype
+        impl = wrap(names[FPX], shape, torch.uint8, packed_fpx_data=packed, scale=scale, layout_type=layout)
+        settings = {"block_size": [shape[0], 1], "quant_min": None, "quant_max": None, "zero_point_domain": None}
+        made = wrap(names[AFFINE], shape, dtype, layout_tensor=impl, **settings)
+        torch.save({**state, name: made}, path)
 
 
 def save_old(state: Mapping[str, torch.Tensor], path: Path, quantized: frozenset[str], **options: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import build_llama, llama_tensors
-from helpers.old_torchao import save_old
+from helpers.old_torchao import save_fp6, save_old
 from safetensors.torch import load_file
 
 import aoconvert
@@ -21,6 +21,8 @@ from aoconvert.errors import PlanError, UsageError
 from aoconvert.rewriting.migrate_types import CannotMigrate, SchemeName, read_meta
 from aoconvert.rewriting.old_file import OldFile
 from aoconvert.rewriting.old_torchao.decide import decide
+from aoconvert.schemes import floatx_packing
+from aoconvert.schemes.tensors import take_apart
 
 LEGACY = Path(__file__).parents[1] / "fixtures" / "legacy"
 DIFFUSERS = LEGACY / "diffusers-0.33.1-torchao-0.10.0"
@@ -56,7 +58,17 @@ CARRIED |= {
     "torchao-0.15.0/float8dq_e4m3_perrow_v2": ("Float8Tensor", SchemeName("float8dq_row")),
     "torchao-0.17.0/int8dq_v2": ("Int8Tensor", SchemeName("int8dq")),
 }
-DEQUANTIZED = {"torchao-0.10.0/uint4wo_g64_hqq": "its zero points are values"}
+DEQUANTIZED = {
+    "torchao-0.10.0/uint4wo_g64_hqq": "its zero points are values",
+    "torchao-0.10.0/nf4_b64": "torchao has no config for NF4",
+    "torchao-0.5.0/fp6_e3m2": "torchao has no class for floats of 6 bits any more",
+}
+# packed int4: class of today, layout device, packing; the truth is in the weight's dtype, with two roundings
+PACKED = {
+    "torchao-0.10.0/int4wo_cpu_g32": ("Int4OpaqueTensor", "cpu", "opaque_avx512"),
+    "torchao-0.14.1/int4wo_v2_opaque_g32": ("Int4OpaqueTensor", "cpu", "opaque_avx512"),
+    "torchao-0.13.0/int4wo_tiled_g32": ("Int4TilePackedTo4dTensor", "cuda", None),
+}
 
 
 def quantized(folder: str) -> Any:
@@ -121,6 +133,63 @@ def test_what_has_no_class_today_is_dequantized(folder: str) -> None:
             made = outcome.make(file.read)
             assert type(made) is torch.Tensor
             assert torch.equal(bits(made), bits(truth[name]))
+
+
+@pytest.mark.parametrize("folder", PACKED)
+def test_packed_int4_keeps_its_bytes(folder: str) -> None:
+    """They mean what the old release computed with them: codes and scales, by torchao's own arithmetic."""
+    from torchao.quantization.quant_primitives import _dequantize_affine_tinygemm
+
+    kind, device, packing = PACKED[folder]
+    with OldFile(LEGACY / folder / "model.bin") as file:
+        truth, source = (LEGACY / folder / f"{name}.safetensors" for name in ("dequant", "source"))
+        values = load_file(truth) if truth.exists() else {}
+        for name, tensor in file.tensors.items():
+            if tensor.data is not None:
+                continue
+            outcome = decide(tensor, file.read, "avx512")
+            made: Any = outcome.make(file.read)
+            assert (type(made).__name__, outcome.packing) == (kind, packing)
+            assert outcome.scheme == SchemeName("int4wo", 32, layout_device=device)
+            parts = take_apart(made, "avx512" if device == "cpu" else None)
+            found = _dequantize_affine_tinygemm(
+                parts.codes, (1, 32), parts.scale.contiguous(), parts.zero.contiguous(), torch.uint8, 0, 15,
+                output_dtype=made.dtype,
+            )  # fmt: skip
+            if name in values:
+                assert torch.equal(bits(found), bits(values[name]))
+            else:
+                assert folder.startswith("torchao-0.14.1"), "the one release that could not compute it"
+    assert not source.exists()
+
+
+@pytest.mark.parametrize("folder", [folder for folder, (_, device, _) in PACKED.items() if device == "cpu"])
+def test_packed_for_a_cpu_that_nobody_names(folder: str) -> None:
+    with OldFile(LEGACY / folder / "model.bin") as file:
+        tensor = next(tensor for tensor in file.tensors.values() if tensor.data is None)
+        with pytest.raises(CannotMigrate, match="the packing depends on the machine that packed it") as caught:
+            decide(tensor, file.read)
+    assert caught.value.hint is not None
+    assert "--packed-on avx512, avx2 or generic" in caught.value.hint
+
+
+@pytest.mark.parametrize("bits_", range(3, 8))
+def test_floats_of_few_bits_in_their_tiles(bits_: int) -> None:
+    """Each value once, at its place: a packed matrix with a single value in it holds that value there alone."""
+    torch.manual_seed(bits_)
+    packed = torch.randint(0, 256, (128, 128 * bits_ // 8), dtype=torch.uint8)
+    values = floatx_packing.unpack(packed, bits_)
+    assert (values.shape, int(values.max()) >> bits_) == ((128, 128), 0)
+    set_bits = sum(((values >> bit) & 1).sum() for bit in range(bits_))
+    assert set_bits == sum(((packed >> bit) & 1).sum() for bit in range(8))
+    seen = torch.zeros(128, 128, dtype=torch.int32)
+    for place in range(0, packed.numel(), 97):
+        one = torch.zeros_like(packed).flatten()
+        one[place] = 255
+        seen += (floatx_packing.unpack(one.view_as(packed), bits_) != 0).int()
+    assert int(seen.max()) <= bits_
+    with pytest.raises(ValueError, match="does not hold values of"):
+        floatx_packing.unpack(packed[:, :-1], bits_)
 
 
 # --- whole folders
@@ -253,6 +322,52 @@ def test_only_the_quantized_part_of_a_pipeline_is_written_anew(pipeline: Path, t
     kinds = {name: type(value).__name__ for name, value in pipe.transformer.state_dict().items()}
     assert {name for name, kind in kinds.items() if kind == "Int8Tensor"} == names
     assert aoconvert.verify(done.output, reload=False).ok
+
+
+def old_fp6(folder: Path) -> Path:
+    """A Llama with its feed-forward weights in float6, whose codes are taken from a file of torchao 0.5."""
+    with OldFile(LEGACY / "torchao-0.5.0" / "fp6_e3m2" / "model.bin") as file:
+        weight = next(tensor for tensor in file.tensors.values() if tensor.data is None)
+        impl = weight.inner["layout_tensor"]
+        packed, scale = file.read(impl.inner["packed_fpx_data"]), file.read(impl.inner["scale"])
+    rows, columns = weight.shape
+    shape = {"hidden_size": columns, "intermediate_size": rows, "num_hidden_layers": 1}
+    build_llama(folder, **shape)
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao", "quant_type": "fpx_weight_only"}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_fp6(tensors, folder / "pytorch_model.bin", "model.layers.0.mlp.gate_proj.weight", packed, scale)
+    return folder
+
+
+def test_what_has_no_class_is_quantized_again_only_when_asked_to(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source, name = old_fp6(tmp_path / "old"), "model.layers.0.mlp.gate_proj.weight"
+    truth = load_file(LEGACY / "torchao-0.5.0" / "fp6_e3m2" / "dequant.safetensors")
+    plain = aoconvert.migrate(source, output=tmp_path / "plain")
+    [item] = plain.deviations
+    assert (plain.counts["dequantized"], plain.counts["requantized"]) == (1, 0)
+    assert (item.name, item.max_abs_error) == (name, 0.0)
+    weight = torch.load(plain.output / "pytorch_model.bin", weights_only=True)[name]
+    assert any(torch.equal(bits(weight), bits(value)) for value in truth.values())
+    assert "quantization_config" not in json.loads((plain.output / "config.json").read_text())
+    assert "its weights in bfloat16, dequantized from an old checkpoint" in aoconvert.card(plain.output).text
+    assert aoconvert.verify(plain.output, reload=False).ok
+    opened = AutoModelForCausalLM.from_pretrained(plain.output)
+    assert torch.equal(opened.state_dict()[name], weight)
+
+    again = aoconvert.migrate(source, output=tmp_path / "again", then="int8wo")
+    [item] = again.deviations
+    assert (again.counts["dequantized"], again.counts["requantized"]) == (0, 1)
+    made: Any = torch.load(again.output / "pytorch_model.bin", weights_only=True)[name]
+    assert torch.equal(made.qdata, schemes.get("int8wo").quantize(weight).qdata)  # type: ignore[attr-defined]
+    assert item.max_abs_error == float((made.dequantize().float() - weight.float()).abs().max()) > 0
+    assert again.manifest.run.command == "aoconvert migrate old --then int8wo"
+    assert again.manifest.components[0].scheme == "int8wo"
+    assert "1 tensor quantized again" in aoconvert.card(again.output).text
 
 
 # --- what cannot be

@@ -11,6 +11,7 @@ from aoconvert.rewriting.migrate_types import CannotMigrate, Outcome, Read
 from aoconvert.rewriting.old_torchao.activations import NO_ACTIVATIONS, Activations, last_name, unwrap
 from aoconvert.rewriting.old_torchao.floats import float8
 from aoconvert.rewriting.old_torchao.integers import int4_packed, plain, uintx
+from aoconvert.rewriting.old_torchao.packed import floatx, int4_cpu, int4_opaque, nf4, tiled
 from aoconvert.rewriting.old_torchao.todays import todays
 from aoconvert.rewriting.old_torchao.weight import AGAIN, Weight
 
@@ -20,6 +21,10 @@ _AFFINE: Mapping[str, Callable[[Weight, Activations], Outcome]] = {
     "UintxAQT": uintx,
     "Int4Packed": int4_packed,
     "Float8AQT": float8,
+    "TensorCoreTiledAQT": tiled,
+    "Int4CPUAQT": int4_cpu,
+    "FpxTensorCoreAQT": floatx,
+    "FloatxTensorCoreAQT": floatx,
 }
 """By the implementation's name, without ``Layout`` (up to torchao 0.6.1) or ``TensorImpl``."""
 
@@ -48,6 +53,10 @@ def decide(tensor: BinTensor, read: Read, packed_on: str | None = None) -> Outco
         raise CannotMigrate(f"a {name} within a {last_name(tensor.class_name)} is not known")
     if (outcome := todays(weight, read)) is not None:
         return outcome
+    if name == "Int4OpaqueTensor":
+        return int4_opaque(weight, packed_on)
+    if name == "NF4Tensor":
+        return nf4(weight)
     raise _unknown(name)
 
 

@@ -12,6 +12,7 @@ from aoconvert.errors import AoconvertError
 from aoconvert.formats.digest import FileDigest, damaged_in_cache
 from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.inspection.compat import short, written
+from aoconvert.inspection.release_names import RELEASES
 from aoconvert.inspection.scheme import scheme_of
 from aoconvert.rewriting.migrate_types import CannotMigrate, Kind, OldTensor, read_meta
 from aoconvert.rewriting.old_file import OldFile, place_of
@@ -19,6 +20,8 @@ from aoconvert.rewriting.old_torchao.activations import last_name
 from aoconvert.rewriting.old_torchao.decide import decide
 from aoconvert.rewriting.old_torchao.todays import is_todays
 from aoconvert.sources import Source
+
+BROKEN = "torchao 0.8 and 0.9 wrote broken int4 weights for the CPU where HQQ was on: compare the outputs"
 
 
 @dataclass
@@ -82,6 +85,9 @@ class TorchaoWeights:
         if span is not None:
             first, last = short(span[0]), short(span[1])
             self.written_by = f"torchao {first}" if first == last else f"torchao {first} to {last}"
+        broken = span is not None and span[0] <= RELEASES.index("0.9.0") and span[1] >= RELEASES.index("0.8.0")
+        if broken and any("Int4CPU" in name for name in names):
+            self.warnings.append(BROKEN)
 
     def _quantized(self, name: str, tensor: BinTensor, path: str, file: OldFile) -> OldTensor:
         outcome = decide(tensor, file.read, self.packed_on)
