@@ -2,7 +2,7 @@
 
 from aoconvert.originals.base import Original
 from aoconvert.originals.methods import dequantize, describe, is_quantized, refuse_unsupported, without_quantization
-from aoconvert.originals.reading import make_rows
+from aoconvert.originals.reading import make_rows, working_bytes
 
 __all__ = [
     "Original",
@@ -12,4 +12,5 @@ __all__ = [
     "make_rows",
     "refuse_unsupported",
     "without_quantization",
+    "working_bytes",
 ]

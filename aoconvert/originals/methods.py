@@ -43,9 +43,16 @@ def _compressed() -> Callable[[Sorted], str]:
     return sort
 
 
+def _mxfp4() -> Callable[[Sorted], str]:
+    from aoconvert.originals.mxfp4 import sort
+
+    return sort
+
+
 _METHODS: Mapping[str, _Method] = {
     "fp8": _Method("transformers", "transformers", _block_fp8),
     "compressed-tensors": _Method("compressed-tensors", "compressed_tensors", _compressed),
+    "mxfp4": _Method("transformers", "transformers", _mxfp4),
 }
 
 _ADVICE = {

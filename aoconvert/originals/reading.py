@@ -58,6 +58,14 @@ def make_rows(
     return result
 
 
+def working_bytes(tensor: SourceTensor) -> int:
+    """Host memory that is taken while a few rows are made: the parts, and what the library makes on the way."""
+    formula = tensor.formula
+    assert formula is not None
+    row = prod(tensor.shape[1:]) * 4
+    return 4 * max(BLOCK_BYTES, formula.unit * row)
+
+
 def _memory(shape: tuple[int, ...], dtype: torch.dtype, into: torch.Tensor | None) -> torch.Tensor:
     import torch
 

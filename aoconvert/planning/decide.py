@@ -11,6 +11,7 @@ from aoconvert.formats.dtypes import dtype_name
 from aoconvert.models import Skeleton, TensorSpec
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import MergeRecipe
+from aoconvert.originals import working_bytes
 from aoconvert.planning.choices import Choices, Wishes, choose_schemes
 from aoconvert.planning.source_checkpoint import SourceCheckpoint
 from aoconvert.planning.types import Action, LeftOut, TensorPlan
@@ -175,7 +176,7 @@ class _Decider:
             bytes_out=nbytes(self.outputs[spec.name]) if written else 0,
             origin=(origin.file, origin.name) if origin and written else None,
             sources=tuple((source.file, source.name) for source in recipe) if recipe and written else (),
-            working_bytes=recipe.working_bytes(spec.name, target) if recipe and written else 0,
+            working_bytes=_working_bytes(spec, recipe or origin, target) if written else 0,
             scheme=choice.scheme,
         )
 
@@ -302,6 +303,13 @@ class _Decider:
 def _dtype_read(tensor: SourceTensor, target: torch.dtype) -> torch.dtype:
     """The stored one; what is dequantized comes in the dtype that it will have, as the library casts it."""
     return tensor.dtype if tensor.formula is None else target
+
+
+def _working_bytes(spec: TensorSpec, made: MergeRecipe | SourceTensor | None, target: torch.dtype) -> int:
+    if isinstance(made, MergeRecipe):
+        parts = max((working_bytes(tensor) for tensor in made if tensor.formula is not None), default=0)
+        return made.working_bytes(spec.name, target) + parts
+    return working_bytes(made) if made is not None and made.formula is not None else 0
 
 
 def _bytes_in(spec: TensorSpec, found: torch.dtype, origin: SourceTensor | None) -> int:
