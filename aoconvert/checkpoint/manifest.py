@@ -227,7 +227,7 @@ class ComponentEntry(_Model):
         default=None, description="with several schemes: pattern of the FqnToConfig → scheme, null where it is skipped"
     )
     original: OriginalEntry | None = Field(
-        default=None, description="how the source was quantized already; null where it was not"
+        default=None, description="how the source was quantized already; absent where it was not"
     )
     migrated: MigratedEntry | None = Field(
         default=None,
@@ -340,9 +340,15 @@ def dump(manifest: Manifest) -> str:
     return encode(manifest).decode()
 
 
+# keys that are left out where there is nothing to say; the others of a model are always there
+_ONLY_IF_SET = frozenset({"original"})
+
+
 def _members(value: Any) -> dict[str, Any]:
     """One level of what JSON does not know: an entry or a model, with the keys that nobody here knows."""
-    return value.to_dict() if isinstance(value, Entry) else dict(value)
+    if isinstance(value, Entry):
+        return value.to_dict()
+    return {key: item for key, item in dict(value).items() if item is not None or key not in _ONLY_IF_SET}
 
 
 # by the SHA-256 of their text, as long as somebody uses them: push and card read the same one

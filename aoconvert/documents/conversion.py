@@ -50,7 +50,9 @@ class PlannedComponent(Document):
     class_name: str = Field(alias="class")
     scheme: str
     config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict")
-    original: OriginalEntry | None = Field(description="how the source is quantized already; null where it is not")
+    original: OriginalEntry | None = Field(
+        default=None, description="how the source is quantized already; absent where it is not"
+    )
     layout: LayoutEntry
     tensors: list[PlannedTensor]
     missing: list[LeftOutEntry] = Field(

@@ -49,9 +49,16 @@ def _mxfp4() -> Callable[[Sorted], str]:
     return sort
 
 
+def _bitsandbytes() -> Callable[[Sorted], str]:
+    from aoconvert.originals.bnb import sort
+
+    return sort
+
+
 _METHODS: Mapping[str, _Method] = {
     "fp8": _Method("transformers", "transformers", _block_fp8),
     "compressed-tensors": _Method("compressed-tensors", "compressed_tensors", _compressed),
+    "bitsandbytes": _Method("bitsandbytes", "bitsandbytes", _bitsandbytes),
     "mxfp4": _Method("transformers", "transformers", _mxfp4),
 }
 

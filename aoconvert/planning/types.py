@@ -360,7 +360,7 @@ def _component_dict(component: ComponentPlan, device: str) -> dict[str, Any]:
         "class": component.component.class_name,
         "scheme": component.scheme_name,
         "config": config_dict(component.config),
-        "original": asdict(component.original) if component.original is not None else None,
+        **({"original": asdict(component.original)} if component.original is not None else {}),
         "layout": layout_dict(component.layout, component.unconfirmed),
         "tensors": [
             {
