@@ -305,11 +305,12 @@ def _dtype_read(tensor: SourceTensor, target: torch.dtype) -> torch.dtype:
     return tensor.dtype if tensor.formula is None else target
 
 
-def _working_bytes(spec: TensorSpec, made: MergeRecipe | SourceTensor | None, target: torch.dtype) -> int:
-    if isinstance(made, MergeRecipe):
-        parts = max((working_bytes(tensor) for tensor in made if tensor.formula is not None), default=0)
-        return made.working_bytes(spec.name, target) + parts
-    return working_bytes(made) if made is not None and made.formula is not None else 0
+def _working_bytes(spec: TensorSpec, made: Recipe | SourceTensor | None, target: torch.dtype) -> int:
+    """Host memory that is taken while a tensor is merged, and while its parts are dequantized."""
+    if made is None or isinstance(made, SourceTensor):
+        return working_bytes(made) if made is not None and made.formula is not None else 0
+    parts = max((working_bytes(tensor) for tensor in made if tensor.formula is not None), default=0)
+    return made.working_bytes(spec.name, target) + parts
 
 
 def _bytes_in(spec: TensorSpec, found: torch.dtype, origin: SourceTensor | None) -> int:
