@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from aoconvert.comparison.opening import Side, SidePart, open_side
+from aoconvert.comparison.originals import as_named
 from aoconvert.comparison.reading import OpenFiles
 from aoconvert.comparison.tensors import Leaf, StoredTensor, is_codes
 from aoconvert.comparison.today import as_today, is_old
@@ -42,7 +43,11 @@ def compare(a: str, b: str, hub: HubOptions = DEFAULT_HUB, progress: Progress | 
         comparing = _Comparing(files, progress)
         progress.start("compare", sum(_shared_bytes(*pair) for pair in pairs.values()))
         for name, (first, second) in pairs.items():
-            comparing.add(f"{name}/" if name else "", first, second)
+            with (
+                as_named(sides[1], second, sides[0], first, hub) as one,
+                as_named(sides[0], first, sides[1], second, hub) as other,
+            ):
+                comparing.add(f"{name}/" if name else "", one, other)
         progress.finish()
     return Comparison(
         comparing.same,
@@ -109,6 +114,8 @@ class _Comparing:
             self.progress.advance(a.tensors[name].nbytes, name)
         self._add_missing(prefix, a.tensors, set(both), self.only_a)
         self._add_missing(prefix, b.tensors, set(both), self.only_b)
+        self.only_a += [prefix + name for name in a.dropped]
+        self.only_b += [prefix + name for name in b.dropped]
 
     def _add_missing(self, prefix: str, tensors: Mapping[str, StoredTensor], both: set[str], only: list[str]) -> None:
         """Names that one side has; those whose very bytes have a name on both sides are tied to it."""

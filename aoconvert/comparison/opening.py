@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
 from aoconvert.comparison.tensors import StoredTensor, read_tensors
 from aoconvert.errors import AoconvertError, SourceError, UnsafeFileError
 from aoconvert.inspection.inspect import find, inspect_source
@@ -26,20 +27,38 @@ class SidePart:
     Attributes:
         class_name: of the model; ``None`` where no config says it.
         tensors: by name.
-        packing: the CPU's layout of its int4 weights, where a manifest says it.
+        entry: what a manifest says of it.
+        dropped: names beside these that a source has and its checkpoint does not.
     """
 
     class_name: str | None
     tensors: Mapping[str, StoredTensor] = field(repr=False)
-    packing: str | None = None
+    entry: ComponentEntry | None = field(default=None, repr=False)
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def packing(self) -> str | None:
+        """The CPU's layout of its int4 weights, where a manifest says it."""
+        return int4.cpu_layout(self.entry.layout.packing) if self.entry is not None else None
 
 
 @dataclass(frozen=True)
 class Side:
-    """A checkpoint or a source. ``parts`` are its models by name, ``""`` for one by itself."""
+    """A checkpoint or a source.
+
+    Attributes:
+        label: as it was asked for.
+        source: that holds it.
+        parts: its models by name, ``""`` for one by itself.
+        is_file: it is one weights file.
+        manifest: of a checkpoint by aoconvert.
+    """
 
     label: str
+    source: Source
     parts: Mapping[str, SidePart]
+    is_file: bool = False
+    manifest: Manifest | None = field(default=None, repr=False)
 
     @property
     def single(self) -> SidePart | None:
@@ -67,12 +86,20 @@ def open_side(reference: str, hub: HubOptions, progress: Progress) -> Side:
     for part in found.components:
         _refuse_other_formats(reference, part)
     _fetch(source, found.components, progress)
-    packings = _packings(source)
-    parts = {
-        part.name: SidePart(part.class_name, _tensors(source, part), packings.get(part.name))
-        for part in found.components
-    }
-    return Side(reference, parts)
+    manifest = _find_manifest(source)
+    entries = {entry.name: entry for entry in manifest.components} if manifest is not None else {}
+    parts = {}
+    for part in found.components:
+        # a component that was written without its pipeline has the name that it had there
+        entry = entries.get(part.name) or (next(iter(entries.values())) if entries and not part.name else None)
+        listed = entry if entry is not None and _lists(entry, part) else None
+        parts[part.name] = SidePart(part.class_name, _tensors(source, part), listed)
+    return Side(reference, source, parts, name is not None, manifest)
+
+
+def _lists(entry: ComponentEntry, part: Component) -> bool:
+    """Whether a manifest speaks of the files of a part."""
+    return {file.path for file in part.files} <= {file.path for file in entry.files}
 
 
 def _refuse_other_formats(reference: str, part: Component) -> None:
@@ -114,10 +141,9 @@ def _tensors(source: Source, part: Component) -> dict[str, StoredTensor]:
     return found
 
 
-def _packings(source: Source) -> dict[str, str | None]:
-    """The CPU's layout of each component, by the manifest; one that cannot be read says nothing."""
+def _find_manifest(source: Source) -> Manifest | None:
+    """The manifest beside the weights; one that cannot be read says nothing."""
     if source.is_local(manifests.MANIFEST_NAME):
         with suppress(AoconvertError):
-            entries = manifests.load(source.root).components
-            return {entry.name: int4.cpu_layout(entry.layout.packing) for entry in entries}
-    return {}
+            return manifests.load(source.root)
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,13 @@ class HeldLeaf(Leaf):
     """An array that is in memory, not in a file."""
 
     data: torch.Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+
+
+@dataclass(frozen=True)
+class ReadLeaf(Leaf):
+    """An array that somebody else reads: all of it, or its rows (start, stop)."""
+
+    source: Callable[[tuple[int, int] | None], torch.Tensor] = field(compare=False)
 
 
 def hold(tensor: torch.Tensor) -> HeldLeaf:
@@ -53,6 +60,10 @@ class OpenFiles:
         Raises:
             ReadError: the disk fails, or the file changed.
         """
+        if isinstance(leaf, HeldLeaf):
+            return leaf.data
+        if isinstance(leaf, ReadLeaf):
+            return leaf.source(None).contiguous()
         last = sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride, strict=True))
         width = _dtype(leaf).itemsize
         data = self._bytes(leaf, 0, (last + 1) * width if leaf.nbytes else 0)
@@ -60,7 +71,9 @@ class OpenFiles:
 
     def read_rows(self, leaf: Leaf, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` (dimension 0) of an array; as ``read``."""
-        if not leaf.in_order:
+        if isinstance(leaf, ReadLeaf):
+            return leaf.source((start, stop)).contiguous()
+        if isinstance(leaf, HeldLeaf) or not leaf.in_order:
             return self.read(leaf)[start:stop]
         row = leaf.nbytes // leaf.shape[0]
         data = self._bytes(leaf, start * row, (stop - start) * row)
@@ -75,17 +88,17 @@ class OpenFiles:
         return not self.read(leaf).any()
 
     def _pairs(self, a: Leaf, b: Leaf) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The bytes of both in row-major order, a chunk at a time."""
-        if not (a.in_order and b.in_order):
+        """The bytes of both in row-major order, some rows at a time."""
+        if not (a.in_order and b.in_order) or not a.shape or not a.nbytes:
             yield _as_bytes(self.read(a)), _as_bytes(self.read(b))
             return
-        for start in range(0, a.nbytes, CHUNK):
-            count = min(CHUNK, a.nbytes - start)
-            yield self._bytes(a, start, count), self._bytes(b, start, count)
+        rows = a.shape[0]
+        step = max(1, CHUNK * rows // a.nbytes)
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            yield _as_bytes(self.read_rows(a, start, stop)), _as_bytes(self.read_rows(b, start, stop))
 
     def _bytes(self, leaf: Leaf, start: int, count: int) -> torch.Tensor:
-        if isinstance(leaf, HeldLeaf):
-            return _as_bytes(leaf.data)[start : start + count]
         if leaf.file not in self._open:
             self._open[leaf.file] = open_file(leaf.file)
         return read_bytes(self._open[leaf.file], leaf.offset + start, count, leaf.file.name)

@@ -54,7 +54,7 @@ class Leaf:
         """Whether its elements lie in row-major order, one after the other."""
         return all(
             size == 1 or step == wanted
-            for size, step, wanted in zip(self.shape, self.stride, _row_major(self.shape), strict=True)
+            for size, step, wanted in zip(self.shape, self.stride, row_major(self.shape), strict=True)
         )
 
 
@@ -205,8 +205,9 @@ def _leaf_of_entry(entry: HeaderEntry, path: Path) -> Leaf:
     if entry.dtype not in DTYPES:  # torch has no such numbers: their bytes are compared
         return Leaf(path, entry.dtype, (entry.end - entry.begin,), entry.begin, entry.end - entry.begin, (1,))
     nbytes = entry.end - entry.begin
-    return Leaf(path, DTYPES[entry.dtype][0], entry.shape, entry.begin, nbytes, _row_major(entry.shape))
+    return Leaf(path, DTYPES[entry.dtype][0], entry.shape, entry.begin, nbytes, row_major(entry.shape))
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of elements that lie one after the other."""
     return tuple(math.prod(shape[at + 1 :]) for at in range(len(shape)))

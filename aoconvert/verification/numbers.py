@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from aoconvert.errors import SourceError
 from aoconvert.options import make_options
 from aoconvert.planning import Plan
 from aoconvert.planning.build import build_plan
+from aoconvert.planning.types import ComponentPlan
 from aoconvert.schemes import int4
 from aoconvert.schemes.error_stats import ErrorStats
 from aoconvert.schemes.tensors import dequantize
@@ -63,16 +65,34 @@ def _originals(
     source: Source, part: Part, entry: ComponentEntry, state: Mapping[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The source's tensors under the names that the checkpoint has for them."""
+    with open_originals(source, part, entry, state) as (component, reading):
+        for tensor in component.tensors:
+            if tensor.action != "tied" and tensor.name in state:
+                yield tensor.name, reading.read(tensor, None, None)
+
+
+@contextlib.contextmanager
+def open_originals(
+    source: Source, part: Part, entry: ComponentEntry, names: Container[str]
+) -> Iterator[tuple[ComponentPlan, ComponentReading]]:
+    """A plan that has the source's tensors under the names that the checkpoint has for them, and what reads them.
+
+    Args:
+        source: the original.
+        part, entry: a part of the checkpoint, and what its manifest says of it.
+        names: that are asked for: one that is tied in the source is read where it is among them.
+
+    Raises:
+        SourceError, PlanError: the source is another model.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         plan = _reading_plan(source, Path(scratch), part, entry, untie=False)
-        if any(tensor.action == "tied" and tensor.name in state for tensor in plan.components[0].tensors):
+        if any(tensor.action == "tied" and tensor.name in names for tensor in plan.components[0].tensors):
             plan = _reading_plan(source, Path(scratch), part, entry, untie=True)
         plan.source.fetch(plan.fetch)
         [component] = plan.components
         with ComponentReading(component, plan, Path(scratch)) as reading:
-            for tensor in component.tensors:
-                if tensor.action != "tied" and tensor.name in state:
-                    yield tensor.name, reading.read(tensor, None, None)
+            yield component, reading
 
 
 def _reading_plan(source: Source, scratch: Path, part: Part, entry: ComponentEntry, *, untie: bool) -> Plan:

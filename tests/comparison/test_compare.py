@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import converted
 from helpers.checkpoints import build_llama, llama, llama_tensors, pipeline, shard
 from safetensors.torch import load_file, save_file
 
@@ -208,6 +209,31 @@ def test_a_checkpoint_and_its_source(llama: Path, tmp_path: Path) -> None:
     assert {item.what for item in found.different} == {"class"}
     assert found.same == len(entries) - len(stated)
     assert not found.only_a + found.only_b
+
+
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3-moe", marks=pytest.mark.exhaustive)])
+def test_a_source_that_the_library_merges(name: str, tmp_path: Path) -> None:
+    """Experts that lie apart in the source are one tensor in the checkpoint: it is compared as the library loads it."""
+    converted.build(name, tmp_path / "source")
+    scheme, output = "int8wo", tmp_path / "out"
+    made = aoconvert.quantize(tmp_path / "source", scheme, output=output, device="cpu", min_quantized=0.0)
+    entries = {entry.name: entry for entry in made.manifest.components[0].tensors if entry.action != "tied"}
+    stated = {key: entry.sqnr_db for key, entry in entries.items() if entry.action == "quantize"}
+    assert set(load_file(next((tmp_path / "source").glob("*.safetensors")))) != set(entries)
+    for sides in ((output, tmp_path / "source"), (tmp_path / "source", output)):
+        found = aoconvert.diff(*sides)
+        assert (found.only_a, found.only_b) == ((), ())
+        assert {item.name: item.sqnr_db for item in found.different} == pytest.approx(stated, abs=2e-4)
+        assert found.same == len(entries) - len(stated)
+
+
+def test_another_model_is_no_source(llama: Path, tmp_path: Path) -> None:
+    """It is compared all the same, tensor by tensor."""
+    aoconvert.quantize(llama, "int8wo", output=tmp_path / "out", device="cpu")
+    converted.build("olmoe", tmp_path / "other")
+    found = aoconvert.diff(tmp_path / "out", tmp_path / "other")
+    assert "model.layers.0.mlp.gate_proj.weight" in found.only_a
+    assert "model.layers.0.mlp.experts.gate_up_proj" in found.only_b
 
 
 def test_pipelines_and_their_parts(pipeline: Path, tmp_path: Path) -> None:
