@@ -12,7 +12,7 @@ from aoconvert.cards.layers import role
 from aoconvert.cards.markdown import Md, code, text
 from aoconvert.cards.reproduce import ranges
 from aoconvert.checkpoint.checkpoint import Checkpoint
-from aoconvert.checkpoint.manifest import ComponentEntry, TensorEntry
+from aoconvert.checkpoint.manifest import ComponentEntry, Manifest, TensorEntry
 from aoconvert.checkpoint.report import Strategy
 from aoconvert.inspection.compat import short
 from aoconvert.inspection.release_names import RELEASES
@@ -82,14 +82,13 @@ _CODE = (
 _BOT = "a bot of the Hub may offer a safetensors variant of these weights. It loses the quantization: do not merge it."
 
 
-def limits(target: Checkpoint, strategy: Strategy) -> list[dict[str, Md]]:
+def limits(target: Checkpoint, manifest: Manifest, strategy: Strategy) -> list[dict[str, Md]]:
     """``title`` and ``text`` of each."""
-    return [{"title": Md(title), "text": Md(line)} for title, line in _limits(target, strategy)]
+    return [{"title": Md(title), "text": Md(line)} for title, line in _limits(target, manifest, strategy)]
 
 
-def _limits(target: Checkpoint, strategy: Strategy) -> Iterable[tuple[str, str]]:
-    assert target.manifest is not None
-    components = target.manifest.components
+def _limits(target: Checkpoint, manifest: Manifest, strategy: Strategy) -> Iterable[tuple[str, str]]:
+    components = manifest.components
     tensors = [tensor for entry in components for tensor in entry.tensors if tensor.action == "quantize"]
     classes = {class_named(tensor.class_name).name for tensor in tensors}
     used = [known for name, known in CLASSES.items() if name in classes]
@@ -108,8 +107,8 @@ def _limits(target: Checkpoint, strategy: Strategy) -> Iterable[tuple[str, str]]
         yield "torchao", _BIN.format(known=known)
     if any(known.byte_per_value for known in used) or any(entry.padded for entry in entries):
         yield "size", _BYTES
-    yield from _of_layout(target)
-    yield from _of_layers(target, tensors, {entry.zero_input for entry in entries} - {None})
+    yield from _of_layout(components)
+    yield from _of_layers(target, manifest, tensors, {entry.zero_input for entry in entries} - {None})
     yield from _of_source(components)
     yield "LoRA", _LORA
     if target.kind == "transformers":
@@ -120,9 +119,8 @@ def _limits(target: Checkpoint, strategy: Strategy) -> Iterable[tuple[str, str]]
         yield "offload", _OFFLOAD_DIFFUSERS
 
 
-def _of_layout(target: Checkpoint) -> Iterable[tuple[str, str]]:
-    assert target.manifest is not None
-    for layout in [entry.layout for entry in target.manifest.components]:
+def _of_layout(components: Sequence[ComponentEntry]) -> Iterable[tuple[str, str]]:
+    for layout in [entry.layout for entry in components]:
         if layout.unconfirmed is not None:
             yield "layout", _UNCONFIRMED.format(why=text(layout.unconfirmed))
         if (cpu := int4.cpu_layout(layout.packing)) is not None:
@@ -135,8 +133,9 @@ def _entries(tensors: Sequence[TensorEntry]) -> list[SchemeEntry]:
     return [entry for entry in catalogue() if entry.name in names]
 
 
-def _of_layers(target: Checkpoint, tensors: Sequence[TensorEntry], zeros: Set[str | None]) -> Iterable[tuple[str, str]]:
-    assert target.manifest is not None
+def _of_layers(
+    target: Checkpoint, manifest: Manifest, tensors: Sequence[TensorEntry], zeros: Set[str | None]
+) -> Iterable[tuple[str, str]]:
     if repaired := sum(tensor.repaired_rows for tensor in tensors):
         yield "zeros", _ZEROS.format(count=repaired, rows="row was" if repaired == 1 else "rows were")
     if zeros:  # the smallest that is lost
@@ -147,11 +146,11 @@ def _of_layers(target: Checkpoint, tensors: Sequence[TensorEntry], zeros: Set[st
         names = {tensor.name for tensor in tensors}
         tied = any(
             tensor.action == "tied" and tensor.name not in names
-            for entry in target.manifest.components
+            for entry in manifest.components
             for tensor in entry.tensors
         )
         yield "embeddings", _EMBEDDINGS.format(shared=", with the output head that is tied to them" if tied else "")
-    if "--untie" in target.manifest.run.command.split():
+    if "--untie" in manifest.run.command.split():
         yield "ties", _UNTIED
     if target.fused:
         yield "fused", _FUSED
@@ -185,11 +184,10 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(code(name) for name in names[:3]) + more
 
 
-def hardware(target: Checkpoint) -> Md:
+def hardware(components: Sequence[ComponentEntry]) -> Md:
     """What the packed weights are made for."""
-    assert target.manifest is not None
     lines = []
-    for entry in target.manifest.components:
+    for entry in components:
         layout = entry.layout
         least = ".".join(map(str, layout.min_capability or []))
         needs = f", compute capability {least} or higher" if least else ""

@@ -60,20 +60,20 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     front, warnings = front_matter(manifest, library, options.license, options.metadata)
     header = to_yaml(front)
     picture = draw([(entry.name, layers(entry)) for entry in manifest.components])
-    proof = prove(folder, target)
+    proof = prove(folder, target, manifest)
     parts = [describe(entry) for entry in manifest.components]
     values = {
-        **_what(target, folder, repo_id),
+        **_what(target, manifest, folder, repo_id),
         "license": shown_license(manifest, front),
         "license_url": front.get("license_link") if is_page(front.get("license_link")) else None,
         "picture": PICTURE_NAME if picture is not None else None,
-        "code": _code(target, proof, repo_id or str(folder), hub=repo_id is not None, revision=revision),
+        "code": _code(target, manifest, proof, repo_id or str(folder), hub=repo_id is not None, revision=revision),
         "proof": _proof(proof),
         "components": parts,
         "sizes": _sizes(manifest),
-        "hardware": hardware(target),
+        "hardware": hardware(manifest.components),
         "needs": list(dict.fromkeys((item["package"], item["range"]) for part in parts for item in part["loads_with"])),
-        "limits": limits(target, proof.strategy),
+        "limits": limits(target, manifest, proof.strategy),
         "verify": shlex.join(
             ["aoconvert", "verify", repo_id or argument(str(folder)), *(["--revision", revision] if revision else [])]
         ),
@@ -83,9 +83,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     return Card(seal(text), picture, warnings)
 
 
-def _what(target: Checkpoint, folder: Path, repo_id: str | None) -> dict[str, Any]:
-    manifest = target.manifest
-    assert manifest is not None
+def _what(target: Checkpoint, manifest: Manifest, folder: Path, repo_id: str | None) -> dict[str, Any]:
     schemes = list(dict.fromkeys(name for entry in manifest.components for name in entry.scheme.split("+")))
     name = (repo_id or manifest.source.repo_id or "").rpartition("/")[2]
     title = name if repo_id else f"{name or target.class_name} {', '.join(schemes)}"
@@ -99,7 +97,9 @@ def _what(target: Checkpoint, folder: Path, repo_id: str | None) -> dict[str, An
     }
 
 
-def _code(target: Checkpoint, proof: Proof, place: str, *, hub: bool, revision: str | None) -> dict[str, Any]:
+def _code(
+    target: Checkpoint, manifest: Manifest, proof: Proof, place: str, *, hub: bool, revision: str | None
+) -> dict[str, Any]:
     usage = usage_code(target, place, revision=revision)
     names = _packages(target, proof.strategy)
     return {
@@ -108,7 +108,7 @@ def _code(target: Checkpoint, proof: Proof, place: str, *, hub: bool, revision: 
         "to_device": f"{'pipe' if target.kind == 'pipeline' else 'model'}.to({code_device(target)!r})",
         "strategy": proof.strategy,
         "packages": names,
-        "install": _install(target, names, proof, usage_packages(usage)),
+        "install": _install(manifest, names, proof, usage_packages(usage)),
     }
 
 
@@ -123,10 +123,8 @@ def _packages(target: Checkpoint, strategy: Strategy) -> list[str]:
     return names
 
 
-def _install(target: Checkpoint, names: list[str], proof: Proof, more: tuple[str, ...]) -> str:
+def _install(manifest: Manifest, names: list[str], proof: Proof, more: tuple[str, ...]) -> str:
     """``pip install`` for a shell, with the versions that opened the checkpoint, or else wrote it; ``more`` without."""
-    manifest = target.manifest
-    assert manifest is not None
     opened = dict(proof.versions) if proof.ok else {}
     words = [pin(name, opened.get(name) or getattr(manifest.environment, name)) for name in names]
     for entry in manifest.components:

@@ -12,7 +12,7 @@ from pathlib import Path
 from aoconvert.checkpoint.checkpoint import Checkpoint
 from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.load_code import code_device, code_sha256
-from aoconvert.checkpoint.manifest import MANIFEST_NAME
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, Manifest
 from aoconvert.checkpoint.report import Check, Report, Strategy, read_report
 from aoconvert.checkpoint.usage import usage_sha256
 
@@ -43,10 +43,9 @@ class Proof:
     not_run: str | None = None
 
 
-def prove(folder: Path, target: Checkpoint) -> Proof:
+def prove(folder: Path, target: Checkpoint, manifest: Manifest) -> Proof:
     """What the report in the folder says of its checkpoint."""
-    assert target.manifest is not None
-    ways = {entry.load.strategy for entry in target.manifest.components}
+    ways = {entry.load.strategy for entry in manifest.components}
     usual: Strategy = "assign" if "assign" in ways else "from-pretrained"
     try:
         report = read_report(folder)

@@ -91,10 +91,9 @@ def _scheme(pattern: str, config: Mapping[str, Any], entry: ComponentEntry) -> s
 
 def _granularities(entry: ComponentEntry) -> dict[str, str]:
     """What shares a scale, by scheme; several are joined."""
-    configs = [item for item in patterns(entry.config) if item[1] is not None] or [("", entry.config)]
+    stated = [(pattern, config) for pattern, config in patterns(entry.config) if config is not None]
     found: defaultdict[str, list[str]] = defaultdict(list)
-    for pattern, config in configs:
-        assert config is not None
+    for pattern, config in stated or [("", entry.config)]:
         name, scale = _scheme(pattern, config, entry), granularity(config)
         if name is not None and scale is not None and scale not in found[name]:
             found[name].append(scale)

@@ -191,7 +191,7 @@ def _open_again(folder: Path, job: Job, commit: str, progress: Progress) -> Repo
 
     total = sum(file.size for file in job.files)
     published = Published(job.repo_id, commit, job.options.branch, total, job.options.token)
-    claimed = prove(folder, from_manifest(folder, job.manifest)).example
+    claimed = prove(folder, from_manifest(folder, job.manifest), job.manifest).example
     return verify(folder, job.repo_id, VerifyOptions(example=claimed), progress, published=published)
 
 

@@ -86,10 +86,8 @@ def send(sending: Sending, first: BranchHead) -> CommitRef:
     Raises:
         HubError: the Hub said no, or it cannot be reached; the branch is unchanged, or holds everything.
     """
-    job, head, failure = sending.job, first, None
-    for attempt in range(TRIES):
-        if attempt:
-            head = _look_again(sending, first, failure, attempt)
+    job, head, attempt = sending.job, first, 1
+    while True:
         todo = changes(job, head)
         if todo.none and head.commit is not None and head.exists:
             return CommitRef(head.commit, head.pull_request)
@@ -97,13 +95,13 @@ def send(sending: Sending, first: BranchHead) -> CommitRef:
             _upload(sending, head, todo)
             info = _commit(sending, head, todo)
         except HubError as error:
-            if sending.state != _COMMITTING or not _may_try_again(error):
+            if sending.state != _COMMITTING or not _may_try_again(error) or attempt == TRIES:
                 raise
             failure = error
-            continue
-        return CommitRef(info.oid, info.pr_num if info.pr_num is not None else head.pull_request)
-    assert failure is not None
-    raise failure
+        else:
+            return CommitRef(info.oid, info.pr_num if info.pr_num is not None else head.pull_request)
+        head = _look_again(sending, first, failure, attempt)
+        attempt += 1
 
 
 _COMMITTING = "the commit had been requested, and may exist"
@@ -117,13 +115,12 @@ def _may_try_again(error: HubError) -> bool:
     return status in (408, 409, 412, 429) or status >= 500
 
 
-def _look_again(sending: Sending, first: BranchHead, failure: HubError | None, attempt: int) -> BranchHead:
+def _look_again(sending: Sending, first: BranchHead, failure: HubError, attempt: int) -> BranchHead:
     """The head after a commit that failed, or of which nobody knows.
 
     Raises:
         HubError: somebody else changed what this commit would change; or the Hub cannot be asked.
     """
-    assert failure is not None
     time.sleep(_wait(failure, attempt))
     try:
         head = find_head(sending.job)

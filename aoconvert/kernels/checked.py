@@ -59,7 +59,7 @@ class Checked:
             if not ErrorStats(done.signal, done.noise, done.largest).finite:
                 return None  # what becomes of NaN is nobody's promise; eager will say where it comes from
             if weight.shape[1] not in self._built:
-                self._check(weight, done)
+                self._check(self._kernel, weight, done)
         except (RuntimeError, _DifferenceError) as error:
             self._kernel = None
             _log.warning("the compiled kernel %s is no longer used: %s", self._scheme.name, error)
@@ -70,7 +70,7 @@ class Checked:
         tensor: torch.Tensor = kind.__tensor_unflatten__(parts, context, shape, stride)
         return tensor, ErrorStats(done.signal, done.noise, done.largest)
 
-    def _check(self, weight: torch.Tensor, done: library.Rows) -> None:
+    def _check(self, kernel: library.Kernel, weight: torch.Tensor, done: library.Rows) -> None:
         """Compare with eager, block by block."""
         rows, columns = weight.shape
         step = self._scheme.block(max(2, _CHECK // columns))
@@ -86,8 +86,7 @@ class Checked:
                 _compare(name, part[start * per_row : (start + len(block)) * per_row], expected)
             figures.add(block, quantized)
         if checked < rows:
-            assert self._kernel is not None
-            done = self._kernel.rows(weight[:checked])
+            done = kernel.rows(weight[:checked])
         _compare_figures(figures, done)
         self._built[columns] = type(quantized), names, context
 

@@ -34,7 +34,7 @@ def model_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
     diffusers = import_diffusers()
     component = locate(component)
     if component.module is not None:
-        cls = own_class(component, code_root=code_root)
+        cls = own_class(component, component.module, code_root=code_root)
     else:
         cls = getattr(diffusers, component.class_name, None)
     if hasattr(cls, "from_pretrained") and not hasattr(cls, "from_config"):
@@ -97,9 +97,7 @@ def skeleton(component: ModelPart, *, code_root: Path | None = None) -> Skeleton
     def make() -> list[dict[str, Any]] | None:
         nonlocal built
         model = empty_model(component, code_root=code_root)
-        keep = kept_in_float32(model)
-        described = describe_tensors(model, tied={}, keep_fp32=keep, precise=keep)
-        built = Skeleton(component, model, described, code_root=code_root)
+        built = _describe(component, model, code_root)
         renames = any(getattr(module, "_from_deprecated_attn_block", False) for module in model.modules())
         foreign = component.module is not None and not is_pipeline_module(component.module)
         return None if renames or foreign or _is_unreleased() else to_json(built.tensors)
@@ -115,9 +113,13 @@ def skeleton(component: ModelPart, *, code_root: Path | None = None) -> Skeleton
     try:
         return Skeleton(component, None, from_json(known), code_root=code_root)
     except (TypeError, KeyError, AttributeError, ValueError):  # damaged
-        make()
-        assert built is not None
-        return built
+        return _describe(component, empty_model(component, code_root=code_root), code_root)
+
+
+def _describe(component: ModelPart, model: torch.nn.Module, code_root: Path | None) -> Skeleton:
+    keep = kept_in_float32(model)
+    described = describe_tensors(model, tied={}, keep_fp32=keep, precise=keep)
+    return Skeleton(component, model, described, code_root=code_root)
 
 
 def _versions() -> dict[str, Any]:

@@ -57,11 +57,12 @@ def _library(component: ModelPart) -> Any:
     return transformers
 
 
-def own_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
+def own_class(component: ModelPart, module: str, *, code_root: Path | None = None) -> Any:
     """The class that ``component.module`` stands for, found by diffusers itself.
 
     Args:
-        component: with a ``module``.
+        component: the part.
+        module: its ``module``, which not every part has.
         code_root: the part's folder with its own code; only given with ``--trust-remote-code``.
 
     Raises:
@@ -71,8 +72,6 @@ def own_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
     from diffusers import pipelines
     from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, get_class_obj_and_candidates
 
-    module = component.module
-    assert module is not None
     try:
         found, _ = get_class_obj_and_candidates(
             module,

@@ -44,7 +44,7 @@ def model_class(component: ModelPart, *, code_root: Path | None = None) -> Any:
 
     component = locate(component)
     if component.module is not None:
-        return own_class(component, code_root=code_root)
+        return own_class(component, component.module, code_root=code_root)
     reference = _own_code(component)
     if reference is not None and code_root is not None:
         return _dynamic_class(component, reference, code_root)

@@ -150,20 +150,21 @@ class Trial:
 
     def _look(self) -> Seen:
         wide = _in_float32(self._dtypes)
-        if self._given is None:
+        given = self._given
+        if given is None:
             return Seen(None, {})
         for values in (False, True):
-            outcome = self._attempt(self._dtypes, {}, values=values)
+            outcome = self._attempt(given, self._dtypes, {}, values=values)
             if not isinstance(outcome, Exception):
-                return Seen(values, self._most_rows(outcome.rows, values=values))
+                return Seen(values, self._most_rows(given, outcome.rows, values=values))
             # a CPU lacks some operations for small floats that every GPU has
             if wide == self._dtypes or (values and "not implemented" in str(outcome)):
                 continue
-            if not isinstance(self._attempt(wide, {}, values=values), Exception):
+            if not isinstance(self._attempt(given, wide, {}, values=values), Exception):
                 return Seen(None, {}, f"{type(outcome).__name__}: {outcome}".splitlines()[0])
         return Seen(None, {})
 
-    def _most_rows(self, rows: Mapping[str, int], *, values: bool) -> Mapping[str, int]:
+    def _most_rows(self, given: Found, rows: Mapping[str, int], *, values: bool) -> Mapping[str, int]:
         """Rows with larger inputs, too: of a short enough one every layer sees a single row.
 
         Only for layers that are not expected to.
@@ -171,24 +172,26 @@ class Trial:
         most = dict(rows)
         usual = {spec.name for spec in self._skeleton if spec.single_row}
         taken = 0
-        assert self._given is not None
-        for larger in islice(_enlarge(self._given, _FACTORS[: 1 if values else None]), _LARGER):
+        for larger in islice(_enlarge(given, _FACTORS[: 1 if values else None]), _LARGER):
             if taken == _TAKEN or all(count > 1 or name in usual for name, count in most.items()):
                 break
-            outcome = self._attempt(self._dtypes, {}, values=values, given=larger)
+            outcome = self._attempt(larger, self._dtypes, {}, values=values)
             if not isinstance(outcome, Exception):
                 taken += 1
                 most = {name: max(count, outcome.rows.get(name, 0)) for name, count in most.items()}
         return most
 
     def _faults(self, quantized: Quantized) -> Mapping[str, str]:
-        outcome = self._attempt(self._dtypes, quantized, values=bool(self.seen.values))
+        given = self._given
+        if given is None:
+            return {}
+        outcome = self._attempt(given, self._dtypes, quantized, values=bool(self.seen.values))
         if not isinstance(outcome, Exception):
             return outcome.faults
         # nothing that passed by one of torch's functions: each kind of layer is tried alone
         faults: dict[str, str] = {}
         for kind in _kinds(self._skeleton, quantized):
-            outcome = self._attempt(self._dtypes, kind, values=bool(self.seen.values))
+            outcome = self._attempt(given, self._dtypes, kind, values=bool(self.seen.values))
             if isinstance(outcome, Exception):
                 faults |= dict.fromkeys(kind, _cannot_run(self._skeleton, kind, outcome))
             else:
@@ -234,9 +237,7 @@ class Trial:
                 continue
         return None
 
-    def _attempt(
-        self, dtypes: Dtypes, quantized: Quantized, *, values: bool, given: Found | None = None
-    ) -> Watch | Exception:
+    def _attempt(self, given: Found, dtypes: Dtypes, quantized: Quantized, *, values: bool) -> Watch | Exception:
         """One forward of a fresh copy, or what it raised.
 
         Raises:
@@ -248,9 +249,7 @@ class Trial:
         from aoconvert.models.forward_watch import Watch
         from aoconvert.models.repeats import run_once, spread
 
-        found = given or self._given
-        assert found is not None
-        inputs = replace(found, dtype=_base_dtype(self._skeleton, dtypes)).make("cpu" if values else "meta")
+        inputs = replace(given, dtype=_base_dtype(self._skeleton, dtypes)).make("cpu" if values else "meta")
         try:
             with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
                 model, weights = self._build(dtypes, quantized, values=values)

@@ -99,15 +99,14 @@ def _base(
         PlanError: what is wrong with the first candidate, where no one can.
     """
     anything = replace(options, min_quantized=0.0)
-    first: PlanError | None = None
+    problems: list[PlanError] = []
     for scheme in candidates:
         try:
             rules = dict.fromkeys(free, Rules((), scheme, skipping(options.skip)))
             return build_plan(source, anything, rules={**given, **rules})
         except PlanError as error:
-            first = first or error
-    assert first is not None
-    raise first
+            problems.append(error)
+    raise problems[0]
 
 
 def _measure(base: Plan, surveys: Sequence[Survey], progress: Progress) -> tuple[list[Tensor], list[str]]:

@@ -304,10 +304,10 @@ def test_every_class_with_weights_is_found() -> None:
             ):
                 continue
             library = "diffusers" if issubclass(cls, bases[0]) else "transformers"
-            assert own_class(ModelPart("part", "part", library, name, {}, info.name)) is cls
+            assert own_class(ModelPart("part", "part", library, name, {}, info.name), info.name) is cls
             assert is_model(info.name, name)
             alone = locate(ModelPart("", "", library, name, {}))
-            assert alone.module is None or own_class(alone) is cls
+            assert alone.module is None or own_class(alone, alone.module) is cls
             found.add(info.name)
     assert found >= {
         "stable_diffusion",

@@ -106,7 +106,7 @@ def compare_single(comparison: Comparison) -> None:
         result, report = opening.run_code(code), None
     compare_models(comparison, part, source, result)
     compare_reports(comparison, part, source_report, report)
-    compare_unused(comparison, part, source, source_report, report)
+    compare_unused(comparison, part, source, source_report)
     if comparison.request["kind"] == "transformers":
         places = comparison.source / part["source_folder"], comparison.result / part["result_folder"]
         comparison.problems(configs.compare_adapters(*places))
@@ -194,7 +194,7 @@ def compare_part(comparison: Comparison, name: str, source: Any, result: Any, *,
     kwargs = {key: getattr(torch, value) if key == "torch_dtype" else value for key, value in part["kwargs"].items()}
     there = None if part["fused"] else reports.report_of(type(result), comparison.result / name, **(kwargs or dtype))
     compare_reports(comparison, part, here, there)
-    compare_unused(comparison, part, source, here, there)
+    compare_unused(comparison, part, source, here)
 
 
 def compare_models(comparison: Comparison, part: dict[str, Any], source: Any, result: Any) -> None:
@@ -334,12 +334,12 @@ def compare_reports(comparison: Comparison, part: dict[str, Any], source: Any, r
         comparison.problem(text, other=other)
 
 
-def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, source: Any, result: Any) -> None:
+def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, report: Any) -> None:
     """Tensors in the files that the class does not use: the same in both, bit by bit."""
     here = held_by(comparison, part)
     there = opening.stored_names(comparison.result / part["result_folder"], None)
     known = tensors.tensors_of(model).keys()
-    reported = set(source["unexpected_keys"]) if source is not None else set()
+    reported = set(report["unexpected_keys"]) if report is not None else set()
     unused = (reported & here.keys()) | reports.ignored_by(model, here.keys() - known)
     for name, file in sorted(here.items()):
         if name not in unused or name in part["dropped"]:
