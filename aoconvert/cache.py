@@ -81,7 +81,7 @@ def _kinds() -> list[Path]:
     if base is None or not base.is_dir():
         return []
     return sorted(
-        place for place in base.iterdir() if not place.is_symlink() and (place / _TAG).is_file() and trusted(place)
+        place for place in base.iterdir() if not place.is_symlink() and (place / _TAG).is_file() and is_trusted(place)
     )
 
 
@@ -99,7 +99,7 @@ def folder(kind: str) -> Path | None:
             return None
         place = base / kind
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if trusted(place):
+        if is_trusted(place):
             if not (place / _TAG).exists():
                 (place / _TAG).write_text(_SIGNATURE, encoding="ascii")
             return place
@@ -109,7 +109,7 @@ def folder(kind: str) -> Path | None:
     return None
 
 
-def trusted(place: Path) -> bool:
+def is_trusted(place: Path) -> bool:
     """Whether nobody but this user can have put anything there."""
     found = place.lstat()
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
@@ -120,7 +120,7 @@ def key(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def remembered(kind: str, facts: Any, make: Callable[[], Any]) -> Any:
+def remember(kind: str, facts: Any, make: Callable[[], Any]) -> Any:
     """The JSON value that ``make`` gives, out of the cache where it was made from the same ``facts`` before.
 
     Args:

@@ -36,7 +36,7 @@ class AoconvertError(Exception):
         self.problems: tuple[str, ...] = (message,)
 
 
-def _counted(problems: Sequence[str]) -> str:
+def _join(problems: Sequence[str]) -> str:
     """All problems in one line."""
     head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{head}: " + "; ".join(problems)
@@ -65,7 +65,7 @@ class PlanError(AoconvertError):
 
     def __init__(self, problems: Iterable[str], *, hint: str | None = None, retryable: bool = False) -> None:
         found = tuple(problems)
-        super().__init__(_counted(found), hint=hint, retryable=retryable)
+        super().__init__(_join(found), hint=hint, retryable=retryable)
         self.problems = found
 
 
@@ -152,7 +152,7 @@ class HubRefusal(HubError):
 
     def __init__(self, problems: Iterable[str], *, hint: str | None = None) -> None:
         found = tuple(problems)
-        super().__init__(_counted(found), hint=hint)
+        super().__init__(_join(found), hint=hint)
         self.problems = found
 
 

@@ -48,7 +48,7 @@ def argument(place: str) -> str:
     return f"./{place}" if place.startswith("-") else place
 
 
-def escaped(line: str) -> str:
+def escape(line: str) -> str:
     """A line fit for a terminal: what cannot be printed is shown as its escape, such as ``\\x1b`` or ``\\u202e``."""
     if line.isprintable():
         return line

@@ -23,7 +23,7 @@ def test_remembered_once(place: Path) -> None:
     calls: list[Any] = []
 
     def ask(facts: Any, value: Any) -> Any:
-        return cache.remembered("kind", facts, lambda: calls.append(facts) or value)
+        return cache.remember("kind", facts, lambda: calls.append(facts) or value)
 
     assert ask({"a": 1}, [1, None, "x"]) == [1, None, "x"]
     assert ask({"a": 1}, "other") == [1, None, "x"]
@@ -37,24 +37,24 @@ def test_remembered_once(place: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
 def test_damaged(place: Path, content: bytes) -> None:
-    assert cache.remembered("kind", 1, lambda: "made") == "made"
+    assert cache.remember("kind", 1, lambda: "made") == "made"
     [file] = place.glob("*.json")
     file.write_bytes(content)
-    assert cache.remembered("kind", 1, lambda: "again") == "again"
-    assert cache.remembered("kind", 1, lambda: "third") == "again"
+    assert cache.remember("kind", 1, lambda: "again") == "again"
+    assert cache.remember("kind", 1, lambda: "third") == "again"
 
 
 def test_off_and_not_trusted(place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    cache.remembered("kind", 1, lambda: "made")
+    cache.remember("kind", 1, lambda: "made")
     place.chmod(0o770)
-    assert cache.remembered("kind", 1, lambda: "again") == "again"
+    assert cache.remember("kind", 1, lambda: "again") == "again"
     assert "mode 0700" in caplog.text
     place.chmod(0o700)
     monkeypatch.setenv("AOCONVERT_CACHE_DIR", "")
     assert cache.folder("kind") is None
-    assert cache.remembered("kind", 1, lambda: "again") == "again"
+    assert cache.remember("kind", 1, lambda: "again") == "again"
     monkeypatch.setenv("AOCONVERT_CACHE_DIR", "/proc/nothing")
-    assert cache.remembered("kind", 1, lambda: "again") == "again"
+    assert cache.remember("kind", 1, lambda: "again") == "again"
 
 
 @pytest.mark.parametrize("family", ["cogvideox", "flux", "pixart", "sd3", "wan"])

@@ -15,7 +15,7 @@ def describe(entry: ComponentEntry) -> dict[str, Any]:
     """The variables of ``components``, see ``cards.template``."""
     totals = entry.totals
     found = layers.layers(entry)
-    used = schemes.used(entry)
+    used = schemes.list_schemes(entry)
     return {
         "name": entry.name,
         "class_name": entry.class_name,
@@ -43,9 +43,9 @@ def describe(entry: ComponentEntry) -> dict[str, Any]:
         "bytes_out": totals.bytes_out,
         "bits_in": 8 * totals.bytes_in / totals.parameters if totals.parameters else 0.0,
         "bits_out": totals.bits_per_weight,
-        "quantized": layers.quantized_rows(found),
-        "kept": layers.kept_rows([tensor for tensor in entry.tensors if tensor.action != "quantize"]),
-        "groups": layers.kept_groups(entry),
+        "quantized": layers.list_quantized(found),
+        "kept": layers.list_unquantized([tensor for tensor in entry.tensors if tensor.action != "quantize"]),
+        "groups": layers.group_unquantized(entry),
         "kinds": layers.kinds(found),
         "worst": layers.worst(found),
         "migrated": _migrated(entry),
@@ -82,7 +82,9 @@ def _what(entry: ComponentEntry) -> list[dict[str, Any]]:
         members = [tensor for tensor in found if layers.role(tensor) == kind]
         if members:
             parameters = sum(layers.count(tensor) for tensor in members)
-            weights = _and(row["weights"] for row in schemes.used(entry.model_copy(update={"tensors": members})))
+            weights = _and(
+                row["weights"] for row in schemes.list_schemes(entry.model_copy(update={"tensors": members}))
+            )
             rows.append({"what": what, "count": len(members), "parameters": parameters, "stored": weights})
     return rows
 

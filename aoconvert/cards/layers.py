@@ -89,7 +89,7 @@ def count(tensor: TensorEntry) -> int:
     return total
 
 
-def quantized_rows(found: Sequence[Layer]) -> list[dict[str, Any]]:
+def list_quantized(found: Sequence[Layer]) -> list[dict[str, Any]]:
     """One row for each pattern of names and shape, in the model's order."""
     names = patterns(layer.name for layer in found)
     groups: defaultdict[tuple[str, tuple[int, ...]], list[Layer]] = defaultdict(list)
@@ -107,7 +107,7 @@ def quantized_rows(found: Sequence[Layer]) -> list[dict[str, Any]]:
     ]
 
 
-def kept_rows(tensors: Sequence[TensorEntry]) -> list[dict[str, Any]]:
+def list_unquantized(tensors: Sequence[TensorEntry]) -> list[dict[str, Any]]:
     """One row for each pattern of modules, stored form and reason, in the model's order."""
     names = patterns(tensor.name for tensor in tensors)
     groups: defaultdict[tuple[str, str, str | None], list[TensorEntry]] = defaultdict(list)
@@ -126,7 +126,7 @@ def kept_rows(tensors: Sequence[TensorEntry]) -> list[dict[str, Any]]:
     ]
 
 
-def kept_groups(component: ComponentEntry) -> list[dict[str, Any]]:
+def group_unquantized(component: ComponentEntry) -> list[dict[str, Any]]:
     """What is not quantized, by reason: a line each, the most parameters first."""
     groups: defaultdict[tuple[str, str], list[TensorEntry]] = defaultdict(list)
     for tensor in component.tensors:

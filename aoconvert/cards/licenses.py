@@ -64,7 +64,7 @@ def _source_page(manifest: Manifest) -> str | None:
     return page if manifest.source.repo_id and _LINK.fullmatch(page) else None
 
 
-def chosen(known: SourceLicense, license: str | None) -> Mapping[str, str | None]:
+def read_chosen(known: SourceLicense, license: str | None) -> Mapping[str, str | None]:
     """The terms of ``--license``, which says what the source does not.
 
     Raises:
@@ -93,7 +93,7 @@ def deviations(known: SourceLicense, values: Mapping[str, Any]) -> Iterable[str]
         yield f"licence {values['license'] or 'left out'}: the source's card says {known.said}"
 
 
-def shown_license(manifest: Manifest, values: Mapping[str, Any]) -> str | None:
+def show_license(manifest: Manifest, values: Mapping[str, Any]) -> str | None:
     """The licence in the text of the card: in the source's own words where it is the source's."""
     known = of_source(manifest)
     if known.id is not None and all(values.get(key) == value for key, value in known.terms.items()):

@@ -13,7 +13,7 @@ from aoconvert.cards.card import Card, CardOptions
 from aoconvert.cards.components import describe
 from aoconvert.cards.exceptions import FOLDED_FROM, apart
 from aoconvert.cards.layers import layers
-from aoconvert.cards.licenses import shown_license
+from aoconvert.cards.licenses import show_license
 from aoconvert.cards.limits import hardware, limits
 from aoconvert.cards.markdown import is_page
 from aoconvert.cards.metadata import front_matter, is_repo_id, to_yaml
@@ -64,7 +64,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     parts = [describe(entry) for entry in manifest.components]
     values = {
         **_what(target, manifest, folder, repo_id),
-        "license": shown_license(manifest, front),
+        "license": show_license(manifest, front),
         "license_url": front.get("license_link") if is_page(front.get("license_link")) else None,
         "picture": PICTURE_NAME if picture is not None else None,
         "code": _code(target, manifest, proof, repo_id or str(folder), hub=repo_id is not None, revision=revision),

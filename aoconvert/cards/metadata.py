@@ -94,7 +94,7 @@ def front_matter(
     card = manifest.source.card or SourceCard()
     base = manifest.source.repo_id if is_repo_id(manifest.source.repo_id) else None
     known = licenses.of_source(manifest)
-    terms = known.terms if license is None else licenses.chosen(known, check("license", license))
+    terms = known.terms if license is None else licenses.read_chosen(known, check("license", license))
     schemes = [name for part in manifest.components for name in part.scheme.split("+") if _like(_TAG, name)]
     values: dict[str, Any] = {
         "base_model": base,
@@ -115,7 +115,7 @@ def front_matter(
     said = [*licenses.deviations(known, values), *_other_base(base, values)]
     tags = _as_list(changed["tags"]) if "tags" in changed else _still_true(card.tags, values["license"])
     values["tags"] = list(dict.fromkeys([*tags, "torchao", *schemes, "aoconvert"]))
-    return values, (*said, *_missing(values))
+    return values, (*said, *_warn_missing(values))
 
 
 def _other_base(source: str | None, values: Mapping[str, Any]) -> Iterable[str]:
@@ -146,7 +146,7 @@ def is_repo_id(text: str | None) -> bool:
     return text is not None and text.isascii() and text.isprintable()
 
 
-def _missing(values: Mapping[str, Any]) -> Iterable[str]:
+def _warn_missing(values: Mapping[str, Any]) -> Iterable[str]:
     license, name = values.get("license"), values.get("license_name")
     if license is None:
         yield "the licence is unknown: the source's card names none; give it with --license"

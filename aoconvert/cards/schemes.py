@@ -14,7 +14,7 @@ from aoconvert.recipes import patterns, scheme_of_config
 from aoconvert.schemes.table import INT4, SchemeEntry, catalogue
 
 
-def used(entry: ComponentEntry) -> list[dict[str, Any]]:
+def list_schemes(entry: ComponentEntry) -> list[dict[str, Any]]:
     """One row for each scheme, the one with the most parameters first; see ``cards.template``."""
     groups: defaultdict[str, list[TensorEntry]] = defaultdict(list)
     for tensor in entry.tensors:
@@ -28,7 +28,7 @@ def used(entry: ComponentEntry) -> list[dict[str, Any]]:
 def _row(name: str, members: list[TensorEntry], entry: ComponentEntry, granularity: str | None) -> dict[str, Any]:
     parameters = sum(count(tensor) for tensor in members)
     values = [tensor.sqnr_db for tensor in members if tensor.sqnr_db is not None]
-    known = _known(name, entry)
+    known = _find(name, entry)
     return {
         "name": name,
         "weights": known.weight_dtype if known is not None else name,
@@ -53,7 +53,7 @@ def _group_of_format(config_class: str) -> int | None:
     return next((entry.tensor_class.group_size for entry in makers), None)
 
 
-def _known(name: str, entry: ComponentEntry) -> SchemeEntry | None:
+def _find(name: str, entry: ComponentEntry) -> SchemeEntry | None:
     found = next((scheme for scheme in catalogue() if scheme.name == name), None)
     return INT4.get(entry.layout.device, found) if found is not None and found.layout_device is not None else found
 

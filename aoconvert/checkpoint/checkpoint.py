@@ -17,7 +17,7 @@ from aoconvert.checkpoint.files import LOADED
 from aoconvert.checkpoint.manifest import ComponentEntry, Manifest, TensorEntry
 from aoconvert.errors import SourceError
 from aoconvert.formats.registry import OUTPUT
-from aoconvert.formats.torch_bin.safe_names import known_names
+from aoconvert.formats.torch_bin.safe_names import list_names
 from aoconvert.models import ModelLayout, ModelPart, identify, join
 from aoconvert.schemes.imports import imports
 from aoconvert.sources.folder import FolderSource
@@ -119,7 +119,7 @@ def validate(manifest: Manifest) -> None:
     Raises:
         SourceError: a value that has no business there.
     """
-    known = known_names()
+    known = list_names()
     for entry in manifest.components:
         _identifier(entry.class_name)
         if entry.name:

@@ -26,7 +26,7 @@ def partial_folder(output: Path) -> Path:
     return _beside(output, "aoconvert-partial")
 
 
-def replaced_folder(output: Path) -> Path:
+def find_replaced(output: Path) -> Path:
     """Where an earlier result is, while another takes its place."""
     return _beside(output, "aoconvert-replaced")
 
@@ -41,7 +41,7 @@ def file_list(paths: Collection[str]) -> bytes:
     return json.dumps(sorted(paths)).encode()
 
 
-def listed_files(partial: Path) -> frozenset[str]:
+def list_files(partial: Path) -> frozenset[str]:
     """The paths of the files that the run wrote, or was to write, that left an unfinished folder."""
     try:
         values = parse_json(read_limited(partial / FILES_NAME, INDEX_BYTES, follow=False))

@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from aoconvert.cli.streams import write_stderr
-from aoconvert.humanize import escaped
+from aoconvert.humanize import escape
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -38,7 +38,7 @@ class Bar:
         """Show what was done."""
         if self._bars is not None:
             room = self._bars.console.width - _FIGURES
-            self._bars.update(self._task, advance=nbytes, current=shorten(escaped(current), room))
+            self._bars.update(self._task, advance=nbytes, current=shorten(escape(current), room))
 
     def finish(self) -> None:
         """Leave the finished line on the screen."""
@@ -53,7 +53,7 @@ class Bar:
     def _wait(self, doing: str) -> None:
         """Say what is being done without importing rich."""
         columns = shutil.get_terminal_size().columns
-        line = escaped(" ".join(doing.split()))
+        line = escape(" ".join(doing.split()))
         line = line if len(line) + 2 <= columns else f"{line[: max(columns - 3, 0)]}…"
         write_stderr(f"{line} …")
         self._waiting = True

@@ -41,11 +41,11 @@ def fold(rows: Sequence[dict[str, object]], room: int) -> list[Line]:
         if len(group) < _FOLD_FROM:
             lines.append(Line(str(row["name"]), row, brief(str(row["summary"]), room)))
         elif row is group[0]:
-            lines.append(_folded(group, room))
+            lines.append(_fold(group, room))
     return lines
 
 
-def _folded(group: Sequence[dict[str, object]], room: int) -> Line:
+def _fold(group: Sequence[dict[str, object]], room: int) -> Line:
     first, last = str(group[0]["name"]), str(group[-1]["name"])
     low, high = (match[0] for name in (first, last) if (match := _LAST_NUMBER.search(name)))
     summary = str(group[0]["summary"]).replace(f"{low}-bit", f"{low}- to {high}-bit")

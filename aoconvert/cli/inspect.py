@@ -84,7 +84,7 @@ def _rows(part: Component) -> list[tuple[str, str, str]]:
     names = [name for file in part.files for name in file.globals if not name.startswith(("torch.", "collections."))]
     if names:
         rows.append(("pickle uses", ", ".join(sorted(set(names))), ""))
-    rows += _loading(part)
+    rows += _list_loading(part)
     rows += [("unsafe", line, "bold red") for line in part.unsafe]
     rows += [("to do" if place == 0 else "", line, "") for place, line in enumerate(part.advice)]
     return rows
@@ -100,7 +100,7 @@ def _writer(part: Component) -> str:
     return ", ".join([*tool, *known]) + (f" ({writer['how']})" if writer["how"] else "") or "unknown"
 
 
-def _loading(part: Component) -> list[tuple[str, str, str]]:
+def _list_loading(part: Component) -> list[tuple[str, str, str]]:
     from aoconvert.inspection.components import span_text
 
     rows = []

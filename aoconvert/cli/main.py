@@ -19,7 +19,7 @@ import click
 from aoconvert.cli.output import Output
 from aoconvert.cli.streams import give_up_stdout, write_stderr
 from aoconvert.errors import CHECK_PERMISSIONS, AoconvertError, HostMemoryError, Interrupted, is_out_of_memory
-from aoconvert.humanize import escaped
+from aoconvert.humanize import escape
 from aoconvert.version import __version__
 
 # name → one-line help; the module of the same name in this package holds the command
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except AoconvertError as error:
         _fail(out, error)
     except Exception as error:
-        if isinstance(error, OSError) and _raised_by_click(error):  # it printed --help, and stdout is full
+        if isinstance(error, OSError) and _comes_from_click(error):  # it printed --help, and stdout is full
             give_up_stdout()
             sys.exit(1)
         if is_out_of_memory(error):
@@ -151,10 +151,10 @@ class _Formatter(logging.Formatter):
     """What is logged may hold names from outside."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return escaped(" ".join(super().format(record).split()))
+        return escape(" ".join(super().format(record).split()))
 
 
-def _raised_by_click(error: Exception) -> bool:
+def _comes_from_click(error: Exception) -> bool:
     """Whether an error comes out of click's own code."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from aoconvert.cli.streams import is_terminal, shows_color, write_stderr, write_stdout
-from aoconvert.humanize import escaped
+from aoconvert.humanize import escape
 from aoconvert.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Output:
             self._line("hint", hint, "2")
 
     def _line(self, label: str, text: str, color: str) -> None:
-        text = escaped(" ".join(text.split()))
+        text = escape(" ".join(text.split()))
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
         head = f"\033[{color}m{label}:\033[0m" if shows_color(sys.stderr) else f"{label}:"
         write_stderr(f"{head} {text}\n")
@@ -146,7 +146,7 @@ class _Escaped:
 
 
 def _lines(text: str) -> str:
-    return "".join(f"{escaped(line)}\n" for line in text.split("\n"))
+    return "".join(f"{escape(line)}\n" for line in text.split("\n"))
 
 
 def _json(data: Any) -> str:

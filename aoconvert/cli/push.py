@@ -95,24 +95,24 @@ def table(done: Pushed) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    sent = [(Text(file.path), size(file.size), _said(done, new=file.path in done.sent)) for file in done.files]
+    sent = [(Text(file.path), size(file.size), _describe(done, new=file.path in done.sent)) for file in done.files]
     deleted = [(Text(path), "", "to be deleted" if done.dry_run else "deleted") for path in done.deleted]
     rows = Output.table([*sent, *deleted], {"file": FOLD, "size": NUMBER, "": WHOLE})
     lines = [Text(_last_line(done), style="bold")]
     if done.verification is not None:
-        lines.append(Text(_opened(done.verification)))
+        lines.append(Text(_say_opened(done.verification)))
     if done.pr_url is not None:
         lines.append(Text(f"pull request: {done.pr_url}"))
     return Group(Text(done.card), rows, *lines) if done.dry_run else Group(rows, *lines)
 
 
-def _opened(report: Report) -> str:
+def _say_opened(report: Report) -> str:
     """What was run with the commit on the Hub."""
     ran = ", ".join(f"{one.what} (on {one.device})" for one in report.ran)
     return f"opened from the Hub with an empty cache; ran: {ran or 'nothing'}"
 
 
-def _said(done: Pushed, *, new: bool) -> str:
+def _describe(done: Pushed, *, new: bool) -> str:
     if not new:
         return "there already"
     return "to be sent" if done.dry_run else "sent"

@@ -17,7 +17,7 @@ from aoconvert.errors import SourceError
 from aoconvert.formats.safetensors.header import DTYPES, HeaderEntry, read_header
 from aoconvert.formats.torch_bin.contents import BinTensor, Symbol, Value
 from aoconvert.formats.torch_bin.header import read_source
-from aoconvert.inspection.files import described, prefix_of
+from aoconvert.inspection.files import prefix_of, read_described
 from aoconvert.schemes.tensor_classes import class_named
 from aoconvert.sources.byte_source import LocalFile
 
@@ -159,7 +159,7 @@ def _flat(entries: Mapping[str, HeaderEntry], metadata: Mapping[str, str], path:
     """Tensors of a safetensors file; those that torchao took apart are put together by its metadata."""
     leaves = {name: _leaf_of_entry(entry, path) for name, entry in entries.items()}
     found: dict[str, StoredTensor] = {}
-    for name, values in described(metadata).items():
+    for name, values in read_described(metadata).items():
         names = values.get("_tensor_data_names")
         data = values.get("_data")
         if values["_type"] == _PLAIN or not isinstance(names, list) or not isinstance(data, Mapping):

@@ -13,13 +13,13 @@ from aoconvert.comparison.tensors import FACTS, StoredTensor, leaf_of
 from aoconvert.errors import AoconvertError, is_out_of_memory
 from aoconvert.formats.dtypes import dtype_name
 from aoconvert.formats.torch_bin.contents import BinTensor
-from aoconvert.formats.torch_bin.safe_names import known_names
+from aoconvert.formats.torch_bin.safe_names import list_names
 from aoconvert.rewriting.old_torchao.decide import decide
 
 
 def is_old(tensor: StoredTensor) -> bool:
     """Whether it has a class that torchao no longer has."""
-    known = known_names().get(tensor.class_name)
+    known = list_names().get(tensor.class_name)
     return known is not None and known.legacy
 
 

@@ -15,7 +15,7 @@ from aoconvert.comparison.tensors import StoredTensor
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import ReadError, is_out_of_memory
 from aoconvert.formats.torch_bin.contents import Symbol, Value
-from aoconvert.formats.torch_bin.safe_names import Kind, known_names
+from aoconvert.formats.torch_bin.safe_names import Kind, list_names
 from aoconvert.schemes import int4_parts
 from aoconvert.schemes.error_stats import ErrorStats
 from aoconvert.schemes.tensor_classes import class_named
@@ -131,7 +131,7 @@ def _find_class(class_name: str) -> Any:
     """
     import_torchao()
     last = class_name.rpartition(".")[2]
-    known = {name: entry for name, entry in known_names().items() if entry.kind is Kind.TENSOR and not entry.legacy}
+    known = {name: entry for name, entry in list_names().items() if entry.kind is Kind.TENSOR and not entry.legacy}
     for dotted in known:
         if class_name in (dotted, f"torchao.{last}") and dotted.endswith(f".{last}"):
             with quiet_imports():

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from aoconvert.cache import remembered
+from aoconvert.cache import remember
 from aoconvert.environment import import_diffusers, quiet_imports, versions
 from aoconvert.models.configs import without_redirections
 
@@ -55,7 +55,7 @@ def quantization_config(library: str, config: AOBaseConfig, skipped: Iterable[st
 
     skip = [] if isinstance(config, FqnToConfig) else list(skipped)
     facts = {"library": library, "versions": versions(), "config": config_to_dict(config), "skipped": skip}
-    values: dict[str, Any] = remembered("configs", facts, lambda: _quantization_config(library, config, skip))
+    values: dict[str, Any] = remember("configs", facts, lambda: _quantization_config(library, config, skip))
     return values
 
 

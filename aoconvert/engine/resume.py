@@ -26,7 +26,7 @@ from aoconvert.errors import ReadError
 from aoconvert.files import writing
 from aoconvert.formats.base import SealedFile, StoredTensor, Writer, WrittenTensor
 from aoconvert.formats.digest import FileDigest, Mark
-from aoconvert.formats.hashing import Prefix, matching
+from aoconvert.formats.hashing import Prefix, count_matching
 
 if TYPE_CHECKING:
     from aoconvert.engine.staging import Stage
@@ -207,7 +207,7 @@ class Journal:
         try:
             if sealed is not None and target.stat().st_size == sealed.size:
                 marks.append((sealed.size, sealed.sha256))
-            count, file.prefix = matching(target, marks, lambda nbytes: progress.advance(nbytes, path))
+            count, file.prefix = count_matching(target, marks, lambda nbytes: progress.advance(nbytes, path))
         except OSError:  # it is gone, or the disk lost it
             count = 0
         if sealed is not None and count > len(file.stored):
@@ -227,7 +227,7 @@ class Journal:
     def _check_sources(self, progress: Progress) -> bool:
         """Whether what was read of the source is still the same."""
         for path, marks in self._marks().items():
-            digest = FileDigest.resumed(
+            digest = FileDigest.resume(
                 self._plan.source.local(path),
                 marks,
                 lambda nbytes, path=path: progress.advance(nbytes, path),  # type: ignore[misc]

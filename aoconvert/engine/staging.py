@@ -20,10 +20,10 @@ from aoconvert.checkpoint.unfinished import (
     JOURNAL_NAME,
     LOCK_NAME,
     file_list,
+    find_replaced,
     journal_aside,
-    listed_files,
+    list_files,
     partial_folder,
-    replaced_folder,
     split_files,
 )
 from aoconvert.errors import (
@@ -133,7 +133,7 @@ class Stage:
     def __init__(self, output: Path) -> None:
         self.output = output.absolute()
         self.root = partial_folder(output)
-        self._aside = replaced_folder(output)
+        self._aside = find_replaced(output)
         self._journal_aside = journal_aside(output)
         self._made = [folder for folder in self.output.parents if not folder.exists()]
         self.published = False
@@ -186,7 +186,7 @@ class Stage:
 
     def _ours(self) -> frozenset[str]:
         """Files that this run, or the one before it, may have written."""
-        return self._known | listed_files(self.root)
+        return self._known | list_files(self.root)
 
     def clear(self, keep: Collection[str] = ()) -> None:
         """Remove what an earlier run left, but for these files; a link never stays.

@@ -36,7 +36,7 @@ def take_over(stage: Stage, source: Source, files: Iterable[CopyPlan], progress:
     entries = []
     for item in files:
         if item.drop is not None and item.path.endswith(".json"):
-            text = _renamed_index(source.read_json(item.source, INDEX_BYTES), item.drop)
+            text = _rename_index(source.read_json(item.source, INDEX_BYTES), item.drop)
             entries.append(stage.write_text(item.path, text))
             progress.advance(item.size, item.path)
             continue
@@ -52,7 +52,7 @@ def take_over(stage: Stage, source: Source, files: Iterable[CopyPlan], progress:
     return entries
 
 
-def _renamed_index(index: Any, variant: str) -> str:
+def _rename_index(index: Any, variant: str) -> str:
     """A shard index whose file names have lost the variant."""
     index["weight_map"] = {name: path.replace(f".{variant}", "", 1) for name, path in index["weight_map"].items()}
     return json.dumps(index, indent=2) + "\n"

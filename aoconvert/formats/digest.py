@@ -98,7 +98,7 @@ class FileDigest:
         self._partial = 0  # CRC-32 of what is hashed of the next one
 
     @classmethod
-    def resumed(cls, path: Path, marks: Sequence[Mark], report: Callable[[int], None]) -> Self | None:
+    def resume(cls, path: Path, marks: Sequence[Mark], report: Callable[[int], None]) -> Self | None:
         """The digest of a file that was read in part by an earlier run.
 
         Args:
@@ -229,7 +229,7 @@ class FileDigest:
                 if crc != (self._chunks[chunk] if chunk < len(self._chunks) else self._partial):
                     raise changed_while_read(self._path.name)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._fail(error) from error
         finally:
             os.close(descriptor)
 
@@ -258,7 +258,7 @@ class FileDigest:
                 if not keep:
                     forget(descriptor, start, len(data))
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._fail(error) from error
         finally:
             os.close(descriptor)
         return self._position
@@ -267,7 +267,7 @@ class FileDigest:
         try:
             return open_regular(self._path)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._fail(error) from error
 
-    def _failed(self, error: OSError) -> ReadError:
+    def _fail(self, error: OSError) -> ReadError:
         return ReadError(f"{self._path.name} cannot be read: {error.strerror}")

@@ -55,7 +55,7 @@ def hash_on(descriptor: int, digest: hashlib._Hash, start: int, stop: int, *, ke
     return position
 
 
-def matching(
+def count_matching(
     path: Path, marks: Sequence[tuple[int, str]], report: Callable[[int], None] = lambda nbytes: None
 ) -> tuple[int, Prefix]:
     """How many of ``marks`` a file still bears out.

@@ -74,7 +74,7 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
     if report is not None:
         files.append(UploadFile.from_bytes(REPORT_NAME, public_report(report.to_dict(), folder, repo_id)))
         warnings += _weak_spots(report)
-    warnings += _large(files) + _left_out(folder, {file.path for file in files})
+    warnings += _large(files) + _find_left_out(folder, {file.path for file in files})
     return UploadContents(manifest, manifest_sha256, tuple(files), hashed, tuple(problems), tuple(warnings))
 
 
@@ -150,7 +150,7 @@ def _large(files: list[UploadFile]) -> list[str]:
     return [f"over 20 GB, which the Hub advises against: {some(names)}"] if names else []
 
 
-def _left_out(folder: Path, sent: set[str]) -> list[str]:
+def _find_left_out(folder: Path, sent: set[str]) -> list[str]:
     """Files of the folder that nobody vouches for; hidden ones are not mentioned."""
     names = [
         path

@@ -23,7 +23,7 @@ _SIZES = (  # the first that fits: a part of a name, and what a size of that nam
 )
 
 
-def documented(facts: Facts, doc: str | None, names: list[str]) -> State | None:
+def read_docstring(facts: Facts, doc: str | None, names: list[str]) -> State | None:
     """A start with the shapes that a docstring gives; ``None`` where it gives none.
 
     Args:
@@ -43,16 +43,16 @@ def documented(facts: Facts, doc: str | None, names: list[str]) -> State | None:
             state[name] = usual[0] if usual else Blank((1,))
             continue
         found = True
-        state[name] = _described(facts, section, symbols, [one for one in usual if isinstance(one, Blank)], sizes)
+        state[name] = _describe(facts, section, symbols, [one for one in usual if isinstance(one, Blank)], sizes)
     return state if found else None
 
 
-def laid_out(facts: Facts, text: str, usual: Blank) -> Iterator[Blank]:
+def lay_out(facts: Facts, text: str, usual: Blank) -> Iterator[Blank]:
     """A tensor in each layout that an error names: ``(batch_size, 2, num_channels, height, width)``."""
     for found in _SHAPE.finditer(text):
         symbols = [symbol.strip() for symbol in found[1].split(",") if symbol.strip()]
         if len(symbols) > 1 and not all(symbol.isdigit() for symbol in symbols):
-            yield _described(facts, "", symbols, [usual], {})
+            yield _describe(facts, "", symbols, [usual], {})
 
 
 def _sections(doc: str, names: list[str]) -> Mapping[str, str]:
@@ -73,7 +73,7 @@ def _symbols(section: str) -> list[str] | None:
     return None
 
 
-def _described(facts: Facts, section: str, symbols: list[str], usual: list[Blank], sizes: dict[str, int]) -> Blank:
+def _describe(facts: Facts, section: str, symbols: list[str], usual: list[Blank], sizes: dict[str, int]) -> Blank:
     """A tensor of that shape, of the kind that is usual for the argument or that the text says."""
     alike = next((one for one in usual if len(one.shape) == len(symbols)), None)
     shape = tuple(

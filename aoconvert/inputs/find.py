@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from .blanks import Blank, State, make
-from .docs import documented
+from .docs import read_docstring
 from .facts import Facts, read_facts
 from .guesses import guesses
 from .library import Source, Start
 from .outputs import first_tensors
 from .repairs import repairs
-from .trial import Attempt, attempt, base_dtype, empty_copy, needs_values, on_meta, quantized, roomy_copy
+from .trial import Attempt, attempt, base_dtype, empty_copy, is_quantized, needs_values, on_meta, roomy_copy
 
 TRIES = 400
 SECONDS = 20.0
@@ -201,7 +201,7 @@ def find_inputs(model: nn.Module, own: Iterable[Start] = (), *, tries: int = TRI
     facts, dtype = read_facts(model), base_dtype(model)
     starts = [*own, *(Start("search", state) for state in _starts(facts, model.forward.__doc__))]
     empty = model if on_meta(model) else empty_copy(model)
-    trial = None if on_meta(model) else roomy_copy(model) if quantized(model) else model
+    trial = None if on_meta(model) else roomy_copy(model) if is_quantized(model) else model
     done, taken, search = 0, None, None
     for tried in (empty, trial):
         if tried is None:
@@ -235,7 +235,7 @@ def _starts(facts: Facts, doc: str | None) -> Iterator[State]:
     if encoder_decoder:
         yield {**state, "decoder_input_ids": _first(facts, "decoder_input_ids")}
     yield state
-    if (described := documented(facts, doc, names)) is not None:
+    if (described := read_docstring(facts, doc, names)) is not None:
         yield described
 
 

@@ -52,13 +52,13 @@ def guesses(facts: Facts, name: str) -> list[Any]:
     """What an argument may be."""
     guess = next(guess for pattern, guess in _GUESSES if pattern.fullmatch(name))
     found: list[Any] = []
-    for value in _annotated(facts, name, guess(facts, name)):
+    for value in _follow_annotation(facts, name, guess(facts, name)):
         if value not in found:
             found.append(value)
     return found
 
 
-def _annotated(facts: Facts, name: str, values: Iterator[Any]) -> Iterator[Any]:
+def _follow_annotation(facts: Facts, name: str, values: Iterator[Any]) -> Iterator[Any]:
     """The guesses as the annotation wants them: in a list, or numbers instead."""
     parameter = facts.parameters.get(name)
     kind = str(parameter.annotation).lower() if parameter is not None else ""
@@ -164,7 +164,7 @@ def _tokens(facts: Facts, name: str) -> int:
     return facts.number(f"text_len_{name.rpartition('_')[2]}", "text_len", default=TOKENS)
 
 
-def _pooled(facts: Facts, name: str) -> Iterator[Any]:
+def _guess_pooled(facts: Facts, name: str) -> Iterator[Any]:
     for key in (*_POOLED, *_TEXT, *_WIDTHS):
         if width := facts.number(key):
             yield Blank((1, width))
@@ -307,7 +307,7 @@ def _conditions(facts: Facts, name: str) -> Iterator[Any]:
 def _label(facts: Facts, name: str) -> Iterator[Any]:
     yield Blank((1,), "long")
     yield Blank((1,))
-    yield from _pooled(facts, name)
+    yield from _guess_pooled(facts, name)
 
 
 def _meta(facts: Facts, name: str) -> Iterator[Any]:
@@ -338,7 +338,7 @@ def _any(facts: Facts, name: str) -> Iterator[Any]:
     if "list" in kind.lower():
         yield list(_text_states(facts, name))[:1]
     yield from _text_states(facts, name)
-    yield from _pooled(facts, name)
+    yield from _guess_pooled(facts, name)
     yield Blank((1,))
 
 
@@ -369,7 +369,7 @@ _GUESSES: tuple[tuple[re.Pattern[str], Guess], ...] = tuple(
         (r"image_meta_size", _meta),
         (r"class_labels|labels|style|control_type_idx", _label),
         (r"controlnet_cond|control_latents|control_context", _control),
-        (r"pooled_\w+|\w*_pooled|.*text_embeds|proj_embedding|image_embeds|class_labels_emb", _pooled),
+        (r"pooled_\w+|\w*_pooled|.*text_embeds|proj_embedding|image_embeds|class_labels_emb", _guess_pooled),
         (r".*_scale", _scale),
         (r"(pose|control|clean|source|reference|condition)_hidden_states", _latents),
         (r"hidden_states|sample|x|latents?|.*_latents|latents_.*|z|z_latent|input|inputs", _latents),

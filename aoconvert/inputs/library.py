@@ -44,7 +44,7 @@ def from_libraries(model: Any, folders: Sequence[Path] = (), *, trust: bool = Fa
         trust: whether code that lies there may run.
     """
     for folder in folders:
-        for prepared in _prepared(folder, trust=trust):
+        for prepared in _prepare(folder, trust=trust):
             yield from _start("processor", model, prepared)
     yield from _start("dummy_inputs", model, _dummy_inputs(model))
 
@@ -89,7 +89,7 @@ def _prepares(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _OF_PROCESSORS)
 
 
-def _prepared(folder: Path, *, trust: bool) -> Iterator[Mapping[str, Any]]:
+def _prepare(folder: Path, *, trust: bool) -> Iterator[Mapping[str, Any]]:
     """What each processor in a folder makes of a small text, image, clip and sound, and of fewer of them."""
     import transformers
 
@@ -100,13 +100,13 @@ def _prepared(folder: Path, *, trust: bool) -> Iterator[Mapping[str, Any]]:
             )
         except Exception:  # not what lies there, or a package is missing
             continue
-        made = list(_made_by(processor))
+        made = list(_run_processor(processor))
         yield from made
         if made:
             return
 
 
-def _made_by(processor: Any) -> Iterator[Mapping[str, Any]]:
+def _run_processor(processor: Any) -> Iterator[Mapping[str, Any]]:
     takes = inspect.signature(type(processor).__call__).parameters
     usual = {"text": _text(processor), "images": plain_image(), **dict.fromkeys(("audio", "raw_speech"), _sound())}
     there = {name: value for name, value in usual.items() if name in takes and _has(processor, name)}

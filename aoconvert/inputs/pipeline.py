@@ -37,7 +37,7 @@ def from_pipeline(pipe: Any, parts: Mapping[str, nn.Module], seconds: float = SE
         seconds: how long it may take, in time of the processor; looked at whenever a layer begins.
     """
     until, found = time.thread_time() + seconds, dict[str, Start]()
-    with _watched(parts, found, until):
+    with _watch(parts, found, until):
         for arguments in _calls(pipe):
             try:
                 with torch.random.fork_rng(devices=[]), torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
@@ -52,7 +52,7 @@ def from_pipeline(pipe: Any, parts: Mapping[str, nn.Module], seconds: float = SE
 
 
 @contextlib.contextmanager
-def _watched(parts: Mapping[str, nn.Module], found: dict[str, Start], until: float) -> Iterator[None]:
+def _watch(parts: Mapping[str, nn.Module], found: dict[str, Start], until: float) -> Iterator[None]:
     """Keep what the parts are given, and end the call when there is no more to keep."""
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -61,7 +61,7 @@ def _watched(parts: Mapping[str, nn.Module], found: dict[str, Start], until: flo
 
     def keeper(name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            state = _named(module, args, kwargs)
+            state = _name_arguments(module, args, kwargs)
             if name not in found and state is not None:
                 found[name] = Start("pipeline", given(state))
             if len(found) == len(parts):
@@ -78,7 +78,7 @@ def _watched(parts: Mapping[str, nn.Module], found: dict[str, Start], until: flo
             hook.remove()
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _name_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments by their names; ``None`` where they cannot be given a second time."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
@@ -87,15 +87,15 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if kinds[name] is inspect.Parameter.VAR_POSITIONAL:
             return None
         state |= value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return state if all(_lasting(value) for value in state.values()) else None
+    return state if all(_lasts(value) for value in state.values()) else None
 
 
-def _lasting(value: Any) -> bool:
+def _lasts(value: Any) -> bool:
     """Whether a pass leaves the value as it was: a cache, or a generator, is another one afterwards."""
     if isinstance(value, Mapping):
-        return all(_lasting(item) for item in value.values())
+        return all(_lasts(item) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return all(_lasting(item) for item in value)
+        return all(_lasts(item) for item in value)
     return value is None or isinstance(value, (torch.Tensor, torch.dtype, torch.device, int, float, str))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from .blanks import Blank, Given, Path, State, tensors
-from .docs import laid_out
+from .docs import lay_out
 from .edits import WORD, find_mentioned, in_turn, order_by_mention, put
 from .facts import Facts
 from .guesses import guesses
@@ -44,7 +44,7 @@ def _all(facts: Facts, state: State, failed: Attempt) -> Iterator[State]:
     )
     yield from in_turn(
         _keys(facts, state, failed, message),
-        _absent(facts, state, failed, message),
+        _fill_absent(facts, state, failed, message),
         _kinds(state, failed, message),
         _fillers(facts, state, message),
         _choices(facts, state, message),
@@ -72,7 +72,7 @@ def _keys(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator
                     yield {**state, holder: {**others, key: guess}}
 
 
-def _absent(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
+def _fill_absent(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
     """An argument that was left out is wanted."""
     missing = [name for name in facts.parameters if state.get(name) is None and not _instead(facts, name)]
     absent = {name for frame in failed.frames for name in frame.absent}
@@ -163,7 +163,7 @@ def _in_range(state: State, failed: Attempt, message: str) -> Iterator[State]:
 def _layouts(facts: Facts, state: State, failed: Attempt, message: str) -> Iterator[State]:
     """A tensor in the layout that the error gives in words."""
     for path, blank in order_by_mention(state, failed):
-        for other in laid_out(facts, message, blank):
+        for other in lay_out(facts, message, blank):
             if other.shape != blank.shape:
                 yield put(state, path, other)
 

@@ -228,7 +228,7 @@ def base_dtype(model: nn.Module) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
 
 
-def quantized(model: nn.Module) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """Whether a parameter is a tensor of torchao's classes."""
     return any(hasattr(parameter.data, "__tensor_flatten__") for parameter in model.parameters())
 

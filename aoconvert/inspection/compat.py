@@ -50,7 +50,7 @@ def fates() -> Mapping[str, ReleaseSupport]:
     return found
 
 
-def loading(names: Iterable[str], tensors: Iterable[BinTensor]) -> Loading:
+def find_loading(names: Iterable[str], tensors: Iterable[BinTensor]) -> Loading:
     """Which torchao loads a ``.bin`` and computes the right values.
 
     Args:
@@ -59,7 +59,7 @@ def loading(names: Iterable[str], tensors: Iterable[BinTensor]) -> Loading:
     """
     ours = sorted(name for name in set(names) if name.startswith("torchao."))
     low, high = ALL
-    limits = [(name, _present(name)) for name in ours]
+    limits = [(name, _find_present(name)) for name in ours]
     limits += [limit for tensor in tensors for limit in _limits(tensor)]
     first: dict[int, str] = {}
     last: dict[int, str] = {}
@@ -67,7 +67,7 @@ def loading(names: Iterable[str], tensors: Iterable[BinTensor]) -> Loading:
         first.setdefault(begin, reason)
         last.setdefault(end, reason)
         low, high = max(low, begin), min(high, end)
-    unheard = [name for name in ours if _present(name) == _NOWHERE]
+    unheard = [name for name in ours if _find_present(name) == _NOWHERE]
     if unheard:
         why = [f"{name} is not in any torchao release that aoconvert knows" for name in unheard]
         return Loading(None, None, tuple(why), possible=False)
@@ -99,7 +99,7 @@ def _easiest(names: set[str], low: int, high: int) -> tuple[int, tuple[list[str]
     return best, asks(best)
 
 
-def loading_safetensors(classes: Iterable[str]) -> Loading:
+def find_loading_safetensors(classes: Iterable[str]) -> Loading:
     """Which torchao loads torchao's own safetensors with these classes (last components)."""
     first = 0
     why: list[str] = []
@@ -118,7 +118,7 @@ def loading_safetensors(classes: Iterable[str]) -> Loading:
     return Loading(short(first), None, tuple(why))
 
 
-def written(names: Iterable[str], tensors: Iterable[BinTensor]) -> Range | None:
+def find_written(names: Iterable[str], tensors: Iterable[BinTensor]) -> Range | None:
     """The releases that can have written such a pickle; ``None`` where none can (or no torchao name is in it)."""
     ours = [name for name in names if name.startswith("torchao.")]
     low, high = ALL
@@ -169,7 +169,7 @@ def _range(text: str) -> Range | None:
     return RELEASES.index(first), RELEASES.index(last)
 
 
-def _present(name: str) -> Range:
+def _find_present(name: str) -> Range:
     fate = fates().get(name)
     return (fate.present if fate is not None else None) or _NOWHERE
 

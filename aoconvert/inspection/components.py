@@ -14,7 +14,7 @@ from aoconvert.inspection import compat
 from aoconvert.inspection.demands import demand_of, signs
 from aoconvert.inspection.foreign import PACKAGES, scheme_of_kind
 from aoconvert.inspection.types import Component, FileFacts, Loading
-from aoconvert.inspection.writer import written_by
+from aoconvert.inspection.writer import find_writer
 from aoconvert.schemes import int4
 from aoconvert.schemes.tensor_classes import PackedLayout
 
@@ -51,9 +51,9 @@ def component(
     layout, packing = demand_of(files), _cpu_packing(name, manifest)
     if layout is not None and packing is not None:
         layout = replace(layout, note=None)  # the manifest says what the file does not
-    loading = _loading(kind, files, entries, classes)
+    loading = _find_loading(kind, files, entries, classes)
     needs = PACKAGES.get(kind, ())
-    writer = written_by(files, config, manifest)
+    writer = find_writer(files, config, manifest)
     scheme = _scheme(kind, files, quantization)
     problems, unknown = _problems(kind, files, loading, layout, needs, library, quantization)
     if packing is not None and (misfit := int4.misfit(packing)) is not None:
@@ -110,11 +110,13 @@ def _scheme(kind: str, files: Sequence[FileFacts], config: Mapping[str, Any]) ->
     return next((found for file in files if (found := scheme_of_kind(kind, config, file.metadata))), None)
 
 
-def _loading(kind: str, files: Sequence[FileFacts], entries: Sequence[BinTensor], classes: set[str]) -> Loading | None:
+def _find_loading(
+    kind: str, files: Sequence[FileFacts], entries: Sequence[BinTensor], classes: set[str]
+) -> Loading | None:
     if kind == "torchao":
-        return compat.loading({name for file in files for name in file.globals}, entries)
+        return compat.find_loading({name for file in files for name in file.globals}, entries)
     if kind == "torchao-safetensors":
-        return compat.loading_safetensors(classes - {"Tensor"})
+        return compat.find_loading_safetensors(classes - {"Tensor"})
     return None
 
 
@@ -159,7 +161,7 @@ def _problems(
     return problems, unknown
 
 
-def _dotted(capability: tuple[int, int]) -> str:
+def _dot(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
@@ -218,11 +220,11 @@ def _advice(
         if any("builtins.getattr" in (file.unsafe or "") for file in unsafe):
             advice.append("Python 3.11.2 pickles enums through getattr: write the file again with another Python")
     if loading is not None:
-        advice += _loading_advice(loading, scheme)
+        advice += _advise_loading(loading, scheme)
     if layout is not None and layout.note:
         advice.append(f"packed for {layout.device}: {layout.note}")
     if layout is not None and layout.min_capability:
-        need = _dotted(layout.min_capability)
+        need = _dot(layout.min_capability)
         packed = f"packed for {layout.device}: it runs" if layout.packed else "on CUDA it runs"
         advice.append(f"{packed} only on capability {need} or higher")
     advice += _foreign_advice(kind, config)
@@ -234,7 +236,7 @@ def _advice(
     return advice
 
 
-def _loading_advice(loading: Loading, scheme: str | None) -> list[str]:
+def _advise_loading(loading: Loading, scheme: str | None) -> list[str]:
     advice = []
     version = version_of("torchao")
     if version is None or compat.fits(version, loading) is False:

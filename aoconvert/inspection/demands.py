@@ -51,7 +51,7 @@ def _first(
     if by_class is not None:
         return by_class
     found = [
-        _demands()[scheme] for scheme, entry in tensors if scheme and scheme in _demands() and not _emulated(entry)
+        _demands()[scheme] for scheme, entry in tensors if scheme and scheme in _demands() and not _is_emulated(entry)
     ]
     return max(found, key=lambda layout: (layout.device != "any", layout.min_capability or (0, 0)), default=None)
 
@@ -66,7 +66,7 @@ def _demands() -> Mapping[str, PackedLayout]:
     }
 
 
-def _emulated(entry: BinTensor | None) -> bool:
+def _is_emulated(entry: BinTensor | None) -> bool:
     """Whether the tensor itself asks for products in its original dtype, which every device has."""
     if entry is None:
         return False

@@ -47,7 +47,7 @@ def _bin(source: ByteSource, path: str, label: str, *, local: bool, config: Mapp
         contents = read_source(source, label, local_headers=local)
     except UnsafeFileError as error:
         return FileFacts(path, source.size, "bin", kind="unreadable", unsafe=error.message)
-    entries = {**_nested(contents.others), **contents.tensors}
+    entries = {**_find_nested(contents.others), **contents.tensors}
     names = tuple(use.name for use in contents.globals)
     if any(name.startswith("torchao.") for name in names):
         facts = tuple(_torchao_fact(name, entry) for name, entry in entries.items())
@@ -61,24 +61,24 @@ def _torchao_fact(name: str, entry: BinTensor) -> TensorFact:
     if entry.data is not None:
         return TensorFact(name, "torch.Tensor", entry.dtype, math.prod(entry.shape))
     return TensorFact(
-        name, entry.class_name, _stored(entry), math.prod(entry.shape), scheme_of(entry) or "unknown", entry
+        name, entry.class_name, _stored_dtype(entry), math.prod(entry.shape), scheme_of(entry) or "unknown", entry
     )
 
 
-def _stored(entry: BinTensor) -> str:
+def _stored_dtype(entry: BinTensor) -> str:
     """The dtype of the largest plain tensor within."""
     leaves = [leaf for _, leaf in entry.leaves() if leaf.data is not None]
     return max(leaves, key=lambda leaf: leaf.nbytes).dtype if leaves else entry.dtype
 
 
-def _nested(others: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> dict[str, BinTensor]:
+def _find_nested(others: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> dict[str, BinTensor]:
     """Tensors one or two dicts down: ``{"state_dict": {…}}``, ``{"model": …, "optimizer": …}``."""
     found: dict[str, BinTensor] = {}
     for key, value in others.items():
         if isinstance(value, BinTensor):
             found[f"{prefix}{key}"] = value
         elif isinstance(value, Mapping) and depth < 2:
-            found |= _nested(value, f"{prefix}{key}.", depth + 1)
+            found |= _find_nested(value, f"{prefix}{key}.", depth + 1)
     return found
 
 
@@ -86,7 +86,7 @@ def _safetensors(source: ByteSource, path: str, label: str, config: Mapping[str,
     header = read_header(source, label)
     entries, metadata = header.entries, header.metadata
     stored = {name: (_torch_name(entry.dtype), entry.shape) for name, entry in entries.items()}
-    tensors = described(metadata)
+    tensors = read_described(metadata)
     if tensors:
         facts = tuple(_flat(stored, tensors))
         return FileFacts(path, source.size, "safetensors", len(entries), facts, "torchao-safetensors", (), metadata)
@@ -99,7 +99,7 @@ def _torch_name(dtype: str) -> str:
     return "float4_e2m1fn_x2" if dtype == "F4" else DTYPES.get(dtype, (dtype, 0))[0]
 
 
-def described(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+def read_described(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     """The tensors that torchao's metadata describe; empty where it is no file of torchao's.
 
     Source: ``torchao.prototype.safetensors``: ``tensor_names`` is a JSON list, and each tensor has an entry of its own.

@@ -144,7 +144,7 @@ _BNB_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 _BNB_HELPERS = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format)$|\.quant_state\.")
 
 
-def _compressed(stored: Stored, config: Mapping[str, Any]) -> tuple[TensorFact, ...] | None:
+def _read_compressed(stored: Stored, config: Mapping[str, Any]) -> tuple[TensorFact, ...] | None:
     """``weight_packed`` (int32, several values each) or an 8-bit ``weight``, with ``weight_scale``."""
     packed = any(name.endswith(".weight_packed") for name in stored)
     if not packed and config.get("quant_method") != "compressed-tensors":
@@ -165,7 +165,7 @@ def _compressed(stored: Stored, config: Mapping[str, Any]) -> tuple[TensorFact, 
     return tuple(facts) if any(fact.scheme for fact in facts) else None
 
 
-def _packed_rows(stored: Stored, config: Mapping[str, Any], kind: str) -> tuple[TensorFact, ...] | None:
+def _read_packed_rows(stored: Stored, config: Mapping[str, Any], kind: str) -> tuple[TensorFact, ...] | None:
     """GPTQ (with ``g_idx``, packed along the input) and AWQ (packed along the output): ``qweight, qzeros, scales``."""
     modules = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
     modules = {module for module in modules if f"{module}.scales" in stored}
@@ -192,9 +192,9 @@ def _packing(stored: Stored, modules: set[str]) -> str:
 _KINDS: Mapping[str, _Kind] = {
     "quanto": _quanto,
     "bitsandbytes": _bitsandbytes,
-    "gptq": lambda stored, config: _packed_rows(stored, config, "gptq"),
-    "awq": lambda stored, config: _packed_rows(stored, config, "awq"),
-    "compressed-tensors": _compressed,
+    "gptq": lambda stored, config: _read_packed_rows(stored, config, "gptq"),
+    "awq": lambda stored, config: _read_packed_rows(stored, config, "awq"),
+    "compressed-tensors": _read_compressed,
 }
 
 

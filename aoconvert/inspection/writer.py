@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aoconvert.checkpoint.manifest import Manifest
-from aoconvert.inspection.compat import short, written
+from aoconvert.inspection.compat import find_written, short
 from aoconvert.inspection.types import FileFacts
 
 _PACKAGES = ("torchao", "torch", "python", "diffusers", "transformers")
 
 
-def written_by(files: Iterable[FileFacts], config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
+def find_writer(files: Iterable[FileFacts], config: Mapping[str, Any], manifest: Manifest | None) -> dict[str, Any]:
     """Versions of what wrote a component, ``None`` where nothing says it.
 
     Args:
@@ -41,7 +41,7 @@ def written_by(files: Iterable[FileFacts], config: Mapping[str, Any], manifest: 
     files = list(files)
     names = {name for file in files for name in file.globals}
     entries = [tensor.entry for file in files for tensor in file.tensors if tensor.entry is not None]
-    span_found = written(names, entries)
+    span_found = find_written(names, entries)
     if span_found is not None:
         first, last = span_found
         found["torchao_range"] = {"min": short(first), "max": short(last)}

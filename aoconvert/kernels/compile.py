@@ -67,7 +67,7 @@ def build(
     # 70 MB each on the disk, and slower than reading the headers twice
     inductor.cpp_cache_precompile_headers = False
     inductor.aot_inductor.precompile_headers = False
-    compiler = _vectorizing(os.environ.get("CXX", "g++"), tools)
+    compiler = _vectorize(os.environ.get("CXX", "g++"), tools)
     inductor.cpp.cxx = (None, compiler)
     columns = 6 * (group_size or 64)
     example = torch.linspace(-1, 1, _ROWS * columns).reshape(_ROWS, columns).to(source)
@@ -119,7 +119,7 @@ class _Module(torch.nn.Module):
         return self._traced(rows)
 
 
-def _vectorizing(compiler: str, folder: Path) -> str:
+def _vectorize(compiler: str, folder: Path) -> str:
     """A command that calls GCC with its loop vectorizer, which inductor switches off.
 
     Inductor's own vectors convert float32 to float64 in a plain loop of 16: without it the sums of squares take three

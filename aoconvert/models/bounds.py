@@ -96,7 +96,7 @@ def limit_model(title: str, held: Held | None) -> Iterator[None]:
     most = _FREE_PARTS + _PARTS_PER_TENSOR * held.tensors if held is not None else _MOST_PARTS
     count = 0
 
-    def counted(module: object, name: str, part: object) -> None:
+    def count_part(module: object, name: str, part: object) -> None:
         nonlocal count
         count += 1
         if count > most:
@@ -107,8 +107,8 @@ def limit_model(title: str, held: Held | None) -> Iterator[None]:
             )
 
     hooks = [
-        register_module_module_registration_hook(counted),
-        register_module_parameter_registration_hook(counted),
+        register_module_module_registration_hook(count_part),
+        register_module_parameter_registration_hook(count_part),
     ]
     try:
         with _memory_limit():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
-from aoconvert.cache import remembered
+from aoconvert.cache import remember
 from aoconvert.environment import import_diffusers, quiet_imports, version_of
 
 Default = bool | int | float | str | None
@@ -19,7 +19,7 @@ def call_parameters(class_name: str) -> Mapping[str, Default] | None:
     """
     # importing a pipeline takes seconds; what its class takes follows from its name and the versions
     facts = {"class": class_name, **{name: version_of(name) for name in ("diffusers", "transformers", "torch")}}
-    found: Mapping[str, Default] | None = remembered("calls", facts, lambda: _ask(class_name))
+    found: Mapping[str, Default] | None = remember("calls", facts, lambda: _ask(class_name))
     return found
 
 

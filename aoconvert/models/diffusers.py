@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoconvert.cache import remembered
+from aoconvert.cache import remember
 from aoconvert.environment import import_diffusers, version_of
 from aoconvert.errors import SourceError
 from aoconvert.models import base
@@ -79,7 +79,7 @@ def empty_model(
         torch.set_default_dtype(usual)
 
 
-def kept_in_float32(model: nn.Module) -> frozenset[str]:
+def list_float32(model: nn.Module) -> frozenset[str]:
     """State-dict keys that stay in float32 for every dtype.
 
     diffusers matches ``_keep_in_fp32_modules`` against the parts of the parameter's name
@@ -103,7 +103,7 @@ def skeleton(component: ModelPart, *, code_root: Path | None = None) -> Skeleton
         return None if renames or foreign or _is_unreleased() else to_json(built.tensors)
 
     # building the model takes two seconds of imports; its tensors follow from class, config and versions alone
-    known = remembered(
+    known = remember(
         "skeletons",
         {"config": component.config, "class": [component.module, component.class_name], **_versions()},
         make,
@@ -117,7 +117,7 @@ def skeleton(component: ModelPart, *, code_root: Path | None = None) -> Skeleton
 
 
 def _describe(component: ModelPart, model: torch.nn.Module, code_root: Path | None) -> Skeleton:
-    keep = kept_in_float32(model)
+    keep = list_float32(model)
     described = describe_tensors(model, tied={}, keep_fp32=keep, precise=keep)
     return Skeleton(component, model, described, code_root=code_root)
 

@@ -144,9 +144,9 @@ class Watch(TorchFunctionMode):
             except (NotImplementedError, RuntimeError):  # it wants values
                 if any(_is_quantized(tensor) or tensor.numel() > _MOST for tensor in tensors):
                     raise
-            return func(*_moved(args, "cpu"), **_moved(kwargs, "cpu"))
-        made = func(*_moved(args, "meta"), **_moved(kwargs, "meta"))
-        return _moved(made, "cpu")
+            return func(*_move(args, "cpu"), **_move(kwargs, "cpu"))
+        made = func(*_move(args, "meta"), **_move(kwargs, "meta"))
+        return _move(made, "cpu")
 
 
 def _is_quantized(tensor: torch.Tensor) -> bool:
@@ -179,7 +179,7 @@ def _plain(value: Any, ids: Set[int]) -> Any:
     return _map(value, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta") if id(t) in ids else t)
 
 
-def _moved(value: Any, device: str) -> Any:
+def _move(value: Any, device: str) -> Any:
     """With every tensor on that device; what has no values yet gets zeros."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aoconvert.errors import SourceError
 from aoconvert.models.base import ModelPart, Skeleton, describe_tensors
 from aoconvert.models.conversions import Conversion
-from aoconvert.models.diffusers import empty_model, kept_in_float32
+from aoconvert.models.diffusers import empty_model, list_float32
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +69,7 @@ def skeleton(component: ModelPart) -> Skeleton:
         raise CannotFuse(f"{component.title}: {error}".splitlines()[0], hint="leave out --fuse-qkv") from error
     if not names:
         raise CannotFuse(refusal, hint="leave out --fuse-qkv")
-    keep = kept_in_float32(model)
+    keep = list_float32(model)
     described = describe_tensors(model, tied={}, keep_fp32=keep, precise=keep)
     return Skeleton(component, model, described, fused=names)
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aoconvert.cache import remembered
+from aoconvert.cache import remember
 from aoconvert.environment import import_diffusers, quiet_imports, version_of
 from aoconvert.models import configs
 from aoconvert.models.base import ModelPart, SourceTensor
@@ -84,7 +84,7 @@ def ask(
         "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
     try:
-        return _from_json(remembered("openings", facts, make))
+        return _from_json(remember("openings", facts, make))
     except (TypeError, KeyError, AttributeError, ValueError):  # damaged
         return _from_json(make())
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aoconvert.cache import remembered
+from aoconvert.cache import remember
 from aoconvert.environment import import_diffusers, version_of
 from aoconvert.errors import SourceError
 from aoconvert.models.base import ModelPart
@@ -30,7 +30,7 @@ def locate(component: ModelPart) -> ModelPart:
     if component.module is not None:
         return component
     facts = [component.library, component.class_name, *map(version_of, ("diffusers", "transformers"))]
-    module = remembered("modules", facts, lambda: {"module": _module(component)}).get("module")
+    module = remember("modules", facts, lambda: {"module": _module(component)}).get("module")
     return replace(component, module=module)
 
 

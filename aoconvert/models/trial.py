@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aoconvert.cache import key as key_of
-from aoconvert.cache import remembered
+from aoconvert.cache import remember
 from aoconvert.environment import quiet_imports, version_of
 from aoconvert.models.base import Skeleton
 from aoconvert.models.pipeline import rebuild
@@ -143,7 +143,7 @@ class Trial:
             try:
                 # a class that is in the checkpoint may be another one tomorrow
                 own = self._skeleton.code_root is not None
-                self._answers[name] = make() if own else remembered("trials", facts, make)
+                self._answers[name] = make() if own else remember("trials", facts, make)
             except TookTooMuch:
                 self._answers[name] = None
         return self._answers[name]

@@ -23,7 +23,7 @@ from aoconvert.planning.output import output_problems, space_problems
 from aoconvert.planning.types import ComponentPlan, Plan, StreamedPlan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose_components, is_only, load_recipe
-from aoconvert.recipes.rules import Rules, allowing, find_unmatched, skipping
+from aoconvert.recipes.rules import Rules, allow_rules, find_unmatched, skip_rules
 
 if TYPE_CHECKING:
     from aoconvert.models import ModelLayout
@@ -209,7 +209,7 @@ def resolve_rules(options: QuantizeOptions, component: ModelPart, device: str, r
     rules = Rules((), default)
     if recipe is not None:
         rules = recipes.rules(recipe, component.name, default, layout_device=options.layout_device, device=kind)
-    return replace(rules, skip=skipping(options.skip))
+    return replace(rules, skip=skip_rules(options.skip))
 
 
 def _unmatched(components: Sequence[ComponentPlan]) -> list[str]:
@@ -224,4 +224,4 @@ def _unmatched_missing(components: Sequence[ComponentPlan], options: QuantizeOpt
     if not any(component.weights for component in components):
         return []
     names = [item.name for component in components for item in component.missing]
-    return find_unmatched(allowing(options.allow_missing), [*names, *(name.rpartition(".")[0] for name in names)])
+    return find_unmatched(allow_rules(options.allow_missing), [*names, *(name.rpartition(".")[0] for name in names)])

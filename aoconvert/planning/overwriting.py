@@ -12,7 +12,7 @@ from pathlib import Path
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, MANIFEST_NAME, PICTURE_NAME, REPORT_NAME, FileEntry
 from aoconvert.checkpoint.seals import is_sealed
-from aoconvert.checkpoint.unfinished import journal_aside, listed_files, partial_folder, replaced_folder, split_files
+from aoconvert.checkpoint.unfinished import find_replaced, journal_aside, list_files, partial_folder, split_files
 from aoconvert.errors import SourceError
 from aoconvert.files import read_limited
 from aoconvert.humanize import first
@@ -58,7 +58,7 @@ def overwrite_problem(folder: Path) -> str | None:
 def unfinished_problem(partial: Path) -> str | None:
     """Why what is in the folder in which a run builds its files must not be removed, or ``None``."""
     try:
-        _, others = split_files(partial, listed_files(partial))
+        _, others = split_files(partial, list_files(partial))
     except OSError:  # it is not there, or whoever locks it says what is wrong with it
         return None
     return others_problem(partial, others) if others else None
@@ -103,7 +103,7 @@ def tidy(output: Path) -> None:
         if not (output / MANIFEST_NAME).is_file() or partial_folder(output).exists():
             return
         journal_aside(output).unlink(missing_ok=True)
-        remove_result(replaced_folder(output))
+        remove_result(find_replaced(output))
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -15,7 +15,7 @@ from aoconvert.models.ties import settle_ties
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.inventory import Inventory, SourceTensors, match
 from aoconvert.planning.values import Values
-from aoconvert.recipes.rules import Rules, allowing
+from aoconvert.recipes.rules import Rules, allow_rules
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,9 @@ def read_checkpoint(
     tensors = {name: tensor for name, tensor in given.items() if name not in inventory.needs_data}
     opening = ask(skeleton.component, dtype, tensors, sharded=sharded, code_root=code_root)
     opening = replace(opening, missing=opening.missing - inventory.merged if inventory.needs_data else opening.missing)
-    found = SourceCheckpoint(inventory, opening, Rules((), None, allowing(options.allow_missing)), options.drop_unknown)
+    found = SourceCheckpoint(
+        inventory, opening, Rules((), None, allow_rules(options.allow_missing)), options.drop_unknown
+    )
     if not opening.shared and not opening.contested:
         return skeleton, found
     cast = None if options.dtype == "auto" else dtype

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from packaging.version import Version
 
 from aoconvert.schemes.base import Layout
-from aoconvert.schemes.layouts import UNPACKED, merged
+from aoconvert.schemes.layouts import UNPACKED, merge
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -205,7 +205,7 @@ class ComponentPlan:
     @property
     def layout(self) -> Layout:
         """What the stored weights of all schemes together are made for."""
-        return merged([scheme.layout for scheme in self.schemes]) if self.schemes else UNPACKED
+        return merge([scheme.layout for scheme in self.schemes]) if self.schemes else UNPACKED
 
     @property
     def unconfirmed(self) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, Kind, known_names
+from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, Kind, list_names
 
 _CONFIGS = re.compile(r"\w*Weight(?:Only)?Config|(?:Module)?FqnToConfig")
 # what their fields hold, beside what pickles may hold: granularities, packing formats, choices
@@ -48,7 +48,7 @@ def check_quantization(values: Mapping[str, Any]) -> None:
 @cache
 def _known_values() -> frozenset[str]:
     plain = (Kind.DATA, Kind.TUPLE, Kind.ENUM)
-    return _VALUES | {name.rpartition(".")[2] for name, known in known_names().items() if known.kind in plain}
+    return _VALUES | {name.rpartition(".")[2] for name, known in list_names().items() if known.kind in plain}
 
 
 def _types(value: Any) -> Iterator[tuple[str, Any]]:

@@ -226,7 +226,7 @@ def _scheme_of_config(text: str, layout_device: str | None) -> Choice:
         raise unknown
     config = _read(values, name)
     for choice in sorted(_candidates(config, layout_device), key=lambda choice: len(choice.settings)):
-        if (scheme := _made(choice)) is not None and _as_dict(scheme.config) == _as_dict(config):
+        if (scheme := _make(choice)) is not None and _as_dict(scheme.config) == _as_dict(config):
             return choice
     raise unknown
 
@@ -256,7 +256,7 @@ def _as_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def _made(choice: Choice) -> Scheme | None:
+def _make(choice: Choice) -> Scheme | None:
     from aoconvert import schemes
 
     try:
@@ -293,7 +293,7 @@ def _candidates(config: Any, layout_device: str | None) -> Iterator[Choice]:
 
 def _of_entry(entry: SchemeEntry, config: Any) -> Choice | None:
     """``None`` where the name fixes a field at another value."""
-    base = _made(Choice(entry.name))
+    base = _make(Choice(entry.name))
     if base is None:
         return None
     fixed = {key for key, _ in entry.fields}

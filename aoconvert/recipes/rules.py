@@ -114,12 +114,12 @@ class Rules:
         return _Sorted.of(self.skip), _Sorted.of(self.rules)
 
 
-def skipping(patterns: Iterable[str]) -> tuple[Rule, ...]:
+def skip_rules(patterns: Iterable[str]) -> tuple[Rule, ...]:
     """The rules of ``--skip``."""
     return tuple(Rule(pattern, None, "--skip") for pattern in patterns)
 
 
-def allowing(patterns: Iterable[str]) -> tuple[Rule, ...]:
+def allow_rules(patterns: Iterable[str]) -> tuple[Rule, ...]:
     """The rules of ``--allow-missing``."""
     return tuple(Rule(pattern, None, "--allow-missing") for pattern in patterns)
 

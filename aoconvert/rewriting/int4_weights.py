@@ -10,7 +10,7 @@ import torch
 from aoconvert.formats.content import own_bytes
 from aoconvert.formats.dtypes import dtype_name
 from aoconvert.schemes import int4
-from aoconvert.schemes.int4_parts import Parts, opaque, padded, parameters, plain_int32, tile_packed
+from aoconvert.schemes.int4_parts import Parts, opaque, pad_shape, parameters, plain_int32, tile_packed
 
 
 class CannotCarry(Exception):
@@ -64,7 +64,7 @@ def pack(parts: Parts, device: str, algorithm: str) -> torch.Tensor:
     if device == "cpu":
         return opaque(parts, int4.machine_layout())
     size, shape = parts.group_size, tuple(parts.codes.shape)
-    rows, columns = padded(shape)
+    rows, columns = pad_shape(shape)
     fill = parameters(torch.zeros(1, size, dtype=parts.scale.dtype), size, algorithm)
     whole = []
     for part, value, width in zip(

@@ -21,7 +21,7 @@ from aoconvert.schemes import int4
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.schemes.base import Layout, Scheme
 from aoconvert.schemes.imports import imports
-from aoconvert.schemes.layouts import merged
+from aoconvert.schemes.layouts import merge
 from aoconvert.schemes.table import INT4
 from aoconvert.schemes.tensor_classes import class_named
 from aoconvert.schemes.tensor_classes.current import INT4_OPAQUE
@@ -181,7 +181,7 @@ def _layout(entry: ComponentEntry, names: frozenset[str], new: Layout) -> Layout
         else Layout("any", part, None, requires)
         for part in entry.layout.packing.split("+")
     ]
-    return merged(layouts if new in layouts else [new, *layouts])  # mslk's layout of int4 is called plain, too
+    return merge(layouts if new in layouts else [new, *layouts])  # mslk's layout of int4 is called plain, too
 
 
 def _weights_problems(folder: Path, entry: ComponentEntry, names: frozenset[str], device: str) -> list[str]:

@@ -19,7 +19,7 @@ from aoconvert.environment import import_torchao, torch_build
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.formats.dtypes import dtype_name
 from aoconvert.schemes import cpu_packing
-from aoconvert.schemes.int4_parts import padded, parameters, plain_int32, tile_packed
+from aoconvert.schemes.int4_parts import pad_shape, parameters, plain_int32, tile_packed
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +188,7 @@ def _for_cuda(weight: torch.Tensor, group_size: int, algorithm: str) -> torch.Te
     """The steps of ``Int4TilePackedTo4dTensor.from_hp``."""
     import torch
 
-    rows, columns = padded(weight.shape)
+    rows, columns = pad_shape(weight.shape)
     filled = torch.nn.functional.pad(weight, (0, columns - weight.shape[1], 0, rows - weight.shape[0]))
     return tile_packed(*parameters(filled, group_size, algorithm), group_size, weight.shape)
 

@@ -158,7 +158,7 @@ def tile_packed(
     )
 
 
-def padded(shape: tuple[int, ...]) -> tuple[int, int]:
+def pad_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """What the layout for CUDA fills a weight up to."""
     rows, columns = shape
     return rows + -rows % tile_packing.ROWS, columns + -columns % COLUMNS

@@ -14,7 +14,7 @@ UNPACKED = Layout("any", "plain", None, ())
 """Of plain tensors."""
 
 
-def merged(layouts: Sequence[Layout]) -> Layout:
+def merge(layouts: Sequence[Layout]) -> Layout:
     """What all of them together demand.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert import schemes
 from aoconvert.errors import PlanError, UsageError
-from aoconvert.schemes.layouts import merged
+from aoconvert.schemes.layouts import merge
 
 if TYPE_CHECKING:
     from aoconvert.schemes import Scheme
@@ -37,7 +37,7 @@ def resolve(names: Sequence[str], layout_device: str) -> tuple[Scheme, ...]:
             continue
         found.setdefault(scheme.key, scheme)
     try:
-        merged([scheme.layout for scheme in found.values()])
+        merge([scheme.layout for scheme in found.values()])
     except PlanError as error:
         raise UsageError(
             f"--candidates {','.join(names)}: {error.message}",

@@ -65,11 +65,11 @@ def reach(tensors: Sequence[Tensor], options: QuantizeOptions, fixed: int) -> Se
     if options.min_sqnr is not None:
         limit = options.min_sqnr
         selection = tuple(_least(tensor, limit) for tensor in tensors)
-        return SearchResult(_named(tensors, selection), f"auto: no candidate reaches {limit:g} dB")
+        return SearchResult(_name_choice(tensors, selection), f"auto: no candidate reaches {limit:g} dB")
     if options.target_bits is not None:
         return _bits(tensors, options.target_bits)
     assert options.target_size is not None
-    return _sized(tensors, options.target_size, fixed)
+    return _reach_size(tensors, options.target_size, fixed)
 
 
 def _least(tensor: Tensor, limit: float) -> int:
@@ -84,7 +84,7 @@ def _least(tensor: Tensor, limit: float) -> int:
     return min(passed)[2] if passed else 0
 
 
-def _named(tensors: Sequence[Tensor], selection: Selection) -> Chosen:
+def _name_choice(tensors: Sequence[Tensor], selection: Selection) -> Chosen:
     chosen: Chosen = {}
     for tensor, at in zip(tensors, selection, strict=True):
         chosen.setdefault(tensor.survey.component, {})[tensor.name] = tensor.schemes[at]
@@ -119,7 +119,7 @@ def _bits(tensors: Sequence[Tensor], bits: float) -> SearchResult:
     for component in dict.fromkeys(tensor.survey.component for tensor in tensors):
         part = [tensor for tensor in tensors if tensor.survey.component == component]
         selection, warning = _bits_of(part, bits)
-        chosen |= _named(part, selection)
+        chosen |= _name_choice(part, selection)
         warnings += warning
     return SearchResult(chosen, f"auto: --target-bits {bits:g} leaves room for it unquantized", tuple(warnings))
 
@@ -129,22 +129,22 @@ def _bits_of(tensors: Sequence[Tensor], bits: float) -> tuple[Selection, list[st
     parameters = survey.plan.totals.parameters
 
     def exact(selection: Selection) -> int:
-        return survey.data_size(_named(tensors, selection)[survey.component])
+        return survey.data_size(_name_choice(tensors, selection)[survey.component])
 
     def shown(count: int) -> str:
         return f"{8 * count / parameters:.3f} bits per weight"
 
     where, target = f"{survey.plan.component.title}: ", int(bits * parameters / 8)
     goal = _Goal(f"--target-bits {bits:g}", where, target, survey.data_size({}), shown, _hint(survey.options))
-    return _fitted(goal, [tensor.options(survey.data_bytes) for tensor in tensors], exact, _singles(tensors))
+    return _fit(goal, [tensor.options(survey.data_bytes) for tensor in tensors], exact, _singles(tensors))
 
 
-def _sized(tensors: Sequence[Tensor], target: int, fixed: int) -> SearchResult:
+def _reach_size(tensors: Sequence[Tensor], target: int, fixed: int) -> SearchResult:
     """So many bytes, for all weights files together."""
     surveys = {tensor.survey.component: tensor.survey for tensor in tensors}
 
     def exact(selection: Selection) -> int:
-        return fixed + sum(surveys[name].file_size(chosen) for name, chosen in _named(tensors, selection).items())
+        return fixed + sum(surveys[name].file_size(chosen) for name, chosen in _name_choice(tensors, selection).items())
 
     def shown(count: int) -> str:
         return f"{size(count)} ({count} bytes)"
@@ -152,12 +152,12 @@ def _sized(tensors: Sequence[Tensor], target: int, fixed: int) -> SearchResult:
     nothing = fixed + sum(survey.file_size({}) for survey in surveys.values())
     goal = _Goal(f"--target-size {size(target)}", "", target, nothing, shown, _hint(tensors[0].survey.options))
     items = [tensor.options(tensor.survey.file_bytes) for tensor in tensors]
-    selection, warnings = _fitted(goal, items, exact, _singles(tensors))
+    selection, warnings = _fit(goal, items, exact, _singles(tensors))
     reason = f"auto: {goal.flag} leaves room for it unquantized"
-    return SearchResult(_named(tensors, selection), reason, tuple(warnings))
+    return SearchResult(_name_choice(tensors, selection), reason, tuple(warnings))
 
 
-def _fitted(
+def _fit(
     goal: _Goal, items: Sequence[Sequence[Option]], exact: Callable[[Selection], int], singles: Sequence[Selection]
 ) -> tuple[Selection, list[str]]:
     """The selection with little error that keeps to the goal, and a warning where it stays far below.

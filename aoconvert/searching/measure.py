@@ -127,13 +127,13 @@ class Measuring:
                 continue
             rows = WeightSlice(piece.name, piece.data, getattr(torch, plans[0].dtype), scheme)
             start = partial(self._quantizer.start, rows, None)
-            if (pending := self._tried(piece, scheme, start)) is not None:
+            if (pending := self._try(piece, scheme, start)) is not None:
                 begun.append((scheme, pending))
         return begun
 
     def _finish(self, piece: Slice, begun: Sequence[tuple[Scheme, Pending]]) -> None:
         for scheme, pending in begun:
-            outcome = self._tried(piece, scheme, pending)
+            outcome = self._try(piece, scheme, pending)
             if outcome is not None and (error := self.result.errors[piece.name].get(scheme.key)) is not None:
                 error.merge(outcome.error)
         plan = self.wanted[piece.name][0]
@@ -142,7 +142,7 @@ class Measuring:
         piece.release()
         self._progress.advance(done, piece.name)
 
-    def _tried(self, piece: Slice, scheme: Scheme, work: Callable[[], T]) -> T | None:
+    def _try(self, piece: Slice, scheme: Scheme, work: Callable[[], T]) -> T | None:
         """What ``work`` gives; ``None`` where torchao cannot do this with the tensor, which is noted.
 
         Raises:

@@ -14,7 +14,7 @@ from aoconvert.planning.build import build_plan, resolve_rules
 from aoconvert.planning.types import ComponentPlan, Plan
 from aoconvert.planning.weights import choose_components
 from aoconvert.progress import Progress
-from aoconvert.recipes.rules import Rules, skipping
+from aoconvert.recipes.rules import Rules, skip_rules
 from aoconvert.searching.candidates import resolve
 from aoconvert.searching.goals import SearchResult, Tensor, reach
 from aoconvert.searching.measure import measure
@@ -102,7 +102,7 @@ def _base(
     problems: list[PlanError] = []
     for scheme in candidates:
         try:
-            rules = dict.fromkeys(free, Rules((), scheme, skipping(options.skip)))
+            rules = dict.fromkeys(free, Rules((), scheme, skip_rules(options.skip)))
             return build_plan(source, anything, rules={**given, **rules})
         except PlanError as error:
             problems.append(error)

@@ -13,7 +13,7 @@ from aoconvert.planning.choices import SchemeChoice, Wishes, choose_schemes
 from aoconvert.planning.decide import meta_output, nbytes
 from aoconvert.planning.files import lay_out
 from aoconvert.planning.types import ComponentPlan
-from aoconvert.recipes.rules import Rule, Rules, skipping
+from aoconvert.recipes.rules import Rule, Rules, skip_rules
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class Survey:
         self._tensors = {tensor.name: tensor for tensor in self.plan.tensors}
         self._dtypes: dict[str, torch.dtype] = {spec.name: spec.dtype for spec in self.plan.skeleton}
         self._dtypes |= {t.name: getattr(torch, t.dtype) for t in self.plan.tensors}
-        self._skip = skipping(self.options.skip)
+        self._skip = skip_rules(self.options.skip)
         self._outputs: dict[tuple[tuple[int, ...], torch.dtype, str | None], torch.Tensor] = {}
         self._shares: dict[tuple[tuple[int, ...], torch.dtype, str | None], int] = {}
         self._reasons: dict[str, str] = {}

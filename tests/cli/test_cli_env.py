@@ -35,7 +35,7 @@ def test_env(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_cache(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AOCONVERT_CACHE_DIR", str(tmp_path))
-    cache.remembered("configs", 1, lambda: "made")
+    cache.remember("configs", 1, lambda: "made")
     (tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "mine" / "letter").write_text("dear")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
@@ -46,7 +46,7 @@ def test_cache(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert json.loads(call("cache", "--clear", "--json").stdout)["cleared"] is True
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine"]
     assert (tmp_path / "mine" / "letter").read_text() == "dear"
-    assert cache.remembered("configs", 1, lambda: "made again") == "made again"
+    assert cache.remember("configs", 1, lambda: "made again") == "made again"
 
 
 def test_no_cache(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

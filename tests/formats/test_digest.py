@@ -65,7 +65,7 @@ def test_any_order_and_a_stop_in_between(tmp_path_factory, before, after, damage
     now = CONTENT if damage is None else flipped(damage)
     path.write_bytes(now)
     reported = []
-    second = FileDigest.resumed(path, marks, reported.append)
+    second = FileDigest.resume(path, marks, reported.append)
     if damage is not None and damage < seen:
         assert second is None
         return
@@ -186,13 +186,13 @@ def test_a_file_that_is_gone_or_short(tmp_path):
     path.write_bytes(b"abc")
     mark = Mark(3, hashlib.sha256(b"abc").hexdigest())
     path.write_bytes(b"ab")
-    assert FileDigest.resumed(path, [mark], lambda nbytes: None) is None
+    assert FileDigest.resume(path, [mark], lambda nbytes: None) is None
     digest = FileDigest(path)
     with pytest.raises(ReadError, match=CHANGED):
         digest.feed(10, b"a")
     path.unlink()
     with pytest.raises(ReadError, match="cannot be read"):
-        FileDigest.resumed(path, [mark], lambda nbytes: None)
+        FileDigest.resume(path, [mark], lambda nbytes: None)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "/dev/zero"])

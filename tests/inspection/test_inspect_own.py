@@ -13,7 +13,7 @@ import torch
 import aoconvert
 from aoconvert.environment import import_torchao, version_of
 from aoconvert.formats.torch_bin.header import read_bin
-from aoconvert.inspection.compat import RELEASES, fates, fits, loading
+from aoconvert.inspection.compat import RELEASES, fates, find_loading, fits
 from aoconvert.inspection.inspect import inspect
 
 MEASURED: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "measured.json").read_text())
@@ -113,15 +113,15 @@ def test_safetensors_of_torchao(name: str, tmp_path: Path) -> None:
 
 
 def test_a_name_that_no_release_has() -> None:
-    span = loading(["torchao.quantization.NeverTensor"], [])
+    span = find_loading(["torchao.quantization.NeverTensor"], [])
     assert not span.possible
     assert fits("0.18.0", span) is False
 
 
 def test_a_torchao_newer_than_the_table_is_not_judged() -> None:
-    span = loading(["torchao.quantization.Int8Tensor"], [])
+    span = find_loading(["torchao.quantization.Int8Tensor"], [])
     assert [fits(version, span) for version in ("0.14.1", "0.15.0", "0.18.1", "0.19.0")] == [False, True, True, None]
-    old = loading(["torchao.dtypes.affine_quantized_tensor.AffineQuantizedTensor"], [])
+    old = find_loading(["torchao.dtypes.affine_quantized_tensor.AffineQuantizedTensor"], [])
     assert [fits(version, old) for version in ("0.17.3", "0.18.0", "0.19.0")] == [True, False, False]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, PerGroup, quantize_
 
 from aoconvert import schemes
-from aoconvert.recipes.rules import Rule, Rules, find_unmatched, skipping
+from aoconvert.recipes.rules import Rule, Rules, find_unmatched, skip_rules
 
 NAMES = st.text("ab.1", min_size=1, max_size=6)
 
@@ -23,7 +23,7 @@ def module_of(name: str) -> str:
 
 @given(st.lists(NAMES, max_size=6), st.lists(NAMES, max_size=4))
 def test_exact_patterns(names: list[str], patterns: list[str]) -> None:
-    rules = Rules((), None, skipping(patterns))
+    rules = Rules((), None, skip_rules(patterns))
     for name in names:
         by_name = [pattern for pattern in patterns if pattern == name]
         by_module = [pattern for pattern in patterns if pattern == module_of(name)]
@@ -38,7 +38,7 @@ def test_exact_patterns(names: list[str], patterns: list[str]) -> None:
 
 @given(st.lists(NAMES, max_size=6), NAMES)
 def test_an_escaped_name_as_a_regex_is_the_exact_name(names: list[str], name: str) -> None:
-    regex, exact = Rules((), None, skipping([f"re:{re.escape(name)}"])), Rules((), None, skipping([name]))
+    regex, exact = Rules((), None, skip_rules([f"re:{re.escape(name)}"])), Rules((), None, skip_rules([name]))
     assert [bool(regex.match(item, module_of(item))) for item in names] == [
         bool(exact.match(item, module_of(item))) for item in names
     ]
@@ -85,7 +85,7 @@ def test_precedence_is_torchaos(chosen: list[tuple[str, int | None]]) -> None:
 
 def test_what_the_command_line_skips_goes_first() -> None:
     scheme = schemes.get("int8wo")
-    rules = Rules((Rule("a.weight", scheme, "recipe"),), scheme, skipping(["re:a.*"]))
+    rules = Rules((Rule("a.weight", scheme, "recipe"),), scheme, skip_rules(["re:a.*"]))
     found = rules.match("a.weight", "a")
     assert found is not None
     assert found.label == "--skip re:a.*"
@@ -104,7 +104,7 @@ def test_a_rule_for_every_layer_of_a_large_model() -> None:
 
 
 def test_a_star_is_told_what_a_pattern_is() -> None:
-    [line] = find_unmatched(skipping(["model.layers.*.mlp"]), ["model.layers.0.mlp"])
+    [line] = find_unmatched(skip_rules(["model.layers.*.mlp"]), ["model.layers.0.mlp"])
     pattern = line.rpartition("use re:")[2].rstrip(")")
     assert line.startswith("--skip 'model.layers.*.mlp' matches nothing (without re: it is a name")
-    assert find_unmatched(skipping([f"re:{pattern}"]), ["model.layers.0.mlp"]) == []
+    assert find_unmatched(skip_rules([f"re:{pattern}"]), ["model.layers.0.mlp"]) == []

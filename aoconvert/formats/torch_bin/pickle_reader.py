@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import TypeAlias
 
-from aoconvert.formats.torch_bin.pickle_vm import Actions, Machine, Members, PickledItems, PickledPairs, refuse, shown
+from aoconvert.formats.torch_bin.pickle_vm import Actions, Machine, Members, PickledItems, PickledPairs, refuse, show
 
 MAX_PICKLE_BYTES = 64 << 20
 MAX_OPCODES = 2_000_000  # a torchao tensor takes about 80
@@ -99,7 +99,7 @@ def _value(value: object) -> Handler:
     return lambda m: m.stack.append(value)
 
 
-def _fixed(format_: str) -> Handler:
+def _read_fixed(format_: str) -> Handler:
     layout = struct.Struct(format_)
 
     def handler(m: Machine) -> None:
@@ -108,7 +108,7 @@ def _fixed(format_: str) -> Handler:
     return handler
 
 
-def _sized(width: int, make: Callable[[Machine, bytes], object]) -> Handler:
+def _read_sized(width: int, make: Callable[[Machine, bytes], object]) -> Handler:
     def handler(m: Machine) -> None:
         m.push(make(m, m.take(int.from_bytes(m.take(width), "little"))))
 
@@ -182,7 +182,7 @@ def _fill(m: Machine, target: PickledPairs, values: list[object]) -> None:
         if type(key) is not str and not (type(key) is int and -MAX_KEY <= key < MAX_KEY):
             raise refuse(m.start, "a dict key that is not a string or a small integer")
         if key in target.values:
-            raise refuse(m.start, f"the key '{shown(str(key))}' occurs twice")
+            raise refuse(m.start, f"the key '{show(str(key))}' occurs twice")
         target.values[key] = value
 
 
@@ -248,10 +248,10 @@ def _persistent(m: Machine) -> None:
 
 def _inst(m: Machine) -> None:
     dotted = f"{m.text(m.line())}.{m.text(m.line())}"
-    raise refuse(m.start, f"INST {shown(dotted)}: an opcode that torch.save never writes")
+    raise refuse(m.start, f"INST {show(dotted)}: an opcode that torch.save never writes")
 
 
-def _refused(name: str) -> Handler:
+def _refuse(name: str) -> Handler:
     def handler(m: Machine) -> None:
         raise refuse(m.start, f"{name}: an opcode that torch.save never writes")
 
@@ -277,24 +277,24 @@ _HANDLERS: dict[int, Handler] = {
         b"\x89": _value(False),
         b"I": _int_line,
         b"L": _int_line,
-        b"J": _fixed("<i"),
-        b"K": _fixed("<B"),
-        b"M": _fixed("<H"),
-        b"G": _fixed(">d"),
+        b"J": _read_fixed("<i"),
+        b"K": _read_fixed("<B"),
+        b"M": _read_fixed("<H"),
+        b"G": _read_fixed(">d"),
         b"F": _float_line,
-        b"\x8a": _sized(1, _long),
-        b"\x8b": _sized(4, _long),
+        b"\x8a": _read_sized(1, _long),
+        b"\x8b": _read_sized(4, _long),
         b"S": _string_line,
-        b"T": _sized(4, _ascii),
-        b"U": _sized(1, _ascii),
+        b"T": _read_sized(4, _ascii),
+        b"U": _read_sized(1, _ascii),
         b"V": lambda m: m.push(m.text(m.line(), "raw-unicode-escape")),
-        b"\x8c": _sized(1, _utf8),
-        b"X": _sized(4, _utf8),
-        b"\x8d": _sized(8, _utf8),
-        b"B": _sized(4, _bytes),
-        b"C": _sized(1, _bytes),
-        b"\x8e": _sized(8, _bytes),
-        b"\x96": _sized(8, _bytes),
+        b"\x8c": _read_sized(1, _utf8),
+        b"X": _read_sized(4, _utf8),
+        b"\x8d": _read_sized(8, _utf8),
+        b"B": _read_sized(4, _bytes),
+        b"C": _read_sized(1, _bytes),
+        b"\x8e": _read_sized(8, _bytes),
+        b"\x96": _read_sized(8, _bytes),
         b")": _value(()),
         b"t": lambda m: m.push(tuple(m.to_mark())),
         b"\x85": lambda m: m.tuple(1),
@@ -325,17 +325,17 @@ _HANDLERS: dict[int, Handler] = {
         b"b": _build,
         b"Q": _persistent,
         b"i": _inst,
-        b"o": _refused("OBJ"),
-        b"\x92": _refused("NEWOBJ_EX"),
-        b"P": _refused("PERSID"),
-        b"\x82": _refused("EXT1"),
-        b"\x83": _refused("EXT2"),
-        b"\x84": _refused("EXT4"),
-        b"0": _refused("POP"),
-        b"1": _refused("POP_MARK"),
-        b"2": _refused("DUP"),
-        b"\x97": _refused("NEXT_BUFFER"),
-        b"\x98": _refused("READONLY_BUFFER"),
+        b"o": _refuse("OBJ"),
+        b"\x92": _refuse("NEWOBJ_EX"),
+        b"P": _refuse("PERSID"),
+        b"\x82": _refuse("EXT1"),
+        b"\x83": _refuse("EXT2"),
+        b"\x84": _refuse("EXT4"),
+        b"0": _refuse("POP"),
+        b"1": _refuse("POP_MARK"),
+        b"2": _refuse("DUP"),
+        b"\x97": _refuse("NEXT_BUFFER"),
+        b"\x98": _refuse("READONLY_BUFFER"),
     }.items()
 }
 

@@ -266,7 +266,7 @@ class _Emitter:
                 self._tuple(node)
             case Items(values):
                 self.out += pickle.EMPTY_LIST
-                self._marked(values, pickle.APPENDS)
+                self._put_marked(values, pickle.APPENDS)
             case Pairs(pairs):
                 self.out += pickle.EMPTY_DICT
                 self._pairs(pairs)
@@ -297,7 +297,7 @@ class _Emitter:
             digits = pickle.encode_long(value)
             self.out += pickle.LONG1 + bytes([len(digits)]) + digits
 
-    def _marked(self, values: Iterable[Node], close: bytes) -> None:
+    def _put_marked(self, values: Iterable[Node], close: bytes) -> None:
         """Nothing for no values: an empty batch is not worth two opcodes."""
         opened = False
         for value in values:
@@ -309,7 +309,7 @@ class _Emitter:
             self.out += close
 
     def _pairs(self, pairs: tuple[tuple[Node, Node], ...]) -> None:
-        self._marked((node for pair in pairs for node in pair), pickle.SETITEMS)
+        self._put_marked((node for pair in pairs for node in pair), pickle.SETITEMS)
 
     def _tuple(self, values: tuple[Node, ...]) -> None:
         if not values:
@@ -319,7 +319,7 @@ class _Emitter:
                 self.emit(value)
             self.out += (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)[len(values) - 1]
         else:
-            self._marked(values, pickle.TUPLE)
+            self._put_marked(values, pickle.TUPLE)
 
     def _call(self, call: Call) -> None:
         self.emit(call.func)

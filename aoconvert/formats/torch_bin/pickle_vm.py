@@ -73,7 +73,7 @@ def refuse(position: int | None, what: str, *, hint: str | None = None) -> Unsaf
     return UnsafePickleError(f"{where}: {what}", position=position, hint=hint)
 
 
-def shown(text: str) -> str:
+def show(text: str) -> str:
     """Text from the file, safe to print and short."""
     return ascii(text if len(text) <= 120 else text[:117] + "...")[1:-1]
 

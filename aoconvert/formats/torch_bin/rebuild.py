@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from aoconvert.formats.torch_bin.contents import BinTensor, GlobalUse, Instance, StorageInfo, StoredData, Symbol, Value
-from aoconvert.formats.torch_bin.pickle_vm import Members, PickledItems, PickledPairs, refuse, shown
+from aoconvert.formats.torch_bin.pickle_vm import Members, PickledItems, PickledPairs, refuse, show
 from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, STORAGE_DTYPE, Kind, Known, lookup
 from aoconvert.formats.torch_bin.zip_reader import Record
 
@@ -112,7 +112,7 @@ class Rebuilder:
         dotted = f"{module}.{name}"
         known = lookup(module, name)
         if known is None:
-            raise refuse(position, f"{shown(dotted)} is not a name that a checkpoint may use", hint=_LIST_HINT)
+            raise refuse(position, f"{show(dotted)} is not a name that a checkpoint may use", hint=_LIST_HINT)
         self.uses.setdefault(dotted, GlobalUse(dotted, position, known.legacy))
         return Name(dotted, known)
 
@@ -124,7 +124,7 @@ class Rebuilder:
             case _:
                 raise refuse(position, "a persistent id that is not a storage")
         if not _KEY.fullmatch(key) or not _LOCATION.fullmatch(location) or not _is_size(numel):
-            raise refuse(position, f"a storage called '{shown(key)}' on '{shown(location)}' of {numel} elements")
+            raise refuse(position, f"a storage called '{show(key)}' on '{show(location)}' of {numel} elements")
         record = self._records.get(key)
         if record is None:
             raise refuse(position, f"storage {key} is not in the archive")
@@ -266,7 +266,7 @@ class Rebuilder:
             raise refuse(position, "a state that is not a dict")
         for key in state.values:
             if not isinstance(key, str) or not key.isidentifier() or key.startswith("__"):
-                raise refuse(position, f"an attribute called '{shown(str(key))}'")
+                raise refuse(position, f"an attribute called '{show(str(key))}'")
         return self._frozen(state, position, 0)
 
     def _partial(self, target: Rebuilt, state: object, position: int) -> Frozen:

@@ -182,7 +182,7 @@ def _names(table: Mapping[str, str]) -> Iterator[str]:
 
 
 @functools.cache
-def known_names() -> Mapping[str, Known]:
+def list_names() -> Mapping[str, Known]:
     """The whole list, by dotted name."""
     known = {name: Known(kind) for name, kind in _TORCH.items()}
     known |= {f"torch.{dtype}": Known(Kind.DTYPE) for dtype in ITEMSIZE}
@@ -208,4 +208,4 @@ def lookup(module: str, name: str) -> Known | None:
 
     A dotted ``name`` walks through attributes (``STACK_GLOBAL "torch" "serialization.os.system"``): never on the list.
     """
-    return None if "." in name else known_names().get(f"{module}.{name}")
+    return None if "." in name else list_names().get(f"{module}.{name}")

@@ -103,7 +103,7 @@ def read_archive(source: ByteSource, *, local_headers: bool = True) -> Archive:
     prefix = _check_names(listed)
     records: dict[str, Record] = {}
     if listed[0].header_offset != 0:
-        raise UnsafeZipError(f"{listed[0].header_offset} bytes before the first record {_shown(listed[0].name)}")
+        raise UnsafeZipError(f"{listed[0].header_offset} bytes before the first record {_show(listed[0].name)}")
     for index, item in enumerate(listed):
         following = listed[index + 1].header_offset if index + 1 < len(listed) else start
         name = item.name[len(prefix) + 1 :]
@@ -111,10 +111,10 @@ def read_archive(source: ByteSource, *, local_headers: bool = True) -> Archive:
         slack = following - item.header_offset - _LOCAL.size - len(item.name.encode()) - item.size
         if slack < 0:
             raise UnsafeZipError(
-                f"record {_shown(item.name)} at byte {item.header_offset} overlaps what follows it", hint=_HINT_DAMAGED
+                f"record {_show(item.name)} at byte {item.header_offset} overlaps what follows it", hint=_HINT_DAMAGED
             )
         if slack > _MAX_SLACK:
-            raise UnsafeZipError(f"{slack} unaccounted bytes around record {_shown(item.name)}")
+            raise UnsafeZipError(f"{slack} unaccounted bytes around record {_show(item.name)}")
         if local_headers or not name.startswith("data/"):
             record = _locate(source, record, item.name)
         records[name] = record
@@ -130,16 +130,16 @@ def read_record(source: ByteSource, archive: Archive, name: str, limit: int) -> 
     """
     record = archive.records[name]
     if record.size > limit:
-        raise UnsafeZipError(f"record {_shown(name)} has {record.size:,} bytes, at most {limit:,} are accepted")
+        raise UnsafeZipError(f"record {_show(name)} has {record.size:,} bytes, at most {limit:,} are accepted")
     if record.offset is None:
         raise ValueError(f"the local header of {name} has not been read")
     payload = source.read(record.offset, record.size)
     if zlib.crc32(payload) != record.crc:
-        raise UnsafeZipError(f"record {_shown(name)} is damaged: its CRC-32 is wrong", hint=_HINT_DAMAGED)
+        raise UnsafeZipError(f"record {_show(name)} is damaged: its CRC-32 is wrong", hint=_HINT_DAMAGED)
     return payload
 
 
-def _shown(name: str) -> str:
+def _show(name: str) -> str:
     """A name from the file, safe to print."""
     return ascii(name if len(name) <= 80 else name[:77] + "...")
 
@@ -222,7 +222,7 @@ def _central_header(directory: bytes, position: int, start: int) -> _Listed:
     if mark != b"PK\x01\x02" or len(body) != name_size + extra_size:
         raise UnsafeZipError(f"{where} is damaged", hint=_HINT_DAMAGED)
     name = _decode(body[:name_size], where)
-    where = f"record {_shown(name)}"
+    where = f"record {_show(name)}"
     _check_storing(where, flags, method)
     sizes = [value for value in (size, packed, offset) if value == _MAX_32]
     wide = _zip64_extra(body[name_size:], len(sizes), where)
@@ -271,27 +271,27 @@ def _check_names(listed: list[_Listed]) -> str:
     for record in listed:
         parts = record.name.split("/")
         if not _NAME.fullmatch(record.name) or "." in parts or ".." in parts:
-            raise UnsafeZipError(f"record {_shown(record.name)} has a name that torch never writes")
+            raise UnsafeZipError(f"record {_show(record.name)} has a name that torch never writes")
         if record.name in seen:
-            raise UnsafeZipError(f"two records are called {_shown(record.name)}")
+            raise UnsafeZipError(f"two records are called {_show(record.name)}")
         seen.add(record.name)
     prefixes = sorted({name.partition("/")[0] for name in seen})
     if len(prefixes) > 1:
-        raise UnsafeZipError(f"two archives in one: {_shown(prefixes[0])} and {_shown(prefixes[1])}")
+        raise UnsafeZipError(f"two archives in one: {_show(prefixes[0])} and {_show(prefixes[1])}")
     prefix = prefixes[0]
     for name in seen:
         if not _RECORDS.fullmatch(name[len(prefix) + 1 :]):
-            raise UnsafeZipError(f"record {_shown(name)} does not belong in a checkpoint that torch.save writes")
+            raise UnsafeZipError(f"record {_show(name)} does not belong in a checkpoint that torch.save writes")
     if f"{prefix}/data.pkl" not in seen:
         raise UnsafeZipError(
-            f"the record {_shown(prefix + '/data.pkl')} is missing", hint="this zip archive is not a checkpoint"
+            f"the record {_show(prefix + '/data.pkl')} is missing", hint="this zip archive is not a checkpoint"
         )
     return prefix
 
 
 def _locate(source: ByteSource, record: Record, full_name: str) -> Record:
     """``record`` with the offset of its payload, its local header and data descriptor checked against the directory."""
-    where = f"record {_shown(full_name)} at byte {record.header_offset}"
+    where = f"record {_show(full_name)} at byte {record.header_offset}"
     raw_name = full_name.encode()
     header = source.read(record.header_offset, _LOCAL.size + len(raw_name))
     mark, _, flags, method, _, _, crc, packed, size, name_size, extra_size = _LOCAL.unpack_from(header)

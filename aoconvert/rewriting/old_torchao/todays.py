@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from aoconvert.formats.torch_bin.contents import BinTensor, Instance, Symbol, Value
-from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, Kind, known_names
+from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, Kind, list_names
 from aoconvert.rewriting.migrate_types import CannotMigrate, Outcome, Read, SchemeName, dtype_of
 from aoconvert.rewriting.old_torchao.activations import last_name
 from aoconvert.rewriting.old_torchao.weight import per_row_or_group
@@ -20,7 +20,7 @@ _INTX = ("IntxUnpackedTensor", "IntxUnpackedToInt8Tensor")
 
 def is_todays(tensor: BinTensor) -> bool:
     """Whether a tensor has the class and the fields that torchao 0.18 gives it."""
-    known = known_names().get(tensor.class_name)
+    known = list_names().get(tensor.class_name)
     if known is None or known.legacy:
         return False
     fields = class_named(tensor.class_name).fields
@@ -54,7 +54,7 @@ def live(value: Value) -> Any:
     if isinstance(value, Symbol) and value.name.removeprefix("torch.") in ITEMSIZE:
         return getattr(torch, value.name.removeprefix("torch."))
     if isinstance(value, Instance):
-        known = known_names().get(value.class_name)
+        known = list_names().get(value.class_name)
         if known is not None and not known.legacy and known.kind in _LIVE:
             module, _, name = value.class_name.rpartition(".")
             made: Any = getattr(importlib.import_module(module), name)

@@ -11,7 +11,7 @@ import torch
 from aoconvert.errors import AoconvertError
 from aoconvert.formats.digest import FileDigest, damaged_in_cache
 from aoconvert.formats.torch_bin.contents import BinTensor
-from aoconvert.inspection.compat import short, written
+from aoconvert.inspection.compat import find_written, short
 from aoconvert.inspection.release_names import RELEASES
 from aoconvert.inspection.scheme import scheme_of
 from aoconvert.rewriting.migrate_types import CannotMigrate, Kind, OldTensor, read_meta
@@ -81,7 +81,7 @@ class TorchaoWeights:
         self.tensors = tuple(found)
         self.scheme = "+".join(sorted(schemes, key=lambda scheme: -schemes[scheme])) or None
         names = {use.name for file in self._files.values() for use in file.contents.globals}
-        span = written(names, entries)
+        span = find_written(names, entries)
         if span is not None:
             first, last = short(span[0]), short(span[1])
             self.written_by = f"torchao {first}" if first == last else f"torchao {first} to {last}"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensors import quantized
 
 from aoconvert.errors import WriteError
-from aoconvert.formats.hashing import Prefix, matching
+from aoconvert.formats.hashing import Prefix, count_matching
 from aoconvert.formats.output_file import OutputFile
 from aoconvert.formats.torch_bin.pickle_json import decode, encode
 from aoconvert.formats.torch_bin.pickle_tree import Call, Global, Items, Pairs, Storage
@@ -40,7 +40,7 @@ def test_written_on_behind_any_tensor(count, torn, tmp_path):
     stored, _ = written(tmp_path / "parts.bin", names[:count], seal=False)
     with (tmp_path / "parts.bin").open("ab") as file:
         file.write(torn)
-    found, prefix = matching(tmp_path / "parts.bin", [(tensor.size, tensor.sha256) for tensor in stored])
+    found, prefix = count_matching(tmp_path / "parts.bin", [(tensor.size, tensor.sha256) for tensor in stored])
     assert found == count
     if not stored:
         (tmp_path / "parts.bin").unlink()
@@ -67,7 +67,7 @@ def test_only_marks_that_the_file_bears_out(tmp_path_factory, parts, damage, cut
     path.write_bytes(content[:cut])
     until = min(len(content) if cut is None else cut, len(content))
     good = [size for size, _ in marks if size <= until and not (damage is not None and damage < size)]
-    count, prefix = matching(path, marks)
+    count, prefix = count_matching(path, marks)
     assert count == len(good)
     assert prefix.size == (good[-1] if good else 0)
     assert prefix.digest.hexdigest() == hashlib.sha256(bytes(content[: prefix.size])).hexdigest()
@@ -76,7 +76,7 @@ def test_only_marks_that_the_file_bears_out(tmp_path_factory, parts, damage, cut
 def test_marks_that_run_backwards_are_not_believed(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     marks = [(3, hashlib.sha256(b"abc").hexdigest()), (1, hashlib.sha256(b"a").hexdigest())]
-    assert matching(tmp_path / "file", marks)[0] == 1
+    assert count_matching(tmp_path / "file", marks)[0] == 1
 
 
 def test_a_link_is_not_written_through(tmp_path):

@@ -22,7 +22,7 @@ from aoconvert.errors import UnsafeFileError
 from aoconvert.formats.torch_bin.contents import BinContents
 from aoconvert.formats.torch_bin.header import read_contents, read_source
 from aoconvert.formats.torch_bin.pickle_reader import _HANDLERS, MAX_OPCODES
-from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, known_names
+from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, list_names
 from aoconvert.formats.torch_bin.zip_reader import Record
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -118,9 +118,9 @@ SIMPLE = [
     text("cpu"),
     text("0"),
 ]
-NAMES = [name(dotted) for dotted in sorted(known_names())[::7]] + [
+NAMES = [name(dotted) for dotted in sorted(list_names())[::7]] + [
     name(dotted)
-    for dotted, known in known_names().items()
+    for dotted, known in list_names().items()
     if not dotted.startswith("torchao") and known.kind.name not in ("DTYPE", "STORAGE")
 ]
 WHOLE = [tensor(), wrapper(), tup(number(4)), call("torch.Size", tup(number(2))), call("torch.device", text("cpu"))]

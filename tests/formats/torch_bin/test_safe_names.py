@@ -9,7 +9,7 @@ from torch._weights_only_unpickler import IMPORT_MAPPING, NAME_MAPPING, _get_all
 from torch.storage import _storage_type_to_dtype_map
 
 from aoconvert.formats.torch_bin.rebuild import _SETTERS
-from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, STORAGE_DTYPE, Kind, known_names, lookup
+from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, STORAGE_DTYPE, Kind, list_names, lookup
 
 
 def test_itemsizes_and_storages_are_torch_s():
@@ -23,14 +23,14 @@ def test_itemsizes_and_storages_are_torch_s():
 
 def test_torch_s_names_are_among_what_weights_only_allows():
     allowed = set(_get_allowed_globals())
-    names = {name for name, known in known_names().items() if not name.startswith("torchao.") and not known.legacy}
+    names = {name for name, known in list_names().items() if not name.startswith("torchao.") and not known.legacy}
     assert names - allowed <= {"__builtin__.set"} | {
         f"torch.{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)
     }
 
 
 def test_no_name_is_one_that_unpicklers_rename():
-    for name in known_names():
+    for name in list_names():
         module, _, attribute = name.rpartition(".")
         assert (module, attribute) not in NAME_MAPPING
         assert module not in IMPORT_MAPPING or name == "__builtin__.set"
@@ -50,7 +50,7 @@ print(*sorted(name for name in names if name.startswith("torchao.")))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
     registered = set(done.stdout.split())
-    ours = {name for name, known in known_names().items() if name.startswith("torchao.") and not known.legacy}
+    ours = {name for name, known in list_names().items() if name.startswith("torchao.") and not known.legacy}
     assert registered == ours
 
 
