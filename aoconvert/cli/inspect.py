@@ -58,6 +58,8 @@ def _human(found: Inspection) -> RenderableType:
         parts.append(Text(f"not quantized: {', '.join(part.name for part in plain)} ({total})"))
     if found.revision:
         parts.append(Text(f"commit {found.revision[:12]}, {size(found.bytes_fetched)} fetched"))
+    if found.next_command is not None:
+        parts.append(Text(f"next: {found.next_command}"))
     return Group(*parts)
 
 

@@ -90,6 +90,7 @@ class InspectDocument(_Inspected):
     path: str
     revision: str | None
     bytes_fetched: int
+    next: str | None = Field(description="the command that migrates, verifies or quantizes it; null where none does")
     components: list[InspectedComponent]
 
 

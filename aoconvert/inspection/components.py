@@ -250,6 +250,7 @@ def _advise_loading(loading: Loading, scheme: str | None) -> list[str]:
         else:
             advice.append("no torchao release that aoconvert knows loads it")
         if loading.maximum is not None or not loading.possible:
+            advice.append(_MIGRATE)
             advice.append(
                 "or quantize the original again, which gives slightly different values (±1 for int8): "
                 f"aoconvert quantize SOURCE --scheme {_nearest(scheme)}"

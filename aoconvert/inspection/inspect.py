@@ -12,6 +12,7 @@ from aoconvert.checkpoint.manifest import load as load_manifest
 from aoconvert.errors import AoconvertError, SourceError
 from aoconvert.inspection.components import component, quantization_config
 from aoconvert.inspection.files import read_file
+from aoconvert.inspection.next_command import next_command
 from aoconvert.inspection.types import Component, FileFacts, Inspection
 from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.planning.overwriting import tidy
@@ -63,11 +64,12 @@ def inspect_source(reference: str, source: Source, name: str | None) -> Inspecti
     reader = _Reader(source)
     if name is not None:
         part = reader.single(name)
-        return Inspection(reference, None, part.library, part.class_name, (part,), 0)
+        return Inspection(reference, None, part.library, part.class_name, (part,), 0, next_command(reference, (part,)))
     if source.kind == "folder":
         tidy(source.root)
     library, class_name, parts = reader.everything()
-    return Inspection(reference, source.revision, library, class_name, tuple(parts), reader.fetched)
+    command = next_command(reference, parts)
+    return Inspection(reference, source.revision, library, class_name, tuple(parts), reader.fetched, command)
 
 
 def _file(reference: str) -> Path | None:

@@ -192,6 +192,7 @@ class Inspection:
         library, class_name: of the pipeline, or of the only component.
         components: one for a model, several for a pipeline.
         bytes_fetched: bytes of bodies that came over the network for this.
+        next_command: what to type next, see ``aoconvert.inspection.next_command``.
     """
 
     path: str
@@ -200,6 +201,7 @@ class Inspection:
     class_name: str | None
     components: tuple[Component, ...]
     bytes_fetched: int
+    next_command: str | None = None
 
     @property
     def quantized(self) -> tuple[Component, ...]:
@@ -235,7 +237,7 @@ class Inspection:
         ``written_by``: ``{tool, torchao, torch, python, diffusers, transformers, torchao_range: {min, max}, how}``,
         ``null`` where nothing says it; ``globals``; ``loads_with``: ``{torchao: {min, max, why, best, possible,
         imports, safe_globals} or null, packages}``; ``loads_here``: true, false or null; ``why_not``; ``advice``;
-        ``unsafe``; ``bytes_fetched``; ``components``: the same keys for each part of a pipeline.
+        ``unsafe``; ``bytes_fetched``; ``next``: a command, or null; ``components``: the same keys for each part.
         """
         parts = [part.to_dict() for part in self.components]
         main = self.quantized[0].to_dict()
@@ -262,6 +264,7 @@ class Inspection:
             "advice": list(dict.fromkeys(line for part in parts for line in part["advice"])),
             "unsafe": list(self.unsafe),
             "bytes_fetched": self.bytes_fetched,
+            "next": self.next_command,
             "components": parts,
         }
 

@@ -55,12 +55,13 @@ def _bitsandbytes() -> Callable[[Sorted], str]:
     return sort
 
 
-_METHODS: Mapping[str, _Method] = {
+METHODS: Mapping[str, _Method] = {
     "fp8": _Method("transformers", "transformers", _block_fp8),
     "compressed-tensors": _Method("compressed-tensors", "compressed_tensors", _compressed),
     "bitsandbytes": _Method("bitsandbytes", "bitsandbytes", _bitsandbytes),
     "mxfp4": _Method("transformers", "transformers", _mxfp4),
 }
+"""By ``quant_method``."""
 
 _ADVICE = {
     "torchao": "it is a torchao checkpoint: start from the original, unquantized model",
@@ -95,11 +96,11 @@ def refuse_unsupported(component: ModelPart) -> None:
     config = _quantization(component)
     if not config:
         return
-    method = _METHODS.get(name := _name(config))
+    method = METHODS.get(name := _name(config))
     if component.library != "transformers" and name != "bitsandbytes":
         method = None
     if method is None:
-        known = ", ".join(sorted(_METHODS))
+        known = ", ".join(sorted(METHODS))
         raise SourceError(
             f"{component.title} is already quantized ({name})",
             hint=_ADVICE.get(name, f"start from the original, unquantized model; of quantized ones {known} are read"),
@@ -137,7 +138,7 @@ def dequantize(
     refuse_unsupported(component)
     config = _quantization(component)
     name = _name(config)
-    method = _METHODS[name]
+    method = METHODS[name]
     found = Sorted(component.title, config, dict(tensors), peek)
     how = method.import_sort()(found)
     if not found.made:

@@ -162,6 +162,23 @@ def test_what_to_do_when_it_cannot_be_loaded() -> None:
     assert any("--scheme int8wo" in line for line in found["advice"])
 
 
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("torchao-0.10.0/int8wo", "migrate"),
+        ("diffusers-0.33.1-torchao-0.10.0/int8dq", "migrate"),
+        ("torchao-0.14.1/int4wo_v2_opaque_g32", "migrate … --packed-on avx512"),
+        ("torchao-0.10.0/int4wo_cpu_g32", "migrate … --packed-on avx512"),
+        ("quanto/diffusers-int4", "migrate"),
+        ("torchao-0.15.0/int8wo_v2", "verify"),
+    ],
+)
+def test_it_ends_with_the_command_that_helps(folder: str, words: str) -> None:
+    path = str(LEGACY / folder)
+    verb, _, options = words.partition(" … ")
+    assert inspect(path).to_dict()["next"] == f"aoconvert {verb} {path} {options}".rstrip()
+
+
 def test_config_by_name_is_a_problem_of_its_own() -> None:
     found = inspect(str(LEGACY / "diffusers-0.33.1-torchao-0.10.0" / "int8wo")).to_dict()
     assert "does not read the quant_type 'int8wo'" in found["why_not"]

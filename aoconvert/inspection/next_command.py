@@ -1,0 +1,60 @@
+"""The command that makes a checkpoint of today out of what was inspected."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from aoconvert.humanize import argument
+from aoconvert.inspection.types import Component
+from aoconvert.originals.methods import METHODS
+
+_CPU_PACKED = ("Int4CPUAQTTensorImpl", "Int4OpaqueTensor")
+_READ = ("bin", "safetensors")
+
+
+def next_command(path: str, components: Sequence[Component]) -> str | None:
+    """What to type next.
+
+    Args:
+        path: what was inspected.
+        components: what was found.
+
+    Returns:
+        ``aoconvert migrate`` for an old checkpoint, ``verify`` for one of today, ``quantize`` for an original; ``None``
+        where none of them takes it, or a file must not be loaded.
+    """
+    if any(part.unsafe for part in components):
+        return None
+    place = path if not path.startswith(("-", "~")) else argument(path)
+    old = [part for part in components if is_old(part)]
+    if old:
+        words = ["aoconvert", "migrate", place]
+        if any(name.rpartition(".")[2] in _CPU_PACKED for part in old for name in _within(part)):
+            words += ["--packed-on", "avx512"]
+        return shlex.join(words)
+    kinds = {part.kind for part in components if part.kind != "plain"}
+    if kinds and kinds <= {"torchao", "torchao-safetensors"}:
+        return shlex.join(["aoconvert", "verify", place])
+    known = kinds <= set(METHODS) and all(file.format in _READ for part in components for file in part.files)
+    if known and any(part.class_name for part in components):
+        return shlex.join(["aoconvert", "quantize", place, "--scheme", "int8wo"])
+    return None
+
+
+def is_old(part: Component) -> bool:
+    """Whether ``migrate`` is for it: torchao of today does not open it, or diffusers drops what does."""
+    if part.kind == "quanto":
+        return True
+    loading = part.loading
+    return part.kind == "torchao" and loading is not None and (loading.maximum is not None or not loading.possible)
+
+
+def _within(part: Component) -> list[str]:
+    """The classes of its tensors, and of those within them."""
+    entries = [tensor.entry for file in part.files for tensor in file.tensors if tensor.entry is not None]
+    found = [entry.class_name for entry in entries]
+    while entries:
+        entries = [inner for entry in entries for inner in entry.inner.values()]
+        found += [entry.class_name for entry in entries]
+    return found
