@@ -185,7 +185,7 @@ def test_commands_with_300_000_tensors_stay_below_a_gigabyte(
         "recipe": ["quantize", source, "--recipe", recipe, "-o", str(tmp_path / "again")],
     }
     run = "import sys\nfrom aoconvert.cli.main import main\nsys.argv = ['aoconvert', *arguments]\nmain()\n"
-    write = "from aoconvert import manifest\nmanifest.encode(manifest.load(Path(folder)))\n"
+    write = "from aoconvert.checkpoint import manifest\nmanifest.encode(manifest.load(Path(folder)))\n"
     code = (
         "import atexit\nfrom pathlib import Path\n"
         "def peak():\n"
@@ -203,6 +203,16 @@ def test_commands_with_300_000_tensors_stay_below_a_gigabyte(
 def test_the_digest_covers_unknown_keys(edited: Callable[[Callable[[Any], None]], Path]) -> None:
     with pytest.raises(SourceError, match="edited or damaged"):
         manifest.load(edited(lambda values: values.update(later=1)))
+
+
+@pytest.mark.parametrize("bit", range(7))
+@pytest.mark.parametrize("at", range(len("digest")))
+def test_damage_of_the_digest_s_own_name(at: int, bit: int, outputs: tuple[Path, Path], tmp_path: Path) -> None:
+    raw = bytearray((outputs[0] / "aoconvert.json").read_bytes())
+    raw[raw.rindex(b'"digest"') + 1 + at] ^= 1 << bit
+    (tmp_path / "aoconvert.json").write_bytes(raw)
+    with pytest.raises(SourceError, match=r"edited or damaged|cannot be read"):
+        manifest.load(tmp_path)
 
 
 @pytest.mark.parametrize("version", [2, 0, "1", None, 1.5])
