@@ -90,7 +90,7 @@ class HubClient:
         token: str | None = None,
         env: dict[str, str] | None = None,
         stdin: str = "",
-        timeout: float = 120,
+        timeout: float = 600,
     ) -> subprocess.CompletedProcess[str]:
         """Run ``aoconvert`` with these arguments, whatever comes of it.
 

@@ -14,6 +14,9 @@ from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.verification.children.load_child import describe
 
+# in the manifest → as the child says it
+_FACTS = {key: key for key in ("shape", "dtype", "data_names", "sha256")} | {"class_name": "class"}
+
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Load a .bin, change its dict in place, and write it again."""
@@ -33,23 +36,24 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda values:
     """Have the manifest describe what is in the folder now: files, hashes, tensors; stated figures stay."""
     values = json.loads((folder / "aoconvert.json").read_text(encoding="utf-8"))
     change(values)
-    for component in values["components"]:
+    values["unquantized"] = [part for part in values["unquantized"] if (folder / part["path"]).exists()]
+    parts = [*values["components"], *values["unquantized"]]
+    for part in parts:
         state: dict[str, Any] = {}
-        for entry in component["files"]:
+        for entry in part["files"]:
             if entry["path"].endswith(".bin"):
                 state |= torch.load(folder / entry["path"], weights_only=True)
-        component["tensors"] = [t for t in component["tensors"] if t["name"] in state or t["action"] == "tied"]
-        for tensor in component["tensors"]:
+        part["tensors"] = [t for t in part["tensors"] if t["name"] in state or t.get("action") == "tied"]
+        for tensor in part["tensors"]:
             if (found := state.get(tensor["name"])) is not None:
                 facts = describe(found)
-                tensor |= {key: facts[key] for key in ("shape", "dtype", "data_names", "sha256")}
-                tensor |= {"class_name": facts["class"]}
-    own = [entry["path"] for component in values["components"] for entry in component["files"]]
+                tensor |= {key: facts[said] for key, said in _FACTS.items() if key in tensor}
+    own = [entry["path"] for part in parts for entry in part["files"]]
     there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     rest = [path for path in there if path not in {*own, "aoconvert.json", "aoconvert.verify.json"}]
     values["copied"] = [_entry(folder, path) for path in rest]
-    for component in values["components"]:
-        component["files"] = [_entry(folder, entry["path"]) for entry in component["files"]]
+    for part in parts:
+        part["files"] = [_entry(folder, entry["path"]) for entry in part["files"]]
     values["run"]["digest"] = None
     (folder / "aoconvert.json").write_text(manifests.dump(Manifest.model_validate(values)), encoding="utf-8")
 
