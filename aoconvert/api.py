@@ -472,5 +472,11 @@ def _config(source: Source) -> str | None:
 def command_line(plan: Plan, options: QuantizeOptions) -> str:
     """The command that makes the same result again: no token, no absolute path, the revision pinned."""
     device = plan.device.partition(":")[0]  # another kind may make other bytes, another number does not
-    words = record(options, {"revision": plan.source.revision, "device": device, "config": _config(plan.source)})
+    decided = {
+        "revision": plan.source.revision,
+        "device": device,
+        "config": _config(plan.source),
+        "lora": tuple(lora.reference for lora in plan.loras),
+    }
+    words = record(options, decided)
     return shlex.join(["aoconvert", "quantize", plan.source.repo_id or argument(plan.source.label), *words])

@@ -23,7 +23,7 @@ from aoconvert.cards.reproduce import make_again, parse_requirements, pin
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import Checkpoint, from_manifest
 from aoconvert.checkpoint.load_code import code_device, load_code
-from aoconvert.checkpoint.manifest import PICTURE_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.manifest import PICTURE_NAME, FileEntry, LoraEntry, Manifest
 from aoconvert.checkpoint.report import Strategy
 from aoconvert.checkpoint.seals import seal
 from aoconvert.checkpoint.usage import usage_code, usage_packages
@@ -194,6 +194,7 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
             "revision": source.revision,
             "revision_url": f"{_HUB}/{repo}/tree/{commit}" if repo and commit else None,
             "files": _files(source.files),
+            "loras": [_lora(lora) for lora in source.loras],
         },
         "files": _files([file for file in manifest.files() if file not in manifest.copied]),
         "copied": len(manifest.copied),
@@ -206,6 +207,19 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
         "on_gpu": manifest.environment.device.type != "cpu",
         "elsewhere": sum(t.device is not None for entry in manifest.components for t in entry.tensors),
         "tool": f"{manifest.tool.name} {manifest.tool.version}",
+    }
+
+
+def _lora(lora: LoraEntry) -> dict[str, Any]:
+    repo = lora.repo_id if is_repo_id(lora.repo_id) else None
+    commit = lora.revision if repo and lora.revision and _COMMIT.fullmatch(lora.revision) else None
+    return {
+        "name": repo or lora.path.rpartition("/")[2],
+        "url": f"{_HUB}/{repo}" if repo else None,
+        "commit": commit,
+        "weight": lora.weight,
+        "tensors": lora.tensors,
+        "sha256": lora.sha256,
     }
 
 

@@ -93,11 +93,12 @@ def front_matter(
     """
     card = manifest.source.card or SourceCard()
     base = manifest.source.repo_id if is_repo_id(manifest.source.repo_id) else None
+    adapters = [lora.repo_id for lora in manifest.source.loras if is_repo_id(lora.repo_id)]
     known = licenses.of_source(manifest)
     terms = known.terms if license is None else licenses.read_chosen(known, check("license", license))
     schemes = [name for part in manifest.components for name in part.scheme.split("+") if _like(_TAG, name)]
     values: dict[str, Any] = {
-        "base_model": base,
+        "base_model": [*([base] if base else []), *adapters] if adapters else base,
         "base_model_relation": None,
         "library_name": library,
         "pipeline_tag": card.pipeline_tag if card.pipeline_tag in TASKS else None,

@@ -91,6 +91,19 @@ class ConfigEntry(_Model):
     inferred: bool = Field(default=False, description="it was not named: diffusers takes it for this layout")
 
 
+class LoraEntry(_Model):
+    """A LoRA that was added to the weights before they were quantized, in float32; a file by its SHA-256."""
+
+    label: str
+    repo_id: str | None = None
+    revision: str | None = Field(default=None, description="commit hash")
+    path: RelativePath = Field(description="its weights file: in the repo, or its name")
+    weight: float = Field(description="the factor that the user gave")
+    size: int = Field(ge=0)
+    sha256: Sha256
+    tensors: int = Field(description="how many tensors it changed")
+
+
 class SourceEntry(_Model):
     """What was quantized. ``files`` are the weights files that were read."""
 
@@ -102,6 +115,7 @@ class SourceEntry(_Model):
     base_model: str | None = None
     card: SourceCard | None = None
     config: ConfigEntry | None = Field(default=None, description="of a single file")
+    loras: list[LoraEntry] = Field(default_factory=list, description="that were added, in this order")
     files: list[FileEntry]
 
 

@@ -63,7 +63,7 @@ _TYPES: dict[str, Any] = {
     "folder": click.Path(path_type=Path),
     "file": click.Path(path_type=Path, exists=True, dir_okay=False),
 }
-_REPEATABLE = frozenset({"patterns", "settings", "components"})
+_REPEATABLE = frozenset({"loras", "patterns", "settings", "components"})
 _COMPLETIONS = {
     "scheme": complete_scheme_or_auto,
     "candidates": complete_candidates,

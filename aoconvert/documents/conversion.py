@@ -6,9 +6,28 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from aoconvert.checkpoint.manifest import DeviationEntry, LayoutEntry, LeftOutEntry, OriginalEntry, Totals
+from aoconvert.checkpoint.manifest import (
+    ConfigEntry,
+    DeviationEntry,
+    LayoutEntry,
+    LeftOutEntry,
+    OriginalEntry,
+    Totals,
+)
 from aoconvert.documents.base import Document, SizedFile
 from aoconvert.documents.publishing import VerifyDocument
+
+
+class PlannedLora(Document):
+    """A LoRA that is added: its weights file, and the factor that the user gave."""
+
+    label: str
+    repo_id: str | None
+    revision: str | None
+    path: str
+    weight: float
+    size: int
+    sha256: str
 
 
 class PlanSource(Document):
@@ -19,6 +38,8 @@ class PlanSource(Document):
     revision: str | None
     label: str
     subfolder: str | None
+    config: ConfigEntry | None = Field(description="of a single file: where its config comes from")
+    loras: list[PlannedLora] = Field(description="that are added, in this order")
 
 
 class PlannedTensor(Document):

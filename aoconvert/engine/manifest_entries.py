@@ -20,6 +20,7 @@ from aoconvert.environment import device_facts, platform_name, versions
 from aoconvert.formats.base import SealedFile, WrittenTensor
 from aoconvert.models import ModelLayout, ModelPart
 from aoconvert.models.calls import call_parameters
+from aoconvert.models.lora_files import LoraFile
 from aoconvert.models.own_classes import is_pipeline_module
 from aoconvert.models.transformers import auto_class
 from aoconvert.planning import ComponentPlan, Plan
@@ -90,7 +91,23 @@ def source_entry(plan: Plan, files: Mapping[str, FileEntry]) -> manifest.SourceE
         base_model=plan.source.repo_id,
         card=card,
         config=_config_entry(plan.source),
+        loras=[_lora_entry(plan, lora) for lora in plan.loras],
         files=[files[path] for path in sorted(files)],
+    )
+
+
+def _lora_entry(plan: Plan, lora: LoraFile) -> manifest.LoraEntry:
+    """Describe a LoRA that was added."""
+    deltas = [delta for component in plan.components for found in component.deltas.values() for delta in found]
+    return manifest.LoraEntry(
+        label=lora.label,
+        repo_id=lora.repo_id,
+        revision=lora.revision,
+        path=lora.path,
+        weight=lora.weight,
+        size=lora.size,
+        sha256=lora.sha256,
+        tensors=sum(delta.lora.sha256 == lora.sha256 for delta in deltas),
     )
 
 

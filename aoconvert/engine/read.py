@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from aoconvert.engine.lora import LoraSum
 from aoconvert.engine.merging import Merging, open_merging
 from aoconvert.errors import ReadError, SourceError
 from aoconvert.formats.digest import FileDigest, Mark, damaged_in_cache
@@ -58,13 +59,14 @@ class ComponentReading:
         )
         self._merging: Merging | None = open_merging(plan, whole, scratch, self._load)
         self._made = plan.made if isinstance(plan, ComponentPlan) else {}
+        self._loras = LoraSum(plan.deltas if isinstance(plan, ComponentPlan) else {})
         self._copied = isinstance(plan, ComponentPlan) and plan.copied is not None
         if self._copied:  # transformers read the files: each tensor may be made of any byte of them
             for digest in self._digests.values():
                 digest.read_all()
 
     def read(self, tensor: Readable, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
-        """The tensor, or its rows (start, stop), in host memory, in the source's dtype.
+        """The tensor, or its rows (start, stop), in host memory; in the source's dtype, or float32 with LoRAs.
 
         Args:
             tensor: one of the component's.
@@ -74,6 +76,10 @@ class ComponentReading:
         Raises:
             ReadError: a disk error, or a file that changed since the plan.
         """
+        return self._loras.add(tensor.name, self._read(tensor, rows, into), rows)
+
+    def _read(self, tensor: Readable, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
+        """As ``read``, without LoRAs."""
         if tensor.origin is None:
             assert self._merging is not None
             return self._merging.read(tensor, rows, into)
@@ -118,6 +124,7 @@ class ComponentReading:
     def close(self) -> None:
         """Close every file and remove what was merged."""
         self._reader.close()
+        self._loras.close()
         if self._merging is not None:
             self._merging.close()
 

@@ -118,6 +118,7 @@ FOLDER = Kind("folder", read=Path)
 FILE = Kind("file", read=Path, write=lambda value: [value.name])
 NAMES = Kind("names", read=_names, write=lambda value: [",".join(value)])
 PATTERNS = Kind("patterns", r"[^\x00-\x1f\x7f]+", _each, list)
+LORAS = Kind("loras", r"(\./)?\w[\w.-]*(/\w[\w.-]*)*(@[0-9a-f]{40})?(@[-+.e\d]+)?", _each, list)
 SETTINGS = Kind("settings", rf"\w+={_WORD}", _settings, lambda value: [f"{key}={text}" for key, text in value.items()])
 COMPONENTS = Kind(
     "components",

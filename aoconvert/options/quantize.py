@@ -17,6 +17,7 @@ from aoconvert.options.fields import (
     FILE,
     FOLDER,
     FRACTION,
+    LORAS,
     NAMES,
     NUMBER,
     PATTERNS,
@@ -70,6 +71,7 @@ class QuantizeKwargs(TypedDict, total=False):
     overwrite: bool
     resume: bool
     revision: str | None
+    lora: str | Sequence[str]
     config: str | Path | None
     subfolder: str | None
     variant: str | None
@@ -252,6 +254,15 @@ class QuantizeOptions:
     ] = False
     resume: Annotated[bool, Option("Start over instead of resuming a stopped run.", SWITCH, ("--no-resume",))] = True
     revision: Revision = None
+    lora: Annotated[
+        tuple[str, ...],
+        Option(
+            "Add a LoRA to the weights before they are quantized, times WEIGHT (default: 1). Repeatable.",
+            LORAS,
+            metavar="REPO|FILE[@WEIGHT]",
+            recorded=4,
+        ),
+    ] = ()
     config: Annotated[
         str | None,
         Option(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
 from aoconvert.environment import check_device_names
-from aoconvert.options.fields import SWITCH, Option, choice
+from aoconvert.options.fields import LORAS, SWITCH, Option, choice
 from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
 
 Choice = Literal["auto", "from-pretrained", "assign"]
@@ -18,6 +19,7 @@ class VerifyKwargs(TypedDict, total=False):
 
     source: str | None
     source_revision: str | None
+    lora: str | Sequence[str]
     strategy: Choice
     device: str
     reload: bool
@@ -47,6 +49,14 @@ class VerifyOptions:
     source_revision: Annotated[
         str | None, Option("Branch, tag or commit of the source. Default: the commit that was quantized.")
     ] = None
+    lora: Annotated[
+        tuple[str, ...],
+        Option(
+            "File of a LoRA that was added, to compare with --source; those of the Hub are fetched. Repeatable.",
+            LORAS,
+            metavar="FILE",
+        ),
+    ] = ()
     strategy: Annotated[
         Choice,
         Option(

@@ -27,6 +27,8 @@ from aoconvert.recipes.rules import Rules, allow_rules, find_unmatched, skip_rul
 
 if TYPE_CHECKING:
     from aoconvert.models import ModelLayout
+    from aoconvert.models.lora import LoraPart
+    from aoconvert.models.lora_files import LoraFile
     from aoconvert.recipes import Recipe
     from aoconvert.sources import Source
 
@@ -59,8 +61,11 @@ def build_plan(
         refuse_unsupported(model)  # before torch is imported
     devices, unusable = _choose_devices(options.device)
     rules = rules or {model.name: resolve_rules(options, model, devices[0], recipe) for model in chosen}
-    components, found, warnings = _plan_components(source, layout, chosen, rules, options, need_weights=need_weights)
-    problems += [*unusable, *found, *_unmatched(components), *_unmatched_missing(components, options)]
+    loras, parts, unused = _read_loras(layout, chosen, options)
+    components, found, warnings = _plan_components(
+        source, layout, chosen, rules, options, parts, need_weights=need_weights
+    )
+    problems += [*unused, *unusable, *found, *_unmatched(components), *_unmatched_missing(components, options)]
     # a plan writes nothing: what is in the way of carrying it out is worth knowing, no more
     obstacles = problems if need_weights else warnings
     unquantized, incomplete, dropped = _plan_others(source, layout, chosen, options)
@@ -94,6 +99,7 @@ def build_plan(
         variant=options.variant,
         trust_remote_code=options.trust_remote_code,
         allow_cpu=options.device == "auto",
+        loras=tuple(loras),
     )
 
 
@@ -129,6 +135,7 @@ def _plan_components(
     chosen: Sequence[ModelPart],
     rules: Mapping[str, Rules],
     options: QuantizeOptions,
+    loras: Mapping[str, Sequence[LoraPart]],
     *,
     need_weights: bool,
 ) -> tuple[list[ComponentPlan], list[str], list[str]]:
@@ -144,7 +151,14 @@ def _plan_components(
     refusals: list[CannotFuse] = []
     for model in chosen:
         plan_model = partial(
-            plan_component, source, layout, model, rules[model.name], options, need_weights=need_weights
+            plan_component,
+            source,
+            layout,
+            model,
+            rules[model.name],
+            options,
+            need_weights=need_weights,
+            loras=loras.get(model.name, ()),
         )
         try:
             component, found = plan_model(fuse_qkv=options.fuse_qkv)
@@ -157,6 +171,32 @@ def _plan_components(
     if refusals and len(refusals) == len(components):
         raise refusals[0]
     return components, problems, [*warnings, *(f"{refusal}: its projections stay separate" for refusal in refusals)]
+
+
+def _read_loras(
+    layout: ModelLayout, chosen: Sequence[ModelPart], options: QuantizeOptions
+) -> tuple[list[LoraFile], dict[str, list[LoraPart]], list[str]]:
+    """The LoRAs, what they hold for each chosen model, and what they hold for others.
+
+    Raises:
+        SourceError: one is damaged, or of a kind that is not supported.
+    """
+    if not options.lora:
+        return [], {}, []
+    from aoconvert.models.lora import split_lora
+    from aoconvert.models.lora_files import read_loras
+
+    loras = read_loras(options.lora, options.hub)
+    names = {model.name for model in chosen}
+    parts: dict[str, list[LoraPart]] = {}
+    problems = []
+    for lora in loras:
+        for name, part in split_lora(lora, layout).items():
+            parts.setdefault(name, []).append(part)
+            if name not in names:
+                also = " ".join(f"--component {item}" for item in [*names, name])
+                problems.append(f"--lora {lora.label} also changes {name}, which is not quantized ({also})")
+    return loras, parts, problems
 
 
 def _plan_others(

@@ -20,6 +20,7 @@ from aoconvert.planning.choices import Wishes
 from aoconvert.planning.decide import Decisions, decide
 from aoconvert.planning.files import lay_out
 from aoconvert.planning.inventory import SourceTensors, dequantize_contents, read_contents
+from aoconvert.planning.slices import SLICE_BYTES, by_rows
 from aoconvert.planning.source_checkpoint import read_checkpoint
 from aoconvert.planning.types import ComponentPlan, TensorPlan
 from aoconvert.planning.weights import chosen_weights, is_only
@@ -29,6 +30,7 @@ from aoconvert.recipes.rules import Rules
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
 
+    from aoconvert.models.lora import Delta, LoraPart
     from aoconvert.planning.source_checkpoint import SourceCheckpoint
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles
@@ -43,6 +45,7 @@ def plan_component(
     *,
     need_weights: bool,
     fuse_qkv: bool,
+    loras: Sequence[LoraPart] = (),
 ) -> tuple[ComponentPlan, list[str]]:
     """Decide everything about one model.
 
@@ -54,6 +57,7 @@ def plan_component(
         options: what the user asked for.
         need_weights: a model without weights is a problem.
         fuse_qkv: with fused projections.
+        loras: what LoRAs hold for it.
 
     Returns:
         The plan, and what is wrong.
@@ -77,8 +81,9 @@ def plan_component(
         original.dtype if original is not None and options.dtype == "auto" else options.dtype,
     )
     folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
-    plan = _build(component, rules, draft, weights, folder, options)
-    problems = list(draft.problems)
+    deltas, unfit = _match_loras(loras, draft.skeleton)
+    plan = _build(component, rules, draft, weights, folder, options, deltas)
+    problems = [*draft.problems, *unfit]
     if original is not None and contents is not None:
         plan = replace(plan, original=original, made={n: t for n, t in contents.tensors.items() if t.formula})
         if plan.copied is not None:
@@ -163,13 +168,20 @@ def _build(
     weights: WeightFiles | None,
     folder: str,
     options: QuantizeOptions,
+    deltas: Mapping[str, tuple[Delta, ...]],
 ) -> ComponentPlan:
     """Put the plan together; ``folder`` is where it goes in the output."""
     skeleton, found, decisions = draft.skeleton, draft.found, draft.decisions
     inventory = found.inventory if found is not None else None
     source_order = inventory.order if inventory else ()
     tensors, order, files = lay_out(
-        component, OUTPUT, folder, decisions.tensors, decisions.outputs, source_order, options.max_shard_size
+        component,
+        OUTPUT,
+        folder,
+        [_with_loras(tensor, deltas.get(tensor.name, ())) for tensor in decisions.tensors],
+        decisions.outputs,
+        source_order,
+        options.max_shard_size,
     )
     return ComponentPlan(
         component=_with_config(skeleton.component, decisions, drop_unknown=options.drop_unknown),
@@ -190,6 +202,36 @@ def _build(
         skeleton=skeleton,
         recipes=inventory.recipes if inventory else {},
         cannot_run=draft.cannot_run,
+        deltas=deltas,
+    )
+
+
+def _match_loras(loras: Sequence[LoraPart], skeleton: Skeleton) -> tuple[dict[str, tuple[Delta, ...]], list[str]]:
+    """What LoRAs add to which tensor of a model, and what is wrong with them."""
+    if not loras:
+        return {}, []
+    from aoconvert.models.lora import match_deltas
+
+    found: dict[str, tuple[Delta, ...]] = {}
+    problems: list[str] = []
+    for part in loras:
+        deltas, unfit = match_deltas(part, skeleton)
+        problems += unfit
+        for name, delta in deltas.items():
+            found[name] = (*found.get(name, ()), delta)
+    return found, problems
+
+
+def _with_loras(tensor: TensorPlan, deltas: Sequence[Delta]) -> TensorPlan:
+    """The tensor's plan with what adding LoRAs to it takes: its rows and what is added to them, in float32."""
+    if not deltas:
+        return tensor
+    rows = min(tensor.numel, SLICE_BYTES // (tensor.bytes_read // tensor.numel)) if by_rows(tensor) else tensor.numel
+    thin = sum(step.nbytes for delta in deltas for step in (delta.a, delta.b) if step is not None)
+    return replace(
+        tensor,
+        action="cast" if tensor.action == "keep" else tensor.action,
+        working_bytes=tensor.working_bytes + 12 * rows + 2 * thin,
     )
 
 

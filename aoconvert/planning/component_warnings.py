@@ -54,9 +54,24 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
     if (larger := _larger_than_int8(component)) is not None:
         lines.append(f"{title}: {larger}")
     lines += _whole_warning(title, component)
+    lines += _lora_warnings(title, component)
     if component.copied is not None:
         lines.append(
             f"{title}: transformers holds a second copy of its merged tensors during the run ({component.copied})"
+        )
+    return lines
+
+
+def _lora_warnings(title: str, component: ComponentPlan) -> list[str]:
+    """How many tensors each LoRA changes, where the library would round what it adds."""
+    counts = Counter(delta.lora.label for deltas in component.deltas.values() for delta in deltas)
+    tensors = {tensor.name: tensor for tensor in component.tensors}
+    rounded = {tensors[name].source_dtype for name in component.deltas} - {"float32"}
+    lines = [f"{title}: --lora {label} changes {count} tensors" for label, count in counts.items()]
+    if rounded:
+        lines.append(
+            f"{title}: LoRAs are added in float32; the library, fusing them into {', '.join(sorted(rounded))}, rounds "
+            f"more often"
         )
     return lines
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from aoconvert.models import ModelLayout, ModelPart, Skeleton
     from aoconvert.models.base import SourceTensor
     from aoconvert.models.conversions import MergeRecipe
+    from aoconvert.models.lora import Delta
+    from aoconvert.models.lora_files import LoraFile
     from aoconvert.models.recording import ReplayRecipe
     from aoconvert.originals import Original
     from aoconvert.recipes.rules import Rules
@@ -158,6 +160,7 @@ class ComponentPlan:
         format: of its weights files.
         original: how the source was quantized; ``None`` where it was not.
         made: the checkpoint's name → how a quantized tensor is made of stored ones.
+        deltas: tensor → what LoRAs add to it, in that order.
     """
 
     component: ModelPart
@@ -180,6 +183,7 @@ class ComponentPlan:
     cannot_run: tuple[str, str] | None = None
     original: Original | None = None
     made: Mapping[str, SourceTensor] = field(default_factory=dict, repr=False, compare=False)
+    deltas: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -304,6 +308,7 @@ class Plan:
         warnings: things that are not wrong but that the user should know.
         devices: where weights are quantized: the CPU, or one GPU or several of one machine.
         allow_cpu: a weight that does not fit the GPU goes to the CPU.
+        loras: that are added.
     """
 
     source: Source
@@ -321,6 +326,7 @@ class Plan:
     variant: str | None = None
     trust_remote_code: bool = False
     allow_cpu: bool = False
+    loras: tuple[LoraFile, ...] = ()
 
     @property
     def device(self) -> str:
@@ -342,6 +348,8 @@ class Plan:
                 "revision": self.source.revision,
                 "label": self.source.label,
                 "subfolder": self.subfolder,
+                "config": _config_dict(self.source),
+                "loras": [_lora_dict(lora) for lora in self.loras],
             },
             "components": [_component_dict(item, self.device) for item in self.components],
             "unquantized": [_unquantized_dict(item) for item in self.unquantized],
@@ -351,6 +359,17 @@ class Plan:
             "warnings": list(self.warnings),
             "problems": [],
         }
+
+
+def _config_dict(source: Source) -> dict[str, Any] | None:
+    """Where the config of a single file comes from."""
+    origin = getattr(source, "origin", None)
+    return {key: value for key, value in asdict(origin).items() if key != "label"} if origin is not None else None
+
+
+def _lora_dict(lora: LoraFile) -> dict[str, Any]:
+    keys = ("label", "repo_id", "revision", "path", "weight", "size", "sha256")
+    return {key: getattr(lora, key) for key in keys}
 
 
 def _component_dict(component: ComponentPlan, device: str) -> dict[str, Any]:

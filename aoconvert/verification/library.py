@@ -89,6 +89,8 @@ def compare_by_library(target: Checkpoint, source: Source, children: Children, *
     manifest = target.manifest
     if manifest is None:
         return LibraryFindings("skipped", "without a manifest it is unknown what may differ from the source")
+    if manifest.source.loras:
+        return LibraryFindings("skipped", "a LoRA was added to the source; numbers compares with both")
     if source.kind == "file":
         return LibraryFindings("skipped", "the source is a single file; numbers compares with it")
     if (other := _other_model(target, source, manifest)) is not None:
@@ -113,6 +115,7 @@ def originals(target: Checkpoint, source: Source | None, *, trust: bool) -> dict
         manifest is None
         or source is None
         or source.kind == "file"
+        or manifest.source.loras
         or _other_model(target, source, manifest) is not None
     ):
         return {}

@@ -17,6 +17,7 @@ from aoconvert.errors import VerificationError
 from aoconvert.formats.torch_bin.header import read_bin
 from aoconvert.humanize import plural
 from aoconvert.sources import Source
+from aoconvert.verification.original import find_loras
 from aoconvert.verification.process import Children, Ended
 
 
@@ -333,7 +334,11 @@ def _list_expected(target: Checkpoint, part: Part) -> dict[str, list[str | None]
 
 
 def check_numbers(
-    target: Checkpoint, loaded: Loaded, source: Source | None, left: Mapping[str, frozenset[str]] | None
+    target: Checkpoint,
+    loaded: Loaded,
+    source: Source | None,
+    left: Mapping[str, frozenset[str]] | None,
+    loras: Sequence[str] = (),
 ) -> tuple[Status, str]:
     """NaN, infinity and zero scales; with a source, weights whose values the library cannot give back here.
 
@@ -342,6 +347,7 @@ def check_numbers(
         loaded: what came out of its files.
         source: the original.
         left: part → quantized tensors that the check ``library`` left; ``None`` where it compared nothing.
+        loras: files of those that were added.
     """
     tensors = [item for part in loaded.tensors.values() for item in part.items()]
     problems = [f"{name}: {line}" for name, tensor in tensors for line in tensor["problems"]]
@@ -354,7 +360,10 @@ def check_numbers(
         return "passed", plain
     from aoconvert.verification.numbers import compare_with_source
 
-    worst, count, problems = compare_with_source(target, source, left)
+    added = find_loras(target.manifest.source, loras) if target.manifest is not None else []
+    if added is None:
+        return "passed", f"{plain}; not compared with the source: --lora FILE names the LoRA that was added"
+    worst, count, problems = compare_with_source(target, source, left, added)
     if problems:
         return "failed", some(problems)
     shown = f", worst SQNR {worst:.1f} dB" if math.isfinite(worst) else ""

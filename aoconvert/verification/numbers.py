@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ _TOLERANCE_DB = 0.05
 
 
 def compare_with_source(
-    target: Checkpoint, source: Source, only: Mapping[str, frozenset[str]] | None = None
+    target: Checkpoint,
+    source: Source,
+    only: Mapping[str, frozenset[str]] | None = None,
+    loras: Sequence[str] = (),
 ) -> tuple[float, int, list[str]]:
     """Dequantize every weight and compare it with the source's; the rest must be the source's, cast.
 
@@ -38,6 +41,7 @@ def compare_with_source(
         target: the checkpoint.
         source: the original.
         only: part → the tensors to compare; ``None``: all.
+        loras: that were added, as ``--lora`` takes them.
 
     Returns:
         The worst SQNR in dB, the number of tensors compared, and what differs.
@@ -53,7 +57,7 @@ def compare_with_source(
         state = load_state(target, part)
         if only is not None:
             state = {name: tensor for name, tensor in state.items() if name in only.get(part.name, ())}
-        for name, original in _originals(source, part, entry, state) if state else ():
+        for name, original in _originals(source, part, entry, state, loras) if state else ():
             sqnr, problem = _compare(name, original, state[name], part, entry.layout.packing)
             count += 1
             worst = min(worst, sqnr)
@@ -62,10 +66,10 @@ def compare_with_source(
 
 
 def _originals(
-    source: Source, part: Part, entry: ComponentEntry, state: Mapping[str, Any]
+    source: Source, part: Part, entry: ComponentEntry, state: Mapping[str, Any], loras: Sequence[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The source's tensors under the names that the checkpoint has for them."""
-    with open_originals(source, part, entry, state) as (component, reading):
+    with open_originals(source, part, entry, state, loras) as (component, reading):
         for tensor in component.tensors:
             if tensor.action != "tied" and tensor.name in state:
                 yield tensor.name, reading.read(tensor, None, None)
@@ -73,7 +77,7 @@ def _originals(
 
 @contextlib.contextmanager
 def open_originals(
-    source: Source, part: Part, entry: ComponentEntry, names: Container[str]
+    source: Source, part: Part, entry: ComponentEntry, names: Container[str], loras: Sequence[str] = ()
 ) -> Iterator[tuple[ComponentPlan, ComponentReading]]:
     """A plan that has the source's tensors under the names that the checkpoint has for them, and what reads them.
 
@@ -81,21 +85,24 @@ def open_originals(
         source: the original.
         part, entry: a part of the checkpoint, and what its manifest says of it.
         names: that are asked for: one that is tied in the source is read where it is among them.
+        loras: that were added, as ``--lora`` takes them.
 
     Raises:
         SourceError, PlanError: the source is another model.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        plan = _reading_plan(source, Path(scratch), part, entry, untie=False)
+        plan = _reading_plan(source, Path(scratch), part, entry, loras, untie=False)
         if any(tensor.action == "tied" and tensor.name in names for tensor in plan.components[0].tensors):
-            plan = _reading_plan(source, Path(scratch), part, entry, untie=True)
+            plan = _reading_plan(source, Path(scratch), part, entry, loras, untie=True)
         plan.source.fetch(plan.fetch)
         [component] = plan.components
         with ComponentReading(component, plan, Path(scratch)) as reading:
             yield component, reading
 
 
-def _reading_plan(source: Source, scratch: Path, part: Part, entry: ComponentEntry, *, untie: bool) -> Plan:
+def _reading_plan(
+    source: Source, scratch: Path, part: Part, entry: ComponentEntry, loras: Sequence[str], *, untie: bool
+) -> Plan:
     """A plan that says where each of the model's tensors comes from; what it would quantize is of no interest."""
     options: dict[str, Any] = {
         "output": scratch / "out",
@@ -106,6 +113,7 @@ def _reading_plan(source: Source, scratch: Path, part: Part, entry: ComponentEnt
         "default_skips": False,
         "fuse_qkv": part.fused,
         "untie": untie,
+        "lora": loras,
         # exact names: a pattern out of a manifest could be anything
         "allow_missing": [item.name for item in entry.missing if not item.name.startswith("re:")],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,26 @@ def _find_commit(reference: str, checkpoint: Path) -> str | None:
         return None
     repo_id, revision = parse_repo(reference)
     return source.revision if revision is None and repo_id == source.repo_id else None
+
+
+def find_loras(made_of: SourceEntry, given: Sequence[str]) -> list[str] | None:
+    """The LoRAs that were added, as ``--lora`` takes them; ``None`` where a file of one is not given.
+
+    Args:
+        made_of: what the manifest says of the source.
+        given: paths of files.
+    """
+    files = {Path(path).name: path for path in given}
+    found = []
+    for lora in made_of.loras:
+        name = posixpath.basename(lora.path)
+        if name in files:
+            found.append(f"{Path(files[name]).expanduser().absolute()}@{lora.weight:g}")
+        elif lora.repo_id is not None:
+            found.append(f"{lora.repo_id}/{lora.path}@{lora.revision}@{lora.weight:g}")
+        else:
+            return None
+    return found
 
 
 def check_source(source: Source, made_of: SourceEntry) -> tuple[Status, str]:

@@ -224,7 +224,7 @@ def _checks_side_by_side(run: _Run, target: Checkpoint, children: Children, pool
         run.check("source", asking)
     run.check("library", comparing)
     left = findings[0].left if findings else None
-    run.check("numbers", lambda: check_numbers(target, loaded, run.original, left))
+    run.check("numbers", lambda: check_numbers(target, loaded, run.original, left, run.options.lora))
     asked = run.options.reload and (run.options.forward or run.options.example)
     obstacle = run.place.obstacle if run.place is not None else None
     run.check("forward", lambda: check_forward(loaded, asked=asked, obstacle=obstacle))

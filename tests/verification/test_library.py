@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,9 @@ FAULTS = {
     "another one": Fault(
         "chat", "the file generation_config.json differs", json_file("generation_config.json", note=1)
     ),
-    "an adapter": Fault("chat", "adapter only in the source", source=adapter),
+    "an adapter": Fault(
+        "chat", "adapter only in the source" if find_spec("peft") is None else "base_layer", source=adapter
+    ),
     "a part of the pipeline's own class": Fault("checked", "the part safety_checker is not there", drop_part),
     "a part that is not quantized": Fault(
         "checked",
