@@ -77,6 +77,25 @@ def test_a_folder(folder: str, tmp_path: Path) -> None:
     assert left == {name for name in load_file(LEGACY / folder / WEIGHTS) if name.endswith("put_scale")}
 
 
+def test_a_transformers_model(tmp_path: Path) -> None:
+    """Quanto's own folder of a Llama with a tied head: int4 in groups of 32, and activations that were quantized."""
+    folder = LEGACY.parent / "quanto-transformers" / "llama-int4"
+    done = aoconvert.migrate(folder, output=tmp_path / "out")
+    assert (done.counts["carried"], done.counts["dequantized"]) == (7, 0)
+    assert any(line.startswith("activations of 7 layers were quantized") for line in done.warnings)
+    model = tiny.transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    truth, stored = load_file(folder / "dequant.safetensors"), load_file(folder / "model.safetensors")
+    state = model.state_dict()
+    for name, values in truth.items():
+        step = stored[f"{name}._scale"].float().reshape(len(values), -1, 1)
+        off = (state[name].dequantize().float() - values.float()).abs().reshape(*step.shape[:2], -1)
+        assert (off <= DEVIATION["int4"] * step).all(), name
+        assert state[name].block_size == (1, values.shape[1] if values.shape[1] == 64 else 32)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(bits(state[name]), bits(stored[name]))
+
+
 def test_exact_values(tmp_path: Path) -> None:
     """Nothing is rounded; without the map, which no file needs, the result is the same."""
     copy = Path(shutil.copytree(LEGACY / "direct-int4", tmp_path / "copy"))
