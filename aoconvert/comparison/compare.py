@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from aoconvert.comparison.opening import Side, SidePart, open_side
 from aoconvert.comparison.originals import as_named
+from aoconvert.comparison.quanto import put_together
 from aoconvert.comparison.reading import OpenFiles
 from aoconvert.comparison.tensors import Leaf, StoredTensor, is_codes
 from aoconvert.comparison.today import as_today, is_old
@@ -47,7 +48,8 @@ def compare(a: str, b: str, hub: HubOptions = DEFAULT_HUB, progress: Progress | 
                 as_named(sides[1], second, sides[0], first, hub) as one,
                 as_named(sides[0], first, sides[1], second, hub) as other,
             ):
-                comparing.add(f"{name}/" if name else "", one, other)
+                prefix = f"{name}/" if name else ""
+                comparing.add(prefix, put_together(one, other), put_together(other, one))
         progress.finish()
     return Comparison(
         comparing.same,

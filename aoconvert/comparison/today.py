@@ -1,4 +1,4 @@
-"""A tensor of an old torchao as one of today's classes, with the same codes and scales: as such it is compared."""
+"""A tensor of an old torchao or of Quanto in a class of today, with the same codes and scales: so it is compared."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from aoconvert.formats.dtypes import dtype_name
 from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.formats.torch_bin.safe_names import list_names
 from aoconvert.rewriting.old_torchao.decide import decide
+from aoconvert.rewriting.quanto.decide import BITS, BYTES
+from aoconvert.rewriting.quanto.decide import decide as decide_quanto
+
+_QUANTO = (BITS, BYTES)
 
 
 def is_old(tensor: StoredTensor) -> bool:
-    """Whether it has a class that torchao no longer has."""
+    """Whether it has a class that torchao no longer has, or one of Quanto."""
     known = list_names().get(tensor.class_name)
-    return known is not None and known.legacy
+    return tensor.class_name in _QUANTO or (known is not None and known.legacy)
 
 
 def as_today(files: OpenFiles, tensor: StoredTensor) -> StoredTensor:
@@ -37,10 +41,11 @@ def as_today(files: OpenFiles, tensor: StoredTensor) -> StoredTensor:
         return tensor
 
     def read(part: BinTensor) -> torch.Tensor:
-        return files.read(leaf_of(part, tensor.file))
+        held = next((leaf for key, leaf in tensor.leaves.items() if entry.inner.get(key) is part), None)
+        return files.read(held or leaf_of(part, tensor.file))
 
     try:
-        outcome = decide(entry, read)
+        outcome = decide_quanto(entry, read) if tensor.class_name in _QUANTO else decide(entry, read)
         made = outcome.make(read)
     except AoconvertError:
         raise

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import aoconvert
 from aoconvert.formats.torch_bin.header import read_bin
@@ -69,9 +68,24 @@ def test_an_old_file_and_plain_weights(tmp_path: Path) -> None:
 
 
 def test_quanto_files() -> None:
-    """Their parts are plain tensors."""
+    """Who saved them makes no difference; one of them quantized a convolution, too."""
     folder = LEGACY / "quanto"
     found = aoconvert.diff(folder / "diffusers-int8", folder / "direct-int8")
-    assert found.only_a == ("pos_embed.proj.weight",)
-    assert "pos_embed.proj.weight._data" in found.only_b
-    assert found.same == len(load_file(folder / "diffusers-int8" / "diffusion_pytorch_model.safetensors")) - 1
+    [item] = found.different
+    assert (item.name, item.what) == ("pos_embed.proj.weight", "class")
+    assert item.sqnr_db is not None
+    assert found.only_a == ()
+    assert found.only_b == ("pos_embed.proj.input_scale", "pos_embed.proj.output_scale")
+
+
+@pytest.mark.parametrize("name", ["diffusers-float8", "direct-int4"])
+def test_quanto_and_what_migrate_makes_of_it(name: str, tmp_path: Path) -> None:
+    """The same codes and scales; only the scales for activations have no place."""
+    source = LEGACY / "quanto" / name
+    aoconvert.migrate(source, output=tmp_path / "out")
+    found = aoconvert.diff(source, tmp_path / "out")
+    convolutions = {"pos_embed.proj.weight": None} if name.startswith("direct") else {}
+    assert {item.name: item.sqnr_db for item in found.different} == convolutions  # their values are the same numbers
+    assert found.same == 36 - len(convolutions)
+    assert all(key.endswith(("input_scale", "output_scale")) for key in found.only_a)
+    assert found.only_b == ()
