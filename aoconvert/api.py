@@ -291,7 +291,7 @@ def migrate(
     """Write an old torchao or Quanto checkpoint again in the tensor classes of today, with the same codes and scales.
 
     Args:
-        checkpoint: a folder or a Hub repo id.
+        checkpoint: a folder, a Hub repo id, or one torch file, whose tensors are written without a model around them.
         progress: is told what happens; default: silent.
         **options: fields of ``aoconvert.options.MigrateOptions``: ``then`` names a scheme for what no class of today
             can hold, ``packed_on`` the CPU that packed int4 weights; ``exact`` dequantizes what a class would round.
@@ -316,7 +316,7 @@ def migrate(
     if wanted.then is not None:
         schemes.find(wanted.then)
     tidy(wanted.output)
-    source = resolve(str(checkpoint), wanted.hub)
+    source = resolve(str(checkpoint), wanted.hub, single_file=True)
     refuse_output(source, wanted.output, overwrite=wanted.overwrite)
     from aoconvert.rewriting import migrate as run
 

@@ -26,6 +26,8 @@ from aoconvert.sources.weights import find_weights
 DTYPES = ("bfloat16", "float16", "float32")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _MODULE = re.compile(r"torchao(\.[A-Za-z_][A-Za-z0-9_]*){0,6}")
+STATE_LIBRARY = "torch"
+"""What a manifest gives as the library of a file of tensors of which nothing says the model."""
 CODE_INSIDE = "its class is code inside the checkpoint, which opening it would run"
 _TRUST = "trust_remote_code"
 _KWARGS: Mapping[str, tuple[Any, ...]] = {"torch_dtype": DTYPES, "use_safetensors": (False,), _TRUST: (True,)}
@@ -52,7 +54,7 @@ class Part:
 
     name: str
     folder: str
-    library: Literal["diffusers", "transformers"]
+    library: Literal["diffusers", "transformers", "torch"]
     class_name: str
     config: Mapping[str, Any] = field(repr=False)
     files: tuple[str, ...]
@@ -75,7 +77,7 @@ class Checkpoint:
     """A checkpoint to verify. ``kind`` says what ``from_pretrained`` of the folder gives."""
 
     folder: Path
-    kind: Literal["pipeline", "diffusers", "transformers"]
+    kind: Literal["pipeline", "diffusers", "transformers", "state_dict"]
     class_name: str
     parts: tuple[Part, ...]
     imports: tuple[str, ...]
@@ -143,17 +145,49 @@ def validate(manifest: Manifest) -> None:
                 raise SourceError(f"the manifest asks for {name!r}, which is not in the list of safe names")
 
 
-def from_manifest(folder: Path, manifest: Manifest) -> Checkpoint:
+def from_manifest(folder: Path, manifest: Manifest, *, alone: bool = False) -> Checkpoint:
     """What the manifest says is there.
+
+    Args:
+        folder: where it is.
+        manifest: of it.
+        alone: also take a file of tensors of which nothing says the model; its ``kind`` is ``state_dict``.
 
     Raises:
         SourceError: a value that has no business in a manifest, or configs that contradict it.
     """
     validate(manifest)
+    imports = {name for entry in manifest.components for name in entry.imports}
+    if any(entry.library == STATE_LIBRARY for entry in manifest.components):
+        if not alone:
+            raise SourceError(
+                f"{folder} is a file of tensors alone: nothing says which model it is for",
+                hint="put the model's config.json beside the old file, and migrate the folder",
+            )
+        return _state_dict(folder, manifest, sorted(imports))
     layout = identify(FolderSource(folder))
     parts = tuple(_part(folder, layout, entry) for entry in manifest.components)
-    imports = {name for entry in manifest.components for name in entry.imports}
     return Checkpoint(folder, layout.kind, _identifier(layout.class_name), parts, tuple(sorted(imports)), manifest)
+
+
+def _state_dict(folder: Path, manifest: Manifest, imports: list[str]) -> Checkpoint:
+    """A file of tensors: it can be loaded and compared, but no model be made of it."""
+    parts = tuple(
+        Part(
+            name=entry.name,
+            folder=entry.path,
+            library=entry.library,
+            class_name=entry.class_name,
+            config={},
+            files=tuple(file.path for file in entry.files if OUTPUT.writes(file.path)),
+            dtype=None,
+            kwargs={},
+            safe_globals=tuple(entry.safe_globals),
+            tensors={tensor.name: tensor for tensor in entry.tensors},
+        )
+        for entry in manifest.components
+    )
+    return Checkpoint(folder, "state_dict", _identifier(parts[0].class_name), parts, tuple(imports), manifest)
 
 
 def _part(folder: Path, layout: ModelLayout, entry: ComponentEntry) -> Part:

@@ -215,11 +215,11 @@ class Totals(_Model):
 
 
 class ComponentEntry(_Model):
-    """One quantized model."""
+    """One quantized model, or with the library ``torch`` one file of tensors that nothing says the model of."""
 
     name: str
     path: RelativeFolder
-    library: Literal["diffusers", "transformers"]
+    library: Literal["diffusers", "transformers", "torch"]
     class_name: str
     module: str | None = Field(
         default=None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,23 @@ from aoconvert.checkpoint.manifest import (
 from aoconvert.engine.convert import Making, run
 from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
 from aoconvert.engine.staging import Stage
+from aoconvert.errors import SourceError
 from aoconvert.files import writing
 from aoconvert.formats.base import SealedFile
 from aoconvert.models import ModelPart
 from aoconvert.options.migrate import MigrateOptions
 from aoconvert.planning.types import ComponentPlan, TensorPlan
 from aoconvert.progress import Progress
-from aoconvert.rewriting.migrate_plan import MigrationPlan, Moved, Open, make_output, plan_migration, weights_of_all
+from aoconvert.rewriting.migrate_file import migrate_file
+from aoconvert.rewriting.migrate_plan import MigrationPlan, Moved, Open, plan_migration, weights_of_all
 from aoconvert.rewriting.migrate_types import OldWeights
+from aoconvert.rewriting.migrate_write import describe_weights, make_tensor
 from aoconvert.rewriting.old_torchao.weights import TorchaoWeights, holds_torchao
 from aoconvert.rewriting.quanto.weights import QuantoWeights, holds_quanto
-from aoconvert.schemes.tensors import dequantize, repair
 from aoconvert.sources import Source
 from aoconvert.sources.weights import WeightFiles
 
-_REPAIRED = "{} of its scales were 0, so that their values were NaN: they stand for zeros now"
+_TORCH_FILES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,11 @@ def migrate(
         ReadError, WriteError: a disk error, a full disk, no permission.
     """
     began = time.perf_counter()
+    if (path := single_file(source)) is not None:
+        fetch([path])
+        with closing(TorchaoWeights(source, [path], options.packed_on)) as weights:
+            manifest = migrate_file(source, path, weights, options, progress, command=command)
+            return Migrated(options.output, manifest, tuple(weights.warnings), time.perf_counter() - began)
     fetch(weights_of_all(source))
     planned = plan_migration(source, options, KINDS)
     try:
@@ -133,6 +141,24 @@ def migrate(
     finally:
         planned.close()
     return Migrated(done.output, done.manifest, done.warnings, time.perf_counter() - began)
+
+
+def single_file(source: Source) -> str | None:
+    """The torch file of a source that is one, or a folder without a config; ``None`` for any other source.
+
+    Raises:
+        SourceError: the source is a file of another format.
+    """
+    if (file := source.weights_file) is not None:
+        if not file.lower().endswith(_TORCH_FILES):
+            raise SourceError(
+                f"{file} is one safetensors file, of which nothing says how it is quantized",
+                hint="give the folder that holds it and its config.json",
+            )
+        return file
+    files = [path for path in source.files() if path.endswith(_TORCH_FILES) and "/" not in path]
+    configs = [path for path in source.files() if path in ("config.json", "model_index.json")]
+    return files[0] if len(files) == 1 and not configs else None
 
 
 def _open_torchao(
@@ -203,27 +229,15 @@ class _Migration:
     def _make(self, component: str, planned: TensorPlan) -> tuple[Any, TensorResult]:
         """The tensor, and what is to be said of it; what was written is filled in later."""
         old, moved = self._planned.old[component][planned.name], self._planned.moved[component].get(planned.name)
-        made = make_output(old, moved, on_meta=False)
-        repaired = repair(made) if moved is not None and moved.migration == "carried" else 0
-        reasons = [moved.reason] if moved is not None and moved.reason else []
-        if repaired:
-            reasons.append(_REPAIRED.format(repaired))
-        error = _error(made, moved)
-        if moved is not None and (reasons or moved.migration != "carried"):
-            entry = DeviationEntry(name=planned.name, reason="; ".join(reasons), max_abs_error=error or 0.0)
-            self._deviations.setdefault(component, []).append(entry)
+        made, deviations, error, repaired = make_tensor(old, moved)
+        self._deviations.setdefault(component, []).extend(deviations)
         return made, TensorResult(_UNWRITTEN, None, error, repaired)
 
     def describe(self, component: ComponentPlan, entry: ComponentEntry) -> ComponentEntry:
         """Say in the manifest where the tensors are from, and what became of each."""
         name = component.component.name
         weights, moved = self._planned.weights[name], self._planned.moved[name]
-        migrated = MigratedEntry(
-            kind=weights.kind,
-            scheme=weights.scheme,
-            written_by=weights.written_by,
-            deviations=self._deviations.get(name, []),
-        )
+        migrated = describe_weights(weights, self._deviations.get(name, []))
         tensors = [_with_migration(tensor, moved.get(tensor.name)) for tensor in entry.tensors]
         unconfirmed = next((item.old.unconfirmed for item in moved.values() if item.old.unconfirmed), None)
         layout = entry.layout.model_copy(update={"unconfirmed": unconfirmed or entry.layout.unconfirmed})
@@ -232,18 +246,6 @@ class _Migration:
 
 def _with_migration(entry: TensorEntry, moved: Moved | None) -> TensorEntry:
     return entry if moved is None else replace(entry, migration=moved.migration)
-
-
-def _error(made: Any, moved: Moved | None) -> float | None:
-    """The largest difference of what is written to the values that the old tensor stands for; ``None``: there is none.
-
-    A tensor that is carried, or dequantized, stands for the same values.
-    """
-    if moved is None or (moved.old.exact is None and moved.migration != "requantized"):
-        return None
-    exact = moved.old.exact() if moved.old.exact is not None else moved.old.make(False)
-    values = dequantize(made) if hasattr(made, "__tensor_flatten__") else made
-    return float((values.float() - exact.float()).abs().max()) if exact.numel() else 0.0
 
 
 _UNWRITTEN: Any = None

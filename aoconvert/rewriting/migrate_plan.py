@@ -309,7 +309,7 @@ class _Tensors:
         if not old.was_quantized:
             return None
         if old.scheme is not None:
-            return Moved(old, "carried", _scheme(old), old.reason)
+            return Moved(old, "carried", scheme_of_old(old), old.reason)
         if self.then is None or spec.kind == "other":
             return Moved(old, "dequantized", None, old.reason)
         blocked = schemes.blocker(old.shape, getattr(torch, old.dtype), self.then)
@@ -335,7 +335,7 @@ class _Tensors:
         )
 
 
-def _scheme(old: OldTensor) -> Scheme:
+def scheme_of_old(old: OldTensor) -> Scheme:
     """What makes such tensors today, with the packing of the old one."""
     found = resolve_scheme(old.scheme) if old.scheme is not None else None
     assert found is not None

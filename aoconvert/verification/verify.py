@@ -269,7 +269,7 @@ def _files(run: _Run) -> tuple[Status, str]:
     problems, hashed = check_files(run.folder, run.manifest)
     if problems:
         return "failed", some(problems)
-    run.target = from_manifest(run.folder, run.manifest)
+    run.target = from_manifest(run.folder, run.manifest, alone=True)
     listed = {file.path for file in run.manifest.files()}
     if problems := shadows(run.folder, run.manifest.weights_by_folder(), listed):
         return "failed", some(problems)
@@ -328,6 +328,8 @@ def _reload(run: _Run, target: Checkpoint, loaded: Loaded, children: Children) -
     """
     if not run.options.reload:
         return "skipped", "it was not requested"
+    if target.kind == "state_dict":
+        return "skipped", "a file of tensors alone: nothing says which model it is for"
     if target.runs_code and not run.options.trust_remote_code:
         return "skipped", f"{CODE_INSIDE}: read it, then use --trust-remote-code"
     where = run.place or choose_load_device(target, run.options.device)

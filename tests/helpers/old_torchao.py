@@ -82,33 +82,39 @@ def save_fp6(state: Mapping[str, Any], path: Path, name: str, packed: torch.Tens
 
 def save_old(state: Mapping[str, torch.Tensor], path: Path, quantized: frozenset[str], **options: Any) -> None:
     """Save a state dict, these weights in int8 as torchao 0.10 had it: a scale per row, zero points of int64 zeros."""
-    from torchao.quantization.quant_primitives import ZeroPointDomain
-
     with old_names(AFFINE, PLAIN, LAYOUTS[PLAIN]) as names:
         made: dict[str, Any] = {}
         for name, tensor in state.items():
             made[name] = tensor
-            if name not in quantized:
-                continue
-            scale = (tensor.float().abs().amax(1) / 127).to(tensor.dtype)
-            codes = (tensor.float() / scale.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
-            impl = wrap(
-                names[PLAIN],
-                tuple(tensor.shape),
-                torch.int8,
-                int_data=codes,
-                scale=scale,
-                zero_point=torch.zeros(len(scale), dtype=torch.int64),
-                _layout=names[LAYOUTS[PLAIN]](),
-            )
-            made[name] = wrap(
-                names[AFFINE],
-                tuple(tensor.shape),
-                tensor.dtype,
-                tensor_impl=impl,
-                block_size=(1, tensor.shape[1]),
-                quant_min=None,
-                quant_max=None,
-                zero_point_domain=ZeroPointDomain.INT,
-            )
+            if name in quantized:
+                scale = (tensor.float().abs().amax(1) / 127).to(tensor.dtype)
+                codes = (tensor.float() / scale.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
+                made[name] = _int8(names, codes, scale)
         torch.save(made, path, **options)
+
+
+def save_codes(shapes: Mapping[str, tuple[int, int]], plain: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Save random int8 weights of these shapes, as ``save_old`` does, beside plain tensors."""
+    with old_names(AFFINE, PLAIN, LAYOUTS[PLAIN]) as names:
+        made: dict[str, Any] = dict(plain)
+        for name, shape in shapes.items():
+            codes = torch.randint(-128, 128, shape, dtype=torch.int8)
+            made[name] = _int8(names, codes, torch.full(shape[:1], 0.001, dtype=torch.bfloat16))
+        torch.save(made, path)
+
+
+def _int8(names: Mapping[str, Any], codes: torch.Tensor, scale: torch.Tensor) -> Any:
+    from torchao.quantization.quant_primitives import ZeroPointDomain
+
+    shape, settings = tuple(codes.shape), {"quant_min": None, "quant_max": None}
+    zero_point, layout = torch.zeros(len(scale), dtype=torch.int64), names[LAYOUTS[PLAIN]]()
+    impl = wrap(names[PLAIN], shape, torch.int8, int_data=codes, scale=scale, zero_point=zero_point, _layout=layout)
+    return wrap(
+        names[AFFINE],
+        shape,
+        scale.dtype,
+        tensor_impl=impl,
+        block_size=(1, shape[1]),
+        **settings,
+        zero_point_domain=ZeroPointDomain.INT,
+    )

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import build_llama, llama_tensors
-from helpers.old_torchao import save_fp6, save_old
-from safetensors.torch import load_file
+from helpers.checkpoints import LLAMA, build_llama, llama_shapes, llama_tensors, write_config
+from helpers.old_torchao import save_codes, save_fp6, save_old
+from safetensors.torch import load_file, save_file
 
 import aoconvert
 from aoconvert import schemes
 from aoconvert.checkpoint import manifest as manifests
-from aoconvert.errors import PlanError, UsageError
+from aoconvert.errors import PlanError, SourceError, UnsafePickleError, UsageError
 from aoconvert.rewriting.migrate_types import CannotMigrate, SchemeName, read_meta
 from aoconvert.rewriting.old_file import OldFile
 from aoconvert.rewriting.old_torchao.decide import decide
@@ -370,6 +373,113 @@ def test_what_has_no_class_is_quantized_again_only_when_asked_to(tmp_path: Path)
     assert "1 tensor quantized again" in aoconvert.card(again.output).text
 
 
+# --- a file without a model
+
+TOYS = [folder for folder in (*CARRIED, *DEQUANTIZED, *PACKED) if not folder.startswith("diffusers")]
+COVERING = [
+    "torchao-0.6.1/int8dq",
+    "torchao-0.10.0/uint3wo_g64",
+    "torchao-0.5.0/fp6_e3m2",
+    "torchao-0.10.0/int4wo_cpu_g32",
+]
+
+
+class Toy(torch.nn.Module):
+    """The module that the files of tests/fixtures/legacy/torchao-* are of, as their tensors say."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        for name, value in state.items():
+            *path, leaf = name.split(".")
+            module: torch.nn.Module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, torch.nn.Module())
+                module = dict(module.named_children())[part]
+            module.register_parameter(leaf, torch.nn.Parameter(torch.empty(value.shape, device="meta")))
+
+
+def check_toy(folder: str, output: Path) -> None:
+    """It loads by assignment, and stands for what the old release computed."""
+    done = aoconvert.migrate(LEGACY / folder / "model.bin", output=output, packed_on="avx512")
+    [part] = done.manifest.components
+    state: dict[str, Any] = torch.load(output / "model.bin", weights_only=True, mmap=True)
+    model = Toy(state)
+    model.load_state_dict(state, assign=True)
+    truth = (
+        load_file(LEGACY / folder / "dequant.safetensors") if folder != "torchao-0.14.1/int4wo_v2_opaque_g32" else {}
+    )
+    for name, value in truth.items():
+        found: Any = model.state_dict()[name]
+        if "Int4" in type(found).__name__:
+            continue  # see test_packed_int4_keeps_its_bytes
+        assert torch.equal(bits(found.dequantize() if hasattr(found, "qdata") else found), bits(value))
+    migrated = {entry.migration for entry in part.tensors if entry.migration}
+    assert migrated == ({"dequantized"} if folder in DEQUANTIZED else {"carried"})
+    assert manifests.load(output).source.kind == "file"
+
+
+@pytest.mark.parametrize("folder", COVERING)
+def test_a_file_alone(folder: str, tmp_path: Path) -> None:
+    check_toy(folder, tmp_path / "out")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("folder", [folder for folder in TOYS if folder not in COVERING])
+def test_every_file_alone(folder: str, tmp_path: Path) -> None:
+    if folder == "torchao-0.15.0/float8dq_e4m3_perrow_v2":  # it has all that 0.18 writes
+        with pytest.raises(PlanError, match="nothing to migrate"):
+            aoconvert.migrate(LEGACY / folder / "model.bin", output=tmp_path / "out")
+        return
+    check_toy(folder, tmp_path / "out")
+
+
+def test_a_file_alone_is_verified_as_far_as_it_goes(tmp_path: Path) -> None:
+    folder = LEGACY / "torchao-0.10.0" / "int8wo"  # without a config, with one torch file
+    done = aoconvert.migrate(folder, output=tmp_path / "out")
+    report = aoconvert.verify(done.output)
+    assert report.ok
+    assert {check.name: check.status for check in report.checks} == {
+        **dict.fromkeys(("manifest", "files", "pickle", "versions", "load", "numbers"), "passed"),
+        **dict.fromkeys(("reload", "library", "forward"), "skipped"),
+    }
+    with pytest.raises(SourceError, match="is a file of tensors alone: nothing says which model it is for"):
+        aoconvert.card(done.output)
+    weights = bytearray((done.output / "model.bin").read_bytes())
+    weights[len(weights) // 3] ^= 1
+    (done.output / "model.bin").write_bytes(weights)
+    assert not aoconvert.verify(done.output, reload=False).ok
+
+
+# --- memory
+
+LARGE = {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 4, "num_attention_heads": 32}
+
+
+@pytest.mark.exhaustive
+def test_a_file_of_a_gigabyte_takes_the_memory_of_its_largest_tensor(tmp_path: Path) -> None:
+    """1.07 GB of int8 weights, the largest of 67 MB; the rest is what the imports take."""
+    source = tmp_path / "old"
+    config = {**LLAMA, **LARGE, "num_key_value_heads": 32}
+    shapes = llama_shapes(config)
+    names = {name: shape for name, shape in shapes.items() if name.endswith("_proj.weight")}
+    write_config(source, {**config, "quantization_config": {"quant_method": "torchao", "quant_type": "int8wo"}})
+    plain = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items() if name not in names}
+    save_codes(names, plain, source / "pytorch_model.bin")  # type: ignore[arg-type]
+    assert (source / "pytorch_model.bin").stat().st_size > 10**9
+    script = (
+        "import sys, aoconvert\n"
+        "done = aoconvert.migrate(sys.argv[1], output=sys.argv[2])\n"
+        "print(done.counts['carried'])\n"
+        "print([int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')][0])\n"
+    )
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    carried, peak = map(int, done.stdout.split()[-2:])
+    assert carried == 28
+    assert peak * 1024 < 900 * 10**6
+
+
 # --- what cannot be
 
 
@@ -380,6 +490,43 @@ def test_nothing_to_migrate(tmp_path: Path) -> None:
     done = aoconvert.migrate(DIFFUSERS / "int8wo", output=tmp_path / "new")
     with pytest.raises(PlanError, match="is in today's tensor classes already: there is nothing to migrate"):
         aoconvert.migrate(done.output, output=tmp_path / "out")
+
+
+def test_a_file_that_is_no_torch_file(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match=r"x\.safetensors is one safetensors file"):
+        aoconvert.migrate(tmp_path / "x.safetensors", output=tmp_path / "out")
+    torch.save({"weight": torch.ones(2, 2)}, tmp_path / "x.bin")
+    with pytest.raises(PlanError, match=r"x\.bin holds no tensor that torchao quantized"):
+        aoconvert.migrate(tmp_path / "x.bin", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch canary",)
+
+
+def test_a_hostile_pickle_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": torch.ones(2, 2), "other": Payload()}, tmp_path / "x.bin")
+    with pytest.raises(UnsafePickleError, match=r"posix\.system is not a name that a checkpoint may use"):
+        aoconvert.migrate("x.bin", output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin"]
+
+
+def test_problems_are_named_all_at_once(tmp_path: Path) -> None:
+    """Every tensor without a counterpart, and the output that is in the way."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(PlanError) as caught:
+        aoconvert.migrate(LEGACY / "torchao-0.10.0/int4wo_cpu_g32", output=tmp_path / "elsewhere")
+    assert len(caught.value.problems) == 4
+    assert "blocks.0.attn.to_q.weight: int4 packed for a CPU" in caught.value.problems[0]
+    with pytest.raises(PlanError, match="exists and is not empty"):
+        aoconvert.migrate(LEGACY / "torchao-0.10.0/int8wo", output=tmp_path / "out")
 
 
 def test_a_scheme_that_does_not_exist_is_said_first(tmp_path: Path) -> None:
