@@ -8,7 +8,9 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.manifest import MANIFEST_NAME
+from aoconvert.errors import SourceError
 from aoconvert.files import read_limited
 from aoconvert.json_text import INDEX_BYTES, parse_json
 
@@ -42,12 +44,24 @@ def file_list(paths: Collection[str]) -> bytes:
 
 
 def list_files(partial: Path) -> frozenset[str]:
-    """The paths of the files that the run wrote, or was to write, that left an unfinished folder."""
+    """List the paths of the files that the run wrote, or was to write, that left an unfinished folder.
+
+    A result that is about to get its name has no such list any more; its manifest has them.
+    """
     try:
         values = parse_json(read_limited(partial / FILES_NAME, INDEX_BYTES, follow=False))
+    except FileNotFoundError:
+        return _list_manifest(partial)
     except (OSError, ValueError):
         return frozenset()
     return frozenset(path for path in values if isinstance(path, str)) if isinstance(values, list) else frozenset()
+
+
+def _list_manifest(partial: Path) -> frozenset[str]:
+    try:
+        return frozenset(entry.path for entry in manifests.load(partial).files())
+    except SourceError:
+        return frozenset()
 
 
 def split_files(partial: Path, known: Collection[str]) -> tuple[list[str], list[str]]:

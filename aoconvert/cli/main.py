@@ -26,7 +26,7 @@ from aoconvert.version import __version__
 _COMMANDS = {
     "quantize": "Quantize a checkpoint into a torchao checkpoint.",
     "plan": "Show what quantize would do, and write nothing.",
-    "migrate": "Write an old torchao or Quanto checkpoint again in the tensor classes of today.",
+    "migrate": "Rewrite an old torchao or Quanto checkpoint in today's tensor classes.",
     "repack": "Pack the int4 weights of a checkpoint for another device.",
     "verify": "Prove that a converted checkpoint loads.",
     "card": "Print the model card of a converted checkpoint, or write it.",

@@ -31,11 +31,11 @@ Examples:
 @with_options(MigrateOptions)
 @common
 def command(*, source: str, out: Output, **options: Any) -> int:
-    """Write an old torchao checkpoint, or one by Quanto, again in torchao's tensor classes of today.
+    """Rewrite an old torchao or Quanto checkpoint in torchao's tensor classes of today.
 
-    SOURCE is a folder, a Hub repo id, or one torch file. Codes and scales stay the same, bit for bit. What no class of
-    today can hold is dequantized exactly, and quantized again only with --then. The original weights are not needed,
-    and no pickle is executed.
+    SOURCE is a folder, a Hub repo id, or one torch file. Codes and scales stay the same, bit for bit. A weight that no
+    class of today can hold is dequantized exactly, and quantized again only with --then. The original weights are not
+    needed, and no pickle is executed.
     """
     from aoconvert import api
 

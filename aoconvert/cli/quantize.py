@@ -34,7 +34,7 @@ Examples:
 @click.option("--verify", is_flag=True, help="Run 'aoconvert verify' on the result; exit code 4 if it fails.")
 @common
 def command(*, source: str, out: Output, dry_run: bool, verify: bool, **options: Any) -> int:
-    """Quantize SOURCE, a Hub repo id or a folder, into a torchao checkpoint.
+    """Quantize SOURCE, a Hub repo id, a folder or one weights file, into a torchao checkpoint.
 
     It reads a diffusers pipeline, a diffusers model or a transformers model one tensor at a time, quantizes with
     torchao's own code, and streams the result into .bin files that from_pretrained opens, beside a manifest.

@@ -251,9 +251,9 @@ class Stage:
                 if journal.exists():
                     journal.rename(self._journal_aside)
                 try:
+                    draft.rename(self.root / MANIFEST_NAME)  # it lists the files from here on
                     for name in (LOCK_NAME, FILES_NAME):
                         (self.root / name).unlink(missing_ok=True)
-                    draft.rename(self.root / MANIFEST_NAME)
                     _sync(self.root)
                     self._swap()
                 except BaseException:

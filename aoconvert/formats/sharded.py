@@ -27,8 +27,8 @@ def _is_loaded_whole(path: Path) -> bool:
 class CheckpointReader:
     """Reads the tensors of several files; a few that were read last stay open.
 
-    All headers are read at once, so a damaged shard is found before any work. Reading in ``names_in_order`` opens each
-    file once more. Tensors of two shards in turn (experts of one layer) do not open them again and again.
+    All headers are read at once, so a damaged shard is found before any work. Reading file by file opens each
+    once more. Tensors of two shards in turn (experts of one layer) do not open them again and again.
 
     Args:
         root: the folder.
@@ -77,14 +77,6 @@ class CheckpointReader:
     def infos(self) -> Mapping[str, TensorInfo]:
         """The tensors by name; ``file`` is relative to the root."""
         return self._infos
-
-    def names_in_order(self) -> tuple[str, ...]:
-        """Names in the order that reads every file front to back: by file as given, then by offset."""
-        rank: dict[str, int] = {}
-        for info in self._infos.values():
-            rank.setdefault(info.file, len(rank))
-        infos = sorted(self._infos.values(), key=lambda info: (rank[info.file], info.offset))
-        return tuple(info.name for info in infos)
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """One contiguous CPU tensor, see ``TensorReader.read``.

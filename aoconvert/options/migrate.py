@@ -36,7 +36,7 @@ class MigrateOptions:
     then: Annotated[
         str | None,
         Option(
-            "Scheme to quantize to what no tensor class of today can hold. Default: it is dequantized exactly.",
+            "Scheme for weights that no tensor class of today can hold. Default: dequantize them exactly.",
             metavar="SCHEME",
             recorded=1,
         ),
@@ -44,7 +44,7 @@ class MigrateOptions:
     packed_on: Annotated[
         PackedOn | None,
         Option(
-            "CPU that packed int4 weights for the CPU, which old files do not record.",
+            "Instruction set of the CPU that packed the int4 weights, which old files do not record.",
             choice("avx512", "avx2", "generic"),
             recorded=2,
         ),

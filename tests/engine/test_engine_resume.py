@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from stopping import StopAfter, convert
 
-from aoconvert.checkpoint.unfinished import JOURNAL_NAME
+from aoconvert.checkpoint.unfinished import FILES_NAME, JOURNAL_NAME, journal_aside
 from aoconvert.engine.convert import run
 from aoconvert.engine.read import ComponentReading
 from aoconvert.engine.resume_file import JournalFile, TensorLine, read_journal
-from aoconvert.engine.staging import staged_output
+from aoconvert.engine.staging import Stage, staged_output
 from aoconvert.errors import Interrupted, ReadError
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.build import build_plan
@@ -183,6 +183,33 @@ def test_another_source_starts_afresh(hidden: bool, options: dict[str, Any], sou
     assert (result.resumed, not_used(result)) == (0, ["the source changed"])
     convert(source, tmp_path / "whole", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_killed_before_the_result_has_its_name(
+    source: Path, tmp_path: Path, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last moment before the folder is moved: it holds the manifest, and no longer the list of its files."""
+    import shutil
+
+    swap, partial = Stage._swap, tmp_path / ".out.aoconvert-partial"
+    journal = journal_aside(tmp_path / "out")
+
+    def keep_what_a_kill_leaves(stage: Stage) -> None:
+        shutil.copytree(partial, tmp_path / "kept")
+        shutil.copy2(journal, tmp_path / "journal")
+        swap(stage)
+
+    monkeypatch.setattr(Stage, "_swap", keep_what_a_kill_leaves)
+    convert(source, tmp_path / "out")
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "kept").rename(partial)
+    (tmp_path / "journal").rename(journal)
+    assert not (partial / FILES_NAME).exists()
+    result = convert(source, tmp_path / "out")
+    assert (result.resumed, not_used(result)) == (20, [])
+    assert contents(tmp_path / "out") == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_another_version_starts_afresh(source: Path, tmp_path: Path, expected: Any) -> None:

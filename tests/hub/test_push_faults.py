@@ -101,7 +101,7 @@ class Case:
 EVERY = [Case(e, f, forever) for e in LFS for f in FAILURES for forever in (False, True)]
 EVERY_XET = [Case(e, f, forever) for e in XET for f in FAILURES for forever in (False, True)]
 # By default each endpoint with some failures of each sort, and what takes seconds only where it differs.
-QUICK = [case for number, case in enumerate(EVERY) if not case.slow and number % 5 == 0]
+QUICK = [case for number, case in enumerate(EVERY) if not case.slow and number % 7 == 0]
 CHOSEN = [
     *QUICK,
     *[Case("commit", failure) for failure in ("lost", "reset", "half", 503, 429)],

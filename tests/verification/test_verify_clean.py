@@ -16,19 +16,13 @@ import aoconvert
 
 SCHEMES = ["int8wo", "int8dq", "float8wo", "float8wo_e5m2", "int4dq", *(f"intx{bits}wo" for bits in range(1, 9))]
 
-# A verification takes seconds of imports. By default one runs here, others with the demo and the cards; the whole table
-# on demand.
-USUAL = {("llama-tied", "float8wo", "assign")}
-CELLS = [
-    pytest.param(*cell, marks=[] if cell in USUAL else pytest.mark.exhaustive)
-    for family in tiny.FAMILIES
-    for scheme in SCHEMES
-    for strategy in ("from-pretrained", "assign")
-    if (cell := (family, scheme, strategy))
-]
 
-
-@pytest.mark.parametrize(("family", "scheme", "strategy"), CELLS)
+# A verification takes seconds of imports. By default these run: seven schemes in one model with its source
+# (test_verify_schemes), a pipeline that is assigned (below), those of the demo and the cards.
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", ["from-pretrained", "assign"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family(
     family: str, scheme: str, strategy: str, checkpoints: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -120,6 +114,7 @@ def test_the_numbers_of_another_source(checkpoints: Callable[[str], Path], tmp_p
     assert "is not the source's tensor" in numbers.detail or "dB to the source" in numbers.detail
 
 
+@pytest.mark.exhaustive  # test_forward_pass has such a model by default
 def test_a_forward_pass_that_overflows(tmp_path: Path) -> None:
     """It loads, every hash fits, and its output is infinite: only the forward pass shows it."""
     source = tmp_path / "source"

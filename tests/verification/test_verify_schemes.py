@@ -121,6 +121,9 @@ def test_seven_schemes_in_one_model(strategy: str, mixed: Path, wide: Path) -> N
     report = aoconvert.verify(mixed, source=str(wide), strategy=strategy)
     assert set(statuses(report).values()) == {"passed"}, report.to_dict()
     assert report.strategy == strategy
+    [forward] = report.forward
+    assert (forward.status, forward.output_sqnr_db is not None) == ("passed", True)
+    assert json.loads((mixed / "aoconvert.verify.json").read_text())["forward"] == report.to_dict()["forward"]
 
 
 def test_what_is_imported_is_enough_for_a_fresh_torch(mixed: Path) -> None:
