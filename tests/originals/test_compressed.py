@@ -108,3 +108,13 @@ def test_what_does_not_fit_is_named(change: Any, problem: str, tmp_path: Path) -
     assert caught.value.message == f"LlamaForCausalLM: {problem}"
     assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.exhaustive
+def test_verify_has_the_library_dequantize_the_original(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", "int4 groups with zero points")
+    aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu")
+    report = aoconvert.verify(tmp_path / "out", source=str(source))
+    checks = {check.name: check for check in report.checks}
+    assert {check.status for check in checks.values()} == {"passed"}, report
+    assert checks["library"].detail.startswith("7 tensors have the source's bits, 14 are within their SQNR")

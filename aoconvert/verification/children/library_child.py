@@ -126,10 +126,12 @@ def compare_files(comparison: Comparison) -> None:
 
 
 def open_source(comparison: Comparison, part: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:
-    """The source's model, in the dtype that it is stored in."""
+    """The source's model, in the dtype that it is stored in; one that is quantized, dequantized to the result's."""
     folder, variant = part["source_folder"], comparison.variant
     opening.require_memory(part, comparison.source, folder, variant, comparison.request["available"])
-    part["stored"] = opening.stored_dtype(comparison.source / folder, variant)
+    part["quantized"] = opening.quantization_of(comparison.source / folder) is not None
+    stored = opening.stored_dtype(comparison.source / folder, variant)
+    part["stored"] = getattr(torch, part["dtype"]) if part["quantized"] else stored
     options = opening.dtype_option(part["library"], part["stored"])
     found: tuple[Any, dict[str, list[str]]] = opening.open_model(
         part, comparison.source, folder, **options, **variant_option(variant)
@@ -337,6 +339,8 @@ def compare_reports(comparison: Comparison, part: dict[str, Any], source: Any, r
 def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, report: Any) -> None:
     """Tensors in the files that the class does not use: the same in both, bit by bit."""
     here = held_by(comparison, part)
+    folder = comparison.source / part["source_folder"]
+    codes = opening.quantized_modules(folder, comparison.variant) if part.get("quantized") else set()
     there = opening.stored_names(comparison.result / part["result_folder"], None)
     known = tensors.tensors_of(model).keys()
     reported = set(report["unexpected_keys"]) if report is not None else set()
@@ -344,6 +348,8 @@ def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, rep
     for name, file in sorted(here.items()):
         if name not in unused or name in part["dropped"]:
             continue
+        if name.rpartition(".")[0] in codes:
+            continue  # the library does not dequantize what its class does not use
         if name not in there:
             comparison.problem(
                 f"{name}, which the class does not use, is in the source's files, but not in the result's"

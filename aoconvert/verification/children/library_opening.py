@@ -119,6 +119,12 @@ def stored_names(folder: Path, variant: str | None) -> dict[str, Path]:
     return {name: file for file in weights_files(folder, variant) for name, _, _ in list_stored(file)}
 
 
+def quantized_modules(folder: Path, variant: str | None) -> set[str]:
+    """Names of the modules of which a quantized original holds codes of 8 bits or less, with their scales."""
+    stored = (entry for file in weights_files(folder, variant) for entry in list_stored(file))
+    return {name.rpartition(".")[0] for name, dtype, _ in stored if dtype.itemsize == 1 or dtype == torch.int32}
+
+
 def read(name: str, file: Path) -> torch.Tensor:
     """One tensor of a file, mapped."""
     if file.suffix == ".safetensors":
@@ -153,9 +159,55 @@ def open_model(request: dict[str, Any], root: Path, folder: str, **options: Any)
     where = root / folder
     cls, more = model_class(request)
     options = {"output_loading_info": True, "local_files_only": True, **more, **options}
-    model, report = cls.from_pretrained(str(where), **options)
+    if (quantization := quantization_of(where)) is None:
+        model, report = cls.from_pretrained(str(where), **options)
+    else:
+        model, report = _open_dequantized(cls, where, quantization, options)
     keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return model, {key: sorted(str(name) for name in report.get(key) or ()) for key in keys}
+
+
+def quantization_of(folder: Path) -> dict[str, Any] | None:
+    """How an original is quantized; ``None`` where it is not, and of a torchao checkpoint."""
+    path = folder / "config.json"
+    config = read_json(path, CONFIG_BYTES) if path.is_file() else {}
+    found = config.get("quantization_config") or config.get("compression_config")
+    return found if isinstance(found, dict) and found.get("quant_method") != "torchao" else None
+
+
+def _open_dequantized(cls: Any, where: Path, quantization: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
+    """A quantized original, which the library itself dequantizes, while it opens it or afterwards.
+
+    Raises:
+        CannotCompare: it cannot on this machine.
+    """
+    method = quantization.get("quant_method", "bitsandbytes")
+    if method == "fp8" and (name := _cut_block(where, quantization.get("weight_block_size"))) is not None:
+        raise CannotCompare(f"the library takes blocks of equal size only, and the last ones of {name} are cut off")
+    try:
+        if method != "bitsandbytes":
+            auto = importlib.import_module("transformers.quantizers.auto").AutoQuantizationConfig
+            options = {**options, "quantization_config": auto.from_dict({**quantization, "dequantize": True})}
+        model, report = cls.from_pretrained(str(where), **options)
+        return (model.dequantize() if method == "bitsandbytes" else model), report
+    except Exception as error:  # a package or a kernel that is not there; blocks that it does not take
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CannotCompare(f"the library cannot dequantize the original ({method}) here: {first}") from error
+
+
+def _cut_block(folder: Path, block: Any) -> str | None:
+    """A weight in 8-bit floating point whose last blocks are cut off: the library makes other blocks of it."""
+    from safetensors import safe_open
+
+    for file in weights_files(folder, None) if isinstance(block, list) else ():
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (no mapping)
+                    lazy = opened.get_slice(name)
+                    sizes = zip(lazy.get_shape()[-2:], block, strict=False)
+                    if lazy.get_dtype().startswith("F8") and any(size % length for size, length in sizes):
+                        return str(name)
+    return None
 
 
 def dtype_option(library: str, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -175,12 +227,13 @@ def require_memory(request: dict[str, Any], root: Path, folder: str, variant: st
         TooLarge: there is not.
     """
     files = weights_files(root / folder, variant)
+    quantized = quantization_of(root / folder) is not None  # nothing of it stays in the files
     sizes = {name: size for file in files for name, _, size in list_stored(file)}
-    if sum(sizes.values()) <= available:
+    if sum(sizes.values()) <= available and not quantized:
         return
     whole = sum(file.stat().st_size for file in files if file.suffix == ".bin" and not zipfile.is_zipfile(file))
     if request["library"] == "transformers":
-        whole += sum(size for name, size in _state(request, root / folder).items() if name not in sizes)
+        whole += sum(size for name, size in _state(request, root / folder).items() if quantized or name not in sizes)
     if whole > available:
         raise TooLarge(
             f"the library loads {request['class_name']} completely, which takes {whole / 1e9:.1f} GB of memory;"
