@@ -185,6 +185,7 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
 def _origin(manifest: Manifest) -> dict[str, Any]:
     source, run = manifest.source, manifest.run
     repo = source.repo_id if is_repo_id(source.repo_id) else None
+    config = source.config.repo_id if source.config is not None else None
     commit = source.revision if source.revision and _COMMIT.fullmatch(source.revision) else None
     versions = manifest.environment.model_dump(include={*manifests.EnvironmentEntry.model_fields} - {"device"})
     return {
@@ -195,6 +196,9 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
             "revision_url": f"{_HUB}/{repo}/tree/{commit}" if repo and commit else None,
             "files": _files(source.files),
             "loras": [_lora(lora) for lora in source.loras],
+            "file": source.files[0].path if source.kind == "file" and source.files else None,
+            "config": config if is_repo_id(config) else None,
+            "config_url": f"{_HUB}/{config}" if is_repo_id(config) else None,
         },
         "files": _files([file for file in manifest.files() if file not in manifest.copied]),
         "copied": len(manifest.copied),

@@ -104,7 +104,10 @@ def test_the_manifest_and_the_command_say_where_the_config_came_from(tmp_path: P
     assert source.config is not None
     assert not source.config.inferred
     assert "quantize original.safetensors --scheme int8wo --config diffusers" in result.manifest.run.command
-    assert "--config diffusers" in aoconvert.card(tmp_path / "out").text
+    card = aoconvert.card(tmp_path / "out").text
+    assert "--config diffusers" in card
+    assert "- Base model: the file `original.safetensors`\n" in card
+    assert "from the file that it was made from" in card
 
 
 def test_verify_compares_with_the_file(tmp_path: Path) -> None:
@@ -195,13 +198,17 @@ def test_the_config_that_diffusers_takes_comes_from_the_hub(tmp_path: Path, hub_
     }
     assert f"--config {repo}@{sha}" in manifest["run"]["command"]
     assert manifest["source"]["base_model"] is None
+    card = aoconvert.card(out).text
+    assert f"the file `original.safetensors`, with the config of [{repo}](https://huggingface.co/{repo})" in card
 
 
 _LIMITED = """
-import resource, sys
+import sys
+from pathlib import Path
 import aoconvert
 aoconvert.quantize(sys.argv[1], "int8wo", config=sys.argv[2], output=sys.argv[3], device="cpu")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+status = Path("/proc/self/status").read_text()
+print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
 """
 
 
