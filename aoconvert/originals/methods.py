@@ -64,8 +64,8 @@ METHODS: Mapping[str, _Method] = {
 """By ``quant_method``."""
 
 _ADVICE = {
-    "torchao": "it is a torchao checkpoint: start from the original, unquantized model",
-    "quanto": "start from the original, unquantized model",
+    "torchao": "start from the original, unquantized model; aoconvert migrate renews an old checkpoint",
+    "quanto": "aoconvert migrate carries its codes over to torchao; or start from the original, unquantized model",
 }
 
 

@@ -1,0 +1,41 @@
+"""Methods of quantization that are not read: refused by name, with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.checkpoints import build_llama
+
+import aoconvert
+from aoconvert.errors import SourceError
+
+_READ = "of quantized ones bitsandbytes, compressed-tensors, fp8, mxfp4 are read"
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "hint"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq", _READ),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt", _READ),
+        ({"bits": 4}, "an unknown method", _READ),
+        ({"quant_method": ["fp8"]}, "['fp8']", _READ),
+        ({"quant_method": "quanto"}, "quanto", "aoconvert migrate"),
+        ({"quant_method": "torchao"}, "torchao", "aoconvert migrate"),
+    ],
+)
+def test_a_method_that_is_not_read(config: dict[str, Any], name: str, hint: str, tmp_path: Path) -> None:
+    source = build_llama(tmp_path / "model", quantization_config=config)
+    with pytest.raises(SourceError) as caught:
+        aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu")
+    assert caught.value.message == f"LlamaForCausalLM is already quantized ({name})"
+    assert hint in (caught.value.hint or "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(SourceError, match="is a GGUF file, which aoconvert does not read as a source") as caught:
+        aoconvert.plan(tmp_path / "model.gguf", "int8wo", device="cpu")
+    assert caught.value.hint == "start from the original weights, as safetensors or .bin"
