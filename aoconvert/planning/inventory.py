@@ -148,7 +148,7 @@ def dequantize_contents(
     """
     with Values(source) as values:
         tensors, dropped, original = dequantize(component, contents.tensors, values.read)
-    return SourceTensors(tensors, {**contents.others, **dropped}), original
+    return replace(contents, tensors=tensors, others={**contents.others, **dropped}), original
 
 
 def match(skeleton: Skeleton, contents: SourceTensors, *, sharded: bool) -> Inventory:

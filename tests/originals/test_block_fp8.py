@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 from helpers import converted
 from helpers.bits import assert_same
-from helpers.checkpoints import build_llama
+from helpers.checkpoints import build_llama, shard
 from helpers.quantized_originals import assert_as_opened, block_fp8, edit, rewrite, written
 from safetensors.torch import load_file
 
@@ -168,3 +169,27 @@ def test_what_the_library_cannot_dequantize_is_compared_with_what_was_read(tmp_p
     assert checks["library"].status == "skipped"
     assert checks["library"].detail.startswith("the library takes blocks of equal size only, and the last ones of")
     assert "21 tensors compared with what aoconvert itself reads" in checks["numbers"].detail
+
+
+def test_layers_that_the_class_does_not_know_are_carried_over_dequantized(tmp_path: Path) -> None:
+    """DeepSeek-V3's layer for multi-token prediction is in block-FP8 like the others."""
+    source, name = build(tmp_path / "source"), "model.layers.2.mtp.weight"
+    weight = torch.randn(40, 64)
+    edit(source, lambda state: state.update(block_fp8((32, 32))(name, weight)))
+    result = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu")
+    [entry] = [t for t in result.manifest.components[0].tensors if t.action == "carry"]
+    assert (entry.name, entry.reason) == (name, "the model class does not know it; dequantized")
+    stored = load_file(source / "model.safetensors")
+    assert_same(written(tmp_path / "out")[name], spread(stored[name], stored[f"{name}_scale_inv"], (32, 32)))
+
+
+def test_shards_that_a_weight_and_its_scales_are_in_different_ones_of(tmp_path: Path) -> None:
+    whole = build(tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "shards")
+    shard(tmp_path / "shards", "model", count=3)
+    for name in ("whole", "shards"):
+        aoconvert.quantize(tmp_path / name, "int8wo", output=tmp_path / f"{name}-out", device="cpu")
+    here, there = written(tmp_path / "shards-out"), written(tmp_path / "whole-out")
+    assert here.keys() == there.keys()
+    for name, tensor in there.items():
+        assert_same(here[name], tensor, name)
