@@ -59,16 +59,22 @@ _File = Annotated[RelativePath, _SHARED]
 class Entry:
     """A tensor. A subclass's ``__slots__`` are its keys, in order.
 
-    ``unknown``: what a newer writer says of it, as JSON values; kept, and written again.
+    ``unknown``: what a newer writer says of it, as JSON values; kept, and written again. ``only_if_set``: fields that
+    are left out where they are ``None``.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="allow")
+    only_if_set: ClassVar[tuple[str, ...]] = ()
 
     unknown: Annotated[Mapping[str, Any] | None, SkipJsonSchema()] = None
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written: by key, in the order of the fields."""
-        return {name: getattr(self, name) for name in self.__slots__} | dict(self.unknown or {})
+        found = {name: getattr(self, name) for name in self.__slots__}
+        for name in self.only_if_set:
+            if found[name] is None:
+                del found[name]
+        return found | dict(self.unknown or {})
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -98,8 +104,10 @@ class TensorEntry(Entry):
     they would become NaN, and which were given one. ``device``: the type of device that quantized it, or a part of it,
     where that is not ``environment.device``: a GPU had no memory for it, or torchao does it on a CPU only.
     ``migration``: what ``migrate`` did with a tensor that was quantized before: ``carried`` (the same codes and
-    scales), ``dequantized`` or ``requantized``.
+    scales), ``dequantized`` or ``requantized``; absent for any other tensor.
     """
+
+    only_if_set: ClassVar[tuple[str, ...]] = ("migration",)
 
     name: str
     shape: _Shape

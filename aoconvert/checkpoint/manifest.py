@@ -245,7 +245,7 @@ class ComponentEntry(_Model):
     )
     migrated: MigratedEntry | None = Field(
         default=None,
-        description="with migrate: the old checkpoint that the component was; each tensor says its fate",
+        description="with migrate: the old checkpoint that the component was; absent otherwise",
     )
     missing: list[LeftOutEntry] = Field(
         default_factory=list,
@@ -355,7 +355,7 @@ def dump(manifest: Manifest) -> str:
 
 
 # keys that are left out where there is nothing to say; the others of a model are always there
-_ONLY_IF_SET = frozenset({"original"})
+_ONLY_IF_SET = frozenset({"original", "migrated"})
 
 
 def _members(value: Any) -> dict[str, Any]:

@@ -93,6 +93,23 @@ def save_old(state: Mapping[str, torch.Tensor], path: Path, quantized: frozenset
         torch.save(made, path, **options)
 
 
+def save_old_float8(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Save these weights in float8 as torchao 0.10 had it, a scale per row: of a row of zeros it is 0."""
+    with old_names(AFFINE, FLOAT8, LAYOUTS[FLOAT8]) as names:
+        made: dict[str, Any] = {}
+        for name, tensor in state.items():
+            shape, layout = tuple(tensor.shape), names[LAYOUTS[FLOAT8]]()
+            layout.mm_config = None
+            scale = tensor.float().abs().amax(1) / 448
+            values = (tensor.float() / scale[:, None]).to(torch.float8_e4m3fn)
+            impl = wrap(
+                names[FLOAT8], shape, values.dtype, float8_data=values, scale=scale, transposed=False, _layout=layout
+            )
+            settings = {"block_size": (1, shape[1]), "quant_min": -448, "quant_max": 448, "zero_point_domain": None}
+            made[name] = wrap(names[AFFINE], shape, tensor.dtype, tensor_impl=impl, **settings)
+        torch.save(made, path)
+
+
 def save_codes(shapes: Mapping[str, tuple[int, int]], plain: Mapping[str, torch.Tensor], path: Path) -> None:
     """Save random int8 weights of these shapes, as ``save_old`` does, beside plain tensors."""
     with old_names(AFFINE, PLAIN, LAYOUTS[PLAIN]) as names:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import LLAMA, build_llama, llama_shapes, llama_tensors, write_config
-from helpers.old_torchao import save_codes, save_fp6, save_old
+from helpers.old_torchao import save_codes, save_fp6, save_old, save_old_float8
 from safetensors.torch import load_file, save_file
 
 import aoconvert
@@ -273,6 +273,24 @@ def test_config_and_manifest_are_those_of_today(tmp_path: Path) -> None:
     again = aoconvert.migrate(DIFFUSERS / "int8dq", output=tmp_path / "again")
     weights = "diffusion_pytorch_model.bin"
     assert (done.output / weights).read_bytes() == (again.output / weights).read_bytes()
+
+
+def test_rows_without_a_scale_stand_for_zeros(tmp_path: Path) -> None:
+    """torchao gave a row of zeros the scale 0 and the codes 0 / 0: it loaded as NaN."""
+    weight = torch.randn(64, 64, dtype=torch.bfloat16)
+    weight[3] = 0
+    save_old_float8({"layer.weight": weight}, tmp_path / "old.bin")
+    with OldFile(tmp_path / "old.bin") as file:
+        made: Any = decide(file.tensors["layer.weight"], file.read).make(file.read)
+        assert torch.isnan(made.dequantize()[3]).all()
+    done = aoconvert.migrate(tmp_path / "old.bin", output=tmp_path / "out")
+    [item] = done.deviations
+    assert item.reason == "1 of its scales were 0, so that their values were NaN: they stand for zeros now"
+    assert done.manifest.components[0].tensors[0].repaired_rows == 1
+    repaired: Any = torch.load(tmp_path / "out" / "old.bin", weights_only=True)["layer.weight"]
+    assert not repaired.dequantize()[3].any()
+    rest = [row for row in range(64) if row != 3]
+    assert torch.equal(repaired.dequantize()[rest], made.dequantize()[rest])
 
 
 def old_llama(folder: Path, **options: Any) -> Path:

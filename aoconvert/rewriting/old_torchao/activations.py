@@ -66,12 +66,10 @@ def unwrap(tensor: BinTensor) -> tuple[BinTensor, Activations]:
         raise CannotMigrate("it also scales activations (SmoothQuant or AWQ), for which torchao has no class today")
     if name == "WeightTensorWithLinearActivationQuantizationMetadata":
         # activations by a scale that was measured beforehand
-        return tensor.inner["original_weight_tensor"], Activations("float8", {"activation_scale": True}, name)
+        return _within(tensor), Activations("float8", {"activation_scale": True}, name)
     if name != "LinearActivationQuantizedTensor":
         return tensor, NO_ACTIVATIONS
-    weight = tensor.inner.get("original_weight_tensor")
-    if weight is None:
-        raise CannotMigrate("it has no weight within")
+    weight = _within(tensor)
     found = tensor.attributes.get("input_quant_func")
     settings = tensor.attributes.get("quant_kwargs")
     if isinstance(found, Instance) and found.class_name == "functools.partial":
@@ -83,6 +81,14 @@ def unwrap(tensor: BinTensor) -> tuple[BinTensor, Activations]:
         raise CannotMigrate(f"its activations were quantized by {function or 'a function'} that nothing replaces")
     values = settings if isinstance(settings, Mapping) else {}
     return weight, Activations(kind, values, function)  # type: ignore[arg-type]
+
+
+def _within(tensor: BinTensor) -> BinTensor:
+    """The weight in a wrapper, which has its shape and dtype."""
+    weight = tensor.inner.get("original_weight_tensor")
+    if weight is None or (weight.shape, weight.dtype) != (tensor.shape, tensor.dtype):
+        raise CannotMigrate("it holds no weight of its shape and dtype")
+    return weight
 
 
 def last_name(dotted: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from aoconvert.environment import import_torchao
 from aoconvert.formats.torch_bin.contents import BinTensor
-from aoconvert.rewriting.migrate_types import CannotMigrate, Outcome, Read
+from aoconvert.rewriting.migrate_types import CannotMigrate, Outcome, Read, dtype_of, read_meta
 from aoconvert.rewriting.old_torchao.activations import NO_ACTIVATIONS, Activations, last_name, unwrap
 from aoconvert.rewriting.old_torchao.floats import float8
 from aoconvert.rewriting.old_torchao.integers import int4_packed, plain, uintx
@@ -15,6 +15,7 @@ from aoconvert.rewriting.old_torchao.packed import floatx, int4_cpu, int4_opaque
 from aoconvert.rewriting.old_torchao.todays import todays
 from aoconvert.rewriting.old_torchao.weight import AGAIN, Weight
 
+_DTYPES = ("bfloat16", "float16", "float32")
 _AFFINE: Mapping[str, Callable[[Weight, Activations], Outcome]] = {
     "PlainAQT": plain,
     "QDQ": plain,
@@ -41,6 +42,29 @@ def decide(tensor: BinTensor, read: Read, packed_on: str | None = None) -> Outco
         CannotMigrate: there is no counterpart that is known to be right.
     """
     import_torchao()
+    if tensor.dtype not in _DTYPES or len(tensor.shape) != 2:
+        raise CannotMigrate(f"it is {tensor.dtype} of shape {tensor.shape}, not a matrix of floats")
+    outcome = _decide(tensor, read, packed_on)
+    _try(outcome, tensor)
+    return outcome
+
+
+def _try(outcome: Outcome, tensor: BinTensor) -> None:
+    """Make it of empty parts: what a file says of itself may contradict itself, which torch then refuses.
+
+    Raises:
+        CannotMigrate: it does.
+    """
+    try:
+        made = outcome.make(read_meta)
+    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CannotMigrate(f"its parts do not fit each other: {said}") from error
+    if made.shape != tensor.shape or made.dtype != dtype_of(tensor):
+        raise CannotMigrate(f"its parts make a tensor of shape {tuple(made.shape)}, but it says {tensor.shape}")
+
+
+def _decide(tensor: BinTensor, read: Read, packed_on: str | None) -> Outcome:
     weight, activations = unwrap(tensor)
     name = last_name(weight.class_name)
     if name == "AffineQuantizedTensor":

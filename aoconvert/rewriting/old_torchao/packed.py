@@ -182,19 +182,31 @@ def nf4(tensor: BinTensor) -> Outcome:
     sizes = [tensor.attributes.get(name) for name in ("block_size", "n_blocks", "scaler_block_size")]
     if None in parts.values() or not all(type(size) is int and size > 0 for size in sizes):
         raise CannotMigrate("its parts are not those of an NF4Tensor")
+    block, blocks, scalers = (int(size) for size in sizes if isinstance(size, int))
+    numel = torch.Size(tensor.shape).numel()
+    wanted = {
+        "quantized_scalers": ("int8", (blocks,)),
+        "quantization_factor": (tensor.dtype, (blocks // scalers,)),
+        "scaler_mean": (tensor.dtype, ()),
+        "quantized_data": ("uint8", (numel // 2,)),
+        "nf4": (tensor.dtype, (16,)),
+    }
+    found = {name: (part.dtype, part.shape) for name, part in parts.items() if part is not None}
+    if found != wanted or block * blocks != numel or blocks % scalers:
+        raise CannotMigrate("its parts do not fit its shape and its blocks")
 
     def make(read: Read) -> torch.Tensor:
         from torchao.quantization import NF4Tensor
         from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
 
-        found = {name: read(part) for name, part in parts.items() if part is not None}
-        if found["nf4"].is_meta:
+        held = {name: read(part) for name, part in parts.items() if part is not None}
+        if held["nf4"].is_meta:
             return torch.empty(tensor.shape, dtype=dtype_of(tensor), device="meta")
         like = torch.empty(tensor.shape, device="meta")
         facts = SubclassTensorArgs(
-            like.shape, like.stride(), 0, dtype_of(tensor), found["nf4"].device, requires_grad=False
+            like.shape, like.stride(), 0, dtype_of(tensor), held["nf4"].device, requires_grad=False
         )
-        made: torch.Tensor = NF4Tensor(facts, *sizes, **found).get_original_weight()
+        made: torch.Tensor = NF4Tensor(facts, *sizes, **held).get_original_weight()
         return made
 
     return as_values(make, "torchao has no config for NF4, which a config.json would have to name")

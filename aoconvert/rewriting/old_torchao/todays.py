@@ -58,7 +58,11 @@ def live(value: Value) -> Any:
         if known is not None and not known.legacy and known.kind in _LIVE:
             module, _, name = value.class_name.rpartition(".")
             made: Any = getattr(importlib.import_module(module), name)
-            return made(*map(live, value.args), **{str(key): live(item) for key, item in value.state.items()})
+            fields = {str(key): live(item) for key, item in value.state.items()}
+            try:
+                return made(*map(live, value.args), **fields)
+            except (TypeError, ValueError) as error:
+                raise CannotMigrate(f"its {name} has values that torchao does not know") from error
         raise CannotMigrate(f"it holds a {last_name(value.class_name)}, which torchao does not have any more")
     raise CannotMigrate("it holds a value that torchao does not have any more")
 
@@ -100,7 +104,10 @@ def _int8(tensor: BinTensor) -> Outcome:
         group = per_row_or_group(block, tensor.shape)
     if kwargs is not None:
         from torchao.quantization.quant_primitives import MappingType
+        from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
+        if not isinstance(kwargs, QuantizeTensorToInt8Kwargs):
+            raise CannotMigrate("its settings for activations are not those of int8")
         if group is not None:
             raise CannotMigrate(f"int8 activations beside groups of {group}")
         if kwargs.mapping_type is MappingType.ASYMMETRIC:
@@ -131,6 +138,10 @@ def _float8(tensor: BinTensor) -> Outcome:
     if not per_tensor and per_row_or_group(block, tensor.shape) is not None:
         raise CannotMigrate(f"float8 in blocks of {block[0]} x {block[1]}")
     if kwargs is not None:
+        from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+        if not isinstance(kwargs, QuantizeTensorToFloat8Kwargs):
+            raise CannotMigrate("its settings for activations are not those of float8")
         name = SchemeName("float8dq" if per_tensor else "float8dq_row")
     else:
         settings = {"granularity": "per_tensor"} if per_tensor else {}
