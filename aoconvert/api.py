@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from aoconvert.inspection.types import Inspection
     from aoconvert.options.migrate import MigrateKwargs
     from aoconvert.planning import Plan
-    from aoconvert.rewriting import Migrated, Repacked
+    from aoconvert.rewriting import Converted, Migrated, Repacked
     from aoconvert.sources import Source
 
 
@@ -249,6 +249,51 @@ def repack(
     return run(
         folder, layout_device, place, overwrite=overwrite, progress=progress or Silent(), command=shlex.join(words)
     )
+
+
+@host_by_default()
+def convert(
+    checkpoint: str | Path,
+    format: str,
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Write the tensors of a converted checkpoint into files of the other format, bit for bit.
+
+    Args:
+        checkpoint: a folder that ``quantize``, ``repack``, ``migrate`` or ``convert`` wrote.
+        format: ``bin`` or ``safetensors``.
+        output: folder for the result; default: ``checkpoint`` with ``-bin`` or ``-safetensors`` at its end.
+        overwrite: replace an earlier result there.
+        progress: is told what happens; default: silent.
+
+    Returns:
+        What was done; ``output`` is the folder, ``manifest`` what is in it.
+
+    Raises:
+        UsageError: no such format.
+        SourceError: no manifest, or other files than it lists.
+        PlanError: tensors that the format cannot store, or an output that is in the way, with every problem.
+        WriteError: disk full, or no permission.
+    """
+    from aoconvert.checkpoint import manifest as manifests
+    from aoconvert.options.quantize import FORMATS
+    from aoconvert.planning.output import refuse_output
+    from aoconvert.sources.folder import FolderSource
+
+    if format not in FORMATS:
+        raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    folder = Path(checkpoint)
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    place = Path(output) if output is not None else named.with_name(f"{named.name}-{format}")
+    manifests.load(folder)
+    refuse_output(FolderSource(folder), place, overwrite=overwrite)  # before torch is imported
+    from aoconvert.rewriting import convert as run
+
+    words = ["aoconvert", "convert", argument(named.name), "--format", format]
+    return run(folder, format, place, overwrite=overwrite, progress=progress or Silent(), command=shlex.join(words))
 
 
 @host_by_default()

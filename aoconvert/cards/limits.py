@@ -30,6 +30,10 @@ _BIN = (
     "a `.bin` names torchao's own classes, and torchao releases remove old ones{known}. Keep the pinned versions for "
     "as long as it has to load."
 )
+_SAFETENSORS = (
+    "torchao's safetensors are in its `prototype` namespace, and a release reads only the fields that it knows{known}. "
+    "`aoconvert convert --format bin` makes `.bin` files of the same weights, which more releases load."
+)
 _BYTES = "torchao stores each of these values in a whole byte: the file is not smaller than an int8 file."
 _UNCONFIRMED = "unconfirmed: {why}. Run `aoconvert verify` on such a device to find out."
 _ONE_CPU = (
@@ -100,11 +104,13 @@ def _limits(target: Checkpoint, manifest: Manifest, strategy: Strategy) -> Itera
     if target.runs_code:
         yield "code", _CODE
     yield from (("casting", known.casting) for known in used if known.casting is not None)
-    if any(entry.format == "bin" for entry in components):
-        spans = {span for entry in components if (span := ranges(entry.loads_with).get("torchao")) is not None}
+    for format_, said in (("bin", _BIN), ("safetensors", _SAFETENSORS)):
+        entries_of = [entry for entry in components if entry.format == format_]
+        spans = {span for entry in entries_of if (span := ranges(entry.loads_with).get("torchao")) is not None}
         needs = ", ".join(text(span.replace(">=", "≥ ")) for span in sorted(spans))
         known = f" (torchao {needs}; {short(len(RELEASES) - 1)} is the newest that aoconvert knows)" if needs else ""
-        yield "torchao", _BIN.format(known=known)
+        if entries_of:
+            yield "torchao", said.format(known=known)
     if any(known.byte_per_value for known in used) or any(entry.padded for entry in entries):
         yield "size", _BYTES
     yield from _of_layout(components)

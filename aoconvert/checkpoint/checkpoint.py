@@ -16,7 +16,7 @@ from typing import Any, Literal
 from aoconvert.checkpoint.files import LOADED
 from aoconvert.checkpoint.manifest import ComponentEntry, Manifest, TensorEntry
 from aoconvert.errors import SourceError
-from aoconvert.formats.registry import OUTPUT
+from aoconvert.formats.registry import FORMATS, written_as
 from aoconvert.formats.torch_bin.safe_names import list_names
 from aoconvert.models import ModelLayout, ModelPart, identify, join
 from aoconvert.schemes.imports import imports
@@ -43,7 +43,7 @@ class Part:
         folder: relative, ``""`` for the root.
         library, class_name, config: of the model.
         module: where a class is that its library does not have in its top level, see ``Component``.
-        files: its ``.bin`` files, relative to the checkpoint.
+        files: its weights files, relative to the checkpoint.
         dtype: of what is not quantized; ``None`` where the checkpoint does not say.
         kwargs: for ``from_pretrained``.
         auto_class: what opens it, where its class is code inside the checkpoint.
@@ -85,11 +85,11 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every ``.bin`` that is loaded, those of parts that are not quantized too.
+        """Every weights file that is loaded, those of parts that are not quantized too.
 
         A manifest lists nothing else; without one, what a training run left (``training_args.bin``) is not looked at.
         """
-        found = [path for path in self.folder.rglob(f"*{OUTPUT.suffix}") if path.is_file()]
+        found = [path for path in self.folder.rglob("*") if written_as(path.name) and path.is_file()]
         if self.manifest is None:
             found = [path for path in found if LOADED.fullmatch(path.name)]
         return tuple(sorted(path.relative_to(self.folder).as_posix() for path in found))
@@ -179,7 +179,7 @@ def _state_dict(folder: Path, manifest: Manifest, imports: list[str]) -> Checkpo
             library=entry.library,
             class_name=entry.class_name,
             config={},
-            files=tuple(file.path for file in entry.files if OUTPUT.writes(file.path)),
+            files=tuple(file.path for file in entry.files if FORMATS[entry.format].writes(file.path)),
             dtype=None,
             kwargs={},
             safe_globals=tuple(entry.safe_globals),
@@ -206,7 +206,7 @@ def _part(folder: Path, layout: ModelLayout, entry: ComponentEntry) -> Part:
         library=entry.library,
         class_name=entry.class_name,
         config=component.config,
-        files=tuple(file.path for file in entry.files if OUTPUT.writes(file.path)),
+        files=tuple(file.path for file in entry.files if FORMATS[entry.format].writes(file.path)),
         dtype=entry.dtype if entry.dtype in DTYPES else None,
         kwargs={key: value for key, value in entry.load.kwargs.items() if key != _TRUST or needs_code},
         safe_globals=tuple(entry.safe_globals),
@@ -259,7 +259,7 @@ def from_folder(folder: Path, label: str | None = None) -> Checkpoint:
                 library=component.library,
                 class_name=_identifier(component.class_name),
                 config=component.config,
-                files=weights.files if weights is not None and weights.format == OUTPUT.name else (),
+                files=weights.files if weights is not None else (),
                 dtype=dtype if dtype in DTYPES else None,
                 kwargs={"torch_dtype": dtype} if component.library == "diffusers" else {},
                 safe_globals=None,

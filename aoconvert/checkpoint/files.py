@@ -12,7 +12,6 @@ from pathlib import Path
 from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, FileEntry, Manifest
 from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.files import open_regular, read_limited
-from aoconvert.formats.registry import OUTPUT
 from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.sources.folder import list_folder, stays_inside
 
@@ -75,20 +74,20 @@ def find_unlisted(folder: Path, listed: set[str]) -> list[str]:
 
 
 def shadows(folder: Path, parts: Mapping[str, tuple[str, ...]], listed: Collection[str] = ()) -> list[str]:
-    """What has a loader take other weights than a component's ``.bin`` files, or more.
+    """What has a loader take other weights than a component's files, or more.
 
     Files with names that it prefers; a ``config.json`` that names the file (``transformers_weights``); an adapter,
     which transformers loads on top where peft is installed.
 
     Args:
         folder: the checkpoint.
-        parts: folder of each quantized model, and its ``.bin`` files.
+        parts: folder of each quantized model, and its weights files.
         listed: files that a manifest vouches for: an adapter among them belongs to the model.
     """
     problems = []
-    index = f"{OUTPUT.suffix}.index.json"
     for where, files in parts.items():
         names = {Path(file).name for file in files}
+        index = tuple(f"{suffix}.index.json" for suffix in {Path(file).suffix for file in files})
         for path in sorted((folder / where).glob("*")):
             if path.name not in names and LOADED.fullmatch(path.name) and not path.name.endswith(index):
                 problems.append(f"{path.relative_to(folder).as_posix()} would be loaded in place of {', '.join(names)}")

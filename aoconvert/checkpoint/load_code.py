@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from aoconvert.checkpoint.checkpoint import Checkpoint, Part
 from aoconvert.checkpoint.files import LOADED
 from aoconvert.checkpoint.report import Strategy, proven_strategy
+from aoconvert.formats.registry import SAFETENSORS
 from aoconvert.models.fused import FUSED
 
 
@@ -130,6 +131,12 @@ def _import(part: Part) -> str:
 def _assign(program: _Program, target: Checkpoint, folder: str) -> None:
     program.imports.append("from accelerate import init_empty_weights")
     program.imports += sorted({_import(part) for part in target.parts})
+    if any(SAFETENSORS.writes(path) for part in target.parts for path in part.files):
+        program.imports.insert(0, "import json")
+        program.imports += [
+            "from safetensors import safe_open",
+            "from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict",
+        ]
     if any(part.library == "transformers" and part.module is None for part in target.parts):
         program.imports.append("from transformers import AutoConfig")
     if target.kind == "pipeline":
@@ -168,7 +175,12 @@ def _assign_part(part: Part) -> list[str]:
         lines += _fuse(variable)
     lines += ["state = {}"]
     # no f-string in the program: a brace in a file's name would be code there
-    lines += [f"state.update(torch.load(folder + {'/' + path!r}, weights_only=True, mmap=True))" for path in part.files]
+    for path in part.files:
+        place = f"folder + {'/' + path!r}"
+        if SAFETENSORS.writes(path):
+            lines += _update_from_safetensors(place)
+        else:
+            lines += [f"state.update(torch.load({place}, weights_only=True, mmap=True))"]
     if any(entry.action == "carry" for entry in (part.tensors or {}).values()):
         # of the source, and not of the model class: other loaders use them
         lines += [f"state = {{name: state[name] for name in {variable}.state_dict() if name in state}}"]
@@ -184,6 +196,18 @@ def _assign_part(part: Part) -> list[str]:
         lines += [f"{variable}.tie_weights(missing_keys=absent, recompute_mapping=False)"]
     lines += [f"{variable}.eval()"]
     return lines
+
+
+def _update_from_safetensors(place: str) -> list[str]:
+    """What diffusers itself does: torchao's reader takes no name without a dot, and a model's own tensors have none."""
+    return [
+        f"with safe_open({place}, framework='pt') as file:",
+        "    metadata, stored = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}",
+        "state.update({name: stored.pop(name) for name in list(stored) if '.' not in name})",
+        "names = [name for name in json.loads(metadata['tensor_names']) if '.' in name]",
+        "metadata['tensor_names'] = json.dumps(names)",
+        "state.update(unflatten_tensor_state_dict(stored, metadata)[0])",
+    ]
 
 
 def _fuse(variable: str) -> list[str]:

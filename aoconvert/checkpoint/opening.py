@@ -16,7 +16,7 @@ from aoconvert.checkpoint.manifest import MANIFEST_NAME
 from aoconvert.checkpoint.report import Strategy, proven_strategy
 from aoconvert.environment import import_diffusers, import_torchao
 from aoconvert.errors import VerificationError
-from aoconvert.formats.torch_bin.header import read_loadable
+from aoconvert.formats.registry import read_stored
 from aoconvert.schemes import int4
 
 
@@ -24,7 +24,7 @@ def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
     """See ``aoconvert.load``."""
     has_manifest = (folder / MANIFEST_NAME).is_file()
     target = from_manifest(folder, manifests.load(folder)) if has_manifest else from_folder(folder)
-    names = {use.name for path in target.files for use in read_loadable(folder / path).globals}
+    names = {use.name for path in target.files for use in read_stored(folder / path).globals}
     if not has_manifest:
         target = with_imports(target, names)
     for entry in target.manifest.components if target.manifest is not None else ():

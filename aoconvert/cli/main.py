@@ -27,6 +27,7 @@ _COMMANDS = {
     "quantize": "Quantize a checkpoint into a torchao checkpoint.",
     "plan": "Show what quantize would do, and write nothing.",
     "migrate": "Rewrite an old torchao or Quanto checkpoint in today's tensor classes.",
+    "convert": "Write a checkpoint's tensors into the other format of weights files.",
     "repack": "Pack the int4 weights of a checkpoint for another device.",
     "verify": "Prove that a converted checkpoint loads.",
     "card": "Print the model card of a converted checkpoint, or write it.",

@@ -12,7 +12,14 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from aoconvert.documents.base import ErrorDocument
-from aoconvert.documents.conversion import DemoDocument, MigrateDocument, PlanDocument, QuantizeDocument, RepackDocument
+from aoconvert.documents.conversion import (
+    ConvertDocument,
+    DemoDocument,
+    MigrateDocument,
+    PlanDocument,
+    QuantizeDocument,
+    RepackDocument,
+)
 from aoconvert.documents.publishing import CardDocument, PushDocument, VerifyDocument
 from aoconvert.documents.reading import CacheDocument, DiffDocument, EnvDocument, InspectDocument, SchemeDocument
 
@@ -27,6 +34,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "push": PushDocument,
     "inspect": InspectDocument,
     "diff": DiffDocument,
+    "convert": ConvertDocument,
     "repack": RepackDocument,
     "migrate": MigrateDocument,
     "scheme": SchemeDocument,

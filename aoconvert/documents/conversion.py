@@ -1,4 +1,4 @@
-"""Documents of ``plan``, ``quantize``, ``repack``, ``migrate`` and ``demo``. Sizes and peaks in bytes."""
+"""Documents of ``plan``, ``quantize``, ``repack``, ``convert``, ``migrate`` and ``demo``. Sizes and peaks in bytes."""
 
 from __future__ import annotations
 
@@ -197,6 +197,18 @@ class RepackDocument(Document):
     weights: int
     bytes_out: int
     unconfirmed: str | None
+    seconds: float
+
+
+class ConvertDocument(Document):
+    """``convert --json``."""
+
+    output: str
+    manifest: str
+    format: str
+    files: int
+    tensors: int
+    bytes_out: int
     seconds: float
 
 

@@ -18,6 +18,7 @@ from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
 from aoconvert.engine.source_card import read_card
 from aoconvert.environment import device_facts, platform_name, versions
 from aoconvert.formats.base import SealedFile, WrittenTensor
+from aoconvert.formats.registry import TORCH_BIN
 from aoconvert.models import ModelLayout, ModelPart
 from aoconvert.models.calls import call_parameters
 from aoconvert.models.lora_files import LoraFile
@@ -286,7 +287,7 @@ def _load_kwargs(component: ComponentPlan) -> dict[str, Any]:
     if component.component.library == "transformers":
         return {}
     kwargs: dict[str, Any] = {"torch_dtype": _base_dtype(component)}
-    if len(component.files) > 1:
+    if len(component.files) > 1 and component.format is TORCH_BIN:
         kwargs["use_safetensors"] = False
     return kwargs
 

@@ -59,6 +59,7 @@ class Journal:
         self._plan = plan
         self._stage = stage
         self._files: dict[str, _File] = {}
+        self._heads = {file.path: file.head for model in plan.streamed for file in model.files}
         self._out: JournalFile | None = None
         stage.total = sum(t.is_written for model in plan.streamed for t in model.tensors)
         self.digests: dict[str, FileDigest] = {}
@@ -119,12 +120,12 @@ class Journal:
             WriteError: disk full, or no permission.
         """
         target = self._stage.root / path
-        file = self._files.get(path)
+        file, head = self._files.get(path), self._heads[path]
         if file is not None and file.stored:
-            return format_.writer(target, file.stored, file.prefix)
+            return format_.writer(target, file.stored, file.prefix, head)
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        return format_.writer(target)
+        return format_.writer(target, head=head)
 
     def done(self, path: str, result: TensorResult, stored: StoredTensor, marks: Mapping[str, Mark]) -> None:
         """Write down a tensor that is in its file.
@@ -180,7 +181,7 @@ class Journal:
         planned = {path: order for model in self._plan.streamed for path, order in _paths(model).items()}
         self._stage.clear([JOURNAL_NAME, *planned])
         self._files = {
-            path: _fitting(lines, model, path, order)
+            path: _fitting(lines, model, path, order, self._heads[path])
             for model in self._plan.streamed
             for path, order in _paths(model).items()
         }
@@ -249,7 +250,7 @@ def _paths(plan: StreamedPlan) -> dict[str, list[TensorPlan]]:
     return found
 
 
-def _fitting(lines: list[Line], model: StreamedPlan, path: str, order: list[TensorPlan]) -> _File:
+def _fitting(lines: list[Line], model: StreamedPlan, path: str, order: list[TensorPlan], head: bytes) -> _File:
     """The lines about an output file that continue one another, in the plan's order."""
     sources = set(model.weights.files) if model.weights else set()
     mine = [line for line in lines if isinstance(line, TensorLine) and line.file == path]
@@ -258,7 +259,7 @@ def _fitting(lines: list[Line], model: StreamedPlan, path: str, order: list[Tens
         if line.name != tensor.name or not all(map(_is_mark, line.source.values())) or not set(line.source) <= sources:
             break
         kept.append(line)
-    stored = model.format.writer.restore([_stored(line) for line in kept])
+    stored = model.format.writer.restore([_stored(line) for line in kept], head)
     return _File(kept[: len(stored)], stored)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -15,6 +15,7 @@ import torch
 from aoconvert.errors import DAMAGED_HINT, ReadError, SourceError
 from aoconvert.files import open_regular
 from aoconvert.formats.hashing import Prefix, advise, forget
+from aoconvert.formats.torch_bin.contents import BinContents
 
 Observe = Callable[[int, memoryview], None]
 """Told of the bytes of a file that are used, and their offset, as soon as they are read."""
@@ -81,6 +82,48 @@ class TensorReader(Protocol):
         """Release the file. Reading is over."""
 
 
+class StoredFile(Protocol):
+    """A finished file of a checkpoint, read one tensor at a time: torchao's tensors, and plain ones.
+
+    What it holds is checked before torch or torchao see it, and nothing of it is executed.
+
+    Attributes:
+        contents: what its header says.
+
+    Raises:
+        SourceError: missing or damaged.
+        UnsafeFileError: it holds what no checkpoint of torchao holds.
+    """
+
+    contents: BinContents
+
+    def __init__(self, path: Path) -> None: ...
+
+    @property
+    def order(self) -> list[str]:
+        """The names of the tensors, as their data lie in the file; of those that are one, the first."""
+
+    @property
+    def second_names(self) -> Mapping[str, str]:
+        """The other names, and the tensor that each stands for."""
+
+    def like(self, name: str) -> torch.Tensor:
+        """A tensor as ``read`` gives it, on meta. torchao's classes must be imported."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own. torchao's classes must be imported.
+
+        Raises:
+            ReadError: the disk fails, or the file changed.
+        """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class WrittenTensor:
     """What was written for one tensor.
@@ -129,6 +172,19 @@ class SealedFile:
     globals: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class FileOutline:
+    """What can be said of a file before it is written.
+
+    Attributes:
+        size: of the whole file, exact.
+        head: what the file begins with, where that depends on all that comes behind it.
+    """
+
+    size: int
+    head: bytes = field(default=b"", repr=False)
+
+
 class TensorSink(Protocol):
     """Takes the rows of one tensor, see ``Writer.begin``."""
 
@@ -156,29 +212,42 @@ class Writer(Protocol):
         path: the file to create; must not exist.
         stored: what an earlier writer left in it, in order; then the file must exist, and is written on.
         prefix: how far it goes, with ``stored``.
+        head: of the file's outline.
 
     Raises:
         WriteError: the file exists, does not exist, or cannot be created.
     """
 
-    def __init__(self, path: Path, stored: Sequence[StoredTensor] = (), prefix: Prefix | None = None) -> None: ...
+    def __init__(
+        self, path: Path, stored: Sequence[StoredTensor] = (), prefix: Prefix | None = None, head: bytes = b""
+    ) -> None: ...
 
     @staticmethod
-    def predict_size(
-        tensors: Mapping[str, torch.Tensor], order: Sequence[str] | None = None, also: Mapping[str, str] | None = None
-    ) -> int:
-        """Exact bytes of the file that holds ``tensors``, which may be on meta; ``order`` and ``also`` as of ``seal``.
+    def outline(
+        tensors: Mapping[str, torch.Tensor],
+        order: Sequence[str] | None = None,
+        also: Mapping[str, str] | None = None,
+        model: Mapping[str, torch.Tensor] | None = None,
+    ) -> FileOutline:
+        """Say what the file will be.
+
+        Args:
+            tensors: in the order in which they will be written; they may be on meta.
+            order: as of ``seal``.
+            also: as of ``seal``.
+            model: all tensors of a model that is in several files; default: ``tensors``.
 
         Raises:
             WriteError: a tensor that cannot be stored.
         """
 
     @staticmethod
-    def restore(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    def restore(tensors: Sequence[StoredTensor], head: bytes = b"") -> list[StoredTensor]:
         """What a journal says of a file, which may be made up, as far as it can be true; with the names of each.
 
         Args:
             tensors: in the order in which they are to lie in the file; ``written.globals`` is not looked at.
+            head: of the file's outline.
 
         Returns:
             Those from the first on whose ``resume_state`` is sound, and behind which a writer can go on.

@@ -11,10 +11,12 @@ from aoconvert.errors import SourceError
 from aoconvert.sources.weights import Format
 
 if TYPE_CHECKING:
-    from aoconvert.formats.base import FileContents, Observe, TensorReader, Writer
+    from aoconvert.formats.base import FileContents, Observe, StoredFile, TensorReader, Writer
+    from aoconvert.formats.torch_bin.contents import BinContents
     from aoconvert.sources import Source
 
     OpenReader = Callable[[Path, Observe | None, Any], TensorReader]
+    ReadStored = Callable[[Path], BinContents]
     ReadContents = Callable[[Source, str], FileContents | None]
 
 
@@ -27,13 +29,16 @@ class FileFormat:
         suffixes: of its files; the first one is the one that is written.
         import_reader: imports what opens a file (its path, who observes what is read, what ``Source.headers`` has of it
             or ``None``), and what says what a file of a source holds (``None``: it must be here for that).
-        import_writer: imports its writer; ``None`` where it is only read.
+        import_writer: imports its writer.
+        import_stored: imports what says what a finished file holds, having checked it without torch, and what imports
+            its reader.
     """
 
     name: Format
     suffixes: tuple[str, ...]
     import_reader: Callable[[], tuple[OpenReader, ReadContents]]
-    import_writer: Callable[[], type[Writer]] | None = None
+    import_writer: Callable[[], type[Writer]]
+    import_stored: Callable[[], tuple[ReadStored, Callable[[], type[StoredFile]]]]
 
     @property
     def suffix(self) -> str:
@@ -43,7 +48,6 @@ class FileFormat:
     @property
     def writer(self) -> type[Writer]:
         """The class that writes it."""
-        assert self.import_writer is not None
         return self.import_writer()
 
     def writes(self, path: str) -> bool:
@@ -77,14 +81,67 @@ def _torch_bin_writer() -> type[Writer]:
     return TorchBinWriter
 
 
-SAFETENSORS = FileFormat("safetensors", (".safetensors",), _safetensors_reader)
-TORCH_BIN = FileFormat("bin", (".bin", ".pt", ".pth", ".ckpt"), _torch_bin_reader, _torch_bin_writer)
+def _torch_bin_stored() -> tuple[ReadStored, Callable[[], type[StoredFile]]]:
+    from aoconvert.formats.torch_bin.header import read_loadable
+
+    def import_reader() -> type[StoredFile]:
+        from aoconvert.formats.torch_bin.stored import StoredBin
+
+        return StoredBin
+
+    return read_loadable, import_reader
+
+
+def _safetensors_writer() -> type[Writer]:
+    from aoconvert.formats.safetensors.writer import SafetensorsWriter
+
+    return SafetensorsWriter
+
+
+def _safetensors_stored() -> tuple[ReadStored, Callable[[], type[StoredFile]]]:
+    from aoconvert.formats.safetensors.contents import read_stored
+
+    def import_reader() -> type[StoredFile]:
+        from aoconvert.formats.safetensors.stored import StoredSafetensors
+
+        return StoredSafetensors
+
+    return read_stored, import_reader
+
+
+SAFETENSORS = FileFormat(
+    "safetensors", (".safetensors",), _safetensors_reader, _safetensors_writer, _safetensors_stored
+)
+TORCH_BIN = FileFormat("bin", (".bin", ".pt", ".pth", ".ckpt"), _torch_bin_reader, _torch_bin_writer, _torch_bin_stored)
 
 FORMATS: Mapping[str, FileFormat] = {entry.name: entry for entry in (SAFETENSORS, TORCH_BIN)}
 """By name, in the order in which a checkpoint's files are looked for."""
 
-OUTPUT = TORCH_BIN
-"""What is written."""
+
+def written_as(path: str) -> FileFormat | None:
+    """The format of a finished checkpoint's weights file, by its suffix; ``None``: it is not one."""
+    return next((entry for entry in FORMATS.values() if entry.writes(path)), None)
+
+
+def _written_as(path: Path) -> FileFormat:
+    if (found := written_as(path.name)) is None:
+        raise SourceError(f"{path}: is not a weights file of a finished checkpoint")
+    return found
+
+
+def read_stored(path: Path) -> BinContents:
+    """What a finished weights file holds, by its header, which is checked; torch is not imported.
+
+    Raises:
+        SourceError: missing or damaged; not a format that is written.
+        UnsafeFileError: it must not be loaded.
+    """
+    return _written_as(path).import_stored()[0](path)
+
+
+def open_stored(path: Path) -> StoredFile:
+    """A finished weights file, to be read tensor by tensor; raises as ``read_stored``."""
+    return _written_as(path).import_stored()[1]()(path)
 
 
 def open_reader(path: Path, observe: Observe | None = None, header: Any = None) -> TensorReader:

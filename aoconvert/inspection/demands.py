@@ -30,7 +30,7 @@ def demand_of(files: Sequence[FileFacts]) -> PackedLayout | None:
 
 
 def demand_of_entries(entries: Iterable[BinTensor]) -> PackedLayout | None:
-    """As :func:`demand_of`, for the tensors of a ``.bin``."""
+    """As :func:`demand_of`, for the tensors of a finished file."""
     quantized = [entry for entry in entries if entry.inner]
     classes = {part.class_name.rpartition(".")[2] for entry in quantized for part in parts(entry)}
     return _first(layout_of_classes(classes), ((scheme_of(entry), entry) for entry in quantized))

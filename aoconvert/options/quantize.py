@@ -33,6 +33,7 @@ from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision
 
 AUTO = "auto"
 LAYOUT_DEVICES = ("cpu", "cuda", "xpu")
+FORMATS = ("bin", "safetensors")
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 DEFAULT_DTYPE = "bfloat16"
 
@@ -66,6 +67,7 @@ class QuantizeKwargs(TypedDict, total=False):
     device: str
     layout_device: str | None
     max_shard_size: int | str | None
+    format: str
     min_quantized: float
     output: str | Path
     overwrite: bool
@@ -165,7 +167,7 @@ class QuantizeOptions:
     keep_original_files: Annotated[
         bool,
         Option(
-            "Copy the weights files of the other components unchanged, not as .bin. Users must download such a "
+            "Copy the weights files of the other components unchanged, in their own format. Users must download such a "
             "pipeline first.",
             SWITCH,
             recorded=8,
@@ -238,6 +240,15 @@ class QuantizeOptions:
             recorded=5,
         ),
     ] = None
+    format: Annotated[
+        str,
+        Option(
+            "Format of the weights files: bin loads in more releases of torchao, safetensors holds no pickle.",
+            choice(*FORMATS),
+            show_default=True,
+            recorded=5,
+        ),
+    ] = "bin"
     min_quantized: Annotated[
         float,
         Option(
@@ -289,6 +300,8 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.format not in FORMATS:
+            raise UsageError(f"format {self.format!r} is not one of {', '.join(FORMATS)}")
         check_device_names(self.device)
         self._check_scheme()
         if not 0 <= self.min_quantized <= 1:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.formats.dtypes import dtype_name
-from aoconvert.formats.registry import OUTPUT
+from aoconvert.formats.registry import FORMATS, TORCH_BIN
 from aoconvert.models import ModelLayout, ModelPart, Skeleton, build_skeleton, join
 from aoconvert.models.bounds import Held, check_config, limit_model
 from aoconvert.models.ties import untie
@@ -18,7 +18,7 @@ from aoconvert.options import DEFAULT_DTYPE, QuantizeOptions
 from aoconvert.originals import is_quantized, refuse_unsupported, without_quantization
 from aoconvert.planning.choices import Wishes
 from aoconvert.planning.decide import Decisions, decide
-from aoconvert.planning.files import lay_out
+from aoconvert.planning.files import lay_out, unstorable_problems
 from aoconvert.planning.inventory import SourceTensors, dequantize_contents, read_contents
 from aoconvert.planning.slices import SLICE_BYTES, by_rows
 from aoconvert.planning.source_checkpoint import read_checkpoint
@@ -82,8 +82,8 @@ def plan_component(
     )
     folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
     deltas, unfit = _match_loras(loras, draft.skeleton)
-    plan = _build(component, rules, draft, weights, folder, options, deltas)
-    problems = [*draft.problems, *unfit]
+    plan, unstorable = _build(component, rules, draft, weights, folder, options, deltas)
+    problems = [*draft.problems, *unfit, *unstorable]
     if original is not None and contents is not None:
         plan = replace(plan, original=original, made={n: t for n, t in contents.tensors.items() if t.formula})
         if plan.copied is not None:
@@ -169,26 +169,30 @@ def _build(
     folder: str,
     options: QuantizeOptions,
     deltas: Mapping[str, tuple[Delta, ...]],
-) -> ComponentPlan:
-    """Put the plan together; ``folder`` is where it goes in the output."""
+) -> tuple[ComponentPlan, list[str]]:
+    """Put the plan together, and say what its format cannot store; ``folder`` is where it goes in the output."""
     skeleton, found, decisions = draft.skeleton, draft.found, draft.decisions
     inventory = found.inventory if found is not None else None
     source_order = inventory.order if inventory else ()
+    format_ = FORMATS[options.format]
+    unstorable = unstorable_problems(component, format_, decisions.outputs)
+    if unstorable:
+        format_ = TORCH_BIN  # for the rest of the plan, which says what else is wrong
     tensors, order, files = lay_out(
         component,
-        OUTPUT,
+        format_,
         folder,
         [_with_loras(tensor, deltas.get(tensor.name, ())) for tensor in decisions.tensors],
         decisions.outputs,
         source_order,
         options.max_shard_size,
     )
-    return ComponentPlan(
+    plan = ComponentPlan(
         component=_with_config(skeleton.component, decisions, drop_unknown=options.drop_unknown),
         rules=rules,
         config=_config(rules, decisions, skeleton),
         folder=folder,
-        format=OUTPUT,
+        format=format_,
         dtype=draft.dtype,
         tensors=tensors,
         order=order,
@@ -204,6 +208,7 @@ def _build(
         cannot_run=draft.cannot_run,
         deltas=deltas,
     )
+    return plan, unstorable
 
 
 def _match_loras(loras: Sequence[LoraPart], skeleton: Skeleton) -> tuple[dict[str, tuple[Delta, ...]], list[str]]:

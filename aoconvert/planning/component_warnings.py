@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aoconvert import schemes
+from aoconvert.formats.registry import TORCH_BIN
 from aoconvert.humanize import plural, size
 from aoconvert.models import ModelPart, join
 from aoconvert.originals import describe
@@ -43,7 +44,7 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
         lines.append(
             f"{title}: from_pretrained cannot open fused projections; the load code on the card assigns the weights"
         )
-    if component.component.library == "diffusers" and len(component.files) > 1:
+    if component.component.library == "diffusers" and component.format is TORCH_BIN and len(component.files) > 1:
         lines.append(f"{title}: diffusers opens a sharded .bin only with use_safetensors=False")
     for name, origin in component.apart:
         lines.append(f"{title}: {name} and {origin} should be tied according to its config, but differ: both are kept")

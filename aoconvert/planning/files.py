@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from aoconvert.errors import WriteError
 from aoconvert.formats.registry import FileFormat
 from aoconvert.models import ModelPart, join
 from aoconvert.planning.types import FilePlan, TensorPlan
@@ -57,6 +58,10 @@ def lay_out(
     dealt = assign(planned, order, limit or default)
     where: dict[str, str] = {}
     files = []
+    written = {name for names in dealt for name in names}
+    if component.library == "transformers":  # gives every name to torchao's reader, which takes none without a dot
+        written = {name for name in written if "." in name}
+    whole = {tensor.name: outputs[tensor.name] for tensor in planned if tensor.name in written}
     for number, names in enumerate(dealt, start=1):
         path = join(folder, weights_name(component, format_, number, len(dealt)))
         where.update(dict.fromkeys(names, path))
@@ -65,9 +70,33 @@ def lay_out(
         where.update(dict.fromkeys(also, path))
         # the file lists tensors in state-dict order, their data lies in the order it was read
         listed = [tensor.name for tensor in planned if where.get(tensor.name) == path]
-        files.append(FilePlan(path, format_.writer.predict_size({name: outputs[name] for name in names}, listed, also)))
+        outline = format_.writer.outline({name: outputs[name] for name in names}, listed, also, whole)
+        files.append(FilePlan(path, outline.size, outline.head))
     tensors = tuple(replace(tensor, file=where.get(tensor.name)) for tensor in planned)
     return tensors, tuple(name for names in dealt for name in names), tuple(files)
+
+
+def unstorable_problems(component: ModelPart, format_: FileFormat, outputs: Mapping[str, torch.Tensor]) -> list[str]:
+    """What a format cannot store of a model, one line for each kind of tensor.
+
+    Args:
+        component: the model.
+        format_: of its files.
+        outputs: what is written, on ``meta``.
+    """
+    try:
+        format_.writer.outline(outputs)
+    except WriteError:
+        pass
+    else:
+        return []
+    found: dict[tuple[type, torch.dtype], str] = {}
+    for name, tensor in outputs.items():
+        try:
+            format_.writer.outline({name: tensor})
+        except WriteError as error:
+            found.setdefault((type(tensor), tensor.dtype), f"{component.title}: {error.message} ({error.hint})")
+    return list(found.values())
 
 
 def assign(tensors: Sequence[TensorPlan], order: Sequence[str], limit: int) -> list[list[str]]:

@@ -12,6 +12,7 @@ from packaging.version import Version
 
 from aoconvert.schemes.base import Layout
 from aoconvert.schemes.layouts import UNPACKED, merge
+from aoconvert.schemes.tensor_classes import oldest_reader
 
 if TYPE_CHECKING:
     from torchao.core.config import AOBaseConfig
@@ -106,10 +107,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A weights file of the output and its size in bytes, exact for the versions installed here."""
+    """A weights file of the output, its size in bytes, exact for the versions installed here, and its head.
+
+    ``head``: as of ``formats.base.FileOutline``.
+    """
 
     path: str
     size: int
+    head: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -203,8 +208,10 @@ class ComponentPlan:
 
     @property
     def min_torchao(self) -> str:
-        """Oldest torchao that loads every scheme in use and computes the right thing."""
-        return max((scheme.min_torchao for scheme in self.schemes), key=Version, default="0.13")
+        """Oldest torchao that loads every scheme in use, in files of this format, and computes the right thing."""
+        found = [scheme.min_torchao for scheme in self.schemes]
+        classes = [scheme.entry.tensor_class.name for scheme in self.schemes]
+        return max([*found, oldest_reader(self.format.name, classes, self.component.library)], key=Version)
 
     @property
     def layout(self) -> Layout:
@@ -398,7 +405,7 @@ def _component_dict(component: ComponentPlan, device: str) -> dict[str, Any]:
         ],
         "missing": [asdict(item) for item in component.missing],
         "dropped": [asdict(item) for item in component.dropped],
-        "files": [asdict(item) for item in component.files],
+        "files": [{"path": item.path, "size": item.size} for item in component.files],
         "totals": asdict(component.totals),
     }
 
@@ -413,7 +420,7 @@ def _unquantized_dict(part: UnquantizedPlan) -> dict[str, Any]:
             {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.bytes_out, "file": t.file}
             for t in part.tensors
         ],
-        "files": [asdict(item) for item in part.files],
+        "files": [{"path": item.path, "size": item.size} for item in part.files],
     }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert.errors import SourceError
 from aoconvert.formats.dtypes import dtype_name
-from aoconvert.formats.registry import OUTPUT
+from aoconvert.formats.registry import FORMATS, FileFormat
 from aoconvert.models import ModelLayout, ModelPart, join
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.own_classes import is_model
@@ -44,7 +44,7 @@ def plan_unquantized(
     parts = [component for component in layout.components if component.folder not in folders]
     found = ((component, weights_of(source, component, options.variant)) for component in parts)
     return tuple(
-        _plan(source, layout, component, weights, options.max_shard_size)
+        _plan(source, layout, component, weights, options.max_shard_size, FORMATS[options.format])
         for component, weights in found
         if weights is not None
     )
@@ -75,7 +75,12 @@ def part_problems(source: Source, layout: ModelLayout, chosen: Iterable[ModelPar
 
 
 def _plan(
-    source: Source, layout: ModelLayout, component: ModelPart, weights: WeightFiles, limit: int | None
+    source: Source,
+    layout: ModelLayout,
+    component: ModelPart,
+    weights: WeightFiles,
+    limit: int | None,
+    format_: FileFormat,
 ) -> UnquantizedPlan:
     import torch
 
@@ -89,8 +94,8 @@ def _plan(
     contents = read_contents(source, weights)
     if contents is None:  # a .bin on the Hub: what it holds is known when it is here
         size = sum(source.files()[path].size for path in weights.files)
-        files = (FilePlan(join(folder, weights_name(component, OUTPUT, 1, 1)), size),)
-        return UnquantizedPlan(component, folder, OUTPUT, (), (), files, weights)
+        files = (FilePlan(join(folder, weights_name(component, format_, 1, 1)), size),)
+        return UnquantizedPlan(component, folder, format_, (), (), files, weights)
     found = contents.tensors
     planned = _tensors(found)
     outputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in found.items()}
@@ -100,8 +105,8 @@ def _plan(
     return UnquantizedPlan(
         component,
         folder,
-        OUTPUT,
-        *lay_out(component, OUTPUT, folder, planned, outputs, list(found), limit),
+        format_,
+        *lay_out(component, format_, folder, planned, outputs, list(found), limit),
         weights,
         dropped,
     )

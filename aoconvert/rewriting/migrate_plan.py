@@ -12,7 +12,7 @@ import torch
 from aoconvert import schemes
 from aoconvert.checkpoint.entries import Migration
 from aoconvert.errors import PlanError
-from aoconvert.formats.registry import OUTPUT
+from aoconvert.formats.registry import TORCH_BIN
 from aoconvert.models import ModelLayout, ModelPart, Skeleton, build_skeleton, identify
 from aoconvert.models.base import TensorSpec
 from aoconvert.models.bounds import Held, check_config, limit_model
@@ -212,7 +212,7 @@ def _plan_component(layout: ModelLayout, part: _Part, then: Scheme | None) -> tu
     planned, outputs, problems = _Tensors(part, skeleton, then).plan()
     folder = "" if layout.kind != "pipeline" else component.name
     order = [tensor.name for tensor in weights.tensors]
-    tensors, written, files = lay_out(component, OUTPUT, folder, planned, outputs, order, None)
+    tensors, written, files = lay_out(component, TORCH_BIN, folder, planned, outputs, order, None)
     decided = {tensor.name: tensor.scheme for tensor in tensors}
     used = {scheme.key: scheme for scheme in decided.values() if scheme is not None}
     rules = Rules((), next(iter(used.values())) if len(used) == 1 else None)
@@ -222,7 +222,7 @@ def _plan_component(layout: ModelLayout, part: _Part, then: Scheme | None) -> tu
         rules=rules,
         config=fqn_to_config(rules, decided, linear),
         folder=folder,
-        format=OUTPUT,
+        format=TORCH_BIN,
         dtype=dtype,
         tensors=tensors,
         order=written,

@@ -29,13 +29,12 @@ from aoconvert.engine.take_over import take_over
 from aoconvert.errors import QuantizeError, SourceError
 from aoconvert.formats.base import SealedFile, WrittenTensor
 from aoconvert.formats.content import content_sha256
-from aoconvert.formats.registry import FORMATS, FileFormat
+from aoconvert.formats.registry import FORMATS, FileFormat, open_stored
 from aoconvert.json_text import parse_json
 from aoconvert.planning.types import CopyPlan
 from aoconvert.progress import Progress
 from aoconvert.rewriting.int4_weights import CannotCarry, carry, digest, pack
 from aoconvert.rewriting.repack_plan import PartPlan, prepare
-from aoconvert.rewriting.stored import StoredFile
 from aoconvert.schemes.tensors import take_apart
 from aoconvert.sources.folder import FolderSource
 
@@ -115,7 +114,7 @@ def repack(folder: Path, device: str, output: Path, *, overwrite: bool, progress
         progress.finish()
         others = [file for entry in old.components if entry.name not in plans for file in entry.files]
         others += [file for part in old.unquantized for file in part.files]
-        _copy(folder, [*others, *old.copied], stage, progress)
+        copy_files(folder, [*others, *old.copied], stage, progress)
         new = old.model_copy(
             update={
                 "tool": tool_entry(),
@@ -179,7 +178,7 @@ class _Repacking:
         entries = {tensor.name: tensor for tensor in self.plan.entry.tensors if tensor.file == path}
         target = self.stage.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with StoredFile(self.folder / path) as stored, self.format.writer(target) as writer:
+        with open_stored(self.folder / path) as stored, self.format.writer(target) as writer:
             if set(stored.order) != set(entries):
                 raise SourceError(f"{path}: does not hold the tensors that the manifest lists", hint=_DAMAGED)
             for name in stored.order:
@@ -205,7 +204,7 @@ class _Repacking:
 
     def _check(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         """What was written has the codes, scales and zero points that were read, and the rest its bytes."""
-        with StoredFile(path) as stored:
+        with open_stored(path) as stored:
             for name in entries:
                 tensor = stored.read(name)
                 same = content_sha256(tensor) == self.written[name].sha256
@@ -235,7 +234,7 @@ _DAMAGED = "quantize again; aoconvert verify shows what else changed"
 _AGAIN = "quantize again with --layout-device"
 
 
-def _copy(folder: Path, files: list[FileEntry], stage: Stage, progress: Progress) -> None:
+def copy_files(folder: Path, files: list[FileEntry], stage: Stage, progress: Progress) -> None:
     """Copy files that stay as they are, and see that they are what the manifest lists."""
     if not files:
         return

@@ -108,8 +108,8 @@ class Survey:
         key = (self._tensors[name].shape, self._dtypes[name], scheme.key if scheme is not None else None)
         if key not in self._shares:
             tensor = self.output(name, scheme)
-            predict_size = self.plan.format.writer.predict_size
-            self._shares[key] = predict_size({"0": tensor, "1": tensor}) - predict_size({"0": tensor})
+            outline = self.plan.format.writer.outline
+            self._shares[key] = outline({"0.0": tensor, "0.1": tensor}).size - outline({"0.0": tensor}).size
         return self._shares[key]
 
     def data_size(self, chosen: Mapping[str, Scheme | None]) -> int:

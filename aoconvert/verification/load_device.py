@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from aoconvert.checkpoint.checkpoint import Checkpoint
 from aoconvert.environment import choose_device, device_facts
 from aoconvert.errors import PlanError
-from aoconvert.formats.torch_bin.header import read_bin
+from aoconvert.formats.registry import read_stored
 from aoconvert.inspection.demands import demand_of_entries
 from aoconvert.schemes import int4
 from aoconvert.schemes.describe import capability
@@ -30,7 +30,7 @@ def choose_load_device(target: Checkpoint, requested: str) -> LoadDevice:
     """Where to open a checkpoint.
 
     Args:
-        target: the checkpoint; without a manifest its pickles are read, which must have been found safe.
+        target: the checkpoint; without a manifest its files' headers are read, which must have been found safe.
         requested: a device; ``auto`` is the one that the packed weights are for, and the CPU where that is not here.
 
     Raises:
@@ -56,7 +56,7 @@ def _layouts(target: Checkpoint) -> Iterable[PackedLayout]:
         return
     for part in target.parts:
         for file in part.files:
-            if (layout := demand_of_entries(read_bin(target.folder / file).tensors.values())) is not None:
+            if (layout := demand_of_entries(read_stored(target.folder / file).tensors.values())) is not None:
                 yield layout
 
 

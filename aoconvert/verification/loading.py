@@ -14,7 +14,7 @@ from aoconvert.checkpoint.manifest import StoredEntry, TensorEntry, UnquantizedE
 from aoconvert.checkpoint.published import Published
 from aoconvert.checkpoint.report import ForwardPass, Status, some
 from aoconvert.errors import VerificationError
-from aoconvert.formats.torch_bin.header import read_bin
+from aoconvert.formats.registry import TORCH_BIN, read_stored, written_as
 from aoconvert.humanize import plural
 from aoconvert.sources import Source
 from aoconvert.verification.original import find_loras
@@ -65,7 +65,7 @@ class OtherWeights(VerificationError):
 
 
 def check_load(target: Checkpoint, loaded: Loaded, children: Children) -> tuple[Status, str]:
-    """``torch.load(weights_only=True, mmap=True)`` of every quantized file, and what came out against the manifest."""
+    """The library's own reader of each weights file, and what came out of it, against the manifest."""
     problems: list[str] = []
     count = 0
     try:
@@ -84,13 +84,14 @@ def check_load(target: Checkpoint, loaded: Loaded, children: Children) -> tuple[
     if problems:
         return "failed", some(problems)
     compared = "" if target.manifest else " (no manifest to compare with)"
-    return "passed", f"{plural(count, 'tensor')}, weights_only=True, mmap=True{compared}"
+    how = "weights_only=True, mmap=True" if any(map(TORCH_BIN.writes, target.files)) else "torchao's reader"
+    return "passed", f"{plural(count, 'tensor')}, {how}{compared}"
 
 
 def _load(
     target: Checkpoint, part: Part, more: Sequence[str], children: Children
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """What a fresh interpreter says of each tensor of a part's ``.bin`` files and of ``more``, by file and name.
+    """What a fresh interpreter says of each tensor of a part's weights files and of ``more``, by file and name.
 
     Raises:
         VerificationError: torch does not load them.
@@ -99,7 +100,7 @@ def _load(
     answers = children.ask(
         "load_child",
         {
-            "files": [str(root / file) for file in (*part.files, *more) if file.endswith(".bin")],
+            "files": [str(root / file) for file in (*part.files, *more) if written_as(file)],
             "imports": list(target.imports),
             "safe_globals": list(part.safe_globals) if part.safe_globals is not None else None,
         },
@@ -327,7 +328,7 @@ def _list_expected(target: Checkpoint, part: Part) -> dict[str, list[str | None]
         return {t.name: [t.class_name, t.sha256] for t in part.tensors.values() if t.action == "quantize"}
     found: dict[str, list[str | None]] = {}
     for file in part.files:
-        for name, tensor in read_bin(target.folder / file).tensors.items():
+        for name, tensor in read_stored(target.folder / file).tensors.items():
             if tensor.inner:
                 found[name] = [tensor.class_name, None]
     return found

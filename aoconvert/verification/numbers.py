@@ -17,6 +17,7 @@ from aoconvert.checkpoint.opening import allow_globals
 from aoconvert.engine.read import ComponentReading
 from aoconvert.environment import import_torchao
 from aoconvert.errors import SourceError
+from aoconvert.formats.registry import open_stored
 from aoconvert.options import make_options
 from aoconvert.planning import Plan
 from aoconvert.planning.build import build_plan
@@ -54,19 +55,21 @@ def compare_with_source(
     import_torchao()
     worst, count, problems = math.inf, 0, []
     for part, entry in zip(target.parts, target.manifest.components, strict=True):
-        state = load_state(target, part)
-        if only is not None:
-            state = {name: tensor for name, tensor in state.items() if name in only.get(part.name, ())}
-        for name, original in _originals(source, part, entry, state, loras) if state else ():
-            sqnr, problem = _compare(name, original, state[name], part, entry.layout.packing)
-            count += 1
-            worst = min(worst, sqnr)
-            problems += [problem] if problem else []
+        with allow_globals(target), contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open_stored(target.folder / file)) for file in part.files]
+            found = {name: file for file in files for name in file.contents.tensors}
+            if only is not None:
+                found = {name: file for name, file in found.items() if name in only.get(part.name, ())}
+            for name, original in _originals(source, part, entry, found, loras) if found else ():
+                sqnr, problem = _compare(name, original, found[name].read(name), part, entry.layout.packing)
+                count += 1
+                worst = min(worst, sqnr)
+                problems += [problem] if problem else []
     return worst, count, problems
 
 
 def _originals(
-    source: Source, part: Part, entry: ComponentEntry, state: Mapping[str, Any], loras: Sequence[str]
+    source: Source, part: Part, entry: ComponentEntry, state: Container[str], loras: Sequence[str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The source's tensors under the names that the checkpoint has for them."""
     with open_originals(source, part, entry, state, loras) as (component, reading):
@@ -120,18 +123,6 @@ def _reading_plan(
     if entry.name:
         options["components"] = {entry.name: None}
     return build_plan(source, make_options("int8wo", options), need_weights=True)
-
-
-def load_state(target: Checkpoint, part: Part) -> dict[str, torch.Tensor]:
-    """A part's state dict, mapped, with ``weights_only=True``.
-
-    Its pickles were found safe before.
-    """
-    state: dict[str, torch.Tensor] = {}
-    with allow_globals(target):
-        for file in part.files:
-            state |= torch.load(target.folder / file, weights_only=True, mmap=True)
-    return state
 
 
 def _compare(

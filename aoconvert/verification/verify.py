@@ -40,7 +40,7 @@ from aoconvert.checkpoint.usage import usage_code, usage_sha256
 from aoconvert.environment import choose_device, versions
 from aoconvert.errors import AoconvertError, PlanError
 from aoconvert.files import check_replaceable, is_there, read_limited, write_whole, writing
-from aoconvert.formats.torch_bin.header import read_loadable
+from aoconvert.formats.registry import read_stored
 from aoconvert.humanize import plural, size
 from aoconvert.models.bounds import Held, check_config
 from aoconvert.options import VerifyOptions
@@ -284,7 +284,7 @@ def _pickle(run: _Run) -> tuple[Status, str]:
     sizes: dict[str, list[int]] = {}
     for path in target.files:
         try:
-            contents = read_loadable(target.folder / path)
+            contents = read_stored(target.folder / path)
             known |= {use.name for use in contents.globals}
             sizes[path] = [tensor.nbytes for tensor in contents.tensors.values()]
         except AoconvertError as error:
@@ -302,7 +302,8 @@ def _pickle(run: _Run) -> tuple[Status, str]:
         run.target = with_imports(target, known)
     elif extra := sorted(name for name in known if name.startswith("torchao.") and name not in target.safe_globals):
         return "failed", f"the pickles name {extra[0]}, which the manifest does not list"
-    return "passed", f"{plural(len(target.files), 'file')}, {plural(len(known), 'name')}, all in the list of safe names"
+    said = f"{plural(len(known), 'name')}, all in the list of safe names" if known else "no pickle among them"
+    return "passed", f"{plural(len(target.files), 'file')}, {said}"
 
 
 def _versions(run: _Run, target: Checkpoint) -> tuple[Status, str]:

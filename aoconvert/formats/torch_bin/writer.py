@@ -21,7 +21,7 @@ from typing import Self
 import torch
 
 from aoconvert.errors import WriteError
-from aoconvert.formats.base import SealedFile, StoredTensor, WrittenTensor
+from aoconvert.formats.base import FileOutline, SealedFile, StoredTensor, WrittenTensor
 from aoconvert.formats.content import bytes_of, content_sha256, data_names, own_bytes, update
 from aoconvert.formats.hashing import Prefix
 from aoconvert.formats.output_file import OutputFile
@@ -75,10 +75,13 @@ class TorchBinWriter:
     """
 
     @staticmethod
-    def predict_size(
-        tensors: Mapping[str, torch.Tensor], order: Sequence[str] | None = None, also: Mapping[str, str] | None = None
-    ) -> int:
-        """Exact bytes of a file, see ``Writer.predict_size``; no data is read."""
+    def outline(
+        tensors: Mapping[str, torch.Tensor],
+        order: Sequence[str] | None = None,
+        also: Mapping[str, str] | None = None,
+        model: Mapping[str, torch.Tensor] | None = None,
+    ) -> FileOutline:
+        """Exact bytes of a file, see ``Writer.outline``; no data is read."""
         records: list[tuple[str, int]] = []
 
         def count(data: torch.Tensor) -> str:
@@ -90,14 +93,16 @@ class TorchBinWriter:
         nodes |= {name: nodes[same] for name, same in (also or {}).items()}
         records.append((PREFIX + "data.pkl", len(_pickle(nodes, order))))
         records.extend((PREFIX + name, len(content)) for name, content in _TAIL.items())
-        return archive_size(records)
+        return FileOutline(archive_size(records))
 
     @staticmethod
-    def restore(tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    def restore(tensors: Sequence[StoredTensor], head: bytes = b"") -> list[StoredTensor]:
         """See ``Writer.restore``."""
         return restore(tensors)
 
-    def __init__(self, path: Path, stored: Sequence[StoredTensor] = (), prefix: Prefix | None = None) -> None:
+    def __init__(
+        self, path: Path, stored: Sequence[StoredTensor] = (), prefix: Prefix | None = None, head: bytes = b""
+    ) -> None:
         self._path = path
         self._sealed = False
         self._whole = True  # False once a tensor was left half-written

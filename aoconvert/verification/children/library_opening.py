@@ -97,10 +97,10 @@ def list_stored(file: Path) -> Iterator[tuple[str, torch.dtype, int]]:
 
 
 def _dtype(name: str) -> torch.dtype:
-    """``BF16`` → ``torch.bfloat16``, as safetensors itself has it."""
+    """``BF16`` → ``torch.bfloat16``, as safetensors itself has it; its table lacks one that its reader knows."""
     from safetensors.torch import _TYPES
 
-    found: torch.dtype = _TYPES[name]
+    found: torch.dtype = torch.float8_e8m0fnu if name == "F8_E8M0" else _TYPES[name]
     return found
 
 

@@ -1,4 +1,6 @@
-"""Runs in a fresh interpreter, without aoconvert: ``torch.load`` of every file, and what came out of it.
+"""Runs in a fresh interpreter, without aoconvert: the library's reader of every file, and what came out of it.
+
+That is ``torch.load`` of a ``.bin``, and torchao's own code for safetensors.
 
 Reads one JSON request from stdin: ``files`` (absolute paths), ``imports`` (modules), ``safe_globals`` (dotted names, or
 null for what the imports register). Writes one JSON line a tensor, then ``{"done": true}``, or ``{"error": ...}``.
@@ -14,6 +16,7 @@ import json
 import math
 import mmap
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,19 +36,47 @@ def main() -> None:
             allowed = [resolve(name) for name in request["safe_globals"]]
             torch.serialization.clear_safe_globals()
         for file in request["files"]:
-            with torch.serialization.safe_globals(allowed):
-                state = torch.load(file, weights_only=True, mmap=True)
             known: dict[Any, dict[str, Any]] = {}
-            for name, tensor in state.items():
-                key = place(tensor)
+            for name, tensor in tensors_of(file, allowed):
+                key = name if file.endswith(".safetensors") else place(tensor)
                 if key not in known:  # what has many names is read once
                     known[key] = describe(tensor)
                 say({"file": file, "name": name, **known[key]})
-            del state
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
         return
     say({"done": True})
+
+
+def tensors_of(file: str, allowed: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Names and tensors of a file, mapped."""
+    if file.endswith(".safetensors"):
+        yield from safetensors_of(file)
+        return
+    with torch.serialization.safe_globals(allowed):
+        state = torch.load(file, weights_only=True, mmap=True)
+    yield from state.items()
+
+
+def safetensors_of(file: str) -> Iterator[tuple[str, Any]]:
+    """One tensor at a time: torchao's reader of a whole file looks at every key for every tensor."""
+    from safetensors import safe_open
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    with safe_open(file, framework="pt") as opened:
+        metadata, keys = opened.metadata() or {}, set(opened.keys())
+        for name in json.loads(metadata.get("tensor_names", "[]")):
+            module, _, last = name.rpartition(".")
+            parts = json.loads(metadata[name]).get("_tensor_data_names", ())
+            stored = [f"{module}._{last}_{part}" for part in parts]
+            if parts and keys.issuperset(stored):
+                keys.difference_update(stored)
+                described = {name: metadata[name], "tensor_names": json.dumps([name])}
+                found, _ = unflatten_tensor_state_dict({key: opened.get_tensor(key) for key in stored}, described)
+                yield name, found[name]
+        for key in opened.keys():  # noqa: SIM118  # it is not a dict
+            if key in keys:
+                yield key, opened.get_tensor(key)
 
 
 def resolve(name: str) -> Any:

@@ -74,7 +74,7 @@ def check(path, tensors):
             assert_same(loaded[name], expected[name])
     meta = torch.load(path, weights_only=True, map_location="meta")
     assert [tensor.shape for tensor in meta.values()] == [tensor.shape for tensor in tensors.values()]
-    assert TorchBinWriter.predict_size(tensors) == sealed.size
+    assert TorchBinWriter.outline(tensors).size == sealed.size
     return written
 
 
@@ -90,7 +90,7 @@ def test_quantized_tensor(name, tmp_path):
     joined = b"".join(part.contiguous().flatten().view(torch.uint8).numpy().tobytes() for part in inner)
     assert written.sha256 == hashlib.sha256(joined).hexdigest()
     meta = quantized(name, device="meta")
-    assert TorchBinWriter.predict_size({"block.weight": meta}) == (tmp_path / "a.bin").stat().st_size
+    assert TorchBinWriter.outline({"block.weight": meta}).size == (tmp_path / "a.bin").stat().st_size
     save(tmp_path / "b.bin", {"block.weight": quantized(name)})
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
@@ -105,8 +105,8 @@ def test_a_model_of_every_class_and_its_size_from_meta(tmp_path):
     check(tmp_path / "a.bin", model("cpu"))
     order = sorted(model("meta"))
     sealed, _ = save(tmp_path / "b.bin", model("cpu"), order)
-    assert TorchBinWriter.predict_size(model("meta")) == (tmp_path / "a.bin").stat().st_size
-    assert TorchBinWriter.predict_size(model("meta"), order) == sealed.size
+    assert TorchBinWriter.outline(model("meta")).size == (tmp_path / "a.bin").stat().st_size
+    assert TorchBinWriter.outline(model("meta"), order).size == sealed.size
     assert list(torch.load(sealed.path, weights_only=True)) == order
     # the dict's order is not the storages': looking up their offsets on meta must still work
     assert list(torch.load(sealed.path, weights_only=True, map_location="meta")) == order
@@ -120,7 +120,7 @@ def test_plain_dtype(dtype, tmp_path):
     assert [tensor.nbytes for tensor in written] == [15 * dtype.itemsize, dtype.itemsize, 0]
     assert {(tensor.class_name, tensor.data_names) for tensor in written} == {("torch.Tensor", ())}
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    assert TorchBinWriter.predict_size(meta) == (tmp_path / "a.bin").stat().st_size
+    assert TorchBinWriter.outline(meta).size == (tmp_path / "a.bin").stat().st_size
 
 
 names = st.text(st.characters(codec="utf-8"), max_size=40)
@@ -136,9 +136,8 @@ def test_any_plain_tensors(tmp_path_factory, facts, random):
     order = list(tensors)
     random.shuffle(order)
     sealed, _ = save(path.with_name("b.bin"), tensors, order)
-    assert sealed.size == TorchBinWriter.predict_size(
-        {name: tensor.to("meta") for name, tensor in tensors.items()}, order
-    )
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    assert sealed.size == TorchBinWriter.outline(meta, order).size
     assert list(torch.load(sealed.path, weights_only=True)) == order
 
 
@@ -154,7 +153,7 @@ def test_a_view_is_written_without_the_rest_of_its_storage(tmp_path):
     assert written[1].sha256 == content_sha256(base[:, 7].clone())
     meta = torch.empty(40, 100, device="meta")
     views = {"row": meta[3], "column": meta[:, 7], "expanded": torch.ones(1, device="meta").expand(50)}
-    assert TorchBinWriter.predict_size(views) == (tmp_path / "a.bin").stat().st_size
+    assert TorchBinWriter.outline(views).size == (tmp_path / "a.bin").stat().st_size
 
 
 def test_a_dense_transpose_keeps_its_strides(tmp_path):
@@ -325,7 +324,7 @@ def test_a_tensor_that_cannot_be_stored(tmp_path):
         assert "tensor 'layer.weight'" in caught.value.message
     tagged.note = (part for part in "ab")
     with pytest.raises(WriteError, match=r"a builtins\.generator cannot be pickled"):
-        TorchBinWriter.predict_size({"x": tagged})
+        TorchBinWriter.outline({"x": tagged})
 
 
 def test_wrong_names(tmp_path):

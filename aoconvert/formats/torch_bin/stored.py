@@ -7,9 +7,10 @@ rebuilds the tensors on the meta device, which takes no data, and the bytes of o
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -17,11 +18,10 @@ from aoconvert.formats.base import open_file, read_bytes
 from aoconvert.formats.content import data_names
 from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.formats.torch_bin.header import read_loadable
-from aoconvert.schemes.apply import unflatten
 
 
-class StoredFile:
-    """Its pickle is checked before torch sees it. torchao's classes must be imported.
+class StoredBin:
+    """See ``formats.base.StoredFile``. Its pickle is checked before torch sees it. torchao's classes must be imported.
 
     Raises:
         SourceError: missing or damaged.
@@ -45,7 +45,26 @@ class StoredFile:
     @property
     def order(self) -> list[str]:
         """The names of the tensors, as their data lie in the file."""
-        return sorted(self.contents.tensors, key=lambda name: _first(self.contents.tensors[name]))
+        second = self.second_names
+        names = (name for name in self.contents.tensors if name not in second)
+        return sorted(names, key=lambda name: _first(self.contents.tensors[name]))
+
+    @property
+    def second_names(self) -> Mapping[str, str]:
+        """Names of tensors whose data another one has, and that one."""
+        first: dict[object, str] = {}
+        found = {}
+        for name, tensor in self.contents.tensors.items():
+            place = (tensor.class_name, tensor.place)
+            if tensor.nbytes and (same := first.setdefault(place, name)) != name:
+                found[name] = same
+        return found
+
+    def like(self, name: str) -> torch.Tensor:
+        """A tensor on meta."""
+        if not self._tensors:
+            self._tensors = torch.load(self._path, map_location="meta", weights_only=True)
+        return self._tensors[name]
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own.
@@ -53,20 +72,24 @@ class StoredFile:
         Raises:
             ReadError: the disk fails, or the file changed.
         """
-        if not self._tensors:
-            self._tensors = torch.load(self._path, map_location="meta", weights_only=True)
-        return self._filled(self._tensors[name], self.contents.tensors[name], name)
+        return self._filled(self.like(name), self.contents.tensors[name], name)
 
     def _filled(self, empty: torch.Tensor, entry: BinTensor, name: str) -> torch.Tensor:
         """A tensor like ``empty``, which is on meta, with its data."""
         if names := data_names(empty):
             parts = {part: self._filled(getattr(empty, part), entry.inner[part], f"{name}.{part}") for part in names}
-            return unflatten(empty, parts)
+            return _unflatten(empty, parts)
         assert entry.data is not None and entry.data.offset is not None
         span = sum((size - 1) * step for size, step in zip(empty.shape, empty.stride(), strict=True)) + 1
         nbytes = span * empty.element_size() if empty.numel() else 0
         data = read_bytes(self._descriptor, entry.data.offset, nbytes, f"{self._path}: tensor {name!r}")
         return data.view(empty.dtype).as_strided(empty.size(), empty.stride(), 0)
+
+
+def _unflatten(empty: Any, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    _, context = empty.__tensor_flatten__()
+    tensor: torch.Tensor = type(empty).__tensor_unflatten__(dict(parts), context, empty.shape, empty.stride())
+    return tensor
 
 
 def _first(tensor: BinTensor) -> int:
