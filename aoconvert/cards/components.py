@@ -48,11 +48,11 @@ def describe(entry: ComponentEntry) -> dict[str, Any]:
         "groups": layers.group_unquantized(entry),
         "kinds": layers.kinds(found),
         "worst": layers.worst(found),
-        "migrated": _migrated(entry),
+        "migrated": _describe_migrated(entry),
     }
 
 
-def _migrated(entry: ComponentEntry) -> dict[str, Any] | None:
+def _describe_migrated(entry: ComponentEntry) -> dict[str, Any] | None:
     """What a migration did, ``None`` where there was none: counts of tensors, and what differs by reason."""
     if entry.migrated is None:
         return None

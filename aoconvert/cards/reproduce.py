@@ -18,7 +18,7 @@ from aoconvert.cards.metadata import is_repo_id
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, ComponentEntry, Manifest
 from aoconvert.options import QuantizeOptions
 from aoconvert.options.fields import SWITCH, options_of
-from aoconvert.verification.versions import known_packages
+from aoconvert.verification.versions import list_packages
 
 # as they are typed
 OPTIONS = {
@@ -95,7 +95,7 @@ def pin(package: str, version: str) -> str:
         public = Version(version).public
     except InvalidVersion:
         return package
-    known = known_packages().get(package)
+    known = list_packages().get(package)
     return f"{package}=={public}" if known is not None and known.contains(public, prereleases=True) else package
 
 
@@ -107,7 +107,7 @@ def parse_requirements(lines: Sequence[str]) -> Iterator[Requirement]:
         except InvalidRequirement:
             continue
         least = all(item.operator == ">=" for item in found.specifier)
-        if found.name in known_packages() and least and found.url is None and not found.extras and found.marker is None:
+        if found.name in list_packages() and least and found.url is None and not found.extras and found.marker is None:
             yield found
 
 
@@ -119,6 +119,6 @@ def ranges(loads_with: Mapping[str, str]) -> dict[str, str]:
             SpecifierSet(wanted)
         except InvalidSpecifier:
             continue
-        if package in known_packages():
+        if package in list_packages():
             found[package] = wanted
     return found

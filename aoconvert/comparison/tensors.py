@@ -187,7 +187,9 @@ def _of_metadata(class_name: str, data: Mapping[str, Any], parts: Mapping[str, L
     whole = tuple(side for side in shape if isinstance(side, int)) if isinstance(shape, tuple) else None
     seen = whole if whole is not None else codes.shape if codes is not None else ()
     name = dtype.name.removeprefix("torch.") if isinstance(dtype, Symbol) else _scale_dtype(parts)
-    return StoredTensor(f"torchao.{class_name}", name, _unpacked(class_name, seen, codes), parts, settings, attributes)
+    return StoredTensor(
+        f"torchao.{class_name}", name, _unpack_shape(class_name, seen, codes), parts, settings, attributes
+    )
 
 
 def _scale_dtype(parts: Mapping[str, Leaf]) -> str:
@@ -195,7 +197,7 @@ def _scale_dtype(parts: Mapping[str, Leaf]) -> str:
     return next((leaf.dtype for name, leaf in parts.items() if name.startswith("scale")), "unknown")
 
 
-def _unpacked(class_name: str, shape: tuple[int, ...], codes: Leaf | None) -> tuple[int, ...]:
+def _unpack_shape(class_name: str, shape: tuple[int, ...], codes: Leaf | None) -> tuple[int, ...]:
     """The shape of the weight, where two values are in an element and only the codes tell it."""
     packed = codes is not None and shape == codes.shape and codes.dtype in class_named(class_name).packed_in
     return (*shape[:-1], shape[-1] * 2) if packed and shape else shape

@@ -164,7 +164,7 @@ class BlockQuantizer:
     ) -> _Made:
         original = matrix[start : start + blocks.step].to(self.device, non_blocking=True)
         with torch.no_grad(), torchao_at_work(rows.name, rows.scheme, which):
-            block, ahead = blocks.completed(original.to(rows.dtype))
+            block, ahead = blocks.complete(original.to(rows.dtype))
             quantized = quantize_weight(block, rows.scheme)
             if not hasattr(quantized, "__tensor_flatten__"):
                 hint = f"--skip {rows.name}"

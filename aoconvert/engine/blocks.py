@@ -37,7 +37,7 @@ class Blocks:
             return self
         return replace(self, extremes=self.extremes.to(dtype).to(device, non_blocking=True))
 
-    def completed(self, block: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def complete(self, block: torch.Tensor) -> tuple[torch.Tensor, int]:
         """A block, or the end of the weight, with what it needs.
 
         Returns:

@@ -234,7 +234,7 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     was, is_ = earlier.get("versions"), now["versions"]
     if was != is_:
         was = was if isinstance(was, dict) else {}
-        found = [f"{name} {_shown(was.get(name))} → {_shown(is_[name])}" for name in is_ if was.get(name) != is_[name]]
+        found = [f"{name} {_show(was.get(name))} → {_show(is_[name])}" for name in is_ if was.get(name) != is_[name]]
         found = found or ["the versions changed"]
     for key in ("device", "plan", "source"):
         if earlier.get(key) != now[key]:
@@ -244,6 +244,6 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return found
 
 
-def _shown(version: Any) -> str:
+def _show(version: Any) -> str:
     """A version from a journal, which may hold anything."""
     return version if isinstance(version, str) and _VERSION.fullmatch(version) else "none"

@@ -76,7 +76,7 @@ class _Node:
     outcome: Attempt
     asked: int = 0
 
-    def repaired(self, seen: set[str]) -> State | None:
+    def next_repair(self, seen: set[str]) -> State | None:
         """The next repair that was not tried yet."""
         self.asked += 1
         self.rank *= _PATIENCE
@@ -122,7 +122,7 @@ class _Search:
                 queue.append(self.node(start, outcome, None))
         while queue and not self.spent():
             parent = self.next(queue)
-            repaired = parent.repaired(self.seen)
+            repaired = parent.next_repair(self.seen)
             if repaired is None:
                 queue.remove(parent)
                 self.gains = [node for node in self.gains if node is not parent]

@@ -84,7 +84,7 @@ def split_lora(lora: LoraFile, layout: ModelLayout) -> dict[str, LoraPart]:
             f"{lora.label} has no adapter_config.json beside it, which says by how much it changes the model",
             hint="download the whole adapter",
         )
-    found, alphas = _named(lora, layout, found, values)
+    found, alphas = _name_tensors(lora, layout, found, values)
     return {
         name: LoraPart(lora, steps, _settings(lora, name, steps, alphas, metadata))
         for name, steps in _by_component(lora, layout, found).items()
@@ -127,7 +127,7 @@ def _refuse_others(lora: LoraFile, names: Mapping[str, Any]) -> None:
                 )
 
 
-def _named(
+def _name_tensors(
     lora: LoraFile, layout: ModelLayout, found: Mapping[str, Step], values: Mapping[str, Any]
 ) -> tuple[dict[str, Step], dict[str, float]]:
     """The names that the pipeline gives the tensors, and the alphas by name."""
@@ -243,10 +243,10 @@ def match_deltas(part: LoraPart, skeleton: Skeleton) -> tuple[dict[str, Delta], 
         else:
             deltas[f"{module}.{leaf}"] = made
     title = skeleton.component.title
-    return deltas, [f"{title}: --lora {part.lora.label}: {line}" for line in _shortened(problems)]
+    return deltas, [f"{title}: --lora {part.lora.label}: {line}" for line in _shorten(problems)]
 
 
-def _shortened(problems: Sequence[str]) -> Iterator[str]:
+def _shorten(problems: Sequence[str]) -> Iterator[str]:
     if problems:
         more = len(problems) - 1
         yield problems[0] + (f" (and {more} more likewise)" if more else "")

@@ -65,7 +65,13 @@ def build_plan(
     components, found, warnings = _plan_components(
         source, layout, chosen, rules, options, parts, need_weights=need_weights
     )
-    problems += [*unused, *unusable, *found, *_unmatched(components), *_unmatched_missing(components, options)]
+    problems += [
+        *unused,
+        *unusable,
+        *found,
+        *_list_unmatched(components),
+        *_list_unmatched_missing(components, options),
+    ]
     # a plan writes nothing: what is in the way of carrying it out is worth knowing, no more
     obstacles = problems if need_weights else warnings
     unquantized, incomplete, dropped = _plan_others(source, layout, chosen, options)
@@ -252,14 +258,14 @@ def resolve_rules(options: QuantizeOptions, component: ModelPart, device: str, r
     return replace(rules, skip=skip_rules(options.skip))
 
 
-def _unmatched(components: Sequence[ComponentPlan]) -> list[str]:
+def _list_unmatched(components: Sequence[ComponentPlan]) -> list[str]:
     """One line for every rule that no tensor of the components answers to."""
     rules = list(dict.fromkeys(rule for component in components for rule in component.rules))
     specs = [spec for component in components for spec in component.skeleton]
     return find_unmatched(rules, [name for spec in specs for name in (spec.name, spec.module)])
 
 
-def _unmatched_missing(components: Sequence[ComponentPlan], options: QuantizeOptions) -> list[str]:
+def _list_unmatched_missing(components: Sequence[ComponentPlan], options: QuantizeOptions) -> list[str]:
     """One line for every ``--allow-missing`` that no missing tensor answers to; nothing where no weights were seen."""
     if not any(component.weights for component in components):
         return []

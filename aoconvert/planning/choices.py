@@ -82,8 +82,8 @@ def choose_schemes(skeleton: Skeleton, dtypes: Mapping[str, torch.dtype], rules:
         for spec in skeleton
         if not spec.tied_to
     }
-    found, implementation = _tried(skeleton, found, trial)
-    return Choices(found, implementation, tuple(_refused(skeleton, found)), trial.seen.error)
+    found, implementation = _try(skeleton, found, trial)
+    return Choices(found, implementation, tuple(_list_refused(skeleton, found)), trial.seen.error)
 
 
 def _with_rows(skeleton: Skeleton, rows: Mapping[str, int]) -> Skeleton:
@@ -95,7 +95,7 @@ def _with_rows(skeleton: Skeleton, rows: Mapping[str, int]) -> Skeleton:
     return replace(skeleton, tensors=tensors)
 
 
-def _tried(
+def _try(
     skeleton: Skeleton, found: Mapping[str, SchemeChoice], trial: Trial
 ) -> tuple[dict[str, SchemeChoice], str | None]:
     """Leave out what the model cannot use quantized so; how its experts have to be multiplied."""
@@ -168,7 +168,7 @@ def _unfit(spec: TensorSpec, scheme: Scheme, twins: list[TensorSpec]) -> str | N
     return None
 
 
-def _refused(skeleton: Skeleton, found: Mapping[str, SchemeChoice]) -> list[str]:
+def _list_refused(skeleton: Skeleton, found: Mapping[str, SchemeChoice]) -> list[str]:
     """One line for every rule that asked for a scheme, and got it for no tensor at all."""
     got = {choice.rule for choice in found.values() if choice.rule is not None and choice.scheme is not None}
     blocked: dict[Rule, list[tuple[str, str]]] = {}

@@ -73,7 +73,7 @@ def _tensors_peak(plan: StreamedPlan, lanes: int = 0) -> int:
     """
     pooled, pieces, steps = 0, 0, []
     locked: Counter[int] = Counter()
-    for tensor, count, largest in _ordered(plan):
+    for tensor, count, largest in _order(plan):
         fits = largest <= SLICE_BYTES
         pooled = max(pooled, largest if fits else 0)
         pieces += count if fits else 0
@@ -94,7 +94,7 @@ def _tensors_peak(plan: StreamedPlan, lanes: int = 0) -> int:
     for at, (own, arithmetic, result, slow) in enumerate(steps):
         ahead = steps[at + 1][0] if at + 1 < len(steps) else 0
         # what takes longer to make than to write has nothing of its kind before it in the queue
-        waiting = 0 if slow else _waiting([step[2] for step in steps[max(0, at - 8) : at]])
+        waiting = 0 if slow else _count_waiting([step[2] for step in steps[max(0, at - 8) : at]])
         most = max(most, own + ahead + arithmetic + result + waiting)
     if not lanes:
         return BUFFERS * pooled + most
@@ -132,7 +132,7 @@ def _temporaries(tensor: TensorPlan) -> int:
     return min(tensor.numel, values) * BYTES_PER_VALUE
 
 
-def _waiting(results: Sequence[int]) -> int:
+def _count_waiting(results: Sequence[int]) -> int:
     """Results that are not written yet: one in the writer's hands, and behind it what the channel takes."""
     if not results:
         return 0
@@ -145,7 +145,7 @@ def _waiting(results: Sequence[int]) -> int:
     return written + total
 
 
-def _ordered(plan: StreamedPlan) -> Iterator[tuple[TensorPlan, int, int]]:
+def _order(plan: StreamedPlan) -> Iterator[tuple[TensorPlan, int, int]]:
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     for name in plan.order:
         yield tensors[name], *_pieces(tensors[name])

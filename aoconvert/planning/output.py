@@ -48,7 +48,7 @@ def output_problems(source: Source, output: Path, *, overwrite: bool) -> list[st
 def space_problems(output: Path, disk_bytes: int) -> list[str]:
     """Find out whether so many bytes fit on the disk of ``output``; the problem, if they do not."""
     try:
-        free = shutil.disk_usage(_existing_parent(output)).free + _held(output)
+        free = shutil.disk_usage(_existing_parent(output)).free + _count_held(output)
     except (OSError, ValueError):  # not a path at all, which is a problem of its own
         return []
     if free >= disk_bytes:
@@ -100,7 +100,7 @@ def _place_problems(source: Source, output: Path) -> Iterator[str]:
         yield f"output {output}: no permission to write in {parent}"
 
 
-def _held(output: Path) -> int:
+def _count_held(output: Path) -> int:
     """Bytes that an unfinished run holds there; the next one uses or frees them."""
     facts = [path.lstat() for path in partial_folder(output).rglob("*")]
     return sum(found.st_blocks * 512 for found in facts if stat.S_ISREG(found.st_mode) and found.st_nlink == 1)

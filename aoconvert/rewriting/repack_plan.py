@@ -97,7 +97,7 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
                 problems += _weights_problems(folder, entry, names, device)
                 plans[entry.name] = _part(entry, names, device)
             except UsageError as error:
-                problems.append(_labelled(entry, error.message))
+                problems.append(_label(entry, error.message))
     if not plans and not problems:
         raise PlanError([f"{folder} has no int4 weights in groups"], hint="run aoconvert inspect to see what it is")
     if plans and all(plan.entry.layout.packing == plan.layout.packing for plan in plans.values()):
@@ -110,7 +110,7 @@ def prepare(folder: Path, manifest: Manifest, device: str, output: Path, *, over
     return plans
 
 
-def rewritten(values: Any, device: str) -> Any:
+def rewrite(values: Any, device: str) -> Any:
     """A torchao config as ``config_to_dict`` gives it, with every int4 in it for another device.
 
     Raises:
@@ -119,11 +119,11 @@ def rewritten(values: Any, device: str) -> Any:
     from torchao.core.config import config_to_dict
 
     if isinstance(values, list):
-        return [rewritten(value, device) for value in values]
+        return [rewrite(value, device) for value in values]
     if not isinstance(values, dict):
         return values
     if values.get("_type") != _CONFIG:
-        return {key: rewritten(value, device) for key, value in values.items()}
+        return {key: rewrite(value, device) for key, value in values.items()}
     old = _read(values)
     new: Any = int4.config(old.group_size, device, _algorithm(old))
     return config_to_dict(replace(new, set_inductor_config=old.set_inductor_config))
@@ -138,7 +138,7 @@ def _part(entry: ComponentEntry, names: frozenset[str], device: str) -> PartPlan
         names,
         scheme,
         int4.cpu_layout(entry.layout.packing),
-        rewritten(entry.config, device),
+        rewrite(entry.config, device),
         _layout(entry, names, scheme.layout),
     )
 
@@ -189,11 +189,11 @@ def _weights_problems(folder: Path, entry: ComponentEntry, names: frozenset[str]
     import torch
 
     if entry.format != TORCH_BIN.name:
-        return [_labelled(entry, f"{entry.format} files cannot be repacked")]
+        return [_label(entry, f"{entry.format} files cannot be repacked")]
     problems = []
     layout = int4.cpu_layout(entry.layout.packing)
     if any(t.name in names and class_named(t.class_name) is INT4_OPAQUE for t in entry.tensors) and layout is None:
-        problems.append(_labelled(entry, "its manifest does not say which of the CPU layouts it is packed in"))
+        problems.append(_label(entry, "its manifest does not say which of the CPU layouts it is packed in"))
     for file in entry.files:
         if not TORCH_BIN.writes(file.path):
             continue
@@ -204,7 +204,7 @@ def _weights_problems(folder: Path, entry: ComponentEntry, names: frozenset[str]
             size = block[-1] if isinstance(block, tuple) and isinstance(block[-1], int) else 0
             dtype = getattr(torch, tensor.dtype)
             if reason := int4.blocker(tensor.shape, dtype, group_size=size or 1, device=device):
-                problems.append(_labelled(entry, f"{name}: {reason}"))
+                problems.append(_label(entry, f"{name}: {reason}"))
     return problems
 
 
@@ -222,5 +222,5 @@ def _bytes(plan: PartPlan) -> int:
     return total
 
 
-def _labelled(entry: ComponentEntry, text: str) -> str:
+def _label(entry: ComponentEntry, text: str) -> str:
     return f"{entry.name}: {text}" if entry.name else text

@@ -18,7 +18,7 @@ _LIBRARIES = ("torch", "torchao", "diffusers", "transformers", "accelerate")
 
 
 @cache
-def known_packages() -> Mapping[str, SpecifierSet]:
+def list_packages() -> Mapping[str, SpecifierSet]:
     """What a torchao checkpoint can need, and the versions that aoconvert itself asks for, by name."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
@@ -39,7 +39,7 @@ def version_problems(entry: ComponentEntry) -> list[str]:
 
     problems = []
     for package, wanted in entry.loads_with.items():
-        if package not in known_packages():
+        if package not in list_packages():
             problems.append(f"the manifest requires the package {package!r}, which no torchao checkpoint needs")
             continue
         here = version_of(package)

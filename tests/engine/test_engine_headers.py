@@ -18,13 +18,13 @@ def test_each_header_is_parsed_once(
     kind: str, checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: Counter[str] = Counter()
-    parse = header._parsed
+    parse = header._parse
 
     def counted(raw: bytes, file_size: int, sha256: str, label: str) -> Any:
         parsed[label] += 1
         return parse(raw, file_size, sha256, label)
 
-    monkeypatch.setattr(header, "_parsed", counted)
+    monkeypatch.setattr(header, "_parse", counted)
     source = checkpoints(kind)
     aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", min_quantized=0.0)
     assert set(parsed) == {str(path) for path in source.rglob("*.safetensors")}

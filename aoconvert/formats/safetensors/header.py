@@ -117,14 +117,14 @@ def read_header(source: ByteSource, label: str, known: SafetensorsHeader | None 
     sha256 = hashlib.sha256(raw).hexdigest()
     if known is not None and (known.file_size, known.sha256) == (source.size, sha256):
         return known
-    return _parsed(raw, source.size, sha256, label)
+    return _parse(raw, source.size, sha256, label)
 
 
 def _bad(label: str, what: str, hint: str = DAMAGED_HINT) -> NoReturn:
     raise SourceError(f"{label}: {what}", hint=hint)
 
 
-def _parsed(raw: bytes, file_size: int, sha256: str, label: str) -> SafetensorsHeader:
+def _parse(raw: bytes, file_size: int, sha256: str, label: str) -> SafetensorsHeader:
     header = _json(raw[8:], label)
     metadata = header.pop("__metadata__", None)  # null is none, as in the reference implementation
     metadata = {} if metadata is None else metadata

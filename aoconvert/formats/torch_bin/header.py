@@ -63,7 +63,7 @@ def read_source(source: ByteSource, label: str, *, local_headers: bool = True, e
         data = read_record(source, archive, "data.pkl", MAX_PICKLE_BYTES)
         return read_contents(data, archive.storages(), order.decode(), expanded=expanded)
     except UnsafeFileError as error:
-        raise _labelled(error, label, old) from None
+        raise _label(error, label, old) from None
 
 
 def read_contents(
@@ -144,7 +144,7 @@ def read_loadable(path: Path) -> BinContents:
     return contents
 
 
-def _labelled(error: _Error, label: str, old: bool) -> _Error:
+def _label(error: _Error, label: str, old: bool) -> _Error:
     said = error.message.replace("data.pkl", "its pickle", 1) if old else error.message
     message = f"{label}: {said}"
     if isinstance(error, UnsafePickleError):

@@ -174,7 +174,7 @@ class Rebuilder:
             raise refuse(position, "an object is made from something that is not a name")
         if (cls.kind is Kind.DATA and not args) or (cls.kind is Kind.TUPLE and len(args) <= 16):
             self._spend(_CALL, position)
-            inside = [self._frozen(arg, position, 0) for arg in args]
+            inside = [self._freeze(arg, position, 0) for arg in args]
             return Rebuilt(cls, tuple(item.value for item in inside), inside)
         raise refuse(position, f"an object of {cls.dotted} is made in a way that torch.save never writes")
 
@@ -198,7 +198,7 @@ class Rebuilder:
 
     def freeze(self, value: object, position: int) -> Value:
         """``value`` as frozen plain data; what it is made of can no longer be changed."""
-        frozen = self._frozen(value, position, 0)
+        frozen = self._freeze(value, position, 0)
         self._spend(frozen.values, position)
         return frozen.value
 
@@ -207,7 +207,7 @@ class Rebuilder:
         if self._left < 0:
             raise refuse(position, _TOO_MUCH)
 
-    def _frozen(self, value: object, position: int, depth: int) -> Frozen:
+    def _freeze(self, value: object, position: int, depth: int) -> Frozen:
         """``depth``: of what it lies in."""
         if value is None or isinstance(value, (bool, int, float, str, bytes, Symbol)):
             return Frozen(value)
@@ -220,36 +220,36 @@ class Rebuilder:
         elif depth > MAX_DEPTH:
             raise refuse(position, _TOO_MUCH)
         else:
-            found = self._opened(value, position, depth)
+            found = self._open(value, position, depth)
             self._known[id(value)] = (value, found)
         if depth + found.depth > MAX_DEPTH:
             raise refuse(position, _TOO_MUCH)
         return found
 
-    def _opened(self, value: object, position: int, depth: int) -> Frozen:
+    def _open(self, value: object, position: int, depth: int) -> Frozen:
         """A container, which is sealed, or a name that stands for a value; met for the first time."""
         if isinstance(value, (PickledItems, PickledPairs, Members, Rebuilt)):
             value.sealed = True
         match value:
             case Rebuilt():
-                return self._joined(Instance(value.name.dotted, value.args, value.state or {}), value.inside, position)
+                return self._join(Instance(value.name.dotted, value.args, value.state or {}), value.inside, position)
             case Members():
                 members = tuple(self._primitive(item, position) for item in value.values)
                 return Frozen(Instance("builtins.set", members), 1 + len(members))
             case PickledPairs():
-                inside = [self._frozen(item, position, depth + 1) for item in value.values.values()]
+                inside = [self._freeze(item, position, depth + 1) for item in value.values.values()]
                 made = dict(zip(value.values, (item.value for item in inside), strict=True))
-                return self._joined(made, inside, position)
+                return self._join(made, inside, position)
             case PickledItems() | tuple():
                 items = value.values if isinstance(value, PickledItems) else value
-                inside = [self._frozen(item, position, depth + 1) for item in items]
-                return self._joined(tuple(item.value for item in inside), inside, position)
+                inside = [self._freeze(item, position, depth + 1) for item in items]
+                return self._join(tuple(item.value for item in inside), inside, position)
             case Name(dotted, Known(Kind.DTYPE | Kind.FUNCTION)):
                 return Frozen(Symbol(dotted))
         what = value.dotted if isinstance(value, Name) else "a storage"
         raise refuse(position, f"{what} is used as a value")
 
-    def _joined(self, value: Value, inside: Sequence[Frozen], position: int) -> Frozen:
+    def _join(self, value: Value, inside: Sequence[Frozen], position: int) -> Frozen:
         """A container of what is ``inside``."""
         self._spend(1 + len(inside), position)
         return Frozen(value, 1 + sum(item.values for item in inside), 1 + max((i.depth for i in inside), default=0))
@@ -267,7 +267,7 @@ class Rebuilder:
         for key in state.values:
             if not isinstance(key, str) or not key.isidentifier() or key.startswith("__"):
                 raise refuse(position, f"an attribute called '{show(str(key))}'")
-        return self._frozen(state, position, 0)
+        return self._freeze(state, position, 0)
 
     def _partial(self, target: Rebuilt, state: object, position: int) -> Frozen:
         """``functools.partial.__reduce__``: (function, args, keywords, attributes)."""
@@ -303,7 +303,7 @@ class Rebuilder:
         if len(rest) == 3 and rest[2] is not None and any(self._metadata(rest[2], position)):
             raise refuse(position, "a tensor that is to be conjugated or negated when it is read")
         storage = args[0]
-        data = self._stored(storage, args[1], args[2], args[3], dtype or storage.info.dtype, position)
+        data = self._find_data(storage, args[1], args[2], args[3], dtype or storage.info.dtype, position)
         shape = self._sizes(args[2], position)
         location = storage.info.location
         return BinTensor("torch.Tensor", dtype or storage.info.dtype, shape, data, {}, {}, requires_grad, location)
@@ -319,7 +319,7 @@ class Rebuilder:
         hooks.sealed = True
         return requires_grad
 
-    def _stored(
+    def _find_data(
         self, storage: StorageRecord, offset: object, size: object, stride: object, dtype: str, position: int
     ) -> StoredData:
         """The elements of a dense tensor, which must all lie in its storage, and be no more unless they may repeat."""

@@ -66,7 +66,7 @@ def _floatx(within: Within) -> str | None:
     return None
 
 
-def _unpacked(part: BinTensor, within: Within) -> WeightFacts | None:
+def _describe_unpacked(part: BinTensor, within: Within) -> WeightFacts | None:
     dtype = integer(part.attributes.get("target_dtype"))
     return WeightFacts(INTX, dtype) if dtype else None
 
@@ -83,7 +83,7 @@ def _affine_layout(name: str, layout: PackedLayout) -> tuple[TensorClass, ...]:
 # Sources: ``get_device_capability()[0] >= 8`` in marlin_sparse_layout and marlin_qqq_tensor; the wheels on PyPI
 LEGACY = (
     TensorClass(name="AffineQuantizedTensor", describe=_affine),
-    TensorClass(name="IntxUnpackedTensor", describe=_unpacked),
+    TensorClass(name="IntxUnpackedTensor", describe=_describe_unpacked),
     TensorClass(name="Int4MarlinSparseTensor", describe=lambda part, within: "int4wo_sparse"),
     TensorClass(name="FbgemmInt4Tensor", describe=describe_int4),
     TensorClass(name="FbgemmFp8Tensor", describe=_fbgemm_float8),

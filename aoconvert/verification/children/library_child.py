@@ -344,7 +344,7 @@ def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, rep
     there = opening.stored_names(comparison.result / part["result_folder"], None)
     known = tensors.tensors_of(model).keys()
     reported = set(report["unexpected_keys"]) if report is not None else set()
-    unused = (reported & here.keys()) | reports.ignored_by(model, here.keys() - known)
+    unused = (reported & here.keys()) | reports.find_ignored(model, here.keys() - known)
     for name, file in sorted(here.items()):
         if name not in unused or name in part["dropped"]:
             continue

@@ -42,7 +42,7 @@ def compare_reports(part: dict[str, Any], source: Any, result: Any) -> Iterator[
             yield f"the library reports {name} as {word} in the source, but not in the result", False
 
 
-def ignored_by(model: Any, names: set[str]) -> set[str]:
+def find_ignored(model: Any, names: set[str]) -> set[str]:
     """Those of the names that the library leaves out of its report, as the class wants it."""
     if hasattr(model, "_adjust_missing_and_unexpected_keys"):  # transformers; old tables of positions are in its code
         report = SimpleNamespace(missing_keys=set(), unexpected_keys=set(names))
