@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from aoconvert.humanize import argument
 from aoconvert.inspection.types import Component
@@ -38,7 +39,8 @@ def next_command(path: str, components: Sequence[Component]) -> str | None:
         return shlex.join(["aoconvert", "verify", place])
     known = kinds <= set(METHODS) and all(file.format in _READ for part in components for file in part.files)
     if known and any(part.class_name for part in components):
-        return shlex.join(["aoconvert", "quantize", place, "--scheme", "int8wo"])
+        beside = ["--config", place.rpartition("/")[0] or "."] if Path(path).is_file() else []
+        return shlex.join(["aoconvert", "quantize", place, "--scheme", "int8wo", *beside])
     return None
 
 

@@ -18,7 +18,7 @@ _LORA = re.compile(r"(pytorch_lora_weights|adapter_model|.*[-_.]lora|lora[-_.].*
 _ORIGINAL = "start from the original weights, as safetensors or .bin"
 # weights that are not read, by file name → the format's name, what to do; the first that is there is named
 _FORMATS = (
-    (r"adapter_model\.(safetensors|bin)", "an adapter", "merge it into its base model first (peft: merge_and_unload)"),
+    (r"adapter_model\.(safetensors|bin)", "an adapter", "give its base model, and the adapter with --lora"),
     (r".*\.gguf", "GGUF", _ORIGINAL),
     (r"tf_model.*\.h5|.*\.h5", "TensorFlow", "from_pretrained(…, from_tf=True) of transformers 4 and save_pretrained"),
     (r".*\.msgpack", "Flax", "from_pretrained(…, from_flax=True) of transformers 4 and save_pretrained"),
@@ -43,8 +43,8 @@ def explain_unknown(source: Source, folder: str) -> SourceError:
     if weights:
         return SourceError(
             f"{missing}, only weights ({', '.join(weights[:2])}{', …' if len(weights) > 2 else ''})",
-            hint="for a single file in its authors' format: open it with from_single_file of its diffusers class, "
-            "save it with save_pretrained, and give that folder",
+            hint="to quantize a single file in its authors' format, give the file itself; --config names the diffusers "
+            "model whose config it has",
         )
     if inner := _models_below(source, folder):
         return SourceError(missing, hint=f"its subfolders hold models: --subfolder {', '.join(inner[:3])}")
@@ -60,8 +60,8 @@ def _adapter(source: Source, folder: str, where: str) -> SourceError:
     of = f" of {base}" if isinstance(base, str) and base else ""
     return SourceError(
         f"{where} is an adapter (LoRA){of}, not a model",
-        hint="merge it into its base model first (peft: merge_and_unload, diffusers: fuse_lora), and give the merged "
-        "model",
+        hint="give its base model, and the adapter with --lora; or merge it first (peft: merge_and_unload, diffusers: "
+        "fuse_lora), and give the merged model",
     )
 
 

@@ -231,3 +231,10 @@ def test_the_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _LIMITED, str(file), str(tmp_path / "config"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) < 900 * 10**6
+
+
+def test_inspect_names_the_command_for_a_file_beside_its_config(tmp_path: Path) -> None:
+    folder, _ = build(tmp_path, "sd3")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    found = aoconvert.inspect(file).to_dict()["next"]
+    assert found == f"aoconvert quantize {file} --scheme int8wo --config {folder}"
