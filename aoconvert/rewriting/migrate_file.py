@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from aoconvert.engine.manifest_entries import (
 from aoconvert.engine.memory import steady_allocator
 from aoconvert.engine.staging import staged_output
 from aoconvert.errors import PlanError
+from aoconvert.formats.base import SealedFile
 from aoconvert.formats.registry import TORCH_BIN
 from aoconvert.options.migrate import MigrateOptions
 from aoconvert.planning.output import output_problems, space_problems
@@ -32,7 +34,7 @@ from aoconvert.progress import Progress
 from aoconvert.recipes import fqn_to_config
 from aoconvert.recipes.rules import Rules
 from aoconvert.rewriting.migrate_plan import Moved, make_output, scheme_of_old
-from aoconvert.rewriting.migrate_types import OldTensor, OldWeights
+from aoconvert.rewriting.migrate_types import OldTensor, OldWeights, stored_bytes
 from aoconvert.rewriting.migrate_write import describe_weights, make_tensor
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.layouts import UNPACKED, merge
@@ -65,24 +67,7 @@ def migrate_file(
         stage.announce([target])
         weights.hash()
         progress.start("migrate", sum(tensor.bytes_in for tensor in weights.tensors))
-        first: dict[tuple[object, ...], TensorEntry] = {}
-        also: dict[str, str] = {}
-        with TORCH_BIN.writer(stage.root / target) as writer:
-            for old in weights.tensors:
-                same = first.get(old.place) if old.place is not None and old.bytes_in else None
-                if same is not None:
-                    also[old.name] = same.name
-                    tensors.append(_named(same, old.name))
-                    continue
-                made, found, error, repaired = make_tensor(old, moved[old.name])
-                written = writer.add(old.name, made)
-                tensors.append(_entry(old, moved[old.name], target, written_values(written), error, repaired))
-                deviations += found
-                if old.place is not None:
-                    first[old.place] = tensors[-1]
-                del made
-                progress.advance(old.bytes_in, old.name)
-            sealed = writer.seal([tensor.name for tensor in tensors], also)
+        sealed = _write(stage.root / target, target, weights, moved, tensors, deviations, progress)
         progress.finish()
         digests = weights.digests()
         entry = _component(weights, moved, tensors, file_entry(target, sealed), loading_values([sealed]))
@@ -106,6 +91,36 @@ def migrate_file(
     return written_manifest
 
 
+def _write(
+    place: Path,
+    target: str,
+    weights: OldWeights,
+    moved: dict[str, Moved | None],
+    tensors: list[TensorEntry],
+    deviations: list[DeviationEntry],
+    progress: Progress,
+) -> SealedFile:
+    """Write the file, one tensor at a time; what is to be said of each is added to the lists."""
+    first: dict[tuple[object, ...], TensorEntry] = {}
+    also: dict[str, str] = {}
+    with TORCH_BIN.writer(place) as writer:
+        for old in weights.tensors:
+            same = first.get(old.place) if old.place is not None and old.bytes_in else None
+            if same is not None:
+                also[old.name] = same.name
+                tensors.append(_named(same, old.name))
+                continue
+            made, found, error, repaired = make_tensor(old, moved[old.name])
+            written = writer.add(old.name, made)
+            tensors.append(_entry(old, moved[old.name], target, written_values(written), error, repaired))
+            deviations += found
+            if old.place is not None:
+                first[old.place] = tensors[-1]
+            del made
+            progress.advance(old.bytes_in, old.name)
+        return writer.seal([tensor.name for tensor in tensors], also)
+
+
 def _refuse(
     source: Source, path: str, weights: OldWeights, moved: dict[str, Moved | None], options: MigrateOptions
 ) -> None:
@@ -116,15 +131,10 @@ def _refuse(
     elif not problems and weights.is_todays:
         problems.append(f"{path} is in today's tensor classes already: there is nothing to migrate")
     problems += output_problems(source, options.output, overwrite=options.overwrite)
-    problems += space_problems(options.output, sum(_nbytes(make_output(old, moved[old.name], on_meta=True))
+    problems += space_problems(options.output, sum(stored_bytes(make_output(old, moved[old.name], on_meta=True))
                                                    for old in weights.tensors) if not problems else 0)  # fmt: skip
     if problems:
         raise PlanError(problems)
-
-
-def _nbytes(tensor: Any) -> int:
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    return sum(_nbytes(getattr(tensor, name)) for name in flatten()[0]) if flatten is not None else int(tensor.nbytes)
 
 
 def _move(old: OldTensor, then: Scheme | None) -> Moved | None:
@@ -159,8 +169,6 @@ def _entry(
 
 
 def _named(entry: TensorEntry, name: str) -> TensorEntry:
-    from dataclasses import replace
-
     return replace(entry, name=name, bytes_in=0, bytes_out=0)
 
 

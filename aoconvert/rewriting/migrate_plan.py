@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ from aoconvert.planning.types import ComponentPlan, LeftOut, Needs, Plan, Stream
 from aoconvert.planning.unquantized import plan_unquantized
 from aoconvert.recipes import fqn_to_config
 from aoconvert.recipes.rules import Rules
-from aoconvert.rewriting.migrate_types import OldTensor, OldWeights, SchemeName
+from aoconvert.rewriting.migrate_types import OldTensor, OldWeights, SchemeName, stored_bytes
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.sources import Source, find_weights
@@ -392,13 +391,8 @@ def _tensor(
         parameter=spec.parameter,
         embedding=spec.kind == "embedding",
         bytes_in=old.bytes_in,
-        bytes_out=_nbytes(output),
+        bytes_out=stored_bytes(output),
         origin=(old.file, old.name),
         scheme=moved.scheme if moved is not None else None,
         same_as=same_as,
     )
-
-
-def _nbytes(tensor: Any) -> int:
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    return sum(_nbytes(getattr(tensor, name)) for name in flatten()[0]) if flatten is not None else int(tensor.nbytes)

@@ -75,6 +75,14 @@ def dtype_of(tensor: BinTensor) -> torch.dtype:
     return dtype
 
 
+def stored_bytes(tensor: Any) -> int:
+    """Bytes of a tensor's data, of all inner tensors together; also on ``meta``."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return int(tensor.nbytes)
+    return sum(stored_bytes(getattr(tensor, name)) for name in flatten()[0])
+
+
 @dataclass(frozen=True)
 class OldTensor:
     """A tensor of an old checkpoint, and what can be made of it.
