@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from helpers.quantized_originals import assert_as_opened, block_fp8, edit, rewri
 from safetensors.torch import load_file
 
 import aoconvert
-from aoconvert.errors import SourceError
+from aoconvert.errors import Interrupted, SourceError
 from aoconvert.models.base import SourceTensor
 from aoconvert.originals import make_rows
 from aoconvert.originals.block_fp8 import BlockScaled
+from aoconvert.progress import Silent
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 
@@ -193,3 +195,26 @@ def test_shards_that_a_weight_and_its_scales_are_in_different_ones_of(tmp_path: 
     assert here.keys() == there.keys()
     for name, tensor in there.items():
         assert_same(here[name], tensor, name)
+
+
+class _StopAfter(Silent):
+    """Ctrl-C after some tensors are written."""
+
+    left = 9
+
+    def advance(self, nbytes: int, current: str = "") -> None:
+        if threading.current_thread().name == "aoconvert-writer":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
+    source = build(tmp_path / "source")
+    with pytest.raises(Interrupted):
+        aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", progress=_StopAfter())
+    result = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu")
+    assert result.resumed > 0
+    aoconvert.quantize(source, "int8wo", output=tmp_path / "whole", device="cpu")
+    file = "pytorch_model.bin"
+    assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from fake_hub.fixtures import HubClient
 from helpers.checkpoints import build_llama
 from helpers.quantized_originals import assert_as_opened, compressed, edit, rewrite
 
@@ -118,3 +120,16 @@ def test_verify_has_the_library_dequantize_the_original(tmp_path: Path) -> None:
     checks = {check.name: check for check in report.checks}
     assert {check.status for check in checks.values()} == {"passed"}, report
     assert checks["library"].detail.startswith("7 tensors have the source's bits, 14 are within their SQNR")
+
+
+def test_a_plan_of_a_repo_reads_what_says_how_it_is_stored_and_no_weights(
+    hub_client: HubClient, tmp_path: Path
+) -> None:
+    """The shape of a packed matrix is a tensor of its own."""
+    source = build(tmp_path / "source", "int4 groups")
+    hub_client.hub.state.create_repo("user/model")
+    hub_client.hub.state.commit("user/model", {path.name: path for path in source.iterdir()})
+    made = hub_client.run("import aoconvert\nresult = aoconvert.plan('user/model', 'int8wo', device='cpu').to_dict()")
+    local = json.loads(json.dumps(aoconvert.plan(source, "int8wo", device="cpu").to_dict()))
+    assert made["components"] == local["components"]
+    assert made["components"][0]["original"]["method"] == "compressed-tensors"
