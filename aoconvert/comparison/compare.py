@@ -14,6 +14,7 @@ from aoconvert.comparison.tensors import Leaf, StoredTensor, is_codes
 from aoconvert.comparison.today import as_today, is_old
 from aoconvert.comparison.types import Comparison, Difference, What
 from aoconvert.comparison.values import NoValues, measure
+from aoconvert.engine.memory import steady_allocator
 from aoconvert.errors import SourceError
 from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.progress import Progress, Silent
@@ -38,6 +39,7 @@ def compare(a: str, b: str, hub: HubOptions = DEFAULT_HUB, progress: Progress | 
         ReadError: the disk fails, or a file changed.
     """
     progress = progress or Silent()
+    steady_allocator()
     sides = open_side(a, hub, progress), open_side(b, hub, progress)
     pairs, left_out = _pair(*sides)
     with OpenFiles() as files:

@@ -15,7 +15,7 @@ from aoconvert.comparison.tensors import Leaf
 from aoconvert.formats.base import open_file, read_bytes
 from aoconvert.formats.dtypes import dtype_name
 
-CHUNK = 16 << 20  # bytes of each side that are compared at once
+CHUNK = 8 << 20  # bytes of each side that are compared at once
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

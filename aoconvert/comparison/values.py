@@ -24,7 +24,7 @@ from aoconvert.schemes.tensors import dequantize, take_apart
 Rows = Callable[[int, int], torch.Tensor]
 """Rows ``start`` to ``stop`` of a tensor, as float32."""
 
-_ELEMENTS = 1 << 22  # that are dequantized at once
+_ELEMENTS = 1 << 20  # that are dequantized at once
 _ROW_BY_ROW = frozenset({"Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor"})
 """Classes whose inner tensors have a row for each of the weight's, or one element for all."""
 
