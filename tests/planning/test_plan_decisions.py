@@ -231,7 +231,7 @@ def test_skip_modules_of_diffusers_are_substrings(pipeline: Path, tmp_path: Path
 
 def test_skip_modules_that_clash(tmp_path: Path) -> None:
     from aoconvert.models import ModelPart
-    from aoconvert.planning.component import _skip_modules
+    from aoconvert.planning.component import skip_modules
 
     def tensor(name: str, action: str) -> TensorPlan:
         return TensorPlan(
@@ -255,9 +255,9 @@ def test_skip_modules_that_clash(tmp_path: Path) -> None:
         tensor("block.alone_too.weight", "quantize"),
     ]
     diffusers = ModelPart("", "", "diffusers", "X", {})
-    assert _skip_modules(diffusers, tensors) == ("proj.weight", "alone")
+    assert skip_modules(diffusers, tensors) == ("proj.weight", "alone")
     transformers = ModelPart("", "", "transformers", "X", {})
-    assert _skip_modules(transformers, tensors) == ("proj", "alone")
+    assert skip_modules(transformers, tensors) == ("proj", "alone")
 
 
 def test_a_shared_tensor_under_any_of_its_names(tmp_path: Path) -> None:
