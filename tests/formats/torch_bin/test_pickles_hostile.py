@@ -161,6 +161,8 @@ def test_a_storage_is_hashed_once(child, tmp_path):
         "for at in range(20_000): model.register_parameter(f'p{at}', model.one)"
     )
     expected = {f"p{at}": ["torch.Tensor", digest] for at in range(20_000)}
-    request = {"code": code, "parts": {"": expected}, "forward": False, "example": None}
+    request = {"code": code, "folder": str(tmp_path), "parts": {"": expected}, "reports": {}, "places": {}}
+    request |= {"originals": {}, "forward": False, "example": None}
     with Children() as children:
-        assert children.ask(child, request)[1] == {"part": "", "problems": []}
+        answer = children.ask(child, request)[1]
+    assert (answer["part"], answer["problems"], list(answer["tensors"])) == ("", [], ["one"])
