@@ -189,7 +189,7 @@ def _weights_problems(folder: Path, entry: ComponentEntry, names: frozenset[str]
     import torch
 
     if entry.format != TORCH_BIN.name:
-        return [_label(entry, f"{entry.format} files cannot be repacked")]
+        return [_label(entry, f"{entry.format} files cannot be repacked: first aoconvert convert --format bin")]
     problems = []
     layout = int4.cpu_layout(entry.layout.packing)
     if any(t.name in names and class_named(t.class_name) is INT4_OPAQUE for t in entry.tensors) and layout is None:

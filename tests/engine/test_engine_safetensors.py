@@ -12,7 +12,8 @@ from diffusers import AutoModel
 from helpers import tiny
 from helpers.checkpoints import build_llama, pipeline
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import aoconvert
 from aoconvert.errors import PlanError, UsageError
@@ -88,6 +89,17 @@ def test_verify_proves_it(tmp_path: Path, family: str) -> None:
     report = aoconvert.verify(tmp_path / "out", source=source)
     assert report.ok, report.checks
     assert report.strategy == "from-pretrained"
+
+
+@pytest.mark.exhaustive
+def test_what_transformers_itself_saved_is_shown_and_verified(tmp_path: Path) -> None:
+    source = build_llama(tmp_path / "model", **SHAPE)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(tmp_path / "saved")
+    assert aoconvert.inspect(tmp_path / "saved").to_dict()["next"] == f"aoconvert verify {tmp_path / 'saved'}"
+    report = aoconvert.verify(tmp_path / "saved")
+    assert report.ok, report.checks
 
 
 def test_a_pipeline_has_one_format(tmp_path: Path, pipeline: Path) -> None:
