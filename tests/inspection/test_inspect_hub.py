@@ -117,8 +117,9 @@ def test_the_same_is_said_of_a_repo_and_a_folder(
     commit = state.commit("user/model", {path.relative_to(output).as_posix(): path for path in names})
     found = hub_client.run(SCRIPT)["value"]
     assert (found["revision"], found["path"]) == (commit, "user/model")
-    for key in set(here) - {"path", "revision", "bytes_fetched"}:
+    for key in set(here) - {"path", "revision", "bytes_fetched", "next"}:
         assert found[key] == here[key], key
+    assert (found["next"], here["next"]) == ("aoconvert verify user/model", f"aoconvert verify {output}")
     assert found["written_by"]["how"] == "aoconvert.json"
 
 
