@@ -58,7 +58,8 @@ def test_the_keywords_that_a_type_checker_knows_are_the_fields(keywords: type, o
 def test_each_field_is_an_option_of_the_command_line(command: click.Command, options: Any) -> None:
     assert [*options_of(options)] == [*options.__dataclass_fields__]
     assert {parameter.name for parameter in command.params} > {*options.__dataclass_fields__}
-    shown = CliRunner().invoke(command, ["--help"]).output
+    # a command keeps the help option that it was first asked with, for later tests too
+    shown = CliRunner().invoke(command, ["--help"], help_option_names=["-h", "--help"]).output
     for field, option in options_of(options).items():
         assert all(re.search(rf"{name}\b", shown) for name in option.names(field)), field
         assert option.help.partition(" ")[0] in shown
