@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from fake_hub.fixtures import HubClient
 from fake_hub.server import total_bytes
@@ -112,6 +113,7 @@ def test_the_token_is_nowhere(hub_client: HubClient, checkpoints: Callable[[str]
     assert TOKEN not in json.dumps(json.loads((out / "aoconvert.json").read_text()))
 
 
+@pytest.mark.exhaustive
 def test_ties_are_decided_by_as_little_as_it_takes(
     hub_client: HubClient, checkpoints: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -151,6 +153,7 @@ def _asked_for(hub: HubClient, path: str) -> int:
     return sum(int(end) - int(begin) + 1 for begin, end in bounds)
 
 
+@pytest.mark.exhaustive
 def test_torch_files_are_here_before_the_plan(
     hub_client: HubClient, checkpoints: Callable[[str], Path], tmp_path: Path
 ) -> None:

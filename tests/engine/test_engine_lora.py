@@ -270,6 +270,7 @@ def test_references(tmp_path: Path) -> None:
         plan(tmp_path / "source", lora=str(tmp_path / "a@2"))
 
 
+@pytest.mark.exhaustive
 def test_a_lora_of_the_hub_is_pinned(tmp_path: Path, hub_client: HubClient) -> None:
     sd3(tmp_path / "source")
     layer = "transformer.transformer_blocks.0.attn.to_q"

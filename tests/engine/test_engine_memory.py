@@ -106,6 +106,7 @@ def peaks(folder: Path) -> tuple[int, int]:
     return own, child
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_verification_without_reload_does_not_hold_the_model(
     conversions: tuple[Conversion, Conversion], checkpoints: Callable[[str], Path], tmp_path: Path

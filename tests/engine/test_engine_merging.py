@@ -143,6 +143,7 @@ def watch(folder: Path, stop: threading.Event) -> Callable[[], int]:
     return result
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit was measured on Linux")
 def test_experts_take_the_disk_of_the_output_and_the_memory_of_a_few_tensors(tmp_path: Path) -> None:
     source, place = tmp_path / "source", tmp_path / "place"

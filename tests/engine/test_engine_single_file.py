@@ -167,6 +167,7 @@ def test_a_config_is_for_a_single_file(tmp_path: Path) -> None:
         plan(file, config=folder, fuse_qkv=True)
 
 
+@pytest.mark.exhaustive
 def test_the_config_that_diffusers_takes_comes_from_the_hub(tmp_path: Path, hub_client: HubClient) -> None:
     """A layout is known by its names and sizes; the repo is the one that diffusers has for it."""
     folder, file = build(tmp_path, "ltx")

@@ -91,6 +91,7 @@ def test_the_example_runs_where_the_card_claims_that_it_ran(
         assert ran == ["load", "forward", *(["example"] if claimed else [])]
 
 
+@pytest.mark.exhaustive
 def test_a_push_that_does_not_open_says_so(me: Pusher, fresh: Fresh) -> None:
     """The commit is there; whoever fetches it cannot have its weights."""
     me.hub.faults.append(Fault(r"/resolve/.*\.bin", status=403))

@@ -196,6 +196,7 @@ def test_faults(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.exhaustive
 def test_faults_of_xet(folders: tuple[Path, Path], tmp_path: Path) -> None:
     failures = run(CHOSEN_XET, 4, tmp_path / "hubs", *folders, xet=True)
     assert not failures, "\n".join(failures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from fake_hub.fixtures import HubClient
 from pushing import Pusher, entries
 
@@ -28,6 +29,7 @@ def test_a_migrated_checkpoint_is_published(me: Pusher, tmp_path: Path) -> None:
     assert "Migrated from an old torchao checkpoint (`int8wo`, torchao 0.7 to 0.17): 16 tensors with the same" in card
 
 
+@pytest.mark.exhaustive
 def test_an_old_repo_of_the_hub(hub_client: HubClient, tmp_path: Path) -> None:
     """Only what is needed is fetched, and the result names the commit."""
     state = hub_client.hub.state

@@ -30,6 +30,7 @@ def plan(folder: Path, cwd: Path) -> tuple[dict[str, Any], float, str]:
     return json.loads(done.stdout), seconds, done.stderr
 
 
+@pytest.mark.exhaustive
 def test_llama_405b(tmp_path: Path) -> None:
     config = json.loads((DATA / "llama-3.1-405b" / "config.json").read_text())
     made, seconds, stderr = plan(DATA / "llama-3.1-405b", tmp_path)

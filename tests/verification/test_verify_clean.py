@@ -38,6 +38,7 @@ def test_every_family(
     assert json.loads((tmp_path / "out/aoconvert.verify.json").read_text())["forward"] == report.to_dict()["forward"]
 
 
+@pytest.mark.exhaustive
 def test_by_somebody_else(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     """diffusers' own .bin: no manifest, so nothing to compare with; the rest is proven."""
     from diffusers import FluxTransformer2DModel, TorchAoConfig

@@ -112,6 +112,7 @@ def test_every_scheme(name: str, device: str | None, wide: Path, tmp_path: Path)
     assert aoconvert.verify(tmp_path / "out", require_device=True, reload=False).ok == (expected == "passed")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", ["from-pretrained", pytest.param("assign", marks=pytest.mark.exhaustive)])
 def test_seven_schemes_in_one_model(strategy: str, mixed: Path, wide: Path) -> None:
     """With rows of zeros, padded scales and a quantized embedding table: every check passes, forward included."""
