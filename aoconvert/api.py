@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -102,11 +102,12 @@ def quantize(
 
     with HashingAhead(local_weights(resolved, wanted)) as ahead:
         from aoconvert.engine.convert import run
+        from aoconvert.sources.download import download
 
-        _download(resolved, unreadable_headers(resolved, wanted), progress)
+        download(resolved, unreadable_headers(resolved, wanted), progress)
         plan = _build_plan(resolved, wanted, progress, need_weights=True)
         if plan.source.kind == "hub":
-            _download(plan.source, plan.fetch, progress)
+            download(plan.source, plan.fetch, progress)
         digests = ahead.stop()
     return run(plan, progress, command=command_line(plan, wanted), resume=wanted.resume, begun=digests)
 
@@ -364,11 +365,12 @@ def migrate(
     source = resolve(str(checkpoint), wanted.hub, single_file=True)
     refuse_output(source, wanted.output, overwrite=wanted.overwrite)
     from aoconvert.rewriting import migrate as run
+    from aoconvert.sources.download import download
 
     words = record(wanted, {"revision": source.revision})
     place = source.repo_id or argument(source.label)
     command = shlex.join(["aoconvert", "migrate", place, *words])
-    return run(source, wanted, progress, command=command, fetch=lambda paths: _download(source, paths, progress))
+    return run(source, wanted, progress, command=command, fetch=lambda paths: download(source, paths, progress))
 
 
 @host_by_default()
@@ -464,8 +466,9 @@ def _build_plan(source: Source, options: QuantizeOptions, progress: Progress, *,
     if not options.searches:
         return build_plan(source, options, need_weights=need_weights)
     from aoconvert.searching import search
+    from aoconvert.sources.download import download
 
-    found = search(source, options, progress, lambda paths: _download(source, paths, progress))
+    found = search(source, options, progress, lambda paths: download(source, paths, progress))
     plan = build_plan(source, options, need_weights=need_weights, rules=found.rules)
     return replace(plan, warnings=(*plan.warnings, *found.warnings))
 
@@ -487,21 +490,6 @@ def _resolve_source(source: str | Path, options: QuantizeOptions) -> Source:
     if options.config is not None:
         raise UsageError("--config is for a single weights file; this source has its own", hint="omit --config")
     return found
-
-
-def _download(source: Source, paths: Sequence[str], progress: Progress) -> None:
-    if not paths or source.kind != "hub":
-        return
-    progress.start("download", sum(source.files()[path].size for path in paths))
-    done = 0
-
-    def report(fetched: int, _: int) -> None:
-        nonlocal done
-        progress.advance(fetched - done)
-        done = fetched
-
-    source.fetch(paths, report)
-    progress.finish()
 
 
 def _config(source: Source) -> str | None:

@@ -180,7 +180,7 @@ def hide_token() -> None:
 
 
 def _without_token(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Arguments without ``--token``, and its value; what follows ``--`` is no option."""
+    """Separate ``--token`` from the other arguments, and return both; what follows ``--`` is not an option."""
     kept: list[str] = []
     token = None
     rest = iter(arguments)

@@ -29,8 +29,8 @@ def write_stderr(text: str) -> None:
 def write_stdout(text: str) -> None:
     """Write to stdout.
 
-    Where its reader has had enough (``| head -1``), that is no error. Where it is closed or full, nobody can be told:
-    the exit code says it, as with other tools.
+    A reader that has had enough (``| head -1``) is not an error. Where stdout is closed or full, the exit code says so,
+    as with other tools: there is no stream left for a message.
 
     Raises:
         SystemExit: with code 1, stdout is closed or full.

@@ -16,6 +16,7 @@ from aoconvert.options import HubOptions
 from aoconvert.progress import Progress
 from aoconvert.schemes import int4
 from aoconvert.sources import Source
+from aoconvert.sources.download import download
 
 _READ = ("bin", "safetensors")
 
@@ -85,7 +86,8 @@ def open_side(reference: str, hub: HubOptions, progress: Progress) -> Side:
         raise UnsafeFileError(reason, hint="do not use this checkpoint")
     for part in found.components:
         _refuse_other_formats(reference, part)
-    _fetch(source, found.components, progress)
+    files = [file.path for part in found.components for file in part.files]
+    download(source, [path for path in files if not source.is_local(path)], progress)
     manifest = _find_manifest(source)
     entries = {entry.name: entry for entry in manifest.components} if manifest is not None else {}
     parts = {}
@@ -109,22 +111,6 @@ def _refuse_other_formats(reference: str, part: Component) -> None:
                 f"{reference}: {file.path} is a {file.format.upper()} file, which diff does not read",
                 hint="diff compares .safetensors and torch files (.bin, .pt)",
             )
-
-
-def _fetch(source: Source, parts: tuple[Component, ...], progress: Progress) -> None:
-    paths = [file.path for part in parts for file in part.files if not source.is_local(file.path)]
-    if not paths:
-        return
-    progress.start("download", sum(source.files()[path].size for path in paths))
-    done = 0
-
-    def report(fetched: int, _: int) -> None:
-        nonlocal done
-        progress.advance(fetched - done)
-        done = fetched
-
-    source.fetch(paths, report)
-    progress.finish()
 
 
 def _tensors(source: Source, part: Component) -> dict[str, StoredTensor]:

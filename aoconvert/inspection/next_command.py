@@ -10,7 +10,6 @@ from aoconvert.humanize import argument
 from aoconvert.inspection.types import Component
 from aoconvert.originals.methods import METHODS
 
-_CPU_PACKED = ("Int4CPUAQTTensorImpl", "Int4OpaqueTensor")
 _READ = ("bin", "safetensors")
 
 
@@ -28,12 +27,9 @@ def next_command(path: str, components: Sequence[Component]) -> str | None:
     if any(part.unsafe for part in components):
         return None
     place = path if not path.startswith(("-", "~")) else argument(path)
-    old = [part for part in components if is_old(part)]
-    if old:
-        words = ["aoconvert", "migrate", place]
-        if any(name.rpartition(".")[2] in _CPU_PACKED for part in old for name in _within(part)):
-            words += ["--packed-on", "avx512"]
-        return shlex.join(words)
+    if any(is_old(part) for part in components):
+        # which CPU packed int4 no file says: migrate refuses to guess, and names the choices
+        return shlex.join(["aoconvert", "migrate", place])
     kinds = {part.kind for part in components if part.kind != "plain"}
     if kinds and kinds <= {"torchao", "torchao-safetensors"}:
         return shlex.join(["aoconvert", "verify", place])
@@ -50,13 +46,3 @@ def is_old(part: Component) -> bool:
         return True
     loading = part.loading
     return part.kind == "torchao" and loading is not None and (loading.maximum is not None or not loading.possible)
-
-
-def _within(part: Component) -> list[str]:
-    """The classes of its tensors, and of those within them."""
-    entries = [tensor.entry for file in part.files for tensor in file.tensors if tensor.entry is not None]
-    found = [entry.class_name for entry in entries]
-    while entries:
-        entries = [inner for entry in entries for inner in entry.inner.values()]
-        found += [entry.class_name for entry in entries]
-    return found

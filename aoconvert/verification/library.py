@@ -90,9 +90,13 @@ def compare_by_library(target: Checkpoint, source: Source, children: Children, *
     if manifest is None:
         return LibraryFindings("skipped", "without a manifest it is unknown what may differ from the source")
     if manifest.source.loras:
-        return LibraryFindings("skipped", "a LoRA was added to the source; numbers compares with both")
+        return LibraryFindings(
+            "skipped", "a LoRA was added to the source: only numbers, by aoconvert's own reading, compares with both"
+        )
     if source.kind == "file":
-        return LibraryFindings("skipped", "the source is a single file; numbers compares with it")
+        return LibraryFindings(
+            "skipped", "the source is a single file: only numbers, by aoconvert's own reading, compares with it"
+        )
     if (other := _other_model(target, source, manifest)) is not None:
         return LibraryFindings("failed", other, {})
     folder = None if target.kind == "pipeline" else _source_folder(source, manifest)

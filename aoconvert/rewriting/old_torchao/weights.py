@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from aoconvert.errors import AoconvertError
-from aoconvert.formats.digest import FileDigest, damaged_in_cache
+from aoconvert.formats.digest import FileDigest
 from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.inspection.compat import find_written, short
 from aoconvert.inspection.release_names import RELEASES
 from aoconvert.inspection.scheme import scheme_of
+from aoconvert.rewriting.hashed_files import HashedFiles
 from aoconvert.rewriting.migrate_types import CannotMigrate, Kind, OldTensor, read_meta
 from aoconvert.rewriting.old_file import OldFile, place_of
 from aoconvert.rewriting.old_torchao.activations import last_name
@@ -25,7 +26,7 @@ BROKEN = "torchao 0.8 and 0.9 wrote broken int4 weights for the CPU where HQQ wa
 
 
 @dataclass
-class TorchaoWeights:
+class TorchaoWeights(HashedFiles[OldFile]):
     """See :class:`aoconvert.rewriting.migrate_types.OldWeights`.
 
     Args:
@@ -111,32 +112,6 @@ class TorchaoWeights:
             unconfirmed=outcome.unconfirmed,
             place=tensor.place,
         )
-
-    def hash(self) -> None:
-        """From now on take the SHA-256 of the files, from what is read of them."""
-        for path, file in self._files.items():
-            self._digests[path] = FileDigest(file.path)
-            file.observe = self._digests[path].feed
-
-    def digests(self) -> Mapping[str, str]:
-        """The SHA-256 of each file; what was not read is read now.
-
-        Raises:
-            ReadError: a file changed meanwhile, or is not what the Hub said it is.
-        """
-        found = {}
-        for path, digest in self._digests.items():
-            expected = self.source.files()[path].sha256
-            found[path] = digest.finish(expected)
-            if expected not in (None, found[path]):
-                raise damaged_in_cache(path)
-        return found
-
-    def close(self) -> None:
-        """Release the files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
 
 
 def _plain(name: str, tensor: BinTensor, path: str, file: OldFile) -> OldTensor:

@@ -14,11 +14,12 @@ import torch
 
 from aoconvert.errors import SourceError
 from aoconvert.formats.base import Observe, open_file, read_bytes
-from aoconvert.formats.digest import FileDigest, damaged_in_cache
+from aoconvert.formats.digest import FileDigest
 from aoconvert.formats.safetensors.header import DTYPES, header_of, label_of
 from aoconvert.formats.torch_bin.contents import BinTensor, StoredData
 from aoconvert.models import ModelPart, build_skeleton
 from aoconvert.models.bounds import Held, check_config, limit_model
+from aoconvert.rewriting.hashed_files import HashedFiles
 from aoconvert.rewriting.migrate_types import CannotMigrate, Kind, OldTensor, dtype_of, read_meta
 from aoconvert.rewriting.quanto.decide import BITS, QuantoTensors, collect, decide, dequantize, is_packed, is_quanto
 from aoconvert.sources import Source
@@ -83,7 +84,7 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass
-class QuantoWeights:
+class QuantoWeights(HashedFiles[QuantoFile]):
     """See :class:`aoconvert.rewriting.migrate_types.OldWeights`.
 
     Args:
@@ -192,32 +193,6 @@ class QuantoWeights:
                 if name in file.tensors and float(file.read(file.tensors[name])) != 1:
                     layers.add(name.rpartition(".")[0])
         return len(layers)
-
-    def hash(self) -> None:
-        """From now on take the SHA-256 of the files, from what is read of them."""
-        for path, file in self._files.items():
-            self._digests[path] = FileDigest(file.path)
-            file.observe = self._digests[path].feed
-
-    def digests(self) -> Mapping[str, str]:
-        """The SHA-256 of each file; what was not read is read now.
-
-        Raises:
-            ReadError: a file changed meanwhile, or is not what the Hub said it is.
-        """
-        found = {}
-        for path, digest in self._digests.items():
-            expected = self.source.files()[path].sha256
-            found[path] = digest.finish(expected)
-            if expected not in (None, found[path]):
-                raise damaged_in_cache(path)
-        return found
-
-    def close(self) -> None:
-        """Release the files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
 
 
 def holds_quanto(source: Source, paths: Sequence[str]) -> bool:
