@@ -8,16 +8,13 @@ lie in the order in which they are read, which the format allows, so that nothin
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -26,7 +23,7 @@ from aoconvert.formats.base import FileOutline, SealedFile, StoredTensor, Writte
 from aoconvert.formats.content import data_names, own_bytes
 from aoconvert.formats.dtypes import dtype_name
 from aoconvert.formats.hashing import Prefix
-from aoconvert.formats.output_file import OutputFile
+from aoconvert.formats.output_writer import OutputWriter
 from aoconvert.formats.safetensors.contents import part_name
 from aoconvert.formats.safetensors.header import DTYPES
 from aoconvert.formats.safetensors.torchao_tensors import NAMES, CannotFlatten, flatten
@@ -49,7 +46,7 @@ class _Place:
     end: int
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(OutputWriter):
     """Streams tensors into one ``.safetensors``, which torchao's own reader opens. See ``Writer``.
 
     Raises:
@@ -92,20 +89,14 @@ class SafetensorsWriter:
     def __init__(
         self, path: Path, stored: Sequence[StoredTensor] = (), prefix: Prefix | None = None, head: bytes = b""
     ) -> None:
-        self._path = path
+        super().__init__(path, prefix if stored else None)
         self._head = head
         self._places = _places(head)
         self._written = {tensor.written.name: tensor.written for tensor in stored}
         self._last: WrittenTensor | None = None
-        self._whole = True  # False once a tensor was left half-written
-        self._sealed = False
-        try:
-            self._file = OutputFile(path, prefix if stored else None)
-            if not stored:
-                self._file.write(head)
-        except OSError as error:
-            raise self._failed("opening the file" if stored else "creating the file", error) from error
-        if stored and os.pread(self._file.fileno(), len(head), 0) != head:
+        if not stored:
+            self._write_head()
+        elif os.pread(self._file.fileno(), len(head), 0) != head:
             self.leave()
             raise WriteError(f"{path}: its header is not the one that is planned", hint="use --no-resume")
 
@@ -118,10 +109,7 @@ class SafetensorsWriter:
 
     def begin(self, name: str, like: torch.Tensor) -> SafetensorsSink:
         """Write a tensor whose rows come one after the other, see ``Writer.begin``."""
-        if name in self._written:
-            raise WriteError(f"{self._path}: tensor {name!r} was written twice")
-        if not self._whole:
-            raise WriteError(f"{self._path}: a tensor was left half-written")
+        self._expect(name, name in self._written)
         end = self._file.size
         for key, part in _flatten(name, like).items():
             if self._places.get(key) != _Place(_code(name, part), tuple(part.shape), end, end + part.nbytes):
@@ -155,25 +143,11 @@ class SafetensorsWriter:
         self._sealed = True
         return SealedFile(self._path, self._file.size, self._file.sha256(), ())
 
-    def leave(self) -> None:
-        """Close the file as it is; a later writer may go on with it."""
-        with contextlib.suppress(OSError):  # must not hide the error that brought us here
-            self._file.close()
-
-    def abort(self) -> None:
-        """Close and remove the unfinished file; does nothing once it is sealed."""
-        if not self._sealed:
-            self.leave()
-            with contextlib.suppress(OSError):
-                self._path.unlink()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
+    def _write_head(self) -> None:
+        try:
+            self._file.write(self._head)
+        except OSError as error:
+            raise self._failed("creating the file", error) from error
 
     def _copy(self, name: str, written: WrittenTensor) -> None:
         """Write what a tensor holds again, under another name."""
@@ -183,13 +157,6 @@ class SafetensorsWriter:
                 raise WriteError(f"{self._path}: {name!r} is not what its header has at byte {self._file.size}")
             for start in range(first.begin, first.end, _CHUNK):
                 self._file.write(os.pread(self._file.fileno(), min(_CHUNK, first.end - start), start))
-
-    def _failed(self, doing: str, error: OSError) -> WriteError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "free space on this disk, or choose another output folder"
-        else:
-            hint = "check the output folder's permissions, and that no other run writes there"
-        return WriteError(f"{self._path}: {doing} failed: {error.strerror or error}", hint=hint)
 
 
 class SafetensorsSink:

@@ -8,15 +8,11 @@ device *computes* offsets from the order in which torch itself writes, instead o
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -24,7 +20,7 @@ from aoconvert.errors import WriteError
 from aoconvert.formats.base import FileOutline, SealedFile, StoredTensor, WrittenTensor
 from aoconvert.formats.content import bytes_of, content_sha256, data_names, own_bytes, update
 from aoconvert.formats.hashing import Prefix
-from aoconvert.formats.output_file import OutputFile
+from aoconvert.formats.output_writer import OutputWriter
 from aoconvert.formats.torch_bin.pickle_tree import (
     CannotDescribe,
     Node,
@@ -59,7 +55,7 @@ def _pickle(nodes: Mapping[str, Node], order: Sequence[str] | None) -> bytes:
     return emit(Pairs(tuple((name, nodes[name]) for name in names)))
 
 
-class TorchBinWriter:
+class TorchBinWriter(OutputWriter):
     """Streams tensors into one ``.bin`` that ``torch.load(weights_only=True, mmap=True)`` reads.
 
     As a context manager it removes the file unless ``seal`` was reached. Same tensors in the same order give the same
@@ -103,15 +99,9 @@ class TorchBinWriter:
     def __init__(
         self, path: Path, stored: Sequence[StoredTensor] = (), prefix: Prefix | None = None, head: bytes = b""
     ) -> None:
-        self._path = path
-        self._sealed = False
-        self._whole = True  # False once a tensor was left half-written
+        super().__init__(path, prefix if stored else None)
         self._nodes: dict[str, Node] = {}
         self._last: tuple[WrittenTensor, int] | None = None
-        try:
-            self._file = OutputFile(path, prefix if stored else None)
-        except OSError as error:
-            raise self._failed("opening the file" if stored else "creating the file", error) from error
         self._zip = ZipStream(self._file.write)
         for tensor in stored:
             self._nodes[tensor.written.name], entries = decode_state(tensor.resume_state)
@@ -161,8 +151,7 @@ class TorchBinWriter:
         Raises:
             WriteError: disk full or another write error; ``order`` does not name exactly the tensors written.
         """
-        if not self._whole:
-            raise WriteError(f"{self._path}: a tensor was left half-written")
+        self._refuse_half_written()
         content = _pickle(self._nodes | {name: self._nodes[same] for name, same in (also or {}).items()}, order)
         try:
             self._zip.add(PREFIX + "data.pkl", content)
@@ -177,31 +166,8 @@ class TorchBinWriter:
         names = {name for node in self._nodes.values() for name in globals_of(node)}
         return SealedFile(self._path, self._file.size, self._file.sha256(), tuple(sorted(names)))
 
-    def leave(self) -> None:
-        """Close the file as it is; a later writer may go on with it."""
-        with contextlib.suppress(OSError):  # must not hide the error that brought us here
-            self._file.close()
-
-    def abort(self) -> None:
-        """Close and remove the unfinished file; does nothing once it is sealed."""
-        if not self._sealed:
-            self.leave()
-            with contextlib.suppress(OSError):
-                self._path.unlink()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
     def _start(self, name: str) -> int:
-        if name in self._nodes:
-            raise WriteError(f"{self._path}: tensor {name!r} was written twice")
-        if not self._whole:
-            raise WriteError(f"{self._path}: a tensor was left half-written")
+        self._expect(name, name in self._nodes)
         self._whole = False
         return len(self._zip.entries)
 
@@ -226,13 +192,6 @@ class TorchBinWriter:
         key = str(len(self._zip.entries))
         self._zip.add(record_name(key), bytes_of(data))
         return key
-
-    def _failed(self, doing: str, error: OSError) -> WriteError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "free space on this disk, or choose another output folder"
-        else:
-            hint = "check the output folder's permissions, and that no other run writes there"
-        return WriteError(f"{self._path}: {doing} failed: {error.strerror or error}", hint=hint)
 
 
 class TorchBinSink:
