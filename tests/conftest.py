@@ -4,10 +4,12 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fake_hub.fixtures import hub_client
+from helpers.forking import Forker, start_forked
 from helpers.shared import build_once
 
 __all__ = ["hub_client"]
@@ -53,3 +55,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             tiny.FAMILIES[folder.name].build(folder)
 
     return lambda name: build_once(tmp_path_factory, f"source/{name}", build)
+
+
+@pytest.fixture(scope="session")
+def forker(tmp_path_factory: pytest.TempPathFactory) -> Forker:
+    """Starts processes that have their imports already."""
+    return Forker.of_run(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def children_of_verify(request: pytest.FixtureRequest, forker: Forker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``verify`` starts is forked, and imports nothing again; ``fresh`` tests start real interpreters."""
+    if request.node.get_closest_marker("fresh") is None:
+        from aoconvert.verification import process
+
+        monkeypatch.setattr(process, "start_interpreter", partial(start_forked, forker))

@@ -89,6 +89,11 @@ class Ended(VerificationError):
         self.answers = child.answers() if of != "space" else []
 
 
+def start_interpreter(program: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a fresh interpreter that runs a program; ``options`` are those of ``subprocess.Popen``."""
+    return subprocess.Popen([sys.executable, "-I", "-W", "ignore", str(program)], **options)
+
+
 class Children:
     """The interpreters that run side by side; those that still run at the end of the ``with`` block are ended.
 
@@ -176,8 +181,8 @@ class Children:
         with self._lock:
             if self._over:
                 raise VerificationError("the verification is over")
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-W", "ignore", str(self._folder / f"{program}.py")],
+            process = start_interpreter(
+                self._folder / f"{program}.py",
                 stdin=question,
                 stdout=written.out,
                 stderr=written.said,

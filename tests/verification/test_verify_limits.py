@@ -15,6 +15,8 @@ from aoconvert.errors import UsageError, VerificationError
 from aoconvert.verification.limits import Limits, reserve
 from aoconvert.verification.process import Children, Ended
 
+pytestmark = pytest.mark.fresh  # the programs are made up here
+
 FIRST = "import json, os, subprocess, sys, time\nprint(json.dumps({'opened': 1}), flush=True)\n"
 ENDLESS = {
     "a loop": "while True: pass",
