@@ -261,10 +261,11 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """Write the tensors of a converted checkpoint into files of the other format, bit for bit.
+    """Write the tensors of a torchao checkpoint into files of the other format, bit for bit.
 
     Args:
-        checkpoint: a folder that ``quantize``, ``repack``, ``migrate`` or ``convert`` wrote.
+        checkpoint: a folder that ``quantize``, ``repack``, ``migrate`` or ``convert`` wrote, or that transformers,
+            diffusers or torchao's own functions wrote with tensors of today's classes.
         format: ``bin`` or ``safetensors``.
         output: folder for the result; default: ``checkpoint`` with ``-bin`` or ``-safetensors`` at its end.
         overwrite: replace an earlier result there.
@@ -275,11 +276,13 @@ def convert(
 
     Raises:
         UsageError: no such format.
-        SourceError: no manifest, or other files than it lists.
+        SourceError: other files than the manifest lists; without a manifest, no torchao tensors, or a config.json that
+            does not say how they are quantized.
         PlanError: tensors that the format cannot store, or an output that is in the way, with every problem.
         WriteError: disk full, or no permission.
     """
     from aoconvert.checkpoint import manifest as manifests
+    from aoconvert.files import is_there
     from aoconvert.options.quantize import FORMATS
     from aoconvert.planning.output import refuse_output
     from aoconvert.sources.folder import FolderSource
@@ -289,7 +292,8 @@ def convert(
     folder = Path(checkpoint)
     named = folder if folder.name not in ("", "..") else folder.resolve()
     place = Path(output) if output is not None else named.with_name(f"{named.name}-{format}")
-    manifests.load(folder)
+    if is_there(folder / manifests.MANIFEST_NAME) or not folder.is_dir():
+        manifests.load(folder)
     refuse_output(FolderSource(folder), place, overwrite=overwrite)  # before torch is imported
     from aoconvert.rewriting import convert as run
 

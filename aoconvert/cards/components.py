@@ -49,6 +49,11 @@ def describe(entry: ComponentEntry) -> dict[str, Any]:
         "kinds": layers.kinds(found),
         "worst": layers.worst(found),
         "migrated": _describe_migrated(entry),
+        "converted": (
+            {"format": entry.converted.format, "written_by": entry.converted.written_by}
+            if entry.converted is not None
+            else None
+        ),
     }
 
 

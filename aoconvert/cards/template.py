@@ -25,6 +25,7 @@ text is escaped where it is written, so no filter is needed for safety:
   ``worst`` (``name``, ``sqnr``, ``shape``);
   ``migrated`` (null, or ``kind``, ``scheme``, ``written_by`` of the old checkpoint, ``carried``, ``dequantized`` and
   ``requantized``: numbers of tensors, ``deviations``: ``reason``, ``count``, ``error``);
+  ``converted`` (null, or ``format`` of the files that somebody else wrote, and ``written_by``: torchao's releases);
 - ``sizes``: ``rows`` (``name``, ``scheme``, ``bytes_in``, ``bytes_out``, ``bits_in``, ``bits_out``), ``total``;
 - ``hardware`` (a text), ``needs`` (pairs of package and range), ``verify`` (a command),
   ``limits``: ``title``, ``text``;

@@ -201,6 +201,14 @@ class MigratedEntry(_Model):
     deviations: list[DeviationEntry] = Field(default_factory=list)
 
 
+class ConvertedEntry(_Model):
+    """Where the tensors of a component are from that somebody else had quantized, and ``convert`` wrote again."""
+
+    kind: Literal["torchao"] = Field(description="who quantized it")
+    format: Format = Field(description="of the weights files that it was in")
+    written_by: str | None = Field(default=None, description="the torchao releases that can have written a .bin")
+
+
 class Totals(_Model):
     """Sums over a component. ``quantized_fraction`` is of the parameters outside embeddings."""
 
@@ -246,6 +254,10 @@ class ComponentEntry(_Model):
     migrated: MigratedEntry | None = Field(
         default=None,
         description="with migrate: the old checkpoint that the component was; absent otherwise",
+    )
+    converted: ConvertedEntry | None = Field(
+        default=None,
+        description="with convert: the checkpoint by somebody else that the component was; absent otherwise",
     )
     missing: list[LeftOutEntry] = Field(
         default_factory=list,
@@ -355,7 +367,7 @@ def dump(manifest: Manifest) -> str:
 
 
 # keys that are left out where there is nothing to say; the others of a model are always there
-_ONLY_IF_SET = frozenset({"original", "migrated"})
+_ONLY_IF_SET = frozenset({"original", "migrated", "converted"})
 
 
 def _members(value: Any) -> dict[str, Any]:

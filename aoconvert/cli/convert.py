@@ -37,10 +37,11 @@ Examples:
 )
 @common
 def command(*, checkpoint: Path, format_: str, output: Path | None, overwrite: bool, out: Output) -> int:
-    """Write the tensors of a converted checkpoint into the other format of weights files.
+    """Write the tensors of a torchao checkpoint into the other format of weights files.
 
-    It quantizes nothing again: every tensor stays the same, bit for bit, and is compared afterwards. There and back
-    gives the same .bin, byte for byte. Everything else is copied.
+    PATH is a folder that aoconvert wrote, or that transformers, diffusers or torchao's own functions wrote with tensors
+    of today's classes. Nothing is quantized again: every tensor stays the same, bit for bit, and is compared
+    afterwards. There and back gives the same .bin, byte for byte, where aoconvert wrote it. Everything else is copied.
     """
     from aoconvert import api
 

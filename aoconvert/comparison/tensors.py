@@ -14,6 +14,7 @@ from typing import Any
 
 from aoconvert.comparison.settings import settle_all, value_of_metadata
 from aoconvert.errors import SourceError
+from aoconvert.formats.safetensors.contents import Shards, codes_part
 from aoconvert.formats.safetensors.header import DTYPES, HeaderEntry, read_header
 from aoconvert.formats.torch_bin.contents import BinTensor, Symbol, Value
 from aoconvert.formats.torch_bin.header import read_source
@@ -156,7 +157,11 @@ def leaf_of(tensor: BinTensor, path: Path) -> Leaf:
 
 
 def _flat(entries: Mapping[str, HeaderEntry], metadata: Mapping[str, str], path: Path) -> dict[str, StoredTensor]:
-    """Tensors of a safetensors file; those that torchao took apart are put together by its metadata."""
+    """Tensors of a safetensors file; those that torchao took apart are put together by its metadata.
+
+    One whose parts are in several shards is in that which has its codes.
+    """
+    shards = Shards(path)
     leaves = {name: _leaf_of_entry(entry, path) for name, entry in entries.items()}
     found: dict[str, StoredTensor] = {}
     for name, values in read_described(metadata).items():
@@ -165,17 +170,26 @@ def _flat(entries: Mapping[str, HeaderEntry], metadata: Mapping[str, str], path:
         if values["_type"] == _PLAIN or not isinstance(names, list) or not isinstance(data, Mapping):
             continue
         prefix = prefix_of(name)
-        parts = {part: leaves[f"{prefix}{part}"] for part in map(str, names) if f"{prefix}{part}" in leaves}
+        keys = {part: f"{prefix}{part}" for part in map(str, names)}
+        if shards.paths and not keys.values() & leaves.keys():
+            continue  # each shard describes all tensors of the model
+        is_here = bool(keys) and keys[codes_part(list(keys))] in leaves
+        parts = {part: leaf for part, key in keys.items() if (leaf := leaves.pop(key, None) or _elsewhere(shards, key))}
         if len(parts) != len(names):
             raise SourceError(
                 f"{path.name}: {name} lacks one of its parts: {', '.join(map(str, names))}",
                 hint="download the file again, or point aoconvert at an intact copy",
             )
-        found[name] = _of_metadata(str(values["_type"]), data, parts)
-        for part in parts:
-            del leaves[f"{prefix}{part}"]
+        if is_here:
+            found[name] = _of_metadata(str(values["_type"]), data, parts)
     plain = {name: StoredTensor(_PLAIN, leaf.dtype, leaf.shape, {"": leaf}) for name, leaf in leaves.items()}
     return found | plain
+
+
+def _elsewhere(shards: Shards, key: str) -> Leaf | None:
+    """An array in another shard."""
+    found = shards.find(key)
+    return _leaf_of_entry(found[1], found[0]) if found is not None else None
 
 
 def _of_metadata(class_name: str, data: Mapping[str, Any], parts: Mapping[str, Leaf]) -> StoredTensor:

@@ -205,6 +205,7 @@ def component_entry(
         rules=dict(rule_schemes(config, component.layout.device)) if len(component.schemes) > 1 else None,
         original=manifest.OriginalEntry(**asdict(component.original)) if component.original is not None else None,
         migrated=None,
+        converted=None,
         missing=[manifest.LeftOutEntry(**asdict(item)) for item in component.missing],
         dropped=[manifest.LeftOutEntry(**asdict(item)) for item in component.dropped],
         tensors=tensors,

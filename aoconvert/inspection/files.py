@@ -9,6 +9,7 @@ from typing import Any
 
 from aoconvert.errors import UnsafeFileError
 from aoconvert.formats.gguf import GGUF_MAGIC, read_gguf
+from aoconvert.formats.safetensors.contents import codes_part
 from aoconvert.formats.safetensors.header import DTYPES, read_header
 from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.formats.torch_bin.header import read_source
@@ -128,7 +129,10 @@ def _flat(
             continue
         prefix = prefix_of(name)
         parts = entry.get("_tensor_data_names")
-        helpers |= {f"{prefix}{part}" for part in (parts if isinstance(parts, list) else ())}
+        names = list(map(str, parts)) if isinstance(parts, list) else []
+        helpers.update(f"{prefix}{part}" for part in names)
+        if names and f"{prefix}{codes_part(names)}" not in stored:
+            continue  # in another shard: each one describes all tensors of the model
         data = entry.get("_data")
         attributes = data if isinstance(data, dict) else {}
         dtype, shape = stored.get(f"{prefix}qdata", (None, ()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -13,17 +12,29 @@ import torch
 
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import validate
-from aoconvert.checkpoint.manifest import MANIFEST_NAME, ComponentEntry, FileEntry, Manifest, UnquantizedEntry
+from aoconvert.checkpoint.manifest import (
+    MANIFEST_NAME,
+    ComponentEntry,
+    FileEntry,
+    Manifest,
+    StoredEntry,
+    TensorEntry,
+    UnquantizedEntry,
+)
 from aoconvert.engine.manifest_entries import RunClock, file_entry, loading_values, run_entry, tool_entry
 from aoconvert.engine.memory import steady_allocator
 from aoconvert.engine.staging import Stage, staged_output
 from aoconvert.errors import QuantizeError, SourceError, WriteError
+from aoconvert.files import is_there
 from aoconvert.formats.base import FileOutline, SealedFile, StoredFile
 from aoconvert.formats.content import content_sha256
 from aoconvert.formats.registry import FORMATS, FileFormat, open_stored
+from aoconvert.json_text import INDEX_BYTES
 from aoconvert.progress import Progress
 from aoconvert.rewriting.convert_plan import FilePair, Part, loads_with, parts_of, prepare, renamed
 from aoconvert.rewriting.repack import copy_files
+from aoconvert.rewriting.taken_over import describe_checkpoint
+from aoconvert.sources.folder import FolderSource
 
 _DAMAGED = "quantize again; aoconvert verify shows what else changed"
 
@@ -72,11 +83,12 @@ def convert(
 ) -> Converted:
     """Write the tensors of a checkpoint into files of the other format. The output appears when it is whole.
 
-    One tensor is in memory at a time. Each is compared with the manifest before it is written, and read again
-    afterwards. An earlier card and verification stay behind: they speak of other files.
+    One tensor is in memory at a time. Each is compared with the manifest, where there is one, before it is written, and
+    read again afterwards. An earlier card and verification stay behind: they speak of other files.
 
     Args:
-        folder: what ``aoconvert quantize``, ``repack``, ``migrate`` or ``convert`` wrote.
+        folder: what ``aoconvert quantize``, ``repack``, ``migrate`` or ``convert`` wrote, or transformers, diffusers or
+            torchao's own functions.
         format_name: ``bin`` or ``safetensors``.
         output: the new folder.
         overwrite: replace an earlier result there.
@@ -84,13 +96,13 @@ def convert(
         command: the command line, for the manifest.
 
     Raises:
-        SourceError: no manifest, or files that are not those it lists.
+        SourceError: files that are not those a manifest lists; without one, no torchao tensors, or no torchao config.
         PlanError: with everything that is in the way.
         WriteError: disk full, or no permission.
     """
     steady_allocator()
     clock = RunClock()
-    old = manifests.load(folder)
+    old = manifests.load(folder) if is_there(folder / MANIFEST_NAME) else describe_checkpoint(folder, command)
     validate(old)
     format_ = FORMATS[format_name]
     pairs = prepare(folder, old, format_, output, overwrite=overwrite)
@@ -132,6 +144,8 @@ class _Conversion:
     stage: Stage
     progress: Progress
     sealed: dict[str, SealedFile] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    nbytes: int = 0
 
     def run(self) -> Part:
         """Write its files, and say what they are."""
@@ -142,11 +156,14 @@ class _Conversion:
                 pair.old: stack.enter_context(open_stored(self.folder / pair.old)) for pair in mine if not pair.is_index
             }
             model = _on_meta(entry, opened)
+            self.nbytes = sum(t.nbytes for stored in opened.values() for t in stored.contents.tensors.values())
             for path, stored in opened.items():
                 self.sealed[path] = self._write(path, stored, model)
         values: dict[str, Any] = {
             "tensors": [
-                replace(tensor, file=renamed(self.pairs, tensor.file)) if tensor.file is not None else tensor
+                replace(tensor, file=renamed(self.pairs, tensor.file), sha256=self._digest(tensor))
+                if tensor.file is not None
+                else tensor
                 for tensor in entry.tensors
             ]
         }
@@ -172,15 +189,17 @@ class _Conversion:
         with self.format.writer(target, head=outline.head) as writer:
             for name in order:
                 tensor = stored.read(name)
-                if content_sha256(tensor) != entries[name].sha256:
+                self.digests[name] = content_sha256(tensor)
+                if entries[name].sha256 and self.digests[name] != entries[name].sha256:
                     raise SourceError(f"{path}: {name} is not what the manifest lists", hint=_DAMAGED)
                 writer.add(name, tensor)
                 self.progress.advance(stored.contents.tensors[name].nbytes, name)
                 del tensor
             sealed = writer.seal(list(entries), also)
+        self.digests |= {name: self.digests[same] for name, same in also.items()}
         with open_stored(target) as made:
             for name in order:
-                if content_sha256(made.read(name)) != entries[name].sha256:
+                if content_sha256(made.read(name)) != self.digests[name]:
                     raise QuantizeError(f"{name} changed while it was converted", hint="please report this")
         return sealed
 
@@ -204,8 +223,21 @@ class _Conversion:
         if not pair.is_index:
             return file_entry(pair.new, self.sealed[pair.old])
         where = {tensor.name: Path(tensor.file).name for tensor in tensors if tensor.file is not None}
-        total = json.loads((self.folder / pair.old).read_bytes())["metadata"]["total_size"]
-        return self.stage.write_index(pair.new, where, total)
+        return self.stage.write_index(pair.new, where, self._total_size(pair.old))
+
+    def _total_size(self, index: str) -> int:
+        """What an index says; some writers leave it out."""
+        metadata = FolderSource(self.folder).read_json(index, INDEX_BYTES).get("metadata")
+        found = metadata.get("total_size") if isinstance(metadata, dict) else None
+        return found if isinstance(found, int) else self.nbytes
+
+    def _digest(self, tensor: TensorEntry | StoredEntry) -> str:
+        """What was read of a tensor; of one whose file stays as it is what the manifest says, or is read now."""
+        if (known := self.digests.get(tensor.name) or tensor.sha256) or tensor.file is None:
+            return known or ""
+        with open_stored(self.folder / tensor.file) as stored:
+            self.digests |= {name: content_sha256(stored.read(name)) for name in stored.contents.tensors}
+        return self.digests[tensor.name]
 
     def _kwargs(self, entry: ComponentEntry) -> dict[str, Any]:
         """diffusers finds a sharded .bin only when it is told."""

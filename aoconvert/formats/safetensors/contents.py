@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +51,7 @@ _DTYPES = {name for name, _ in DTYPES.values()} | {
     "float4_e2m1fn_x2",
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
 }
+_SHARD = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.safetensors)", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 _DEPTH = 6
 _MOST_VALUES = 64  # attributes of an object, items of a list
@@ -66,11 +67,54 @@ def read_stored(path: Path) -> BinContents:
         UnsafeFileError: its metadata do not describe what it holds, or name what no checkpoint needs.
     """
     with LocalFile(path) as source:
-        return contents_of(read_header(source, str(path)), str(path))
+        header = read_header(source, str(path))
+    return contents_of(header, str(path), Shards(path))
 
 
-def contents_of(header: SafetensorsHeader, label: str) -> BinContents:
-    """The tensors that a header describes.
+class Shards:
+    """The other shards of a model beside one, by their names: ``model-00001-of-00003.safetensors``.
+
+    transformers and torchao's own functions cut a model between any two arrays, which may be parts of one tensor.
+
+    Args:
+        path: of the one.
+
+    Attributes:
+        paths: of the others.
+    """
+
+    def __init__(self, path: Path) -> None:
+        match = _SHARD.fullmatch(path.name)
+        self.paths: list[Path] = []
+        if match is not None:
+            names = (f"{match[1]}{number:05}{match[3]}" for number in range(1, int(match[4]) + 1))
+            self.paths = [path.with_name(name) for name in names if name != path.name]
+        self._headers: dict[Path, SafetensorsHeader] | None = None
+
+    def find(self, key: str) -> tuple[Path, HeaderEntry] | None:
+        """The shard that holds an array, and where; ``None``: none of them.
+
+        Raises:
+            SourceError: a shard is damaged.
+        """
+        if self._headers is None:
+            self._headers = {path: _read(path) for path in self.paths if path.is_file()}
+        found = ((path, header.entries.get(key)) for path, header in self._headers.items())
+        return next(((path, entry) for path, entry in found if entry is not None), None)
+
+
+def _read(path: Path) -> SafetensorsHeader:
+    with LocalFile(path) as source:
+        return read_header(source, str(path))
+
+
+def contents_of(header: SafetensorsHeader, label: str, shards: Shards | None = None) -> BinContents:
+    """The tensors that a header describes. One whose parts are in several shards is in that which has its codes.
+
+    Args:
+        header: of the file.
+        label: what messages call it.
+        shards: the other files of the model.
 
     Raises:
         UnsafeFileError: as ``read_stored``.
@@ -86,18 +130,28 @@ def contents_of(header: SafetensorsHeader, label: str) -> BinContents:
         here = {part: key for part, key in keys.items() if key in header.entries}
         if not here:
             continue  # in another file of the model
-        if missing := sorted(keys.keys() - here.keys()):
-            _refuse(label, f"{name!r}: its part {missing[0]!r} is not in this file")
+        found = {part: header.entries[key] for part, key in here.items()}
+        places: dict[str, str] = {}
+        for part in sorted(keys.keys() - here.keys()):
+            if shards is None or (other := shards.find(keys[part])) is None:
+                _refuse(label, f"{name!r}: its part {part!r} is not in this file")
+            places[part], found[part] = other[0].name, other[1]
         if used & set(keys.values()):
             _refuse(label, f"{name!r} and another tensor have the same parts")
         used |= set(keys.values())
-        tensors[name] = _torchao_tensor(name, entry, {part: header.entries[key] for part, key in keys.items()}, label)
+        if codes_part(parts) in here:
+            tensors[name] = _torchao_tensor(name, entry, {part: found[part] for part in parts}, places, label)
     plain = {name: _plain(entry) for name, entry in header.entries.items() if name not in used}
     if described and (twice := sorted(plain.keys() & tensors.keys())):
         _refuse(label, f"{twice[0]!r} is there twice, plain and in parts")
     tensors |= plain
     order = dict.fromkeys((*(name for name in described if name in tensors), *tensors))
     return BinContents({name: tensors[name] for name in order}, {}, (), {}, 0, "little")
+
+
+def codes_part(parts: Sequence[str]) -> str:
+    """The part whose file a tensor is counted to, where its parts are in several: its codes, by torchao's name."""
+    return "qdata" if "qdata" in parts else parts[0]
 
 
 def part_name(name: str, part: str) -> str:
@@ -151,14 +205,17 @@ def _parts(name: str, entry: Mapping[str, Any], label: str) -> list[str]:
     return parts
 
 
-def _torchao_tensor(name: str, entry: Mapping[str, Any], parts: Mapping[str, HeaderEntry], label: str) -> BinTensor:
+def _torchao_tensor(
+    name: str, entry: Mapping[str, Any], parts: Mapping[str, HeaderEntry], places: Mapping[str, str], label: str
+) -> BinTensor:
+    """A tensor in parts; ``places`` names the other files that hold some of them."""
     data = entry.get("_data")
     if not isinstance(data, dict):
         _refuse(label, f"{name!r}: its entry has no attributes")
     if both := sorted(data.keys() & parts.keys()):
         _refuse(label, f"{name!r}: {both[0]!r} is an attribute and a part")
     attributes = {key: _value(value, label, name, _DEPTH) for key, value in _named(data, label, name)}
-    inner = {part: _plain(found) for part, found in parts.items()}
+    inner = {part: _plain(found, places.get(part, "")) for part, found in parts.items()}
     shape = _shape(attributes.get("shape"), sum(part.nbytes for part in inner.values()))
     if shape is None:
         _refuse(label, f"{name!r}: its shape is not one that its parts can have")
@@ -210,8 +267,8 @@ def _value(value: Any, label: str, name: str, depth: int) -> Value:
     return Instance(str(kind), (data,))
 
 
-def _plain(entry: HeaderEntry) -> BinTensor:
+def _plain(entry: HeaderEntry, file: str = "") -> BinTensor:
     strides = [math.prod(entry.shape[place + 1 :]) for place in range(len(entry.shape))]
-    data = StoredData("", entry.begin, entry.end - entry.begin, 0, tuple(strides))
+    data = StoredData(file, entry.begin, entry.end - entry.begin, 0, tuple(strides))
     dtype = DTYPES.get(entry.dtype, (entry.dtype, 0))[0]
     return BinTensor("torch.Tensor", dtype, entry.shape, data, {}, {}, False, "cpu")

@@ -11,11 +11,12 @@ from typing import Self
 import torch
 
 from aoconvert.errors import DAMAGED_HINT, SourceError
-from aoconvert.formats.safetensors.contents import contents_of, part_name
+from aoconvert.formats.safetensors.contents import Shards, contents_of, part_name
 from aoconvert.formats.safetensors.header import read_header
 from aoconvert.formats.safetensors.reader import SafetensorsReader
 from aoconvert.formats.safetensors.torchao_tensors import CannotFlatten, unflatten
 from aoconvert.formats.safetensors.writer import SHARED
+from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.sources.byte_source import LocalFile
 
 
@@ -26,9 +27,9 @@ class StoredSafetensors:
         self._path = path
         with LocalFile(path) as source:
             header = read_header(source, str(path))
-        self.contents = contents_of(header, str(path))
+        self.contents = contents_of(header, str(path), Shards(path))
         self._metadata = header.metadata
-        self._reader = SafetensorsReader(path, header=header)
+        self._readers = {"": SafetensorsReader(path, header=header)}
 
     def __enter__(self) -> Self:
         return self
@@ -36,7 +37,8 @@ class StoredSafetensors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._reader.close()
+        for reader in self._readers.values():
+            reader.close()
 
     @property
     def order(self) -> list[str]:
@@ -66,10 +68,10 @@ class StoredSafetensors:
 
     def like(self, name: str) -> torch.Tensor:
         """A tensor on meta; raises as ``read``."""
-        infos = self._reader.infos()
 
-        def empty(key: str) -> torch.Tensor:
-            return torch.empty(infos[key].shape, dtype=infos[key].dtype, device="meta")
+        def empty(key: str, reader: SafetensorsReader) -> torch.Tensor:
+            info = reader.infos()[key]
+            return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
         return self._made(name, empty)
 
@@ -80,14 +82,21 @@ class StoredSafetensors:
             ReadError: the disk fails, or the file changed.
             SourceError: torchao makes no tensor of it.
         """
-        return self._made(name, self._reader.read)
+        return self._made(name, lambda key, reader: reader.read(key))
 
-    def _made(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    def _made(self, name: str, read: Callable[[str, SafetensorsReader], torch.Tensor]) -> torch.Tensor:
         tensor = self.contents.tensors[name]
         if tensor.data is not None:
-            return read(name)
-        parts = {part: read(part_name(name, part)) for part in tensor.inner}
+            return read(name, self._readers[""])
+        parts = {part: read(part_name(name, part), self._reader(inner)) for part, inner in tensor.inner.items()}
         try:
             return unflatten(name, parts, self._metadata[name])
         except CannotFlatten as error:
             raise SourceError(f"{self._path}: {name!r}: {error}", hint=DAMAGED_HINT) from error
+
+    def _reader(self, part: BinTensor) -> SafetensorsReader:
+        """Of the file that holds a part: another shard, which is opened then, or this one."""
+        file = part.data.storage if part.data is not None else ""
+        if file not in self._readers:
+            self._readers[file] = SafetensorsReader(self._path.with_name(file))
+        return self._readers[file]
