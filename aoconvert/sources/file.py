@@ -59,7 +59,7 @@ class FileSource(Source):
         self.root = self.place.parent
         self.label = self.weights_file = self.place.name
         self.origin = origin
-        self._config = config
+        self.config = config
         self._at = f"{folder}/{CONFIG}" if folder else CONFIG
         try:
             self._files = {self.label: SourceFile(self.label, self.place.stat().st_size)}
@@ -102,4 +102,4 @@ class FileSource(Source):
 
     def read_json(self, path: str, most: int = CONFIG_BYTES) -> Any:
         """The config's value; see :meth:`Source.read_json`."""
-        return self._config if path == self._at and self._config is not None else super().read_json(path, most)
+        return self.config if path == self._at and self.config is not None else super().read_json(path, most)

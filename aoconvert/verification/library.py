@@ -7,12 +7,14 @@ reading that made the result has a say in it; see ``children/library_child.py``.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import shlex
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from aoconvert.checkpoint.checkpoint import Checkpoint, Part
@@ -23,7 +25,11 @@ from aoconvert.errors import SourceError
 from aoconvert.humanize import plural
 from aoconvert.memory import available_bytes
 from aoconvert.models import identify
+from aoconvert.models.lora_files import LoraFile, read_loras
+from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.sources import Source
+from aoconvert.sources.file import CONFIG, FileSource
+from aoconvert.verification.original import find_loras
 from aoconvert.verification.process import Children, Ended
 
 _VARIANT = re.compile(
@@ -80,8 +86,24 @@ def fetch_for_library(source: Source, variant: str | None, folder: str | None) -
     source.fetch(wanted)
 
 
-def compare_by_library(target: Checkpoint, source: Source, children: Children, *, trust: bool) -> LibraryFindings:
+def compare_by_library(
+    target: Checkpoint,
+    source: Source,
+    children: Children,
+    loras: Sequence[str] = (),
+    hub: HubOptions = DEFAULT_HUB,
+    *,
+    trust: bool,
+) -> LibraryFindings:
     """Have the library open both, and compare everything by its own names.
+
+    Args:
+        target: the checkpoint.
+        source: the original.
+        children: start the interpreters.
+        loras: files of LoRAs that were added.
+        hub: how the Hub is asked for the others.
+        trust: run code inside the checkpoints.
 
     Raises:
         VerificationError: the interpreter died, or did not come to an end.
@@ -89,27 +111,34 @@ def compare_by_library(target: Checkpoint, source: Source, children: Children, *
     manifest = target.manifest
     if manifest is None:
         return LibraryFindings("skipped", "without a manifest it is unknown what may differ from the source")
-    if manifest.source.loras:
+    if (added := find_loras(manifest.source, loras)) is None:
+        return LibraryFindings("skipped", "a LoRA was added that is not on the Hub: --lora FILE names it")
+    if source.kind == "file" and target.kind != "diffusers":
         return LibraryFindings(
-            "skipped", "a LoRA was added to the source: only numbers, by aoconvert's own reading, compares with both"
-        )
-    if source.kind == "file":
-        return LibraryFindings(
-            "skipped", "the source is a single file: only numbers, by aoconvert's own reading, compares with it"
+            "skipped", f"{target.class_name} has no from_single_file: the library opens no such file"
         )
     if (other := _other_model(target, source, manifest)) is not None:
         return LibraryFindings("failed", other, {})
+    files = read_loras(added, hub)
+    if wrong := [
+        str(file.path) for file, of in zip(files, manifest.source.loras, strict=True) if file.sha256 != of.sha256
+    ]:
+        return LibraryFindings("failed", f"--lora {some(wrong)} is not what was added: its SHA-256 is another one", {})
     folder = None if target.kind == "pipeline" else _source_folder(source, manifest)
     fetch_for_library(source, _variant(manifest), folder)
     with tempfile.TemporaryDirectory(prefix="aoconvert-") as scratch:
-        request = _request(target, source, manifest, scratch, trust=trust)
+        request = _request(target, source, manifest, scratch, trust=trust, loras=files)
         try:
             answers = children.ask("library_child", request, nbytes=target.nbytes + source.nbytes)
         except Ended as error:
             if error.of != "memory":
                 raise
             return LibraryFindings("skipped", error.message)
-    return judge(source.label, answers)
+    found = judge(source.label, answers)
+    if isinstance(source, FileSource) and found.status == "passed":
+        config = f"the config of {source.origin.label}" if source.origin is not None else "the result's own config"
+        return replace(found, detail=f"{found.detail}; {source.label} was opened with {config}")
+    return found
 
 
 def originals(target: Checkpoint, source: Source | None, *, trust: bool) -> dict[str, dict[str, Any]]:
@@ -119,7 +148,7 @@ def originals(target: Checkpoint, source: Source | None, *, trust: bool) -> dict
         manifest is None
         or source is None
         or source.kind == "file"
-        or manifest.source.loras
+        or manifest.source.loras  # a forward pass needs the whole of it in memory
         or _other_model(target, source, manifest) is not None
     ):
         return {}
@@ -139,7 +168,7 @@ def originals(target: Checkpoint, source: Source | None, *, trust: bool) -> dict
 def _other_model(target: Checkpoint, source: Source, manifest: Manifest) -> str | None:
     """Why the source cannot be the one that the result was made of, by its configs."""
     try:
-        layout = identify(source, manifest.source.subfolder)
+        layout = identify(source, manifest.source.subfolder if source.kind != "file" else None)
     except SourceError as error:
         return error.message
     if target.kind == "pipeline" or layout.kind != "pipeline":
@@ -149,11 +178,27 @@ def _other_model(target: Checkpoint, source: Source, manifest: Manifest) -> str 
     return None if same else f"{source.label} is another model: {layout.class_name}, not {target.class_name}"
 
 
-def _request(target: Checkpoint, source: Source, manifest: Manifest, scratch: str, *, trust: bool) -> dict[str, Any]:
+def _request(
+    target: Checkpoint,
+    source: Source,
+    manifest: Manifest,
+    scratch: str,
+    *,
+    trust: bool,
+    loras: Sequence[LoraFile] = (),
+) -> dict[str, Any]:
     root = source.root / (manifest.source.subfolder or "") if target.kind == "pipeline" else source.root
+    file = source.place if isinstance(source, FileSource) else None
+    if file is not None:
+        root = _write_config(source, Path(scratch) / "config")
     folder = str(target.folder.resolve())
     return {
-        "source": {"folder": str(root), "variant": _variant(manifest)},
+        "source": {
+            "folder": str(root),
+            "variant": _variant(manifest),
+            "file": str(file) if file is not None else None,
+        },
+        "loras": [{"file": str(lora.place), "weight": lora.weight, "peft": lora.config is not None} for lora in loras],
         "result": {
             "folder": folder,
             "code": load_code(target, folder, "assign", device="cpu") if target.fused else None,
@@ -169,6 +214,13 @@ def _request(target: Checkpoint, source: Source, manifest: Manifest, scratch: st
             for part, entry in zip(target.parts, manifest.components, strict=True)
         },
     }
+
+
+def _write_config(source: Source, folder: Path) -> Path:
+    """A folder with the config of a single file, as ``from_single_file`` takes it."""
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(source.read_json(CONFIG)), encoding="utf-8")
+    return folder
 
 
 def _part(part: Part, entry: ComponentEntry, source: Source, target: Checkpoint, manifest: Manifest) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import FileEntry, SourceEntry
 from aoconvert.checkpoint.report import Status, some
-from aoconvert.errors import SourceError, UsageError
+from aoconvert.errors import HubError, SourceError, UsageError
 from aoconvert.humanize import plural
 from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.sources import SINGLE_FILE_SUFFIXES, Source, resolve
@@ -52,7 +52,7 @@ def resolve_original(
     """
     place = Path(reference).expanduser()
     if hub.revision is None and _is_single_file(place):
-        return FileSource(place, _config(checkpoint))
+        return _with_config(FileSource(place), checkpoint, hub)
     try:
         pinned = replace(hub, revision=hub.revision or _find_commit(reference, checkpoint))
         return resolve(reference, pinned, trust_remote_code=trust_remote_code)
@@ -62,6 +62,20 @@ def resolve_original(
 
 def _is_single_file(place: Path) -> bool:
     return place.is_file() and place.suffix in SINGLE_FILE_SUFFIXES
+
+
+def _with_config(source: FileSource, checkpoint: Path, hub: HubOptions) -> FileSource:
+    """The file with the config that the manifest names, where that can be had; else with that of the checkpoint."""
+    from aoconvert.models.single_file import add_config
+
+    try:
+        made_of = manifests.load(checkpoint).source
+        if (named := made_of.config) is not None and named.repo_id is not None:
+            found = add_config(source, f"{named.repo_id}@{named.revision}", made_of.subfolder, hub)
+            return FileSource(source.place, found.config, found.origin)
+    except (SourceError, HubError, UsageError):  # a repo that is gone, no network; a bad manifest is said later
+        pass
+    return FileSource(source.place, _config(checkpoint))
 
 
 def _config(checkpoint: Path) -> Mapping[str, Any] | None:

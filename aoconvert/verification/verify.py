@@ -383,7 +383,9 @@ def _library(run: _Run, target: Checkpoint, findings: list[LibraryFindings], chi
         return "skipped", "no source given"
     if not run.options.reload:
         return "skipped", "it was not requested"
-    found = compare_by_library(target, run.original, children, trust=run.options.trust_remote_code)
+    options = run.options
+    how = (options.lora, options.hub)
+    found = compare_by_library(target, run.original, children, *how, trust=options.trust_remote_code)
     findings.append(found)
     return found.status, found.detail
 

@@ -2,7 +2,9 @@
 
 Reads one JSON request from stdin:
 
-- ``source``: ``{"folder", "variant"}``; ``result``: ``{"folder", "code"}`` (``code``: the card's way of opening what
+- ``source``: ``{"folder", "variant", "file"}`` (``file``: a single file in its authors' names, whose configs the folder
+  holds, or null); ``loras``: that were added, each ``{"file", "weight", "peft"}``;
+- ``result``: ``{"folder", "code"}`` (``code``: the card's way of opening what
   ``from_pretrained`` cannot, or null);
 - ``kind``: what ``from_pretrained`` of both gives (``pipeline``, ``diffusers``, ``transformers``);
 - ``imports``: modules to import before a file of the result is opened; ``trust``: run code inside the checkpoints;
@@ -43,7 +45,7 @@ def sibling(name: str) -> Any:
 
 
 opening, tensors, configs = sibling("library_opening"), sibling("library_tensors"), sibling("library_configs")
-reports = sibling("library_reports")
+reports, files, loras = sibling("library_reports"), sibling("library_files"), sibling("library_loras")
 
 
 class Comparison:
@@ -54,6 +56,7 @@ class Comparison:
         self.source = Path(request["source"]["folder"])
         self.result = Path(request["result"]["folder"])
         self.variant = request["source"]["variant"]
+        self.single: Any = None
         self.counted: Counter[str] = Counter()
         self.worst: float | None = None
         self.part = ""
@@ -77,9 +80,12 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             for name in request["imports"]:
                 importlib.import_module(name)
+            if (file := request["source"].get("file")) is not None:
+                comparison.single = files.SingleFile(file, str(comparison.source), request["available"])
             compare_pipelines(comparison) if request["kind"] == "pipeline" else compare_single(comparison)
-            compare_files(comparison)
-    except opening.CannotCompare as error:
+            if comparison.single is None:
+                compare_files(comparison)
+    except (opening.CannotCompare, files.NoMemory, loras.NotAdded) as error:
         say({"skipped": str(error)})
     except Exception as error:
         say({"error": f"{comparison.part}: {root_cause(error)}".lstrip(": ")})
@@ -99,6 +105,9 @@ def compare_single(comparison: Comparison) -> None:
     [(_, part)] = comparison.request["parts"].items()
     part["trust"] = comparison.request["trust"]
     source, source_report = open_source(comparison, part)
+    if comparison.request.get("loras"):
+        added = comparison.request["loras"], comparison.request["available"]
+        source, part["before"] = loras.add_loras(source, *added)
     code = comparison.request["result"]["code"]
     if code is None:
         result, report = open_result(comparison, part)
@@ -125,8 +134,11 @@ def compare_files(comparison: Comparison) -> None:
     comparison.problems(configs.compare_files(source if whole else chosen[0], comparison.result, written, left))
 
 
-def open_source(comparison: Comparison, part: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:
+def open_source(comparison: Comparison, part: dict[str, Any]) -> tuple[Any, dict[str, list[str]] | None]:
     """The source's model, in the dtype that it is stored in; one that is quantized, dequantized to the result's."""
+    if comparison.single is not None:
+        part["stored"] = comparison.single.stored
+        return comparison.single.open(opening.model_class(part)[0], part["stored"]), None
     folder, variant = part["source_folder"], comparison.variant
     opening.require_memory(part, comparison.source, folder, variant, comparison.request["available"])
     part["quantized"] = opening.quantization_of(comparison.source / folder) is not None
@@ -162,6 +174,10 @@ def compare_pipelines(comparison: Comparison) -> None:
     trust = {"trust_remote_code": True} if request["trust"] else {}
     dtypes = opening.part_dtypes(comparison.source, variant)
     source = opening.open_pipeline(comparison.source, dtypes, **trust, **variant_option(variant))
+    if request.get("loras"):
+        source, before = loras.add_loras(source, request["loras"], request["available"])
+        for name, part in request["parts"].items():
+            part["before"] = {k.removeprefix(f"{name}."): t for k, t in before.items() if k.startswith(f"{name}.")}
     code = request["result"]["code"]
     own = {name: getattr(torch, part["dtype"]) for name, part in request["parts"].items()}
     if code is not None:
@@ -241,11 +257,12 @@ class Made:
     def __init__(self, comparison: Comparison, part: dict[str, Any], source: Any) -> None:
         self.source = source
         dtype = getattr(torch, part["dtype"]) if part["dtype"] else None
-        self.needed = dtype is not None and dtype != part["stored"]
+        self.single, self.dtype = comparison.single, dtype
+        self.needed = dtype is not None and (dtype != part["stored"] or self.single is not None)
         self.folder = str(comparison.source / part["source_folder"])
         self.scratch = str(Path(comparison.request["scratch"]) / (comparison.part or "model"))
         self.options = {**opening.dtype_option(part["library"], dtype), **variant_option(comparison.variant)}
-        self.types: dict[str, torch.Tensor] = {}
+        self.types: dict[str, torch.Tensor] = part.get("before", {})  # a LoRA made them float32
         self.values: dict[str, torch.Tensor] | None = None
         if self.needed:
             model = self._open("meta")
@@ -254,6 +271,9 @@ class Made:
             self.types = tensors.tensors_of(model)
 
     def _open(self, place: str) -> Any:
+        if self.single is not None:
+            make = self.single.types if place == "meta" else self.single.open
+            return make(type(self.source), self.dtype)
         options = {**self.options, "device_map": {"": place}, "offload_folder": self.scratch}
         return type(self.source).from_pretrained(self.folder, local_files_only=True, **options)
 
@@ -325,7 +345,9 @@ def compare_quantized(
 
 
 def held_by(comparison: Comparison, part: dict[str, Any]) -> dict[str, Path]:
-    """Name of each tensor in the source's files → the file."""
+    """Name of each tensor in the source's files → the file; of a single file, none has the library's name."""
+    if comparison.single is not None:
+        return {}
     found: dict[str, Path] = opening.stored_names(comparison.source / part["source_folder"], comparison.variant)
     return found
 
@@ -338,6 +360,8 @@ def compare_reports(comparison: Comparison, part: dict[str, Any], source: Any, r
 
 def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, report: Any) -> None:
     """Tensors in the files that the class does not use: the same in both, bit by bit."""
+    if comparison.single is not None:
+        return  # what the library leaves out of it is named in the manifest
     here = held_by(comparison, part)
     folder = comparison.source / part["source_folder"]
     codes = opening.quantized_modules(folder, comparison.variant) if part.get("quantized") else set()
