@@ -106,7 +106,7 @@ def quantize(
 
         download(resolved, unreadable_headers(resolved, wanted), progress)
         plan = _build_plan(resolved, wanted, progress, need_weights=True)
-        if plan.source.kind == "hub":
+        if plan.source.is_remote:
             download(plan.source, plan.fetch, progress)
         digests = ahead.stop()
     return run(plan, progress, command=command_line(plan, wanted), resume=wanted.resume, begun=digests)
@@ -447,7 +447,7 @@ def _checkpoint(checkpoint: str | Path, hub: HubOptions) -> tuple[Path, Publishe
     from aoconvert.sources.references import parse_repo
 
     source = resolve(str(checkpoint), hub)
-    if source.kind != "hub":
+    if not source.is_remote:
         return source.root, None
     if not set(source.files()) - {".gitattributes"}:
         raise SourceError(

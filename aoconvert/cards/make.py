@@ -28,6 +28,7 @@ from aoconvert.checkpoint.report import Strategy
 from aoconvert.checkpoint.seals import seal
 from aoconvert.checkpoint.usage import usage_code, usage_packages
 from aoconvert.errors import UsageError
+from aoconvert.formats.registry import FORMATS
 from aoconvert.humanize import argument
 from aoconvert.models import identify
 from aoconvert.planning.overwriting import tidy
@@ -35,7 +36,7 @@ from aoconvert.sources.folder import FolderSource
 
 _HUB = "https://huggingface.co"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
+_WEIGHTS = (*(suffix for entry in FORMATS.values() for suffix in entry.suffixes), ".msgpack")
 
 
 def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, revision: str | None = None) -> Card:

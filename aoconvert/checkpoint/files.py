@@ -12,8 +12,10 @@ from pathlib import Path
 from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, FileEntry, Manifest
 from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.files import open_regular, read_limited
+from aoconvert.formats.registry import FORMATS
 from aoconvert.json_text import CONFIG_BYTES, parse_json
 from aoconvert.sources.folder import list_folder, stays_inside
+from aoconvert.sources.weights import STEMS
 
 # made later than the manifest, by the Hub, or notes and samples that somebody put beside it; no loader looks at them
 _BESIDE = re.compile(
@@ -24,7 +26,8 @@ _BESIDE = re.compile(
 )
 # what diffusers and transformers look for, with any variant and shard number
 LOADED = re.compile(
-    r"(diffusion_pytorch_model|pytorch_model|model)([.-][^/]*)?\.(safetensors|bin)(\.index[^/]*\.json)?"
+    rf"({'|'.join(sorted({stem for stems in STEMS.values() for stem in stems.values()}))})([.-][^/]*)?"
+    rf"({'|'.join(re.escape(entry.suffix) for entry in FORMATS.values())})(\.index[^/]*\.json)?"
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from aoconvert.formats.registry import FORMATS
 from aoconvert.hub.types import UploadFile
 
 _KINDS = {
@@ -25,7 +26,7 @@ _PATTERNS = {kind: re.compile(pattern) for kind, pattern in _KINDS.items()}
 # A zero byte is git's own sign of a file that is no text.
 _HEAD = 8000
 _MOST_TEXT = 200_000_000
-_WEIGHTS = re.compile(r".*\.(bin|safetensors|pt|pth|ckpt|gguf|onnx|h5|msgpack)")
+_WEIGHTS = (*(suffix for entry in FORMATS.values() for suffix in entry.suffixes), ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def find_secrets(files: Iterable[UploadFile], token: str | None) -> list[str]:
@@ -37,7 +38,7 @@ def find_secrets(files: Iterable[UploadFile], token: str | None) -> list[str]:
     """
     problems = []
     for file in files:
-        if _WEIGHTS.fullmatch(file.path) or file.size > _MOST_TEXT:
+        if file.path.endswith(_WEIGHTS) or file.size > _MOST_TEXT:
             continue
         content = b"".join(file.blocks())
         if b"\0" not in content[:_HEAD]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def local_weights(source: Source, options: QuantizeOptions) -> list[Path]:
     """Weights files of a folder that will be read, in that order; none where anything is wrong: the plan will say."""
-    if source.kind == "hub":
+    if source.is_remote:
         return []
     try:
         layout = identify(source, options.subfolder)
@@ -39,7 +39,7 @@ def unreadable_headers(source: Source, options: QuantizeOptions) -> list[str]:
 
     None where anything is wrong: the plan will say.
     """
-    if source.kind != "hub":
+    if not source.is_remote:
         return []
     try:
         layout = identify(source, options.subfolder)

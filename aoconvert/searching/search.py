@@ -71,7 +71,7 @@ def search(source: Source, options: QuantizeOptions, progress: Progress, fetch: 
     parts = _parts(base)
     if empty := [parts[name].component.title for name in free if parts[name].weights is None]:
         raise PlanError([f"{empty[0]}: --scheme auto measures the weights, but {source.label} has none"])
-    if source.kind == "hub":
+    if source.is_remote:
         fetch([path for name in free if (weights := parts[name].weights) for path in weights.paths])
         base = _base(source, options, candidates, free, given)  # the headers of .bin files are inside them
         parts = _parts(base)

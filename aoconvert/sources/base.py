@@ -81,6 +81,11 @@ class Source(ABC):
             HubError: the Hub refused, or the connection broke.
         """
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether ``fetch`` brings files from elsewhere; otherwise all of them lie below ``root``."""
+        return self.kind == "hub"
+
     def hidden_folders(self) -> Sequence[str]:
         """Folders of the source that are not looked into, such as ``.git``."""
         return ()

@@ -19,7 +19,7 @@ def download(source: Source, paths: Sequence[str], progress: Progress) -> None:
     Raises:
         HubError: as ``Source.fetch``.
     """
-    if not paths or source.kind != "hub":
+    if not paths or not source.is_remote:
         return
     progress.start("download", sum(source.files()[path].size for path in paths))
     done = 0

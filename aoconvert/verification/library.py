@@ -66,7 +66,7 @@ def fetch_for_library(source: Source, variant: str | None, folder: str | None) -
         variant: of the weights.
         folder: where the one model is; ``None``: all of a pipeline.
     """
-    if source.kind != "hub":
+    if not source.is_remote:
         return
     weights: dict[str, dict[tuple[bool, bool], list[str]]] = {}
     wanted = []
