@@ -12,7 +12,7 @@ Importing it imports neither torch nor the model libraries.
 
 from aoconvert.version import __version__  # isort: skip
 
-from aoconvert.api import card, convert, diff, inspect, load, migrate, plan, push, quantize, repack, verify
+from aoconvert.api import bench, card, convert, diff, inspect, load, migrate, plan, push, quantize, repack, verify
 from aoconvert.errors import (
     AoconvertError,
     HubError,
@@ -44,6 +44,7 @@ __all__ = [
     "VerificationError",
     "WriteError",
     "__version__",
+    "bench",
     "card",
     "convert",
     "diff",

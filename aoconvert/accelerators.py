@@ -97,6 +97,15 @@ def peak_bytes(device: str) -> int:
     return int(torch.accelerator.max_memory_allocated(torch.device(device)))
 
 
+def free_bytes(device: str) -> int:
+    """Bytes that the driver can still give on a device."""
+    import torch
+
+    module = torch.cuda if device.startswith("cuda") else torch.xpu
+    free, _ = module.mem_get_info(torch.device(device))
+    return int(free)
+
+
 def is_full(error: BaseException) -> bool:
     """Whether an error says that a device has no memory left."""
     import torch

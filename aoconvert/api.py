@@ -24,12 +24,14 @@ from aoconvert.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from aoconvert.cards import Card
+    from aoconvert.checkpoint.bench import Bench
     from aoconvert.checkpoint.published import Published
     from aoconvert.checkpoint.report import Report
     from aoconvert.comparison import Comparison
     from aoconvert.engine.results import QuantizeResult
     from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
+    from aoconvert.options.bench import BenchKwargs
     from aoconvert.options.migrate import MigrateKwargs
     from aoconvert.planning import Plan
     from aoconvert.rewriting import Converted, Migrated, Repacked
@@ -177,6 +179,50 @@ def verify(
     from aoconvert.verification.verify import verify as run
 
     return run(folder, str(checkpoint), wanted, progress or Silent(), original=original, published=published)
+
+
+@host_by_default()
+def bench(
+    checkpoint: str | Path = "out",
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[BenchKwargs],
+) -> Bench:
+    """Measure memory and time of a converted checkpoint; ``aoconvert.bench.json`` holds the report.
+
+    Args:
+        checkpoint: a folder that ``quantize`` wrote, or a Hub repo id, which is fetched.
+        progress: is told what happens; default: silent.
+        **options: fields of ``aoconvert.options.bench.BenchOptions``: ``source`` names the original to measure too.
+
+    Returns:
+        The report; ``report.ok`` says whether a row of the result ran.
+
+    Raises:
+        SourceError: there is nothing to measure, or ``source`` is another model.
+        VerificationError: its pickles are not safe to load.
+        UsageError: ``source`` is neither a folder nor a repo, or a number that is none.
+        PlanError: it cannot run here, or needs more memory than there is.
+        HubError: the Hub said no.
+    """
+    from aoconvert.options.bench import BenchOptions
+    from aoconvert.verification.original import check_reference, resolve_original
+
+    wanted = BenchOptions(**read_values(BenchOptions, options))
+    reference = wanted.source
+    if reference is not None:
+        check_reference(reference)
+    folder, _ = _checkpoint(checkpoint, wanted.hub)
+
+    def find_source() -> Source:
+        assert reference is not None
+        hub = replace(wanted.hub, revision=wanted.source_revision)
+        return resolve_original(reference, folder, hub, trust_remote_code=wanted.trust_remote_code)
+
+    from aoconvert.benchmarking.run import bench as run
+
+    found = find_source if reference is not None else None
+    return run(folder, str(checkpoint), wanted, found, progress or Silent())
 
 
 def load(

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aoconvert.cards.reproduce import OPTIONS
+from aoconvert.cli.bench import command as bench
 from aoconvert.cli.inspect import command as inspect
 from aoconvert.cli.migrate import command as migrate
 from aoconvert.cli.options import conversion
@@ -26,6 +27,7 @@ from aoconvert.options import (
     VerifyOptions,
     make_options,
 )
+from aoconvert.options.bench import BenchKwargs, BenchOptions
 from aoconvert.options.fields import defaults_of, options_of, record
 from aoconvert.options.migrate import MigrateKwargs, MigrateOptions
 
@@ -45,7 +47,12 @@ def parse(words: list[str]) -> QuantizeOptions:
 
 @pytest.mark.parametrize(
     ("keywords", "options"),
-    [(QuantizeKwargs, QuantizeOptions), (VerifyKwargs, VerifyOptions), (MigrateKwargs, MigrateOptions)],
+    [
+        (QuantizeKwargs, QuantizeOptions),
+        (VerifyKwargs, VerifyOptions),
+        (MigrateKwargs, MigrateOptions),
+        (BenchKwargs, BenchOptions),
+    ],
 )
 def test_the_keywords_that_a_type_checker_knows_are_the_fields(keywords: type, options: type) -> None:
     assert [*keywords.__annotations__] == [name for name in options_of(options) if name != "scheme"]
@@ -53,7 +60,13 @@ def test_the_keywords_that_a_type_checker_knows_are_the_fields(keywords: type, o
 
 @pytest.mark.parametrize(
     ("command", "options"),
-    [(typed, QuantizeOptions), (verify, VerifyOptions), (inspect, HubOptions), (migrate, MigrateOptions)],
+    [
+        (typed, QuantizeOptions),
+        (verify, VerifyOptions),
+        (inspect, HubOptions),
+        (migrate, MigrateOptions),
+        (bench, BenchOptions),
+    ],
 )
 def test_each_field_is_an_option_of_the_command_line(command: click.Command, options: Any) -> None:
     assert [*options_of(options)] == [*options.__dataclass_fields__]
@@ -65,7 +78,7 @@ def test_each_field_is_an_option_of_the_command_line(command: click.Command, opt
         assert option.help.partition(" ")[0] in shown
 
 
-@pytest.mark.parametrize("options", [QuantizeOptions, VerifyOptions, MigrateOptions])
+@pytest.mark.parametrize("options", [QuantizeOptions, VerifyOptions, MigrateOptions, BenchOptions])
 def test_the_hub_is_asked_by_the_same_options_everywhere(options: Any) -> None:
     ours = options_of(HubOptions)
     assert {field: options_of(options)[field] for field in ours} == ours

@@ -28,6 +28,7 @@ from aoconvert.sources.weights import Format
 
 MANIFEST_NAME = "aoconvert.json"
 REPORT_NAME = "aoconvert.verify.json"
+BENCH_NAME = "aoconvert.bench.json"
 CARD_BYTES = 8 << 20
 CARD_NAME = "README.md"
 PICTURE_NAME = "sqnr.svg"

@@ -22,6 +22,23 @@ from aoconvert.schemes import int4
 
 def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
     """See ``aoconvert.load``."""
+    target = openable(folder, trust=kwargs.get("trust_remote_code") is True)
+    failures = []
+    for strategy in _strategies(target):
+        try:
+            return _open(target, strategy, kwargs)
+        except Exception as error:  # whatever the libraries raise; the next way may work
+            failures.append(f"{strategy}: {type(error).__name__}: {error}".splitlines()[0])
+    raise VerificationError(f"{folder} cannot be opened: {'; '.join(failures)}", hint="aoconvert verify gives details")
+
+
+def openable(folder: Path, *, trust: bool) -> Checkpoint:
+    """A checkpoint that may be opened: its pickles are safe, and no other file would be loaded in place of its own.
+
+    Raises:
+        VerificationError: they are not, it is packed for another CPU, or it has code inside and there is no ``trust``.
+        SourceError: it is no torchao checkpoint.
+    """
     has_manifest = (folder / MANIFEST_NAME).is_file()
     target = from_manifest(folder, manifests.load(folder)) if has_manifest else from_folder(folder)
     names = {use.name for path in target.files for use in read_stored(folder / path).globals}
@@ -34,15 +51,9 @@ def open_checkpoint(folder: Path, kwargs: dict[str, Any]) -> Any:
     stale = shadows(folder, {part.folder: part.files for part in target.parts}, listed)
     if stale:
         raise VerificationError(stale[0], hint="remove it, or make the checkpoint again")
-    if target.runs_code and kwargs.get("trust_remote_code") is not True:
+    if target.runs_code and not trust:
         raise VerificationError(f"{folder}: {CODE_INSIDE}", hint="read that code; trust_remote_code=True runs it")
-    failures = []
-    for strategy in _strategies(target):
-        try:
-            return _open(target, strategy, kwargs)
-        except Exception as error:  # whatever the libraries raise; the next way may work
-            failures.append(f"{strategy}: {type(error).__name__}: {error}".splitlines()[0])
-    raise VerificationError(f"{folder} cannot be opened: {'; '.join(failures)}", hint="aoconvert verify gives details")
+    return target
 
 
 def _strategies(target: Checkpoint) -> tuple[Strategy, ...]:

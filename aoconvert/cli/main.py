@@ -30,6 +30,7 @@ _COMMANDS = {
     "convert": "Write a checkpoint's tensors into the other format of weights files.",
     "repack": "Pack the int4 weights of a checkpoint for another device.",
     "verify": "Prove that a converted checkpoint loads.",
+    "bench": "Measure what a converted checkpoint costs to run: memory and time.",
     "card": "Print the model card of a converted checkpoint, or write it.",
     "push": "Publish a converted checkpoint on the Hugging Face Hub.",
     "inspect": "Show what a checkpoint is and what can load it, from headers alone.",
@@ -39,7 +40,7 @@ _COMMANDS = {
     "cache": "Show where aoconvert's cache is and how large it is, or clear it.",
     "demo": "Build, quantize and verify a tiny pipeline, without a network.",
 }
-_TAKE_TOKEN = {"quantize", "plan", "migrate", "verify", "push", "inspect", "diff"}
+_TAKE_TOKEN = {"quantize", "plan", "migrate", "verify", "push", "inspect", "diff", "bench"}
 
 
 class _Commands(click.Group):

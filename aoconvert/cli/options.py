@@ -58,12 +58,13 @@ def conversion(function: F) -> F:
 
 _TYPES: dict[str, Any] = {
     "count": click.IntRange(min=1),
+    "counts": click.IntRange(min=1),
     "number": click.FLOAT,
     "fraction": click.FloatRange(0, 1),
     "folder": click.Path(path_type=Path),
     "file": click.Path(path_type=Path, exists=True, dir_okay=False),
 }
-_REPEATABLE = frozenset({"loras", "patterns", "settings", "components"})
+_REPEATABLE = frozenset({"loras", "patterns", "settings", "components", "counts"})
 _COMPLETIONS = {
     "scheme": complete_scheme_or_auto,
     "candidates": complete_candidates,
@@ -74,10 +75,14 @@ _COMPLETIONS = {
 def _click_option(field: str, option: Option, default: Any) -> Callable[[F], F]:
     kind = option.kind
     shared: dict[str, Any] = {"help": option.help, "envvar": option.envvar, "metavar": option.metavar}
-    if kind is SWITCH:
+    names = option.names(field)
+    if option.opposite is not None:
+        names = (*names[:-1], f"{names[-1]}/{option.opposite}")
+        shared |= {"default": default}
+    elif kind is SWITCH:
         shared |= {"flag_value": False, "default": True} if default else {"is_flag": True}
     else:
         shared |= {"type": click.Choice(kind.choices) if kind.choices else _TYPES.get(kind.name)}
         shared |= {"multiple": kind.name in _REPEATABLE, "shell_complete": _COMPLETIONS.get(field)}
         shared |= {"default": default, "show_default": True} if option.show_default else {}
-    return click.option(*option.names(field), field, **shared)
+    return click.option(*names, field, **shared)

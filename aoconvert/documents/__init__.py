@@ -20,7 +20,7 @@ from aoconvert.documents.conversion import (
     QuantizeDocument,
     RepackDocument,
 )
-from aoconvert.documents.publishing import CardDocument, PushDocument, VerifyDocument
+from aoconvert.documents.publishing import BenchDocument, CardDocument, PushDocument, VerifyDocument
 from aoconvert.documents.reading import CacheDocument, DiffDocument, EnvDocument, InspectDocument, SchemeDocument
 
 FOLDER = Path("manifests")
@@ -30,6 +30,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "plan": PlanDocument,
     "quantize": QuantizeDocument,
     "verify": VerifyDocument,
+    "bench": BenchDocument,
     "card": CardDocument,
     "push": PushDocument,
     "inspect": InspectDocument,

@@ -1,15 +1,20 @@
-"""Documents of ``verify``, ``card`` and ``push``."""
+"""Documents of ``verify``, ``bench``, ``card`` and ``push``."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
+from aoconvert.checkpoint.bench import Bench
 from aoconvert.checkpoint.report import Report
 from aoconvert.documents.base import Document
 
 
 class VerifyDocument(Report):
     """``verify --json``, and ``aoconvert.verify.json``."""
+
+
+class BenchDocument(Bench):
+    """``bench --json``, and ``aoconvert.bench.json``."""
 
 
 class CardDocument(Document):

@@ -12,8 +12,9 @@ from typing import Any
 
 from aoconvert.cards import CARD_NAME, PICTURE_NAME
 from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.bench import bench_of
 from aoconvert.checkpoint.files import content_problem, file_sha256, shadows
-from aoconvert.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.manifest import BENCH_NAME, MANIFEST_NAME, REPORT_NAME, FileEntry, Manifest
 from aoconvert.checkpoint.report import Report, read_report, some
 from aoconvert.hub.types import PushOptions, UploadFile
 from aoconvert.planning.overwriting import tidy
@@ -23,7 +24,7 @@ from aoconvert.sources.folder import list_folder, stays_inside
 # https://huggingface.co/docs/hub/storage-limits
 FILE_LIMIT = 50_000_000_000
 FILE_RECOMMENDED = 20_000_000_000
-_OWN = frozenset({MANIFEST_NAME, REPORT_NAME, CARD_NAME, PICTURE_NAME})
+_OWN = frozenset({MANIFEST_NAME, REPORT_NAME, BENCH_NAME, CARD_NAME, PICTURE_NAME})
 VERIFY_HINT = "run aoconvert verify, or publish it unverified with --allow-unverified"
 
 
@@ -74,8 +75,17 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
     if report is not None:
         files.append(UploadFile.from_bytes(REPORT_NAME, public_report(report.to_dict(), folder, repo_id)))
         warnings += _weak_spots(report)
+    files += _measured(folder, repo_id)
     warnings += _large(files) + _find_left_out(folder, {file.path for file in files})
     return UploadContents(manifest, manifest_sha256, tuple(files), hashed, tuple(problems), tuple(warnings))
+
+
+def _measured(folder: Path, repo_id: str) -> list[UploadFile]:
+    """The report of a benchmark of this very checkpoint, if there is one."""
+    found = bench_of(folder)
+    if found is None:
+        return []
+    return [UploadFile.from_bytes(BENCH_NAME, public_report(found.to_dict(), folder, repo_id))]
 
 
 def _file_problems(folder: Path, entry: FileEntry) -> Iterator[str]:

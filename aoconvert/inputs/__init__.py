@@ -8,7 +8,7 @@ The package imports nothing of aoconvert, so that programs for fresh interpreter
 from .find import Found, NoInputs, find_inputs
 from .library import Start, from_libraries, processor_folders
 from .outputs import first_tensors, sqnr_db
-from .pipeline import from_pipeline
+from .pipeline import from_pipeline, list_calls
 from .trial import available_memory, empty_copy
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "first_tensors",
     "from_libraries",
     "from_pipeline",
+    "list_calls",
     "processor_folders",
     "sqnr_db",
 ]

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,12 @@ class _Over(BaseException):
     """Every part has had its input, or the time is up: nothing of the pipeline's is to catch it."""
 
 
-def from_pipeline(pipe: Any, parts: Mapping[str, nn.Module], seconds: float = SECONDS) -> dict[str, Start]:
+def from_pipeline(
+    pipe: Any,
+    parts: Mapping[str, nn.Module],
+    seconds: float = SECONDS,
+    calls: Iterable[Mapping[str, Any]] | None = None,
+) -> dict[str, Start]:
     """Call a pipeline, and keep the first input of each part.
 
     The call ends with the last part's first input. What goes wrong in it is no error: a part without an input here
@@ -35,10 +40,11 @@ def from_pipeline(pipe: Any, parts: Mapping[str, nn.Module], seconds: float = SE
         pipe: opened by diffusers.
         parts: name → the model.
         seconds: how long it may take, in time of the processor; looked at whenever a layer begins.
+        calls: arguments of the call to try in turn; by default :func:`list_calls`.
     """
     until, found = time.thread_time() + seconds, dict[str, Start]()
     with _watch(parts, found, until):
-        for arguments in _calls(pipe):
+        for arguments in list_calls(pipe) if calls is None else calls:
             try:
                 with torch.random.fork_rng(devices=[]), torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
                     torch.manual_seed(0)
@@ -99,15 +105,26 @@ def _lasts(value: Any) -> bool:
     return value is None or isinstance(value, (torch.Tensor, torch.dtype, torch.device, int, float, str))
 
 
-def _calls(pipe: Any) -> Iterator[dict[str, Any]]:
-    """Arguments of the call: of a text alone, and then with images too, in growing sizes."""
+def list_calls(
+    pipe: Any, size: tuple[int, int] | None = None, *, frames: int = 9, steps: int = 1, batch: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Arguments of the call: of a text alone, and then with images too, in growing sizes.
+
+    Args:
+        pipe: opened by diffusers.
+        size: width and height in pixels; ``None``: small ones that a pipeline may take.
+        frames: of a video.
+        steps: of the denoiser.
+        batch: how many texts.
+    """
     parameters = inspect.signature(type(pipe).__call__).parameters
-    for side in _SIDES:
-        sizes: dict[str, Any] = {"height": side, "width": side, "num_frames": 9, "video_length": 9}
-        sizes |= {"prompt": PROMPT, "output_type": "latent", "use_resolution_binning": False, **_text_length(pipe)}
-        sizes |= {"num_inference_steps": 1}
+    prompt: Any = PROMPT if batch == 1 else [PROMPT] * batch
+    for width, height in [size] if size is not None else [(side, side) for side in _SIDES]:
+        sizes: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "video_length": frames}
+        sizes |= {"prompt": prompt, "output_type": "latent", "use_resolution_binning": False, **_text_length(pipe)}
+        sizes |= {"num_inference_steps": steps}
         call = {name: value for name, value in sizes.items() if name in parameters}
-        images = {name: plain_image(side) for name in _IMAGES if name in parameters}
+        images = {name: plain_image(min(width, height)) for name in _IMAGES if name in parameters}
         required = {
             name: image for name, image in images.items() if parameters[name].default is inspect.Parameter.empty
         }

@@ -84,6 +84,10 @@ def _components(value: str | Iterable[str] | Mapping[str, str | None]) -> Mappin
     return components
 
 
+def _counts(value: int | Iterable[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
 def _one(value: Any) -> list[str]:
     return [str(value)]
 
@@ -110,6 +114,7 @@ class Kind:
 TEXT = Kind("text")
 REFERENCE = Kind("reference", r"(\./)?\w[\w.-]*(/\w[\w.-]*)?(@[0-9a-f]{40})?", str)
 COUNT = Kind("count", _DIGITS)
+COUNTS = Kind("counts", _DIGITS, _counts, lambda value: [str(count) for count in value])
 NUMBER = Kind("number", _DIGITS)
 FRACTION = Kind("fraction", _DIGITS)
 SIZE = Kind("size", _DIGITS + r"\w*", _size)
@@ -147,6 +152,7 @@ class Option:
         recorded: the place in the recorded command, lowest first, then by the order of the fields; ``None`` for what
             does not change the bytes that are written, and is not recorded.
         pattern: as in ``Kind``, where a card shows other values than most of the kind.
+        opposite: of a ``SWITCH``: what switches it off again.
     """
 
     help: str
@@ -157,6 +163,7 @@ class Option:
     show_default: bool = False
     recorded: int | None = None
     pattern: str | None = None
+    opposite: str | None = None
 
     def names(self, field: str) -> tuple[str, ...]:
         """As they are typed."""

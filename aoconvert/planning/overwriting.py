@@ -10,16 +10,24 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aoconvert.checkpoint import manifest as manifests
-from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, MANIFEST_NAME, PICTURE_NAME, REPORT_NAME, FileEntry
+from aoconvert.checkpoint.manifest import (
+    BENCH_NAME,
+    CARD_BYTES,
+    CARD_NAME,
+    MANIFEST_NAME,
+    PICTURE_NAME,
+    REPORT_NAME,
+    FileEntry,
+)
 from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.checkpoint.unfinished import find_replaced, journal_aside, list_files, partial_folder, split_files
 from aoconvert.errors import SourceError
 from aoconvert.files import read_limited
 from aoconvert.humanize import first
 
-_OWN = frozenset({MANIFEST_NAME, REPORT_NAME, PICTURE_NAME})
+_OWN = frozenset({MANIFEST_NAME, REPORT_NAME, BENCH_NAME, PICTURE_NAME})
 # what a process that was killed leaves of a card or a report
-_DRAFT = re.compile(r"\.(aoconvert\.verify\.json|README\.md|sqnr\.svg)(\.draft|\.[0-9a-f]{16})")
+_DRAFT = re.compile(r"\.(aoconvert\.(verify|bench)\.json|README\.md|sqnr\.svg)(\.draft|\.[0-9a-f]{16})")
 _MOST_READ = 1 << 20  # a larger file is no text that somebody edits
 
 

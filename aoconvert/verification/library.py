@@ -117,7 +117,7 @@ def compare_by_library(
         return LibraryFindings(
             "skipped", f"{target.class_name} has no from_single_file: the library opens no such file"
         )
-    if (other := _other_model(target, source, manifest)) is not None:
+    if (other := find_other_model(target, source, manifest)) is not None:
         return LibraryFindings("failed", other, {})
     files = read_loras(added, hub)
     if wrong := [
@@ -149,7 +149,7 @@ def originals(target: Checkpoint, source: Source | None, *, trust: bool) -> dict
         or source is None
         or source.kind == "file"
         or manifest.source.loras  # a forward pass needs the whole of it in memory
-        or _other_model(target, source, manifest) is not None
+        or find_other_model(target, source, manifest) is not None
     ):
         return {}
     fetch_for_library(
@@ -165,7 +165,7 @@ def originals(target: Checkpoint, source: Source | None, *, trust: bool) -> dict
     return found
 
 
-def _other_model(target: Checkpoint, source: Source, manifest: Manifest) -> str | None:
+def find_other_model(target: Checkpoint, source: Source, manifest: Manifest) -> str | None:
     """Why the source cannot be the one that the result was made of, by its configs."""
     try:
         layout = identify(source, manifest.source.subfolder if source.kind != "file" else None)

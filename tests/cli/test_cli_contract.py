@@ -16,7 +16,20 @@ from helpers.checkpoints import DATA, build_llama
 import aoconvert
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["quantize", "plan", "verify", "card", "push", "inspect", "diff", "schemes", "repack", "convert", "migrate"]
+COMMANDS = [
+    "quantize",
+    "plan",
+    "verify",
+    "card",
+    "push",
+    "inspect",
+    "diff",
+    "schemes",
+    "repack",
+    "convert",
+    "migrate",
+    "bench",
+]
 COMMANDS += ["env", "cache", "demo"]
 HEAVY = ("torch", "torchao", "diffusers", "transformers", "accelerate", "huggingface_hub", "pydantic", "numpy")
 

@@ -1,0 +1,1 @@
+"""Programs for fresh interpreters. They import nothing of aoconvert: they see what a user's machine would see."""
