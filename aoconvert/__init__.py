@@ -12,7 +12,21 @@ Importing it imports neither torch nor the model libraries.
 
 from aoconvert.version import __version__  # isort: skip
 
-from aoconvert.api import bench, card, convert, diff, inspect, load, migrate, plan, push, quantize, repack, verify
+from aoconvert.api import (
+    bench,
+    card,
+    convert,
+    diff,
+    evaluate,
+    inspect,
+    load,
+    migrate,
+    plan,
+    push,
+    quantize,
+    repack,
+    verify,
+)
 from aoconvert.errors import (
     AoconvertError,
     HubError,
@@ -48,6 +62,7 @@ __all__ = [
     "card",
     "convert",
     "diff",
+    "evaluate",
     "inspect",
     "load",
     "migrate",

@@ -25,6 +25,7 @@ from aoconvert.progress import Progress, Silent
 if TYPE_CHECKING:
     from aoconvert.cards import Card
     from aoconvert.checkpoint.bench import Bench
+    from aoconvert.checkpoint.evaluation import Evaluation
     from aoconvert.checkpoint.published import Published
     from aoconvert.checkpoint.report import Report
     from aoconvert.comparison import Comparison
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from aoconvert.hub.types import Pushed, PushKwargs
     from aoconvert.inspection.types import Inspection
     from aoconvert.options.bench import BenchKwargs
+    from aoconvert.options.evaluate import EvaluateKwargs
     from aoconvert.options.migrate import MigrateKwargs
     from aoconvert.planning import Plan
     from aoconvert.rewriting import Converted, Migrated, Repacked
@@ -223,6 +225,51 @@ def bench(
 
     found = find_source if reference is not None else None
     return run(folder, str(checkpoint), wanted, found, progress or Silent())
+
+
+@host_by_default()
+def evaluate(
+    checkpoint: str | Path = "out",
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[EvaluateKwargs],
+) -> Evaluation:
+    """Say how much a checkpoint lost: run it and its original on the same inputs, and write ``aoconvert.eval.json``.
+
+    One model runs at a time, in a fresh process, and what the original gives is kept in aoconvert's cache for the next
+    scheme.
+
+    Args:
+        checkpoint: a folder that ``quantize`` wrote, or a Hub repo id.
+        progress: is told what happens; default: silent.
+        **options: fields of ``aoconvert.options.evaluate.EvaluateOptions``: ``source`` names the original, ``text``
+            the files to compare on, ``max_kl`` and the like what must be reached.
+
+    Returns:
+        The report; ``report.ok`` says whether every gate was kept.
+
+    Raises:
+        SourceError: the checkpoint is unfinished or damaged, the source is another model, or cannot be run.
+        UsageError: an option that does not apply, an empty or too short text, or no tokenizer for it.
+        PlanError: a model that cannot be evaluated, or not on this machine.
+        VerificationError: pickles that must not be loaded, or a result that cannot be run or gives NaN.
+        HubError: the Hub said no.
+    """
+    from aoconvert.evaluation.evaluate import evaluate as run
+    from aoconvert.options.evaluate import EvaluateOptions
+    from aoconvert.verification.original import check_reference, resolve_original
+
+    wanted = EvaluateOptions(**read_values(EvaluateOptions, options))
+    if wanted.source is not None:
+        check_reference(wanted.source)
+    folder, _ = _checkpoint(checkpoint, wanted.hub)
+
+    def find_source() -> Source:
+        hub = replace(wanted.hub, revision=wanted.source_revision)
+        reference = wanted.source or _source_of(folder)
+        return resolve_original(reference, folder, hub, trust_remote_code=wanted.trust_remote_code)
+
+    return run(folder, str(checkpoint), wanted, find_source, progress or Silent())
 
 
 def load(
@@ -507,6 +554,20 @@ def _checkpoint(checkpoint: str | Path, hub: HubOptions) -> tuple[Path, Publishe
     total = sum(file.size for file in source.files().values())
     asked = hub.revision or parse_repo(str(checkpoint))[1]
     return source.root, Published(source.repo_id, source.revision, asked, total, hub.token)
+
+
+def _source_of(folder: Path) -> str:
+    """The repo that a manifest names as the source.
+
+    Raises:
+        UsageError: it names none.
+    """
+    from aoconvert.checkpoint import manifest as manifests
+
+    repo_id = manifests.load(folder).source.repo_id
+    if repo_id is None:
+        raise UsageError("the manifest names no repo as the source", hint="--source FOLDER names the original")
+    return repo_id
 
 
 def _build_plan(source: Source, options: QuantizeOptions, progress: Progress, *, need_weights: bool) -> Plan:

@@ -29,9 +29,13 @@ from aoconvert.sources.weights import Format
 MANIFEST_NAME = "aoconvert.json"
 REPORT_NAME = "aoconvert.verify.json"
 BENCH_NAME = "aoconvert.bench.json"
+EVAL_NAME = "aoconvert.eval.json"
+SHEET_NAME = "eval.png"
 CARD_BYTES = 8 << 20
 CARD_NAME = "README.md"
 PICTURE_NAME = "sqnr.svg"
+OWN_NAMES = frozenset({MANIFEST_NAME, REPORT_NAME, BENCH_NAME, EVAL_NAME, SHEET_NAME, PICTURE_NAME})
+"""What is made beside the files that a manifest lists, but for the card."""
 SCHEMA_VERSION = 1
 MOST_BYTES = 512 << 20  # a manifest of 300,000 tensors has some 200 MB
 _BLANK = "0" * 64

@@ -31,6 +31,7 @@ _COMMANDS = {
     "repack": "Pack the int4 weights of a checkpoint for another device.",
     "verify": "Prove that a converted checkpoint loads.",
     "bench": "Measure what a converted checkpoint costs to run: memory and time.",
+    "eval": "Show how much a converted checkpoint lost, beside its original.",
     "card": "Print the model card of a converted checkpoint, or write it.",
     "push": "Publish a converted checkpoint on the Hugging Face Hub.",
     "inspect": "Show what a checkpoint is and what can load it, from headers alone.",
@@ -40,7 +41,8 @@ _COMMANDS = {
     "cache": "Show where aoconvert's cache is and how large it is, or clear it.",
     "demo": "Build, quantize and verify a tiny pipeline, without a network.",
 }
-_TAKE_TOKEN = {"quantize", "plan", "migrate", "verify", "push", "inspect", "diff", "bench"}
+_MODULES = {"eval": "evaluate"}  # a command whose name its module does not have
+_TAKE_TOKEN = {"quantize", "plan", "migrate", "verify", "bench", "eval", "push", "inspect", "diff"}
 
 
 class _Commands(click.Group):
@@ -52,7 +54,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"aoconvert.cli.{cmd_name}")
+        module = importlib.import_module(f"aoconvert.cli.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
 

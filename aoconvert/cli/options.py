@@ -63,8 +63,9 @@ _TYPES: dict[str, Any] = {
     "fraction": click.FloatRange(0, 1),
     "folder": click.Path(path_type=Path),
     "file": click.Path(path_type=Path, exists=True, dir_okay=False),
+    "files": click.Path(path_type=Path, exists=True, dir_okay=False),
 }
-_REPEATABLE = frozenset({"loras", "patterns", "settings", "components", "counts"})
+_REPEATABLE = frozenset({"loras", "patterns", "settings", "components", "counts", "files"})
 _COMPLETIONS = {
     "scheme": complete_scheme_or_auto,
     "candidates": complete_candidates,

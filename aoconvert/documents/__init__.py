@@ -20,7 +20,7 @@ from aoconvert.documents.conversion import (
     QuantizeDocument,
     RepackDocument,
 )
-from aoconvert.documents.publishing import BenchDocument, CardDocument, PushDocument, VerifyDocument
+from aoconvert.documents.publishing import BenchDocument, CardDocument, EvalDocument, PushDocument, VerifyDocument
 from aoconvert.documents.reading import CacheDocument, DiffDocument, EnvDocument, InspectDocument, SchemeDocument
 
 FOLDER = Path("manifests")
@@ -31,6 +31,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "quantize": QuantizeDocument,
     "verify": VerifyDocument,
     "bench": BenchDocument,
+    "eval": EvalDocument,
     "card": CardDocument,
     "push": PushDocument,
     "inspect": InspectDocument,

@@ -1,10 +1,11 @@
-"""Documents of ``verify``, ``bench``, ``card`` and ``push``."""
+"""Documents of ``verify``, ``bench``, ``eval``, ``card`` and ``push``."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from aoconvert.checkpoint.bench import Bench
+from aoconvert.checkpoint.evaluation import Evaluation
 from aoconvert.checkpoint.report import Report
 from aoconvert.documents.base import Document
 
@@ -15,6 +16,10 @@ class VerifyDocument(Report):
 
 class BenchDocument(Bench):
     """``bench --json``, and ``aoconvert.bench.json``."""
+
+
+class EvalDocument(Evaluation):
+    """``eval --json``, and ``aoconvert.eval.json``."""
 
 
 class CardDocument(Document):

@@ -10,12 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from aoconvert.cards import CARD_NAME, PICTURE_NAME
+from aoconvert.cards import CARD_NAME
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.bench import bench_of
+from aoconvert.checkpoint.evaluation import evaluation_of
 from aoconvert.checkpoint.files import content_problem, file_sha256, shadows
-from aoconvert.checkpoint.manifest import BENCH_NAME, MANIFEST_NAME, REPORT_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.manifest import (
+    BENCH_NAME,
+    EVAL_NAME,
+    MANIFEST_NAME,
+    OWN_NAMES,
+    REPORT_NAME,
+    SHEET_NAME,
+    FileEntry,
+    Manifest,
+)
 from aoconvert.checkpoint.report import Report, read_report, some
+from aoconvert.files import read_limited
 from aoconvert.hub.types import PushOptions, UploadFile
 from aoconvert.planning.overwriting import tidy
 from aoconvert.progress import Progress
@@ -24,7 +35,8 @@ from aoconvert.sources.folder import list_folder, stays_inside
 # https://huggingface.co/docs/hub/storage-limits
 FILE_LIMIT = 50_000_000_000
 FILE_RECOMMENDED = 20_000_000_000
-_OWN = frozenset({MANIFEST_NAME, REPORT_NAME, BENCH_NAME, CARD_NAME, PICTURE_NAME})
+_SHEET_BYTES = 64 << 20
+_OWN = OWN_NAMES | {CARD_NAME}
 VERIFY_HINT = "run aoconvert verify, or publish it unverified with --allow-unverified"
 
 
@@ -76,6 +88,9 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
         files.append(UploadFile.from_bytes(REPORT_NAME, public_report(report.to_dict(), folder, repo_id)))
         warnings += _weak_spots(report)
     files += _measured(folder, repo_id)
+    measured, notes = _evaluation(folder, repo_id)
+    files += measured
+    warnings += notes
     warnings += _large(files) + _find_left_out(folder, {file.path for file in files})
     return UploadContents(manifest, manifest_sha256, tuple(files), hashed, tuple(problems), tuple(warnings))
 
@@ -123,6 +138,18 @@ def _verification(folder: Path, manifest_sha256: str) -> tuple[Report | None, li
         failed = ", ".join(check.name for check in report.failed)
         return report, [f"the verification failed: {failed or 'no check passed'}"]
     return report, []
+
+
+def _evaluation(folder: Path, repo_id: str) -> tuple[list[UploadFile], list[str]]:
+    """The evaluation and its sheet of pictures, where they belong to this manifest, and a note where they do not."""
+    report = evaluation_of(folder)
+    if report is None:
+        there = (folder / EVAL_NAME).is_file()
+        return [], [f"not sent: {EVAL_NAME} belongs to another {MANIFEST_NAME}, or cannot be read"] if there else []
+    files = [UploadFile.from_bytes(EVAL_NAME, public_report(report.to_dict(), folder, repo_id))]
+    if (folder / SHEET_NAME).is_file():
+        files.append(UploadFile.from_bytes(SHEET_NAME, read_limited(folder / SHEET_NAME, _SHEET_BYTES)))
+    return files, []
 
 
 def _weak_spots(report: Report) -> list[str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aoconvert import cards
-from aoconvert.cards import CARD_NAME, PICTURE_NAME
+from aoconvert.cards import CARD_NAME
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.files import file_sha256
-from aoconvert.checkpoint.manifest import BENCH_NAME, MANIFEST_NAME, REPORT_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, OWN_NAMES, FileEntry, Manifest
 from aoconvert.errors import AoconvertError
 from aoconvert.hub.identity import other_config, other_model, other_schemes
 from aoconvert.hub.types import RemoteFile, UploadFile
@@ -89,9 +89,8 @@ def look(branch: Branch, sent: Mapping[str, UploadFile], manifest: Manifest, *, 
             return BranchFile(frozenset(card), _another_config(branch, sent, folder), tuple(notes))
         listed = {entry.path: entry for entry in theirs.files()}
         ours = {path for path, entry in listed.items() if _as_pushed(branch, entry, sent.get(path), folder)}
-    own = {MANIFEST_NAME, REPORT_NAME, BENCH_NAME, PICTURE_NAME}
     notes += [line] if (line := other_schemes(manifest, theirs)) is not None else []
-    return BranchFile(frozenset({*ours, *own, *card}), other_model(manifest, theirs), tuple(notes))
+    return BranchFile(frozenset({*ours, *OWN_NAMES, *card}), other_model(manifest, theirs), tuple(notes))
 
 
 def _manifest(branch: Branch, folder: Path) -> Manifest | None:

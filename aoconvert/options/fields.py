@@ -88,6 +88,10 @@ def _counts(value: int | Iterable[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
+def _paths(value: str | Path | Iterable[str | Path]) -> tuple[Path, ...]:
+    return (Path(value),) if isinstance(value, (str, Path)) else tuple(map(Path, value))
+
+
 def _one(value: Any) -> list[str]:
     return [str(value)]
 
@@ -121,6 +125,7 @@ SIZE = Kind("size", _DIGITS + r"\w*", _size)
 SWITCH = Kind("switch", "", write=lambda _: [])
 FOLDER = Kind("folder", read=Path)
 FILE = Kind("file", read=Path, write=lambda value: [value.name])
+FILES = Kind("files", read=_paths, write=lambda value: [path.name for path in value])
 NAMES = Kind("names", read=_names, write=lambda value: [",".join(value)])
 PATTERNS = Kind("patterns", r"[^\x00-\x1f\x7f]+", _each, list)
 LORAS = Kind("loras", r"(\./)?\w[\w.-]*(/\w[\w.-]*)*(@[0-9a-f]{40})?(@[-+.e\d]+)?", _each, list)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from aoconvert.checkpoint.manifest import BENCH_NAME, MANIFEST_NAME, PICTURE_NAME, REPORT_NAME
+from aoconvert.checkpoint.manifest import OWN_NAMES
 from aoconvert.errors import SourceError
 from aoconvert.formats.registry import FORMATS, TORCH_BIN
 from aoconvert.models import ModelLayout, ModelPart, join
@@ -44,7 +44,7 @@ _RULES = tuple(
         (r"(.*/)?\.[^/]+(/.*)?", "hidden"),
         (r"(.*/)?__pycache__/.*|.*\.(lock|tmp|partial|incomplete)", "a cache, or an unfinished download"),
         (r"readme\.md", CARD),
-        ("|".join(map(re.escape, (MANIFEST_NAME, REPORT_NAME, BENCH_NAME, PICTURE_NAME))), "the result has its own"),
+        ("|".join(map(re.escape, sorted(OWN_NAMES))), "the result has its own"),
         (r"(.*/)?quanto_qmap\.json", "it says how Quanto quantized the weights, which are not copied"),
         (r"(.*/)?adapter_(config\.json|model\.[^/]+)", ADAPTER),
         (

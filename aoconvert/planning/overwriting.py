@@ -10,24 +10,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from aoconvert.checkpoint import manifest as manifests
-from aoconvert.checkpoint.manifest import (
-    BENCH_NAME,
-    CARD_BYTES,
-    CARD_NAME,
-    MANIFEST_NAME,
-    PICTURE_NAME,
-    REPORT_NAME,
-    FileEntry,
-)
+from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, MANIFEST_NAME, OWN_NAMES, FileEntry
 from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.checkpoint.unfinished import find_replaced, journal_aside, list_files, partial_folder, split_files
 from aoconvert.errors import SourceError
 from aoconvert.files import read_limited
 from aoconvert.humanize import first
 
-_OWN = frozenset({MANIFEST_NAME, REPORT_NAME, BENCH_NAME, PICTURE_NAME})
 # what a process that was killed leaves of a card or a report
-_DRAFT = re.compile(r"\.(aoconvert\.(verify|bench)\.json|README\.md|sqnr\.svg)(\.draft|\.[0-9a-f]{16})")
+_DRAFT = re.compile(r"\.(aoconvert\.(verify|bench|eval)\.json|README\.md|sqnr\.svg|eval\.png)(\.draft|\.[0-9a-f]{16})")
 _MOST_READ = 1 << 20  # a larger file is no text that somebody edits
 
 
@@ -146,4 +137,4 @@ def _is_ours(folder: Path, path: str, listed: Mapping[str, FileEntry]) -> bool:
         return hashlib.sha256(read_limited(place, _MOST_READ)).hexdigest() == entry.sha256
     if path == CARD_NAME:
         return place.stat().st_size <= CARD_BYTES and is_sealed(read_limited(place, CARD_BYTES))
-    return path in _OWN or _DRAFT.fullmatch(path) is not None
+    return path in OWN_NAMES or _DRAFT.fullmatch(path) is not None

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ _CHILDREN = Path(__file__).parent / "children"
 _LOOK = 0.1  # seconds between two looks at a child
 _MOST_WRITTEN = 2 << 30  # bytes that a child answers and says
 _LAST = 1 << 16  # of what it says, where the last line is looked for
+_FOLLOWED = 1 << 20  # bytes of answers that are looked at together while a child runs
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,25 @@ class _Child:
         said.seek(max(0, said.seek(0, os.SEEK_END) - _LAST))
         lines = said.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no output"
+
+
+class _Follower:
+    """Hands on the lines of an answer as they come. The file's position is the child's, so it is not moved."""
+
+    def __init__(self, out: IO[bytes], notice: Callable[[dict[str, Any]], None] | None) -> None:
+        self._out, self._notice, self._read = out, notice, 0
+
+    def look(self) -> None:
+        if self._notice is None:
+            return
+        while new := os.pread(self._out.fileno(), _FOLLOWED, self._read):
+            lines, newline, _ = new.rpartition(b"\n")
+            if not newline:  # longer than what is read at once: it is in the answer at the end
+                self._read += len(new) if len(new) == _FOLLOWED else 0
+                return
+            self._read += len(lines) + 1
+            for answer in _parse(lines.split(b"\n")):
+                self._notice(answer)
 
 
 def _parse(lines: Iterable[bytes]) -> Iterable[dict[str, Any]]:
@@ -135,6 +155,7 @@ class Children:
         nbytes: int = 0,
         fetched: int = 0,
         environment: Mapping[str, str] | None = None,
+        notice: Callable[[dict[str, Any]], None] | None = None,
     ) -> list[dict[str, Any]]:
         """Run a program of ``children`` with a request on stdin, and read its answer, one JSON value a line.
 
@@ -147,6 +168,7 @@ class Children:
             nbytes: of the files that it opens: by them it gets its time.
             fetched: of these, what it fetches from the Hub first.
             environment: its variables.
+            notice: is given each line of the answer while the program runs.
 
         Raises:
             VerificationError: it died without an answer.
@@ -160,7 +182,7 @@ class Children:
             question.seek(0)
             child = self._start(program, empty, environment, question, _Written(out, said))
             try:
-                self._watch(child, self._limits.seconds_for(nbytes, fetched))
+                self._watch(child, self._limits.seconds_for(nbytes, fetched), _Follower(out, notice))
                 answers, code = child.answers(), child.process.returncode
             finally:
                 child.end()
@@ -194,7 +216,7 @@ class Children:
             self._running.add(child)
         return child
 
-    def _watch(self, child: _Child, seconds: float) -> None:
+    def _watch(self, child: _Child, seconds: float, follower: _Follower) -> None:
         """Wait for a child's end.
 
         Raises:
@@ -204,7 +226,9 @@ class Children:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(_LOOK)
+                follower.look()
                 return
+            follower.look()
             if time.monotonic() > deadline:
                 why = f"it took more than {seconds:g} s; {SECONDS} sets the limit"
                 raise Ended(f"the fresh interpreter was stopped: {why}", "time", child)

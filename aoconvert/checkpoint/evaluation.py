@@ -1,0 +1,194 @@
+"""An evaluation as ``aoconvert.eval.json`` holds it: one model, written by eval, read by card, push and auto."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.manifest import EVAL_NAME, MANIFEST_NAME
+from aoconvert.errors import VerificationError
+from aoconvert.files import read_limited
+from aoconvert.json_text import INDEX_BYTES, parse_json
+
+Task = Literal["causal-lm", "seq2seq", "encoder", "classifier", "denoiser"]
+DataKind = Literal["text", "generated", "random-tokens", "inputs", "prompts"]
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+def _check_date(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+class _Model(BaseModel):
+    """Keys are only added, so readers let unknown ones pass. Docstrings and descriptions go into the JSON Schema."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Metrics(_Model):
+    """How far the outputs are from the original's; a figure that does not apply, or is infinite, is absent."""
+
+    kl_mean: float | None = Field(default=None, description="KL(original‖quantized) for each token, in nats: mean")
+    kl_median: float | None = None
+    kl_p90: float | None = None
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    top1_agreement: float | None = Field(
+        default=None, description="fraction of tokens whose most likely value is the same"
+    )
+    perplexity_source: float | None = Field(
+        default=None, description="exp of the mean negative log-likelihood, original"
+    )
+    perplexity: float | None = Field(default=None, description="the same of the quantized model")
+    cosine_mean: float | None = Field(
+        default=None, description="cosine of pooled outputs (the mean over the tokens): mean"
+    )
+    cosine_min: float | None = None
+    cosine_tokens_mean: float | None = Field(default=None, description="cosine of the outputs of each token: mean")
+    cosine_tokens_min: float | None = None
+    output_relative_error: float | None = Field(
+        default=None, description="‖original − quantized‖ / ‖original‖ of the outputs"
+    )
+    output_sqnr_db: float | None = Field(
+        default=None, description="−20·log10(output_relative_error); absent where that is 0"
+    )
+    latents_relative_error: float | None = None
+    psnr_mean: float | None = Field(default=None, description="dB; of pairs of pictures that are not equal")
+    psnr_min: float | None = None
+    ssim_mean: float | None = None
+    lpips_mean: float | None = None
+
+
+class LayerFigures(_Model):
+    """A quantized layer: the error of its outputs, on inputs that the original sees, and of its weight."""
+
+    name: str
+    output_sqnr_db: float | None = Field(
+        default=None, description="−20·log10(‖XW−XŴ‖/‖XW‖); absent where they are equal"
+    )
+    weight_sqnr_db: float | None = None
+
+
+class SkippedLayer(_Model):
+    """A quantized tensor without a figure, and why."""
+
+    name: str
+    reason: str
+
+
+class ComponentFigures(_Model):
+    """One quantized model."""
+
+    name: str
+    class_name: str
+    task: Task
+    metrics: Metrics
+    noise_floor: Metrics = Field(description="the same figures of the original with noise like bfloat16 rounding in it")
+    layers: tuple[LayerFigures, ...] = ()
+    skipped_layers: tuple[SkippedLayer, ...] = ()
+
+
+class GateResult(_Model):
+    """A limit, and whether it was kept."""
+
+    name: str
+    limit: float
+    value: float | None = Field(default=None, description="absent where it is infinite")
+    passed: bool
+
+
+class DataFile(_Model):
+    """A file of text, without its folder."""
+
+    name: str
+    sha256: str
+
+
+class EvalData(_Model):
+    """What was put into both models."""
+
+    kind: DataKind
+    sha256: str = Field(description="of the tokens, or of the tensors, that both models were given")
+    samples: int
+    tokens: int = Field(description="how many tokens were judged")
+    detail: str = Field(description="one sentence about where the data comes from")
+    seed: int
+    files: tuple[DataFile, ...] = ()
+
+
+class EvalSource(_Model):
+    """The original."""
+
+    label: str
+    repo_id: str | None = None
+    revision: str | None = None
+    dtype: str | None = Field(default=None, description="of its weights, in which it ran")
+    same_files: bool | None = Field(
+        default=None, description="whether its weights files are the ones that were quantized"
+    )
+
+
+class Evaluation(_Model):
+    """How much a checkpoint lost, paired with its original.
+
+    Attributes:
+        ok: every gate was kept.
+        path: as the user named it.
+        reused: samples whose outputs of the original were there from an earlier run.
+        command: what gives the same figures again.
+        unwritten: why the report is not in the folder; ``None`` where it is. Never written.
+    """
+
+    schema_version: Literal[1]
+    ok: bool
+    path: str
+    source: EvalSource
+    environment: dict[str, str]
+    data: EvalData
+    components: tuple[ComponentFigures, ...]
+    gates: tuple[GateResult, ...]
+    reused: int
+    command: str
+    date: Annotated[str, AfterValidator(_check_date)]
+    manifest_sha256: str
+    unwritten: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
+
+    @property
+    def exit_code(self) -> int:
+        """What a command that evaluated exits with."""
+        return 0 if self.ok else VerificationError.exit_code
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what ``eval --json`` prints and ``aoconvert.eval.json`` holds; the keys are a contract."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def dump(self) -> str:
+        """Write the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read a report, which anybody may have written.
+
+    Raises:
+        OSError: there is none (``FileNotFoundError``), or it cannot be read.
+        ValueError: it is not a report of an evaluation.
+    """
+    return Evaluation.model_validate(parse_json(read_limited(path, INDEX_BYTES), constants=False))
+
+
+def evaluation_of(folder: Path) -> Evaluation | None:
+    """Find the report in a folder that belongs to the manifest beside it."""
+    try:
+        report = read_evaluation(folder / EVAL_NAME)
+        return report if report.manifest_sha256 == file_sha256(folder / MANIFEST_NAME) else None
+    except (OSError, ValueError):
+        return None
