@@ -44,13 +44,13 @@ class Making:
 
     Attributes:
         verb: what a progress bar calls it.
-        write: writes a component's tensors to its files in the stage; gives also the SHA-256 of each file that it read,
-            by its path in the source.
+        write: writes a component's tensors to its files, but for those that the journal has already; gives also the
+            SHA-256 of each file that it read, by its path in the source.
         describe: adds to what the manifest says of a component.
     """
 
     verb: str
-    write: Callable[[ComponentPlan, Stage, Progress], tuple[ComponentResult, Mapping[str, str]]]
+    write: Callable[[ComponentPlan, Journal, Progress], tuple[ComponentResult, Mapping[str, str]]]
     describe: Callable[[ComponentPlan, ComponentEntry], ComponentEntry]
 
 
@@ -151,7 +151,7 @@ class _Conversion:
             if making is None:
                 done = self._stream(component, self.plan.devices, allow_cpu=self.plan.allow_cpu)
             else:
-                done, digests = making.write(component, self.stage, self.progress)
+                done, digests = making.write(component, self.journal, self.progress)
                 self._note(digests)
             others = [self._write_config(component), *self._write_index(component)]
             entry = component_entry(self.plan, component, done, others)

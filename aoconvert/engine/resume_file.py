@@ -176,7 +176,7 @@ def signature_of(plan: Plan) -> dict[str, Any]:
     return {
         "versions": {name: installed.get(name) for name in _PACKAGES},
         "device": device.type if device.type == "cpu" else f"{device.type} {device.name}",
-        "plan": _digest([*_plan_values(plan), *([lora.sha256, lora.weight] for lora in plan.loras)]),
+        "plan": _digest([*_plan_values(plan), *([lora.sha256, lora.weight] for lora in plan.loras), *plan.told]),
         "source": _digest(
             [
                 _file_facts(plan.source, path)

@@ -20,6 +20,7 @@ class MigrateKwargs(TypedDict, total=False):
     exact: bool
     output: str | Path
     overwrite: bool
+    resume: bool
     revision: str | None
     token: str | None
     cache_dir: str | Path | None
@@ -57,6 +58,7 @@ class MigrateOptions:
     overwrite: Annotated[
         bool, Option("Replace an earlier result of aoconvert in the output folder, never anything else.", SWITCH)
     ] = False
+    resume: Annotated[bool, Option("Start over instead of resuming a stopped run.", SWITCH, ("--no-resume",))] = True
     revision: Revision = None
     token: Token = field(default=None, repr=False)
     cache_dir: CacheDir = None

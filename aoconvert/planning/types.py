@@ -316,6 +316,7 @@ class Plan:
         devices: where weights are quantized: the CPU, or one GPU or several of one machine.
         allow_cpu: a weight that does not fit the GPU goes to the CPU.
         loras: that are added.
+        told: what else the user said on which bytes depend.
     """
 
     source: Source
@@ -334,6 +335,7 @@ class Plan:
     trust_remote_code: bool = False
     allow_cpu: bool = False
     loras: tuple[LoraFile, ...] = ()
+    told: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 from aoconvert.formats.base import Observe
-from aoconvert.formats.digest import FileDigest, damaged_in_cache
+from aoconvert.formats.digest import FileDigest, Mark, damaged_in_cache
 from aoconvert.sources import Source
 
 
@@ -35,11 +36,16 @@ class HashedFiles(Generic[F]):
     _files: dict[str, F]
     _digests: dict[str, FileDigest]
 
-    def hash(self) -> None:
-        """From now on take the SHA-256 of the files, from what is read of them."""
+    def hash(self, begun: Mapping[str, FileDigest] = MappingProxyType({})) -> None:
+        """From now on take the SHA-256 of the files, from what is read of them; some may be hashed in part already."""
         for path, file in self._files.items():
-            self._digests[path] = FileDigest(file.path)
+            self._digests[path] = begun.get(path) or FileDigest(file.path)
             file.observe = self._digests[path].feed
+
+    def marks(self) -> Mapping[str, Mark]:
+        """How far each file was hashed of which something was read since the last call."""
+        found = ((path, digest.mark()) for path, digest in self._digests.items())
+        return {path: mark for path, mark in found if mark is not None}
 
     def digests(self) -> Mapping[str, str]:
         """The SHA-256 of each file; what was not read is read now.

@@ -20,18 +20,17 @@ from aoconvert.checkpoint.manifest import (
 )
 from aoconvert.engine.convert import Making, run
 from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
-from aoconvert.engine.staging import Stage
+from aoconvert.engine.resume import Journal
 from aoconvert.errors import SourceError
-from aoconvert.files import writing
 from aoconvert.formats.base import SealedFile
 from aoconvert.models import ModelPart
 from aoconvert.options.migrate import MigrateOptions
-from aoconvert.planning.types import ComponentPlan, TensorPlan
+from aoconvert.planning.types import ComponentPlan
 from aoconvert.progress import Progress
 from aoconvert.rewriting.migrate_file import migrate_file
 from aoconvert.rewriting.migrate_plan import MigrationPlan, Moved, Open, plan_migration, weights_of_all
 from aoconvert.rewriting.migrate_types import OldWeights
-from aoconvert.rewriting.migrate_write import describe_weights, make_tensor
+from aoconvert.rewriting.migrate_write import describe_weights, find_deviation, make_tensor
 from aoconvert.rewriting.old_torchao.weights import TorchaoWeights, holds_torchao
 from aoconvert.rewriting.quanto.weights import QuantoWeights, holds_quanto
 from aoconvert.sources import Source
@@ -135,7 +134,7 @@ def migrate(
             planned.plan,
             progress,
             command=command,
-            resume=False,
+            resume=options.resume,
             making=Making("migrate", work.write, work.describe),
         )
     finally:
@@ -193,45 +192,52 @@ class _Migration:
         self._deviations: dict[str, list[DeviationEntry]] = {}
 
     def write(
-        self, component: ComponentPlan, stage: Stage, progress: Progress
+        self, component: ComponentPlan, journal: Journal, progress: Progress
     ) -> tuple[ComponentResult, Mapping[str, str]]:
         """Write a component's files; tensors are made one at a time."""
         name, began = component.component.name, time.perf_counter()
-        weights = self._planned.weights[name]
-        weights.hash()
-        tensors: dict[str, TensorResult] = {}
-        files: dict[str, SealedFile] = {}
+        weights, moved = self._planned.weights[name], self._planned.moved[name]
+        weights.hash(journal.digests)
+        tensors, files = journal.finished(component), journal.sealed(component)
         for file in component.files:
-            files[file.path] = self._write_file(component, file.path, stage, progress, tensors)
+            if file.path not in files:
+                files[file.path] = self._write_file(component, file.path, journal, progress, tensors)
+        results = {tensor: tensors[tensor] for tensor in component.order if tensor in moved and tensor in tensors}
+        found = (find_deviation(moved[key], one.max_abs_error, one.repaired) for key, one in results.items())
+        self._deviations[name] = [item for item in found if item is not None]
+        tensors |= {tensor.name: tensors[tensor.same_as] for tensor in component.tensors if tensor.same_as is not None}
         seconds = Seconds(writer=time.perf_counter() - began)
         return ComponentResult(tensors, files, seconds), weights.digests()
 
     def _write_file(
-        self, component: ComponentPlan, path: str, stage: Stage, progress: Progress, tensors: dict[str, TensorResult]
+        self,
+        component: ComponentPlan,
+        path: str,
+        journal: Journal,
+        progress: Progress,
+        tensors: dict[str, TensorResult],
     ) -> SealedFile:
+        """Write what a file lacks; where that fails, it stays as it is for a later run."""
+        name = component.component.name
         planned = {tensor.name: tensor for tensor in component.tensors if tensor.file == path}
-        target = stage.root / path
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with component.format.writer(target) as writer:
-            for name in component.order:
-                if name not in planned or not planned[name].is_written:
+        writer = journal.writer(component.format, path)
+        try:
+            for key in component.order:
+                if key not in planned or not planned[key].is_written or key in tensors:
                     continue
-                tensor, result = self._make(component.component.name, planned[name])
-                tensors[name] = replace(result, written=writer.add(name, tensor))
-                del tensor
-                progress.advance(planned[name].bytes_in, name)
-            also = {name: tensor.same_as for name, tensor in planned.items() if tensor.same_as is not None}
-            for name, same in also.items():
-                tensors[name] = tensors[same]
-            return writer.seal(list(planned), also)
-
-    def _make(self, component: str, planned: TensorPlan) -> tuple[Any, TensorResult]:
-        """The tensor, and what is to be said of it; what was written is filled in later."""
-        old, moved = self._planned.old[component][planned.name], self._planned.moved[component].get(planned.name)
-        made, deviations, error, repaired = make_tensor(old, moved)
-        self._deviations.setdefault(component, []).extend(deviations)
-        return made, TensorResult(_UNWRITTEN, None, error, repaired)
+                made, error, repaired = make_tensor(self._planned.old[name][key], self._planned.moved[name].get(key))
+                result = TensorResult(writer.add(key, made), None, error, repaired)
+                del made
+                journal.done(path, result, writer.last(), self._planned.weights[name].marks())
+                tensors[key] = result
+                progress.advance(planned[key].bytes_in, key)
+            also = {key: tensor.same_as for key, tensor in planned.items() if tensor.same_as is not None}
+            sealed = writer.seal(list(planned), also)
+        except BaseException:
+            writer.leave()
+            raise
+        journal.done_file(path, sealed)
+        return sealed
 
     def describe(self, component: ComponentPlan, entry: ComponentEntry) -> ComponentEntry:
         """Say in the manifest where the tensors are from, and what became of each."""
@@ -246,7 +252,3 @@ class _Migration:
 
 def _with_migration(entry: TensorEntry, moved: Moved | None) -> TensorEntry:
     return entry if moved is None else replace(entry, migration=moved.migration)
-
-
-_UNWRITTEN: Any = None
-"""Stands for what a writer says, until it has."""

@@ -35,7 +35,7 @@ from aoconvert.recipes import fqn_to_config
 from aoconvert.recipes.rules import Rules
 from aoconvert.rewriting.migrate_plan import Moved, make_output, scheme_of_old
 from aoconvert.rewriting.migrate_types import OldTensor, OldWeights, stored_bytes
-from aoconvert.rewriting.migrate_write import describe_weights, make_tensor
+from aoconvert.rewriting.migrate_write import describe_weights, find_deviation, make_tensor
 from aoconvert.schemes import Scheme
 from aoconvert.schemes.layouts import UNPACKED, merge
 from aoconvert.sources import Source
@@ -110,10 +110,11 @@ def _write(
                 also[old.name] = same.name
                 tensors.append(_named(same, old.name))
                 continue
-            made, found, error, repaired = make_tensor(old, moved[old.name])
+            made, error, repaired = make_tensor(old, item := moved[old.name])
             written = writer.add(old.name, made)
             tensors.append(_entry(old, moved[old.name], target, written_values(written), error, repaired))
-            deviations += found
+            if item is not None and (found := find_deviation(item, error, repaired)) is not None:
+                deviations.append(found)
             if old.place is not None:
                 first[old.place] = tensors[-1]
             del made

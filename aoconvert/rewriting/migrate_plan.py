@@ -174,6 +174,7 @@ def _plan(
         fetch=(),
         needs=Needs(disk, 0, _IMPORTS_BYTES + _AT_ONCE * _largest(components)),
         warnings=tuple(_labelled(part, line) for part in opened for line in part.weights.warnings),
+        told=(f"packed on {options.packed_on}",),
     )
     return MigrationPlan(
         plan,

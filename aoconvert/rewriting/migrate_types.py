@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
 
+from aoconvert.formats.digest import FileDigest, Mark
 from aoconvert.formats.torch_bin.contents import BinTensor
 
 Read = Callable[[BinTensor], torch.Tensor]
@@ -152,8 +154,11 @@ class OldWeights(Protocol):
     def warnings(self) -> Sequence[str]:
         """What is to be known of the old checkpoint."""
 
-    def hash(self) -> None:
-        """From now on take the SHA-256 of the files, from what is read of them."""
+    def hash(self, begun: Mapping[str, FileDigest] = MappingProxyType({})) -> None:
+        """From now on take the SHA-256 of the files, from what is read of them; some may be hashed in part already."""
+
+    def marks(self) -> Mapping[str, Mark]:
+        """How far each file was hashed of which something was read since the last call."""
 
     def digests(self) -> Mapping[str, str]:
         """The SHA-256 of each file, by its path in the source; what was not read is read now.

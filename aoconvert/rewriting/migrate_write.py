@@ -13,18 +13,21 @@ from aoconvert.schemes.tensors import dequantize, repair
 _REPAIRED = "{} of its scales were 0, so that their values were NaN: they stand for zeros now"
 
 
-def make_tensor(old: OldTensor, moved: Moved | None) -> tuple[Any, list[DeviationEntry], float | None, int]:
-    """What is written for a tensor, what differs, its largest difference to the old values, and repaired scales."""
+def make_tensor(old: OldTensor, moved: Moved | None) -> tuple[Any, float | None, int]:
+    """What is written for a tensor, its largest difference to the old values, and how many scales were repaired."""
     made = make_output(old, moved, on_meta=False)
     repaired = repair(made) if moved is not None and moved.migration == "carried" else 0
-    reasons = [moved.reason] if moved is not None and moved.reason else []
+    return made, _error(made, moved), repaired
+
+
+def find_deviation(moved: Moved, error: float | None, repaired: int) -> DeviationEntry | None:
+    """Say what differs from the old tensor; arguments as ``make_tensor`` gives them; ``None``: nothing."""
+    reasons = [moved.reason] if moved.reason else []
     if repaired:
         reasons.append(_REPAIRED.format(repaired))
-    error = _error(made, moved)
-    found = []
-    if moved is not None and (reasons or moved.migration != "carried"):
-        found.append(DeviationEntry(name=old.name, reason="; ".join(reasons), max_abs_error=error or 0.0))
-    return made, found, error, repaired
+    if not reasons and moved.migration == "carried":
+        return None
+    return DeviationEntry(name=moved.old.name, reason="; ".join(reasons), max_abs_error=error or 0.0)
 
 
 def describe_weights(weights: OldWeights, deviations: Sequence[DeviationEntry]) -> MigratedEntry:

@@ -75,6 +75,7 @@ def not_used(result: Any) -> list[str]:
         ("cogvideox", {"scheme": "int4dq", "components": ["transformer", "text_encoder"]}, (50, 125)),
         ("llama-tied", SHARDS, (3, 11, 20)),
         ("mixtral", SHARDS, (4, 15)),
+        ("llama-tied", {**SHARDS, "format": "safetensors"}, (3, 11, 20)),
     ],
 )
 def test_it_goes_on_and_reads_nothing_twice(
@@ -371,6 +372,7 @@ def test_a_disk_that_is_full_somewhere(
         ("cogvideox", "float8wo", {}),
         ("mixtral", "int8wo", {"max_shard_size": "20KB"}),
         ("wan", "int4dq", {}),
+        ("mixtral", "int8wo", {"max_shard_size": "20KB", "format": "safetensors"}),
         ("cogvideox", "nvfp4wo", {"fuse_qkv": True}),
         ("mixtral", "float8dq_row", {"include_embeddings": True}),
         ("bert", "int4wo", {"layout_device": "cuda", "max_shard_size": "5MB"}),

@@ -9,6 +9,7 @@ lie in the order in which they are read, which the format allows, so that nothin
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,7 @@ class SafetensorsWriter(OutputWriter):
         """See ``Writer.restore``."""
         places, found, digest = iter(_places(head).values()), list[StoredTensor](), _sha256(head)
         for tensor in tensors:
-            parts = [place for place, _ in zip(places, tensor.written.data_names or ("",), strict=False)]
+            parts = list(itertools.islice(places, len(tensor.written.data_names or ("",))))
             if not parts or parts[-1].end != tensor.size or tensor.resume_state != digest:
                 break
             found.append(tensor)
