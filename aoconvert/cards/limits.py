@@ -164,7 +164,8 @@ def _of_layers(
 
 def _of_source(components: Sequence[ComponentEntry]) -> Iterable[tuple[str, str]]:
     """How the source was quantized, what its weights files hold beside the model's tensors, and what they lack."""
-    for original in dict.fromkeys(entry.original for entry in components if entry.original is not None):
+    originals = (entry.original for entry in components if entry.original is not None)
+    for original in dict.fromkeys(original for original in originals if original.tensors):
         values = {"method": original.method, "how": original.how, "by": original.dequantized_by}
         yield "a quantized original", _ORIGINAL.format(**{key: text(value) for key, value in values.items()})
     carried = [tensor.name for entry in components for tensor in entry.tensors if tensor.action == "carry"]

@@ -34,6 +34,7 @@ class TensorInfo:
         offset: absolute byte offset of its data in the file.
         stride: elements from one index to the next, by dimension, where tensors of the file may share their data;
             ``None`` where they cannot, or the file does not tell.
+        packing: the format's name for blocks of values that are stored as bytes; ``None`` for values.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TensorInfo:
     file: str
     offset: int
     stride: tuple[int, ...] | None = None
+    packing: str | None = None
 
     @property
     def place(self) -> tuple[int, ...] | None:

@@ -21,22 +21,39 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FileFormat:
-    """A kind of weights file. Nothing of torch is imported before a reader or writer is asked for.
+class SourceFormat:
+    """A kind of weights file that is read. Nothing of torch is imported before a reader is asked for.
+
+    Attributes:
+        suffixes: of its files.
+        import_reader: imports what opens a file (its path, who observes what is read, what ``Source.headers`` has of it
+            or ``None``), and what says what a file of a source holds (``None``: it must be here for that).
+    """
+
+    suffixes: tuple[str, ...]
+    import_reader: Callable[[], tuple[OpenReader, ReadContents]]
+
+    def contents(self, source: Source, path: str) -> FileContents | None:
+        """What a file of a source holds; ``None`` where that cannot be said of one that is not on this machine.
+
+        Raises:
+            SourceError: its reader refuses it.
+        """
+        return self.import_reader()[1](source, path)
+
+
+@dataclass(frozen=True)
+class FileFormat(SourceFormat):
+    """A kind of weights file that is also written; of its suffixes, the first one is.
 
     Attributes:
         name: what a manifest calls it.
-        suffixes: of its files; the first one is the one that is written.
-        import_reader: imports what opens a file (its path, who observes what is read, what ``Source.headers`` has of it
-            or ``None``), and what says what a file of a source holds (``None``: it must be here for that).
         import_writer: imports its writer.
         import_stored: imports what says what a finished file holds, having checked it without torch, and what imports
             its reader.
     """
 
     name: Format
-    suffixes: tuple[str, ...]
-    import_reader: Callable[[], tuple[OpenReader, ReadContents]]
     import_writer: Callable[[], type[Writer]]
     import_stored: Callable[[], tuple[ReadStored, Callable[[], type[StoredFile]]]]
 
@@ -54,14 +71,6 @@ class FileFormat:
         """Whether a file has the suffix that is written."""
         return path.endswith(self.suffix)
 
-    def contents(self, source: Source, path: str) -> FileContents | None:
-        """What a file of a source holds; ``None`` where that cannot be said of one that is not on this machine.
-
-        Raises:
-            SourceError: its reader refuses it.
-        """
-        return self.import_reader()[1](source, path)
-
 
 def _safetensors_reader() -> tuple[OpenReader, ReadContents]:
     from aoconvert.formats.safetensors.reader import SafetensorsReader, contents
@@ -73,6 +82,12 @@ def _torch_bin_reader() -> tuple[OpenReader, ReadContents]:
     from aoconvert.formats.torch_bin.reader import TorchBinReader, contents
 
     return lambda path, observe, _header: TorchBinReader(path, observe), contents
+
+
+def _gguf_reader() -> tuple[OpenReader, ReadContents]:
+    from aoconvert.formats.gguf.reader import GgufReader, contents
+
+    return GgufReader, contents
 
 
 def _torch_bin_writer() -> type[Writer]:
@@ -110,12 +125,16 @@ def _safetensors_stored() -> tuple[ReadStored, Callable[[], type[StoredFile]]]:
 
 
 SAFETENSORS = FileFormat(
-    "safetensors", (".safetensors",), _safetensors_reader, _safetensors_writer, _safetensors_stored
+    (".safetensors",), _safetensors_reader, "safetensors", _safetensors_writer, _safetensors_stored
 )
-TORCH_BIN = FileFormat("bin", (".bin", ".pt", ".pth", ".ckpt"), _torch_bin_reader, _torch_bin_writer, _torch_bin_stored)
+TORCH_BIN = FileFormat((".bin", ".pt", ".pth", ".ckpt"), _torch_bin_reader, "bin", _torch_bin_writer, _torch_bin_stored)
+GGUF = SourceFormat((".gguf",), _gguf_reader)
 
 FORMATS: Mapping[str, FileFormat] = {entry.name: entry for entry in (SAFETENSORS, TORCH_BIN)}
 """By name, in the order in which a checkpoint's files are looked for."""
+
+SOURCE_FORMATS: Mapping[str, SourceFormat] = {**FORMATS, "gguf": GGUF}
+"""By name, with those that are only read."""
 
 
 def written_as(path: str) -> FileFormat | None:
@@ -155,8 +174,8 @@ def open_reader(path: Path, observe: Observe | None = None, header: Any = None) 
     Raises:
         SourceError: an unknown extension, or a file its reader refuses.
     """
-    for entry in FORMATS.values():
+    for entry in SOURCE_FORMATS.values():
         if path.suffix in entry.suffixes:
             return entry.import_reader()[0](path, observe, header)
-    known = ", ".join(suffix for entry in FORMATS.values() for suffix in entry.suffixes)
+    known = ", ".join(suffix for entry in SOURCE_FORMATS.values() for suffix in entry.suffixes)
     raise SourceError(f"{path}: unknown type of weights file", hint=f"aoconvert reads {known}")

@@ -291,7 +291,10 @@ def _foreign_advice(kind: str, config: Mapping[str, Any]) -> list[str]:
             _MIGRATE,
         ]
     if kind == "gguf":
-        return ["open it with llama.cpp, or with from_single_file / gguf_file of diffusers or transformers"]
+        return [
+            "open it with llama.cpp, or with from_single_file / gguf_file of diffusers or transformers",
+            "of a diffusers denoiser: aoconvert quantize FILE --scheme int8wo --config FOLDER or REPO",
+        ]
     if kind in ("bitsandbytes", "gptq", "awq"):
         return [f"{kind} weights need their own kernels; torchao cannot load them"]
     return []

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aoconvert.errors import UnsafeFileError
-from aoconvert.formats.gguf import GGUF_MAGIC, read_gguf
+from aoconvert.formats.gguf.start import GGUF_MAGIC, read_gguf
 from aoconvert.formats.safetensors.contents import codes_part
 from aoconvert.formats.safetensors.header import DTYPES, read_header
 from aoconvert.formats.torch_bin.contents import BinTensor

@@ -68,6 +68,17 @@ def scheme_of_kind(kind: str, config: Mapping[str, Any], metadata: Mapping[str, 
 
 
 # llama.cpp's enum llama_ftype: https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h
+GGUF_LANGUAGE_MODELS = frozenset(
+    {
+        *("bloom", "deci", "falcon", "gemma2", "gemma3", "gpt2", "llama", "mamba", "minimax-m2", "nemotron", "phi3"),
+        *("qwen2", "qwen2moe", "qwen3", "qwen3moe", "stablelm", "starcoder2", "t5", "t5encoder"),
+    }
+)
+"""``general.architecture`` of GGUF files that transformers converts, and ``quantize`` reads.
+
+Source: ``transformers.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES``, in llama.cpp's names.
+"""
+
 _GGUF_TYPES = {
     "0": "F32",
     "1": "F16",

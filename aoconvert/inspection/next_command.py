@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aoconvert.humanize import argument
+from aoconvert.inspection.foreign import GGUF_LANGUAGE_MODELS
 from aoconvert.inspection.types import Component
 from aoconvert.originals.methods import METHODS
 
@@ -33,11 +34,20 @@ def next_command(path: str, components: Sequence[Component]) -> str | None:
     kinds = {part.kind for part in components if part.kind != "plain"}
     if kinds and kinds <= {"torchao", "torchao-safetensors"}:
         return shlex.join(["aoconvert", "verify", place])
+    if kinds == {"gguf"}:
+        readable = _is_language_model(path, components)
+        return shlex.join(["aoconvert", "quantize", place, "--scheme", "int8wo"]) if readable else None
     known = kinds <= set(METHODS) and all(file.format in _READ for part in components for file in part.files)
     if known and any(part.class_name for part in components):
         beside = ["--config", place.rpartition("/")[0] or "."] if Path(path).is_file() else []
         return shlex.join(["aoconvert", "quantize", place, "--scheme", "int8wo", *beside])
     return None
+
+
+def _is_language_model(path: str, components: Sequence[Component]) -> bool:
+    """Whether a GGUF file on this machine is one that transformers converts."""
+    architectures = {file.metadata.get("general.architecture") for part in components for file in part.files}
+    return Path(path).is_file() and architectures <= GGUF_LANGUAGE_MODELS
 
 
 def is_old(part: Component) -> bool:

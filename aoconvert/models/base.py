@@ -81,7 +81,8 @@ class SourceTensor:
     place, shape and dtype are one tensor under several names. ``None`` where no two can be.
 
     With a ``formula`` the file does not hold it as it is: it is made of stored ones. Then ``name`` is the one it would
-    have if it were stored, ``file`` that of its first part, ``nbytes`` the bytes of all its parts.
+    have if it were stored, ``file`` that of its first part, ``nbytes`` the bytes of all its parts. ``packing`` is the
+    format's name for blocks of values that are stored as bytes.
     """
 
     file: str
@@ -91,6 +92,7 @@ class SourceTensor:
     nbytes: int
     place: tuple[int, ...] | None = None
     formula: Formula | None = field(default=None, repr=False)
+    packing: str | None = None
 
     @property
     def read_bytes(self) -> int:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert.environment import import_diffusers
 from aoconvert.errors import HubError, SourceError, UsageError
-from aoconvert.formats.registry import FORMATS
+from aoconvert.formats.registry import SOURCE_FORMATS
 from aoconvert.models.base import ModelPart, SourceTensor
+from aoconvert.models.gguf import quantization, read_config
 from aoconvert.models.pipeline import identify
 from aoconvert.options import HubOptions
 from aoconvert.sources import resolve
@@ -33,7 +34,7 @@ def add_config(source: FileSource, config: str | None, subfolder: str | None, hu
     Args:
         source: the file.
         config: a folder or repo with the config of the model, or of a pipeline that has it; ``None``: what diffusers
-            takes for such a file.
+            takes for such a file, or what transformers makes of a GGUF file.
         subfolder: where it is in there.
         hub: how the Hub is asked.
 
@@ -43,6 +44,11 @@ def add_config(source: FileSource, config: str | None, subfolder: str | None, hu
         UsageError: a pipeline of several denoisers.
     """
     hub = replace(hub, revision=None)
+    stored = quantization(source.place) if source.place.suffix.lower() == ".gguf" else None
+    if config is None and stored is not None and not (stored["values"] is None and _find_layout(source)):
+        values: Mapping[str, Any] = read_config(source.place, stored)
+        origin = ConfigOrigin(source.label, inferred=True)
+        return FileSource(source.place, {**values, "quantization_config": stored}, origin)
     if config is None:
         layout, repo, folder = _infer(source)
         try:
@@ -65,6 +71,8 @@ def add_config(source: FileSource, config: str | None, subfolder: str | None, hu
         )
     [part] = parts
     values = {"_class_name": part.class_name, **part.config} if part.library == "diffusers" else part.config
+    if stored is not None:
+        values = {**values, "quantization_config": stored}
     origin = ConfigOrigin(found.label, found.repo_id, found.revision, part.folder, inferred=config is None)
     return FileSource(source.place, values, origin, (subfolder or "").strip("/"))
 
@@ -73,8 +81,15 @@ def _infer(source: FileSource) -> tuple[str, str, str | None]:
     """What diffusers calls the layout, and the repo and folder that it takes the config from.
 
     Raises:
-        SourceError: it is a layout that diffusers does not know; it would take it for Stable Diffusion 1's.
+        SourceError: it is a layout that diffusers does not know.
     """
+    if (found := _find_layout(source)) is None:
+        raise SourceError(f"{source.label}: its tensors are in no layout that diffusers knows", hint=_CONFIG_HINT)
+    return found
+
+
+def _find_layout(source: FileSource) -> tuple[str, str, str | None] | None:
+    """As ``_infer``; ``None`` for a layout that diffusers does not know: it would take it for Stable Diffusion 1's."""
     import torch
 
     import_diffusers()
@@ -82,7 +97,7 @@ def _infer(source: FileSource) -> tuple[str, str, str | None]:
 
     weights = find_weights(source, "", "diffusers")
     assert weights is not None
-    contents = FORMATS[weights.format].contents(source, source.label)
+    contents = SOURCE_FORMATS[weights.format].contents(source, source.label)
     assert contents is not None
     found = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in contents.tensors.items()}
     try:
@@ -92,9 +107,7 @@ def _infer(source: FileSource) -> tuple[str, str, str | None]:
     except Exception:  # it looks for what is not there
         path = None
     if path is None:
-        raise SourceError(
-            f"{source.label}: its tensors are in no layout that diffusers knows", hint=_CONFIG_HINT
-        ) from None
+        return None
     return layout, path["pretrained_model_name_or_path"], path.get("subfolder")
 
 

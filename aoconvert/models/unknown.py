@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
+from aoconvert.humanize import argument
 
 if TYPE_CHECKING:
     from aoconvert.sources import Source
@@ -19,7 +20,7 @@ _ORIGINAL = "start from the original weights, as safetensors or .bin"
 # weights that are not read, by file name → the format's name, what to do; the first that is there is named
 _FORMATS = (
     (r"adapter_model\.(safetensors|bin)", "an adapter", "give its base model, and the adapter with --lora"),
-    (r".*\.gguf", "GGUF", _ORIGINAL),
+    (r".*\.gguf", "GGUF", "give the file itself"),
     (r"tf_model.*\.h5|.*\.h5", "TensorFlow", "from_pretrained(…, from_tf=True) of transformers 4 and save_pretrained"),
     (r".*\.msgpack", "Flax", "from_pretrained(…, from_flax=True) of transformers 4 and save_pretrained"),
     (r".*\.onnx(_data)?|.*\.ort", "ONNX", _ORIGINAL),
@@ -38,8 +39,8 @@ def explain_unknown(source: Source, folder: str) -> SourceError:
         return _adapter(source, folder, where)
     weights = [name for name in names if name.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin"))]
     missing = f"{where} has no config.json and no model_index.json"
-    if any(name.endswith(".gguf") for name in names):
-        return SourceError(f"{missing}, only GGUF weights ({_some(names, '.gguf')})", hint=_ORIGINAL)
+    if files := [name for name in names if name.endswith(".gguf")]:
+        return SourceError(f"{missing}, only GGUF weights ({', '.join(files)})", hint=_choose(source, folder, files))
     if weights:
         return SourceError(
             f"{missing}, only weights ({', '.join(weights[:2])}{', …' if len(weights) > 2 else ''})",
@@ -51,6 +52,15 @@ def explain_unknown(source: Source, folder: str) -> SourceError:
     return SourceError(
         missing, hint="give the folder of a diffusers pipeline, a diffusers model or a transformers model"
     )
+
+
+def _choose(source: Source, folder: str, files: list[str]) -> str:
+    """How to give one of the GGUF files in a folder or repo."""
+    path = posixpath.join(folder, files[0])
+    if source.repo_id is not None:
+        return f"download one, and give the file itself: hf download {source.repo_id} {path} --local-dir FOLDER"
+    which = "the file itself" if len(files) == 1 else "one of the files itself"
+    return f"give {which}: aoconvert quantize {argument(str(source.root / path))} --scheme …"
 
 
 def _adapter(source: Source, folder: str, where: str) -> SourceError:
@@ -112,10 +122,6 @@ def _models_below(source: Source, folder: str) -> list[str]:
             if isinstance(config, dict) and not {"_class_name", "architectures"}.isdisjoint(config):
                 found.append(place)
     return found
-
-
-def _some(names: list[str], suffix: str) -> str:
-    return next(name for name in names if name.endswith(suffix))
 
 
 def _short(value: object) -> str:

@@ -278,7 +278,7 @@ class QuantizeOptions:
         str | None,
         Option(
             "With a SOURCE that is one weights file: folder or repo with its diffusers config. Default: what diffusers "
-            "takes for such a file.",
+            "takes for such a file, or what transformers makes of a GGUF file.",
             REFERENCE,
             metavar="FOLDER|REPO",
             recorded=4,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
 from aoconvert.formats.dtypes import dtype_name
-from aoconvert.models.base import SourceTensor
+from aoconvert.models.base import ModelPart, SourceTensor
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class Sorted:
     """The stored tensors of a checkpoint, taken one after the other for what is made of them.
 
     Attributes:
-        title: what messages call the model.
+        component: the model, without its quantization.
         config: ``quantization_config``.
         left: those that nothing was made of yet.
         made: those that a formula makes.
@@ -52,12 +52,17 @@ class Sorted:
         peek: reads a small one.
     """
 
-    title: str
+    component: ModelPart
     config: Mapping[str, Any]
     left: dict[str, SourceTensor]
     peek: Peek
     made: dict[str, SourceTensor] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What messages call the model."""
+        return self.component.title
 
     def add(self, tensor: SourceTensor) -> None:
         """Take a tensor that its formula makes, and with it the parts.
@@ -74,9 +79,13 @@ class Sorted:
 
     def drop(self, names: Callable[[str], bool]) -> None:
         """Leave out what is left of the quantization and of no use without it."""
-        for name in [name for name in self.left if names(name)]:
+        self.drop_as([name for name in self.left if names(name)], NOT_USED)
+
+    def drop_as(self, names: Iterable[str], reason: str) -> None:
+        """Leave out what is left of these, for a reason."""
+        for name in names:
             del self.left[name]
-            self.dropped[name] = NOT_USED
+            self.dropped[name] = reason
 
     def damaged(self, problem: str) -> SourceError:
         """The error for what does not fit together; to be raised."""

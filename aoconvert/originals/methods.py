@@ -13,6 +13,8 @@ from aoconvert.models.base import ModelPart, SourceTensor
 from aoconvert.originals.base import Original, Peek, Sorted
 
 _KEYS = ("quantization_config", "compression_config")
+GGUF = "gguf"
+_DIFFUSERS = ("bitsandbytes", GGUF)
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -55,11 +57,18 @@ def _bitsandbytes() -> Callable[[Sorted], str]:
     return sort
 
 
+def _gguf() -> Callable[[Sorted], str]:
+    from aoconvert.originals.gguf import sort
+
+    return sort
+
+
 METHODS: Mapping[str, _Method] = {
     "fp8": _Method("transformers", "transformers", _block_fp8),
     "compressed-tensors": _Method("compressed-tensors", "compressed_tensors", _compressed),
     "bitsandbytes": _Method("bitsandbytes", "bitsandbytes", _bitsandbytes),
     "mxfp4": _Method("transformers", "transformers", _mxfp4),
+    GGUF: _Method("gguf", "gguf", _gguf),
 }
 """By ``quant_method``."""
 
@@ -97,7 +106,7 @@ def refuse_unsupported(component: ModelPart) -> None:
     if not config:
         return
     method = METHODS.get(name := _name(config))
-    if component.library != "transformers" and name != "bitsandbytes":
+    if component.library != "transformers" and name not in _DIFFUSERS:
         method = None
     if method is None:
         known = ", ".join(sorted(METHODS))
@@ -139,9 +148,9 @@ def dequantize(
     config = _quantization(component)
     name = _name(config)
     method = METHODS[name]
-    found = Sorted(component.title, config, dict(tensors), peek)
+    found = Sorted(without_quantization(component), config, dict(tensors), peek)
     how = method.import_sort()(found)
-    if not found.made:
+    if not found.made and name != GGUF:
         raise found.damaged(f"its config says that it is quantized ({name}), but none of its tensors is")
     places = {tensor.formula.parts[0].name: tensor for tensor in found.made.values() if tensor.formula is not None}
     whole = {}
@@ -151,7 +160,15 @@ def dequantize(
         elif stored in found.left:
             whole[stored] = tensor
     by = f"{method.package} {version_of(method.package)}"
-    return whole, found.dropped, Original(name, how, by, _dtype(component.config), len(found.made))
+    dtype, count = _dtype(component.config), len(found.made)
+    if name == GGUF:
+        from aoconvert.originals.gguf import model_dtype
+
+        dtype = model_dtype(list(tensors.values()))
+        count = sum(
+            any(part.packing for part in tensor.formula.parts) for tensor in found.made.values() if tensor.formula
+        )
+    return whole, found.dropped, Original(name, how, by, dtype, count)
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -166,6 +183,8 @@ def _dtype(config: Mapping[str, Any]) -> str:
 
 def describe(original: Original) -> str:
     """One line for a plan."""
+    if not original.tensors:
+        return f"the source is a {original.method.upper()} file that is not quantized ({original.how})"
     return (
         f"the source is quantized ({original.method}: {original.how}); {original.dequantized_by} gives its values back"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from aoconvert.errors import SourceError
-from aoconvert.formats.registry import FORMATS
+from aoconvert.formats.registry import SOURCE_FORMATS
 from aoconvert.models import ModelPart, Skeleton
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import CannotConvert, MergeRecipe, resolve_conversions
@@ -113,10 +113,11 @@ def read_contents(source: Source, weights: WeightFiles) -> SourceTensors | None:
     found: dict[str, SourceTensor] = {}
     others: dict[str, str] = {}
     for path in weights.files:
-        contents = FORMATS[weights.format].contents(source, path)
+        contents = SOURCE_FORMATS[weights.format].contents(source, path)
         if contents is None:
             return None
-        entries = [SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes, i.place) for i in contents.tensors.values()]
+        infos = contents.tensors.values()
+        entries = [SourceTensor(path, i.name, i.dtype, i.shape, i.nbytes, i.place, packing=i.packing) for i in infos]
         others |= contents.others
         for entry in entries:
             if entry.name in found:

@@ -221,6 +221,8 @@ def _component(folder: Path, model: _Model) -> ComponentEntry:
     names |= {tensor.class_name for tensor in entries}
     span = find_written({use.name for file in model.opened.values() for use in file.contents.globals}, entries)
     foreign = sorted(name for name in names if name.startswith("torchao."))
+    format_ = model.files.format
+    assert format_ != "gguf"  # a folder's weights
     return ComponentEntry(
         name=component.name,
         path=component.folder,
@@ -231,7 +233,7 @@ def _component(folder: Path, model: _Model) -> ComponentEntry:
         config=dict(config),
         dtype=dtype,
         layout=layout_entry(layout, None),
-        format=model.files.format,
+        format=format_,
         files=[
             *(_file(folder, path) for path in model.files.paths),
             _file(folder, join(component.folder, "config.json")),
@@ -247,7 +249,7 @@ def _component(folder: Path, model: _Model) -> ComponentEntry:
         rules=dict(rule_schemes(config, layout.device)) if len(schemes) > 1 else None,
         converted=ConvertedEntry(
             kind="torchao",
-            format=model.files.format,
+            format=format_,
             written_by=None if span is None else " to ".join(dict.fromkeys(f"{short(at)}" for at in span)),
         ),
         dropped=[manifests.LeftOutEntry(name=name, reason=why) for name, why in _others(model).items()],

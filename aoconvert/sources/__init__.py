@@ -17,7 +17,7 @@ from aoconvert.sources.weights import WeightFiles, find_weights
 __all__ = ["FetchProgress", "Source", "SourceFile", "WeightFiles", "find_weights", "resolve"]
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"})
-SINGLE_FILE_SUFFIXES = WEIGHT_SUFFIXES - {".gguf"}
+SINGLE_FILE_SUFFIXES = WEIGHT_SUFFIXES
 
 
 def resolve(
@@ -50,11 +50,6 @@ def resolve(
             raise UsageError(f"{show(reference)} is a {what}, which has no revisions", hint="omit --revision")
         return FolderSource(place) if place.is_dir() else FileSource(place)
     if place is not None:
-        if place.suffix.lower() == ".gguf":
-            raise SourceError(
-                f"{show(reference)} is a GGUF file, which aoconvert does not read as a source",
-                hint="start from the original weights, as safetensors or .bin",
-            )
         if place.suffix.lower() in WEIGHT_SUFFIXES:
             raise SourceError(
                 f"{show(reference)} is a single weights file",

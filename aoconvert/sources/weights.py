@@ -18,6 +18,7 @@ from aoconvert.sources.base import Source, is_safe_path, show
 
 Library = Literal["diffusers", "transformers"]
 Format = Literal["bin", "safetensors"]
+SourceFormat = Literal["bin", "safetensors", "gguf"]
 
 STEMS: dict[Library, dict[Format, str]] = {
     "diffusers": {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},
@@ -25,6 +26,7 @@ STEMS: dict[Library, dict[Format, str]] = {
 }
 
 
+_SINGLE: dict[str, SourceFormat] = {".safetensors": "safetensors", ".gguf": "gguf"}
 NAMED_BY = "transformers_weights"
 _INDEX = ".safetensors.index.json"
 _ADAPTER = "adapter_model.bin"
@@ -42,7 +44,7 @@ class WeightFiles:
         index_file: the index itself.
     """
 
-    format: Format
+    format: SourceFormat
     files: tuple[str, ...]
     index: Mapping[str, str] | None
     index_file: str | None = None
@@ -81,7 +83,8 @@ def find_weights(
         HubError: the index could not be fetched.
     """
     if (single := source.weights_file) is not None:
-        return WeightFiles("safetensors" if single.lower().endswith(".safetensors") else "bin", (single,), None)
+        suffix = posixpath.splitext(single)[1].lower()
+        return WeightFiles(_SINGLE.get(suffix, "bin"), (single,), None)
     folder, variant = folder.strip("/"), variant or None
     if folder and not is_safe_path(folder):
         raise SourceError(f"{source.label}: {show(folder)} is not a folder inside the source")

@@ -113,6 +113,10 @@ def compare_by_library(
         return LibraryFindings("skipped", "without a manifest it is unknown what may differ from the source")
     if (added := find_loras(manifest.source, loras)) is None:
         return LibraryFindings("skipped", "a LoRA was added that is not on the Hub: --lora FILE names it")
+    if isinstance(source, FileSource) and source.place.suffix.lower() == ".gguf":
+        return LibraryFindings(
+            "skipped", "the library takes all of a GGUF file's values into memory; numbers compares with those of gguf"
+        )
     if source.kind == "file" and target.kind != "diffusers":
         return LibraryFindings(
             "skipped", f"{target.class_name} has no from_single_file: the library opens no such file"

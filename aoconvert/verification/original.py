@@ -14,6 +14,7 @@ from aoconvert.checkpoint.manifest import FileEntry, SourceEntry
 from aoconvert.checkpoint.report import Status, some
 from aoconvert.errors import HubError, SourceError, UsageError
 from aoconvert.humanize import plural
+from aoconvert.models.gguf import quantization
 from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.sources import SINGLE_FILE_SUFFIXES, Source, resolve
 from aoconvert.sources.file import CONFIG, FileSource
@@ -75,16 +76,21 @@ def _with_config(source: FileSource, checkpoint: Path, hub: HubOptions) -> FileS
             return FileSource(source.place, found.config, found.origin)
     except (SourceError, HubError, UsageError):  # a repo that is gone, no network; a bad manifest is said later
         pass
-    return FileSource(source.place, _config(checkpoint))
+    return FileSource(source.place, _config(checkpoint, source.place))
 
 
-def _config(checkpoint: Path) -> Mapping[str, Any] | None:
-    """The checkpoint's config without what quantizing added: that of the file it was made of."""
+def _config(checkpoint: Path, place: Path) -> Mapping[str, Any] | None:
+    """The checkpoint's config without what quantizing added: that of the file it was made of.
+
+    Raises:
+        SourceError: a GGUF file that is damaged.
+    """
     folder = FolderSource(checkpoint)
     config = folder.read_json(CONFIG) if folder.has(CONFIG) else None
     if not isinstance(config, dict):
         return None
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return {**plain, "quantization_config": quantization(place)} if place.suffix.lower() == ".gguf" else plain
 
 
 def _find_commit(reference: str, checkpoint: Path) -> str | None:

@@ -107,7 +107,7 @@ def test_an_index_that_does_not_fit(folder, index, what):
 
 
 def test_unknown_and_missing_files(folder):
-    with pytest.raises(SourceError, match=r"model\.gguf: unknown type of weights file"):
-        open_reader(folder / "model.gguf")
+    with pytest.raises(SourceError, match=r"model\.npz: unknown type of weights file"):
+        open_reader(folder / "model.npz")
     with pytest.raises(SourceError, match=r"none\.safetensors: cannot be opened"):
         CheckpointReader(folder, ["none.safetensors"])

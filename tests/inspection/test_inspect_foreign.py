@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from aoconvert.errors import AoconvertError, SourceError
-from aoconvert.formats.gguf import read_gguf
+from aoconvert.formats.gguf.start import read_gguf
 from aoconvert.formats.safetensors.header import read_header
 from aoconvert.inspection.inspect import inspect
 
@@ -370,3 +370,20 @@ def test_any_safetensors_header_is_an_error_or_a_header(content: Any) -> None:
         else:
             assert isinstance(header.entries, dict)
             assert all(isinstance(value, str) for value in header.metadata.values())
+
+
+def test_the_architectures_for_which_quantize_is_named_are_those_that_transformers_converts() -> None:
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    from aoconvert.inspection.foreign import GGUF_LANGUAGE_MODELS
+
+    other = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "minimax-m2": "minimax_m2", "t5encoder": "t5"}
+    assert {other.get(name, name) for name in GGUF_LANGUAGE_MODELS} <= set(GGUF_SUPPORTED_ARCHITECTURES)
+
+
+@pytest.mark.parametrize(("architecture", "named"), [("llama", True), ("flux", False)])
+def test_a_gguf_file_of_a_language_model_ends_with_quantize(architecture: str, named: bool, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf({"general.architecture": architecture}))
+    expected = f"aoconvert quantize {file} --scheme int8wo" if named else None
+    assert inspect(str(file)).next_command == expected

@@ -11,7 +11,7 @@ from helpers.checkpoints import build_llama
 import aoconvert
 from aoconvert.errors import SourceError
 
-_READ = "of quantized ones bitsandbytes, compressed-tensors, fp8, mxfp4 are read"
+_READ = "of quantized ones bitsandbytes, compressed-tensors, fp8, gguf, mxfp4 are read"
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,7 @@ def test_a_method_that_is_not_read(config: dict[str, Any], name: str, hint: str,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_gguf_file(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(SourceError, match="is a GGUF file, which aoconvert does not read as a source") as caught:
-        aoconvert.plan(tmp_path / "model.gguf", "int8wo", device="cpu")
-    assert caught.value.hint == "start from the original weights, as safetensors or .bin"
+def test_a_config_that_says_gguf_of_other_files(tmp_path: Path) -> None:
+    source = build_llama(tmp_path / "model", quantization_config={"quant_method": "gguf"})
+    with pytest.raises(SourceError, match="its config says that it is in a GGUF file, and it is not"):
+        aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu")

@@ -1,4 +1,4 @@
-"""The header of a GGUF file.
+"""The start of a GGUF file: what it is, from its first kilobytes.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -20,7 +20,7 @@ _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?",
 
 
 @dataclass(frozen=True)
-class GgufHeader:
+class GgufStart:
     """The start of a GGUF file.
 
     Attributes:
@@ -34,8 +34,8 @@ class GgufHeader:
     values: Mapping[str, str]
 
 
-def read_gguf(source: ByteSource, label: str) -> GgufHeader:
-    """The header of a GGUF file, little- or big-endian.
+def read_gguf(source: ByteSource, label: str) -> GgufStart:
+    """The start of a GGUF file, little- or big-endian.
 
     Raises:
         SourceError: truncated, or not a GGUF file.
@@ -47,7 +47,7 @@ def read_gguf(source: ByteSource, label: str) -> GgufHeader:
     version, tensors, count = struct.unpack_from(f"{order}IQQ", head, 4)
     if version not in (2, 3):
         raise SourceError(f"{label} is a GGUF file of version {version}, which aoconvert does not know")
-    return GgufHeader(version, tensors, _gguf_values(head, order, count))
+    return GgufStart(version, tensors, _gguf_values(head, order, count))
 
 
 def _gguf_values(head: bytes, order: str, count: int) -> dict[str, str]:
