@@ -597,7 +597,7 @@ def _resolve_source(source: str | Path, options: QuantizeOptions) -> Source:
     if isinstance(found, FileSource):
         from aoconvert.models.single_file import add_config
 
-        return add_config(found, options.config, options.subfolder, options.hub)
+        return add_config(found, options.config, options.subfolder, options.hub, whole=not options.component_only)
     if options.config is not None:
         raise UsageError("--config is for a single weights file; this source has its own", hint="omit --config")
     return found

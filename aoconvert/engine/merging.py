@@ -62,7 +62,7 @@ def open_merging(plan: StreamedPlan, whole: Plan, scratch: Path, load: LoadInto)
         SourceError: a copy is needed, and transformers refuses the checkpoint.
     """
     if not isinstance(plan, ComponentPlan):
-        return None
+        return Replayed(plan.recipes, load) if plan.recipes else None
     replayed = {name: recipe for name, recipe in plan.recipes.items() if isinstance(recipe, ReplayRecipe)}
     if replayed:
         return Replayed(replayed, load)

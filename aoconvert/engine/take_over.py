@@ -35,6 +35,10 @@ def take_over(stage: Stage, source: Source, files: Iterable[CopyPlan], progress:
     """
     entries = []
     for item in files:
+        if item.source in source.rewritten:
+            entries.append(stage.write_text(item.path, json.dumps(source.read_json(item.source), indent=2) + "\n"))
+            progress.advance(item.size, item.path)
+            continue
         if item.drop is not None and item.path.endswith(".json"):
             text = _rename_index(source.read_json(item.source, INDEX_BYTES), item.drop)
             entries.append(stage.write_text(item.path, text))

@@ -84,6 +84,23 @@ class Step:
         return needed is not None and all(parent.streams for parent, _ in needed)
 
 
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """An operation that gives a tensor of the function's own; ``overloadpacket``: it is not one of torch's."""
+
+    value: torch.Tensor
+    overloadpacket: None = None
+
+    def __call__(self) -> torch.Tensor:
+        return self.value
+
+
+def constant(tensor: torch.Tensor) -> Step:
+    """A tensor that a function makes of nothing that is stored, such as the unit matrix."""
+    value = tensor.detach().clone()
+    return Step(tuple(value.shape), value.dtype, None, _Constant(value))
+
+
 class Recording(torch.Tensor):
     """A tensor without data that writes down what is done with it; ``step`` says how it came about."""
 

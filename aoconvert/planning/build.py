@@ -212,6 +212,10 @@ def _plan_others(
     if not chosen or layout.kind != "pipeline" or is_only(layout, options):
         return (), [], []
     problems = part_problems(source, layout, chosen, options.variant)
+    if source.elsewhere and options.keep_original_files:
+        raise SourceError(
+            f"{source.label}: --keep-original-files does not work with a single file", hint="omit --keep-original-files"
+        )
     if options.keep_original_files:
         return (), problems, []
     parts = plan_unquantized(source, layout, chosen, options)

@@ -68,7 +68,7 @@ def plan_component(
     """
     refuse_unsupported(component)  # before its files are read, which would say it in their words
     weights = chosen_weights(source, component, options.variant)
-    contents = read_contents(source, weights) if weights is not None else None
+    contents = read_contents(source, weights, component.name) if weights is not None else None
     held = Held.of(tensor.nbytes for tensor in contents.tensors.values()) if contents is not None else None
     check_config(component.title, component.config, held)
     original = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aoconvert.errors import SourceError
@@ -14,6 +15,7 @@ from aoconvert.models.conversions import CannotConvert, MergeRecipe, resolve_con
 from aoconvert.models.fused import conversions
 from aoconvert.originals import Original, dequantize
 from aoconvert.planning.values import Values
+from aoconvert.sources.bundle import BundleSource
 
 if TYPE_CHECKING:
     from aoconvert.models.recording import ReplayRecipe
@@ -33,11 +35,15 @@ class SourceTensors:
         tensors: the checkpoint's name → tensor, in the order of files and data.
         others: the checkpoint's name → what it is that is not a tensor that could be read (``None``, a number, a dict).
         single_file: of a single file, its name: the tensors may have the names of their authors.
+        configs: where the configs of a pipeline lie that is in the single file.
+        elsewhere: names that only other models in the file take.
     """
 
     tensors: Mapping[str, SourceTensor]
     others: Mapping[str, str]
     single_file: str | None = None
+    configs: Path | None = None
+    elsewhere: frozenset[str] = frozenset()
 
 
 class Readable(Protocol):
@@ -104,8 +110,13 @@ class Inventory:
     converted: Mapping[str, SourceTensor] | None = None
 
 
-def read_contents(source: Source, weights: WeightFiles) -> SourceTensors | None:
+def read_contents(source: Source, weights: WeightFiles, model: str = "") -> SourceTensors | None:
     """Read every header; ``None`` where the headers cannot be had without the weights.
+
+    Args:
+        source: the source.
+        weights: its files.
+        model: the component's name.
 
     Raises:
         SourceError: a file is damaged, or two files contradict each other.
@@ -123,7 +134,8 @@ def read_contents(source: Source, weights: WeightFiles) -> SourceTensors | None:
             if entry.name in found:
                 _check_twice(source, weights, entry.name, found[entry.name].file, path)
             found[entry.name] = entry
-    return SourceTensors(found, others, source.weights_file)
+    configs = source.around.root if isinstance(source, BundleSource) else None
+    return SourceTensors(found, others, source.weights_file, configs, source.elsewhere.get(model, frozenset()))
 
 
 def _check_twice(source: Source, weights: WeightFiles, name: str, first: str, last: str) -> None:
@@ -160,7 +172,7 @@ def match(skeleton: Skeleton, contents: SourceTensors, *, sharded: bool) -> Inve
         contents: of its checkpoint.
         sharded: it has an index.
     """
-    if skeleton.component.library == "diffusers" and contents.single_file is not None:
+    if contents.single_file is not None and (skeleton.component.library == "diffusers" or contents.configs):
         return _match_single_file(skeleton, contents, contents.single_file)
     if skeleton.component.library == "diffusers":
         return _match_diffusers(skeleton, contents, sharded=sharded)
@@ -210,13 +222,17 @@ def _match_diffusers(skeleton: Skeleton, contents: SourceTensors, *, sharded: bo
 
 
 def _match_single_file(skeleton: Skeleton, contents: SourceTensors, label: str) -> Inventory:
+    from aoconvert.models.bundle import convert_part
+    from aoconvert.models.original_names import convert_names
     from aoconvert.models.recording import ReplayRecipe
-    from aoconvert.models.single_file import convert_names
 
     found, wanted = contents.tensors, [spec.name for spec in skeleton]
     if skeleton.fused:
         raise SourceError(f"{label}: --fuse-qkv does not work with a single file", hint="omit --fuse-qkv")
-    made = convert_names(skeleton.component, found, wanted, label)
+    if contents.configs is not None:
+        made = convert_part(skeleton.component, found, contents.configs, label)
+    else:
+        made = convert_names(skeleton.component, found, wanted, label)
     steps = {name: made[name] for name in wanted if name in made}
     names = {name: step.source.name for name, step in steps.items() if step.source is not None}
     recipes = {name: ReplayRecipe(name, step) for name, step in steps.items() if step.source is None}
@@ -225,9 +241,10 @@ def _match_single_file(skeleton: Skeleton, contents: SourceTensors, label: str) 
     reasons = {
         name: f"diffusers makes {left[name]} of it, which {UNKNOWN}" if name in left else _LEFT_OUT
         for name in [*found, *left]
-        if name not in used
+        if name not in used and name not in contents.elsewhere
     }
-    finish = _Finish(skeleton, contents, names, {}, {}, left_out=reasons)
+    own = {name: tensor for name, tensor in found.items() if name not in contents.elsewhere}
+    finish = _Finish(skeleton, replace(contents, tensors=own), names, {}, {}, left_out=reasons)
     converted = {name: SourceTensor(label, name, step.dtype, step.shape, step.nbytes) for name, step in steps.items()}
     inventory = finish.inventory(merged=frozenset(recipes), recipes=recipes)
     # as they lie in the folder that diffusers saves: so the result is the same
@@ -266,7 +283,9 @@ class _Finish:
         position = {name: rank for rank, name in enumerate(found)}
         # a tensor that is made comes where its first source comes
         places = {name: position[tensor.name] for name, tensor in direct.items()}
-        places |= {name: min(position[source.name] for source in recipe) for name, recipe in recipes.items()}
+        places |= {
+            name: min((position[source.name] for source in recipe), default=0) for name, recipe in recipes.items()
+        }
         taken = {tensor.name for tensor in direct.values()} | (used or set()) | self.passed.keys()
         taken |= self.left_out.keys()
         taken |= {source.name for recipe in recipes.values() for source in recipe}

@@ -265,6 +265,7 @@ class UnquantizedPlan:
         files: with the source's sizes where these are not here yet.
         dropped: what its files hold that is not a tensor.
         format: of the files that are written.
+        recipes: how tensors are made that a single file does not hold as they are.
     """
 
     component: ModelPart
@@ -275,6 +276,7 @@ class UnquantizedPlan:
     files: tuple[FilePlan, ...]
     weights: WeightFiles
     dropped: tuple[LeftOut, ...] = ()
+    recipes: Mapping[str, ReplayRecipe] = field(default_factory=dict)
 
     @property
     def bytes_in(self) -> int:

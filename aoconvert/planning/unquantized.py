@@ -7,6 +7,7 @@ it fetches no safetensors at all (``pipeline_loading_utils._get_ignore_patterns`
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import SourceError
@@ -14,15 +15,17 @@ from aoconvert.formats.dtypes import dtype_name
 from aoconvert.formats.registry import FORMATS, FileFormat
 from aoconvert.models import ModelLayout, ModelPart, join
 from aoconvert.models.base import SourceTensor
+from aoconvert.models.bundle import convert_part, stored_name
 from aoconvert.models.own_classes import is_model
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.files import lay_out, weights_name
 from aoconvert.planning.inventory import read_contents
-from aoconvert.planning.types import FilePlan, LeftOut, TensorPlan, UnquantizedPlan
+from aoconvert.planning.types import Action, FilePlan, LeftOut, TensorPlan, UnquantizedPlan
 from aoconvert.planning.weights import weights_of
 from aoconvert.sources.weights import NAMED_BY
 
 if TYPE_CHECKING:
+    from aoconvert.models.recording import Step
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles
 
@@ -91,11 +94,14 @@ def _plan(
             hint=f"--component {component.title}, or remove {NAMED_BY} from the config and use the usual file names",
         )
     folder = component.folder.removeprefix(f"{layout.folder}/" if layout.folder else "")
-    contents = read_contents(source, weights)
+    contents = read_contents(source, weights, component.name)
     if contents is None:  # a .bin on the Hub: what it holds is known when it is here
         size = sum(source.files()[path].size for path in weights.files)
         files = (FilePlan(join(folder, weights_name(component, format_, 1, 1)), size),)
         return UnquantizedPlan(component, folder, format_, (), (), files, weights)
+    if contents.configs is not None and contents.single_file is not None:
+        made = convert_part(component, contents.tensors, contents.configs, contents.single_file)
+        return _plan_converted(component, made, weights, folder, format_)
     found = contents.tensors
     planned = _tensors(found)
     outputs = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in found.items()}
@@ -112,6 +118,51 @@ def _plan(
     )
 
 
+def _plan_converted(
+    component: ModelPart, made: Mapping[str, Step], weights: WeightFiles, folder: str, format_: FileFormat
+) -> UnquantizedPlan:
+    """A part of a pipeline that is in a single file: each tensor as the library makes it, in one file."""
+    import torch
+
+    from aoconvert.models.recording import ReplayRecipe
+
+    steps = {stored_name(component, name): step for name, step in made.items()}
+    order = sorted(steps, key=lambda name: (-steps[name].dtype.itemsize, name))
+    planned = []
+    for name in order:
+        step, dtype = steps[name], dtype_name(steps[name].dtype)
+        tensor = _whole(name, step.shape, dtype, step.nbytes)
+        recipe = ReplayRecipe(name, step)
+        if step.source is not None:
+            tensor = replace(tensor, origin=(step.source.file, step.source.name))
+        else:
+            tensor = replace(tensor, working_bytes=recipe.working_bytes(name, step.dtype))
+        planned.append(tensor)
+    outputs = {name: torch.empty(step.shape, dtype=step.dtype, device="meta") for name, step in steps.items()}
+    limit = 1 + sum(step.nbytes for step in steps.values())
+    laid_out = lay_out(component, format_, folder, planned, outputs, order, limit)
+    recipes = {name: ReplayRecipe(name, step) for name, step in steps.items() if step.source is None}
+    return UnquantizedPlan(component, folder, format_, *laid_out, weights, recipes=recipes)
+
+
+def _whole(name: str, shape: tuple[int, ...], dtype: str, nbytes: int) -> TensorPlan:
+    """A tensor that is written as it is."""
+    return TensorPlan(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        source_dtype=dtype,
+        action="keep",
+        reason=_REASON,
+        candidate=False,
+        parameter=True,
+        embedding=False,
+        bytes_in=nbytes,
+        bytes_out=nbytes,
+        origin=None,
+    )
+
+
 def _tensors(found: Mapping[str, SourceTensor]) -> list[TensorPlan]:
     """Each tensor as it is; of those that share their data in a torch file, the first is written."""
     first: dict[tuple[object, ...], str] = {}
@@ -121,21 +172,8 @@ def _tensors(found: Mapping[str, SourceTensor]) -> list[TensorPlan]:
         same = first.setdefault(place, name) if tensor.place is not None and tensor.nbytes else name
         dtype = dtype_name(tensor.dtype)
         written = same == name
-        planned.append(
-            TensorPlan(
-                name=name,
-                shape=tensor.shape,
-                dtype=dtype,
-                source_dtype=dtype,
-                action="keep" if written else "tied",
-                reason=_REASON,
-                candidate=False,
-                parameter=True,
-                embedding=False,
-                bytes_in=tensor.nbytes if written else 0,
-                bytes_out=tensor.nbytes if written else 0,
-                origin=(tensor.file, tensor.name) if written else None,
-                same_as=None if written else same,
-            )
-        )
+        entry = _whole(name, tensor.shape, dtype, tensor.nbytes if written else 0)
+        where = (tensor.file, tensor.name) if written else None
+        action: Action = "keep" if written else "tied"
+        planned.append(replace(entry, action=action, origin=where, same_as=None if written else same))
     return planned

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from aoconvert.errors import DAMAGED_HINT, SourceError
@@ -51,6 +52,8 @@ class Source(ABC):
         revision: the commit hash (40 hex digits); ``None`` but for a repo.
         root: the folder on this machine below which fetched files lie.
         weights_file: of a single file, the file.
+        elsewhere: of a single file with several models, model → names of tensors in it that are only of the others.
+        rewritten: JSON files whose values are not those that lie on the disk.
     """
 
     kind: Literal["hub", "folder", "file"]
@@ -59,6 +62,8 @@ class Source(ABC):
     revision: str | None
     root: Path
     weights_file: str | None = None
+    elsewhere: Mapping[str, frozenset[str]] = MappingProxyType({})
+    rewritten: frozenset[str] = frozenset()
 
     @abstractmethod
     def files(self) -> Mapping[str, SourceFile]:
