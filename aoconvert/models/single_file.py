@@ -67,7 +67,7 @@ def add_config(
         subfolder = subfolder or folder
     else:
         found = resolve(config, hub)
-    layout = identify(found, subfolder)
+    layout, note = identify(found, subfolder), None
     parts = layout.default_components
     if len(parts) != 1:
         names = ", ".join(part.folder for part in parts)
@@ -77,20 +77,25 @@ def add_config(
         )
     if whole and stored is None and not subfolder and layout.kind == "pipeline":
         origin = ConfigOrigin(found.label, found.repo_id, found.revision, inferred=config is None)
-        if (bundle := open_bundle(source, found, layout, origin)) is not None:
+        bundle = open_bundle(source, found, layout, origin)
+        if isinstance(bundle, BundleSource):
             return bundle
+        note = bundle
     [part] = parts
     values = {"_class_name": part.class_name, **part.config} if part.library == "diffusers" else part.config
     if stored is not None:
         values = {**values, "quantization_config": stored}
     origin = ConfigOrigin(found.label, found.repo_id, found.revision, part.folder, inferred=config is None)
-    return FileSource(source.place, values, origin, (subfolder or "").strip("/"))
+    return FileSource(source.place, values, origin, (subfolder or "").strip("/"), note)
 
 
 def open_bundle(
     source: FileSource, around: Source, layout: ModelLayout, origin: ConfigOrigin | None
-) -> BundleSource | None:
-    """The file as the pipeline that it is; ``None`` where it does not hold every model of it.
+) -> BundleSource | str | None:
+    """The file as the pipeline that it is.
+
+    Returns:
+        ``None`` where it holds a denoiser alone; where it holds some of the other models and lacks some, what it lacks.
 
     Args:
         source: the file.
@@ -98,6 +103,8 @@ def open_bundle(
         layout: of that pipeline.
         origin: where that is; ``None`` for the result itself.
     """
+    if origin is None:  # a result: its configs say that it is quantized
+        layout = identify(BundleSource(source.place, around, None, {}))
     models = [component for component in layout.components if component.name not in OPTIONAL]
     if len(models) < 2 or any("/" in component.folder for component in models):
         return None
@@ -106,8 +113,11 @@ def open_bundle(
         for name, info in _contents(source).tensors.items()
     }
     bundle = find_bundle(layout, found, around.root, source.label)
+    denoisers = {component.name for component in layout.default_components}
     if bundle.absent:
-        return None
+        others = bundle.taken.keys() - denoisers
+        lacking, without = (", ".join(sorted(names)) for names in (bundle.absent, others))
+        return f"the file holds no {lacking}: it is converted without {without}" if others else None
     null = [part.name for part in layout.parts if part.name in OPTIONAL]
     return BundleSource(source.place, around, origin, bundle.elsewhere, null)
 

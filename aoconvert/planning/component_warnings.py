@@ -15,6 +15,7 @@ from aoconvert.planning.decide import nbytes
 from aoconvert.planning.types import ComponentPlan, LeftOut, TensorPlan
 from aoconvert.schemes.apply import quantize_weight
 from aoconvert.sources.adapters import ADAPTER_CONFIG, adapter_files
+from aoconvert.sources.file import FileSource
 
 if TYPE_CHECKING:
     from aoconvert.sources import Source
@@ -26,6 +27,8 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
     """Say what is not wrong with a component, but the user should know."""
     title = component.component.title
     lines = list(dict.fromkeys(f"{title}: {note}" for scheme in component.schemes for note in scheme.notes))
+    if isinstance(source, FileSource) and source.note is not None:
+        lines.append(f"{title}: {source.note}")
     if component.original is not None:
         lines.append(f"{title}: {describe(component.original)}")
     if component.cannot_run is not None:

@@ -42,6 +42,7 @@ class FileSource(Source):
         config: of the model that it holds; ``None``: not known yet, and nothing can be made of it.
         origin: where that comes from.
         folder: under which it is in the source.
+        note: what the user should know of it.
     """
 
     kind: Literal["hub", "folder", "file"] = "file"
@@ -54,11 +55,12 @@ class FileSource(Source):
         config: Mapping[str, Any] | None = None,
         origin: ConfigOrigin | None = None,
         folder: str = "",
+        note: str | None = None,
     ) -> None:
         self.place = place.absolute()
         self.root = self.place.parent
         self.label = self.weights_file = self.place.name
-        self.origin = origin
+        self.origin, self.note = origin, note
         self.config = config
         self._at = f"{folder}/{CONFIG}" if folder else CONFIG
         try:

@@ -28,6 +28,7 @@ from aoconvert.models import identify
 from aoconvert.models.lora_files import LoraFile, read_loras
 from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.sources import Source
+from aoconvert.sources.bundle import INDEX, BundleSource
 from aoconvert.sources.file import CONFIG, FileSource
 from aoconvert.verification.original import find_loras
 from aoconvert.verification.process import Children, Ended
@@ -117,10 +118,8 @@ def compare_by_library(
         return LibraryFindings(
             "skipped", "the library takes all of a GGUF file's values into memory; numbers compares with those of gguf"
         )
-    if source.kind == "file" and target.kind != "diffusers":
-        return LibraryFindings(
-            "skipped", f"{target.class_name} has no from_single_file: the library opens no such file"
-        )
+    if source.kind == "file" and target.kind != "diffusers" and not isinstance(source, BundleSource):
+        return LibraryFindings("skipped", f"the library makes no {target.class_name} of a single file")
     if (other := find_other_model(target, source, manifest)) is not None:
         return LibraryFindings("failed", other, {})
     files = read_loras(added, hub)
@@ -221,9 +220,16 @@ def _request(
 
 
 def _write_config(source: Source, folder: Path) -> Path:
-    """A folder with the config of a single file, as ``from_single_file`` takes it."""
-    folder.mkdir()
-    (folder / CONFIG).write_text(json.dumps(source.read_json(CONFIG)), encoding="utf-8")
+    """A folder with what a single file needs beside it, as ``from_single_file`` takes it."""
+    small = [path for path in source.files() if path != source.weights_file]
+    source.fetch([path for path in small if isinstance(source, BundleSource)])
+    for path in small:
+        place = folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if posixpath.basename(path) in (CONFIG, INDEX):
+            place.write_text(json.dumps(source.read_json(path)), encoding="utf-8")
+        else:
+            place.write_bytes(source.local(path).read_bytes())
     return folder
 
 

@@ -17,6 +17,7 @@ from aoconvert.humanize import plural
 from aoconvert.models.gguf import quantization
 from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.sources import SINGLE_FILE_SUFFIXES, Source, resolve
+from aoconvert.sources.bundle import INDEX
 from aoconvert.sources.file import CONFIG, FileSource
 from aoconvert.sources.folder import FolderSource
 from aoconvert.sources.references import parse_repo
@@ -67,15 +68,21 @@ def _is_single_file(place: Path) -> bool:
 
 def _with_config(source: FileSource, checkpoint: Path, hub: HubOptions) -> FileSource:
     """The file with the config that the manifest names, where that can be had; else with that of the checkpoint."""
-    from aoconvert.models.single_file import add_config
+    from aoconvert.models import identify
+    from aoconvert.models.single_file import add_config, open_bundle
 
+    around = FolderSource(checkpoint)
+    whole = around.has(INDEX)
     try:
         made_of = manifests.load(checkpoint).source
         if (named := made_of.config) is not None and named.repo_id is not None:
-            found = add_config(source, f"{named.repo_id}@{named.revision}", made_of.subfolder, hub)
-            return FileSource(source.place, found.config, found.origin)
+            found = add_config(source, f"{named.repo_id}@{named.revision}", made_of.subfolder, hub, whole=whole)
+            return found if whole else FileSource(source.place, found.config, found.origin)
     except (SourceError, HubError, UsageError):  # a repo that is gone, no network; a bad manifest is said later
         pass
+    if whole:
+        bundle = open_bundle(source, around, identify(around), None)
+        return bundle if isinstance(bundle, FileSource) else source
     return FileSource(source.place, _config(checkpoint, source.place))
 
 

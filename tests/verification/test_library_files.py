@@ -16,6 +16,7 @@ import transformers
 from forging import forge, rewrite
 from helpers import tiny
 from helpers.authors_names import MODELS
+from helpers.bundles import make_bundle
 from safetensors.torch import load_file, save_file
 
 import aoconvert
@@ -234,3 +235,21 @@ def test_a_pipeline_with_two_loras(tmp_path: Path, ask: Ask) -> None:
     convert(tmp_path / "source", tmp_path / "out", lora=[files[0], f"{files[1]}@0.5"])
     found = ask(tmp_path / "out", tmp_path / "source", files)
     assert found.status == "passed", found.detail
+
+
+@pytest.mark.parametrize("name", ["sdxl", pytest.param("sd3", marks=pytest.mark.exhaustive)])
+def test_the_library_makes_the_pipeline_of_the_single_file(tmp_path: Path, ask: Ask, name: str) -> None:
+    file, pipeline = make_bundle(tmp_path, name)
+    convert(file, tmp_path / "out", config=pipeline)
+    found = ask(tmp_path / "out", file)
+    assert found.status == "passed", found.detail
+    text_encoder = tmp_path / "out" / "text_encoder_2" / "pytorch_model.bin"
+
+    def change(state: dict[str, Any]) -> None:
+        state["text_model.encoder.layers.0.mlp.fc1.weight"][0] *= 2
+
+    rewrite(text_encoder, change)
+    forge(tmp_path / "out")
+    found = ask(tmp_path / "out", file)
+    says = "text_encoder_2: text_model.encoder.layers.0.mlp.fc1.weight has other values than the source"
+    assert (found.status, says in found.detail) == ("failed", True), found.detail

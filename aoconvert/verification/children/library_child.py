@@ -167,13 +167,14 @@ def variant_option(variant: str | None) -> dict[str, str]:
 
 def compare_pipelines(comparison: Comparison) -> None:
     """A pipeline: its parts and their classes, then each part, one model at a time."""
-    request, variant = comparison.request, comparison.variant
-    for part in request["parts"].values():
+    request, variant, single = comparison.request, comparison.variant, comparison.single
+    for part in request["parts"].values() if single is None else ():
         part["trust"] = request["trust"]
         opening.require_memory(part, comparison.source, part["source_folder"], variant, request["available"])
     trust = {"trust_remote_code": True} if request["trust"] else {}
-    dtypes = opening.part_dtypes(comparison.source, variant)
-    source = opening.open_pipeline(comparison.source, dtypes, **trust, **variant_option(variant))
+    dtypes = opening.part_dtypes(comparison.source if single is None else comparison.result, variant)
+    options = {**trust, **variant_option(variant)}
+    source = single.open_pipeline() if single else opening.open_pipeline(comparison.source, dtypes, **options)
     if request.get("loras"):
         source, before = loras.add_loras(source, request["loras"], request["available"])
         for name, part in request["parts"].items():
@@ -204,6 +205,11 @@ def compare_part(comparison: Comparison, name: str, source: Any, result: Any, *,
         part = {"library": library, "tensors": {}, "untied": False, "fused": False, "missing": [], "dropped": []}
         part |= {"source_folder": name, "result_folder": name, "dtype": None, "kwargs": {}, "loose": by_code}
     part["trust"] = comparison.request["trust"]
+    if comparison.single is not None:
+        comparison.single.part = name
+        part |= {"stored": comparison.single.stored, "loose": comparison.single.mixed}
+        compare_models(comparison, part, source, result)
+        return
     part["stored"] = opening.stored_dtype(comparison.source / name, comparison.variant)
     compare_models(comparison, part, source, result)
     # the library gives a report only of a model that is opened by itself
@@ -360,8 +366,6 @@ def compare_reports(comparison: Comparison, part: dict[str, Any], source: Any, r
 
 def compare_unused(comparison: Comparison, part: dict[str, Any], model: Any, report: Any) -> None:
     """Tensors in the files that the class does not use: the same in both, bit by bit."""
-    if comparison.single is not None:
-        return  # what the library leaves out of it is named in the manifest
     here = held_by(comparison, part)
     folder = comparison.source / part["source_folder"]
     codes = opening.quantized_modules(folder, comparison.variant) if part.get("quantized") else set()

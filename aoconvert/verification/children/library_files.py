@@ -7,6 +7,7 @@ library's conversion puts together takes memory.
 from __future__ import annotations
 
 import importlib
+import json
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -28,11 +29,16 @@ class SingleFile:
         file: the file.
         config: of the model, or of the pipeline with all its parts.
         available: bytes of memory that may be used.
+
+    Attributes:
+        part: the folder of the model in that.
+        mixed: it holds several floating dtypes, and the pipeline is in none of them.
     """
 
     def __init__(self, file: str, config: str, available: int) -> None:
         utils = importlib.import_module("diffusers.loaders.single_file_utils")
         self.file, self.config, self.available = file, config, available
+        self.part, self.mixed = "", False
         whole = Path(file).stat().st_size if not file.endswith(".safetensors") and not zipfile.is_zipfile(file) else 0
         self._require(whole, Path(file).name)
         found = utils.load_single_file_checkpoint(file, local_files_only=True)
@@ -47,6 +53,24 @@ class SingleFile:
                 counts[tensor.dtype] += tensor.nbytes
         return counts.most_common(1)[0][0] if counts else None
 
+    def open_pipeline(self) -> Any:
+        """``from_single_file`` of the pipeline: in the dtype of the file, in float32 where there are several.
+
+        Raises:
+            NoMemory: the file does not fit: text encoders are put together in memory.
+        """
+        dtypes = {tensor.dtype for tensor in self.tensors.values() if tensor.dtype in _FLOATS}
+        self.mixed = len(dtypes) > 1
+        self._require((2 if self.mixed else 1) * Path(self.file).stat().st_size, "the pipeline")
+        index = json.loads((Path(self.config) / "model_index.json").read_text(encoding="utf-8"))
+        cls = getattr(importlib.import_module("diffusers"), index["_class_name"])
+        dtype = torch.float32 if self.mixed else self.stored
+        pipe = cls.from_single_file(self.file, config=self.config, torch_dtype=dtype, local_files_only=True)
+        for part in pipe.components.values():
+            if hasattr(part, "tie_weights"):
+                part.tie_weights()  # which it leaves to others
+        return pipe
+
     def open(self, cls: Any, dtype: torch.dtype | None) -> Any:
         """``from_single_file`` of one model.
 
@@ -54,14 +78,16 @@ class SingleFile:
             NoMemory: what the library copies does not fit.
         """
         self._require(self._copied(cls, dtype), cls.__name__)
-        return cls.from_single_file(dict(self.tensors), config=self.config, torch_dtype=dtype, local_files_only=True)
+        options = {"config": self.config, "subfolder": self.part, "torch_dtype": dtype, "local_files_only": True}
+        return cls.from_single_file(dict(self.tensors), **options)
 
     def types(self, cls: Any, dtype: torch.dtype | None) -> Any:
         """The model as the library makes it in a dtype, with names, shapes and dtypes and no values.
 
         What the class keeps in float32 is float32, as ``from_pretrained`` gives it; ``from_single_file`` casts it, too.
         """
-        options = {"config": self.config, "torch_dtype": dtype, "local_files_only": True, "device": "meta"}
+        options = {"config": self.config, "subfolder": self.part, "torch_dtype": dtype, "local_files_only": True}
+        options["device"] = "meta"
         model = cls.from_single_file(self._empty(), **options)
         kept = set(getattr(cls, "_keep_in_fp32_modules", None) or ())
         for name, module in model.named_modules():
@@ -81,7 +107,7 @@ class SingleFile:
         kept, stored = list(given.values()), {_storage(tensor) for tensor in given.values()}
         made: Any = given
         if (kind := library._get_single_file_loadable_mapping_class(cls)) is not None:
-            config = cls.load_config(self.config, local_files_only=True)
+            config = cls.load_config(self.config, subfolder=self.part, local_files_only=True)
             try:
                 convert = library.SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
                 made = convert(config=dict(config), checkpoint={**given})
