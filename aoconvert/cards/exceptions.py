@@ -24,9 +24,16 @@ def _rows(manifest: Manifest) -> Iterator[tuple[str, str, int, str]]:
     for entry in manifest.components:
         prefix = f"{entry.name}." if entry.name and len(manifest.components) > 1 else ""
         carried = [(tensor.name, tensor.reason or "") for tensor in entry.tensors if tensor.action == "carry"]
+        quantized = [(t.name, t.reason) for t in entry.tensors if t.action == "quantize" and t.reason]
         missing = [(tensor.name, tensor.reason) for tensor in entry.missing]
         dropped = [(tensor.name, tensor.reason) for tensor in entry.dropped]
-        for what, tensors in (("carried over", carried), ("not in the files", missing), ("left out", dropped)):
+        kinds = (
+            ("quantized", quantized),
+            ("carried over", carried),
+            ("not in the files", missing),
+            ("left out", dropped),
+        )
+        for what, tensors in kinds:
             yield from _cut(what, [(prefix + name, count, reason) for name, count, reason in _group(tensors)])
     for part in manifest.unquantized:
         yield "unchanged", part.name, len(part.tensors), f"{part.class_name}, its tensors bit for bit"

@@ -64,6 +64,11 @@ _ORIGINAL = (
     "the source was quantized already ({method}: {how}). {by} gave its values back before they were quantized again: "
     "what the first quantization lost is lost here too, and the errors stated here are to those values."
 )
+_CARRIED_CODES = (
+    "the source was quantized already ({method}: {how}). {carried} of its {tensors} quantized tensors keep the codes "
+    "and scales of the source, bit for bit; any others were quantized again. The errors stated here are to the values "
+    "that {by} gives."
+)
 _DROPPED = "the source's weights files also hold {names}, left out here."
 _MISSING = "the source does not hold {names}: {library} {makes} {them} when it opens the model, as with the source."
 _FUSED = (
@@ -167,7 +172,9 @@ def _of_source(components: Sequence[ComponentEntry]) -> Iterable[tuple[str, str]
     originals = (entry.original for entry in components if entry.original is not None)
     for original in dict.fromkeys(original for original in originals if original.tensors):
         values = {"method": original.method, "how": original.how, "by": original.dequantized_by}
-        yield "a quantized original", _ORIGINAL.format(**{key: text(value) for key, value in values.items()})
+        counts = {"carried": original.carried, "tensors": original.tensors}
+        said = _CARRIED_CODES if original.carried else _ORIGINAL
+        yield "a quantized original", said.format(**{key: text(value) for key, value in values.items()}, **counts)
     carried = [tensor.name for entry in components for tensor in entry.tensors if tensor.action == "carry"]
     if carried:
         one = len(carried) == 1

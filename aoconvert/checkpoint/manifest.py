@@ -183,6 +183,7 @@ class OriginalEntry(_Model):
     dequantized_by: str = Field(description="the package whose code gave the values back, and its version")
     dtype: str
     tensors: int = Field(description="how many of its tensors were quantized")
+    carried: int = Field(default=0, description="how many of these keep their codes and scales, bit for bit (--carry)")
 
 
 class DeviationEntry(_Model):

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ import torch
 from aoconvert.engine.assembly import Assembly, Part
 from aoconvert.engine.block_quantizer import WeightSlice
 from aoconvert.engine.blocks import torchao_at_work
+from aoconvert.engine.carrying import carry
 from aoconvert.engine.channel import Channel, Stages
 from aoconvert.engine.messages import Begin, End, Message, Rows, Whole, nothing
-from aoconvert.engine.quantizer import Pending, Quantizer
+from aoconvert.engine.quantizer import Outcome, Pending, Quantizer
 from aoconvert.engine.read_ahead import Reading, Slice
 from aoconvert.engine.results import ComponentResult, Seconds
 from aoconvert.engine.stream import stream
@@ -109,7 +111,8 @@ class Conversion:
         pending = None
         if plan.scheme is not None:
             rows = WeightSlice(plan.name, piece.data, getattr(torch, plan.dtype), plan.scheme)
-            pending = self._quantizer.start(rows, into)
+            kept = piece.codes
+            pending = self._quantizer.start(rows, into) if kept is None else partial(_carry, rows, kept, into)
         self._under_way.append(_UnderWay(piece, work, into, pending))
         while self._quantizer.crowded([each.piece.data.nbytes if each.pending else None for each in self._under_way]):
             self._finish(*self._under_way.popleft())
@@ -140,7 +143,8 @@ class Conversion:
             error, device = pending()
             assert work.error is not None
             work.error.merge(error)
-            work.devices.add(device)
+            if not plan.carried:
+                work.devices.add(device)
         if pending is not None or into.first() is not piece.data:  # else it stays until it is written
             piece.release()
             release = nothing
@@ -159,6 +163,10 @@ class Conversion:
 
     def _marks_of(self, name: str) -> Mapping[str, Mark]:
         return self._marks.pop(name, {})
+
+
+def _carry(rows: WeightSlice, codes: Mapping[str, torch.Tensor], into: Part) -> Outcome:
+    return Outcome(carry(rows, codes, into), "cpu")
 
 
 def _check_overflow(plan: TensorPlan, data: torch.Tensor, rows: torch.Tensor) -> None:

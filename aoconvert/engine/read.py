@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from aoconvert.engine.carrying import read_codes
 from aoconvert.engine.lora import LoraSum
 from aoconvert.engine.merging import Merging, open_merging
 from aoconvert.errors import ReadError, SourceError
@@ -59,6 +60,7 @@ class ComponentReading:
         )
         self._merging: Merging | None = open_merging(plan, whole, scratch, self._load)
         self._made = plan.made if isinstance(plan, ComponentPlan) else {}
+        self._carried = {tensor.name for tensor in plan.tensors if tensor.carried}
         self._loras = LoraSum(plan.deltas if isinstance(plan, ComponentPlan) else {})
         self._copied = isinstance(plan, ComponentPlan) and plan.copied is not None
         if self._copied:  # transformers read the files: each tensor may be made of any byte of them
@@ -77,6 +79,19 @@ class ComponentReading:
             ReadError: a disk error, or a file that changed since the plan.
         """
         return self._loras.add(tensor.name, self._read(tensor, rows, into), rows)
+
+    def codes(self, tensor: Readable, rows: Rows | None) -> Mapping[str, torch.Tensor] | None:
+        """Codes and scales of the same rows, as the original stores them; ``None`` where they are not kept.
+
+        Raises:
+            ReadError: as ``read``.
+        """
+        if tensor.name not in self._carried:
+            return None
+        assert tensor.origin is not None
+        codes = self._made[tensor.origin[1]].codes
+        assert codes is not None
+        return read_codes(codes, rows, self._load)
 
     def _read(self, tensor: Readable, rows: Rows | None, into: torch.Tensor | None) -> torch.Tensor:
         """As ``read``, without LoRAs."""

@@ -28,6 +28,9 @@ class Reading(Protocol):
     def read(self, tensor: Readable, rows: tuple[int, int] | None, into: torch.Tensor | None) -> torch.Tensor:
         """The tensor, or its rows (start, stop); in ``into``, uint8 memory, where that is possible."""
 
+    def codes(self, tensor: Readable, rows: tuple[int, int] | None) -> Mapping[str, torch.Tensor] | None:
+        """Codes and scales of the same rows, where the result keeps those of a quantized original."""
+
     def marks(self) -> Mapping[str, Mark]:
         """How far each weights file was hashed, of those that were read since the last call."""
 
@@ -48,6 +51,7 @@ class Slice:
         last: the tensor ends with it.
         marks: how far each weights file was hashed when it was read.
         release: gives its memory back.
+        codes: as of ``Reading.codes``; the memory is their own.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Slice:
     data: torch.Tensor
     marks: Mapping[str, Mark]
     release: Release
+    codes: Mapping[str, torch.Tensor] | None = None
 
     def shared(self, count: int) -> Slice:
         """The same, to be released ``count`` times before its memory is given back."""
@@ -123,8 +128,12 @@ class ReadAhead:
         if buffer is None:  # a giant: none is read while another waits
             self._channel.wait(nbytes)
         began = time.perf_counter()
-        data = self._reading.read(cut.tensor, None if len(cut.ranges) == 1 else (start, stop), buffer)
+        rows = None if len(cut.ranges) == 1 else (start, stop)
+        data = self._reading.read(cut.tensor, rows, buffer)
+        codes = self._reading.codes(cut.tensor, rows)
         self.seconds += time.perf_counter() - began
         last = stop == cut.ranges[-1][1]
         release = partial(self._pool.give, buffer)
-        self._channel.put(Slice(cut.tensor.name, start, stop, last, data, self._reading.marks(), release), nbytes)
+        self._channel.put(
+            Slice(cut.tensor.name, start, stop, last, data, self._reading.marks(), release, codes), nbytes
+        )

@@ -74,6 +74,21 @@ class Formula(Protocol):
 
 
 @dataclass(frozen=True)
+class Codes:
+    """8-bit codes that a class of torchao can hold as they are stored: a value is a code times its scale.
+
+    Attributes:
+        data: the codes, of the matrix's shape.
+        scale: a scale for each block, in rows of blocks.
+        block: rows and columns that share a scale.
+    """
+
+    data: SourceTensor
+    scale: SourceTensor
+    block: Rows
+
+
+@dataclass(frozen=True)
 class SourceTensor:
     """A tensor of the checkpoint: the file that holds it (relative to the source), its name there, what it is.
 
@@ -81,8 +96,9 @@ class SourceTensor:
     place, shape and dtype are one tensor under several names. ``None`` where no two can be.
 
     With a ``formula`` the file does not hold it as it is: it is made of stored ones. Then ``name`` is the one it would
-    have if it were stored, ``file`` that of its first part, ``nbytes`` the bytes of all its parts. ``packing`` is the
-    format's name for blocks of values that are stored as bytes.
+    have if it were stored, ``file`` that of its first part, ``nbytes`` the bytes of all its parts, and ``codes`` what
+    of these a class of torchao can take over. ``packing`` is the format's name for blocks of values that are stored as
+    bytes.
     """
 
     file: str
@@ -93,6 +109,13 @@ class SourceTensor:
     place: tuple[int, ...] | None = None
     formula: Formula | None = field(default=None, repr=False)
     packing: str | None = None
+    codes: Codes | None = field(default=None, repr=False)
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether its formula makes it of quantized values; of a GGUF file it may only arrange plain ones anew."""
+        parts = self.formula.parts if self.formula is not None else ()
+        return any(p.packing or p.dtype.itemsize == 1 or not p.dtype.is_floating_point for p in parts)
 
     @property
     def read_bytes(self) -> int:

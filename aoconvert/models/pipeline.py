@@ -205,7 +205,7 @@ def identify(source: Source, subfolder: str | None = None) -> ModelLayout:
     config = join(folder, "config.json")
     if not source.has(config):
         raise explain_unknown(source, folder)
-    values = _config(source, config)
+    values = _with_modelopt(source, folder, _config(source, config))
     check_class_keys(source, config, values)
     component = _single(source, folder, values)
     if component is None:
@@ -226,6 +226,18 @@ def _config(source: Source, path: str) -> Mapping[str, Any]:
 
     name = get_configuration_file([name for name in names if isinstance(name, str)])
     return _mapping(source, join(path.rpartition("/")[0], name))
+
+
+def _with_modelopt(source: Source, folder: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with what older exports of NVIDIA's Model Optimizer say of quantization in a file of its own."""
+    path = join(folder, "hf_quant_config.json")
+    if "quantization_config" in config or not source.has(path):
+        return config
+    said = _mapping(source, path)
+    algorithm = said.get("quantization")
+    if not isinstance(algorithm, dict) or not algorithm.get("quant_algo"):
+        return config
+    return {**config, "quantization_config": {**algorithm, "quant_method": "modelopt"}}
 
 
 def _mapping(source: Source, path: str) -> Mapping[str, Any]:

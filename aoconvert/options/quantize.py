@@ -63,6 +63,7 @@ class QuantizeKwargs(TypedDict, total=False):
     drop_unknown: bool
     default_skips: bool
     fuse_qkv: bool
+    carry: bool
     dtype: str | None
     device: str
     layout_device: str | None
@@ -204,6 +205,15 @@ class QuantizeOptions:
     fuse_qkv: Annotated[
         bool,
         Option("First fuse the q, k and v projections of diffusers models that support it.", SWITCH, recorded=8),
+    ] = False
+    carry: Annotated[
+        bool,
+        Option(
+            "Keep the 8-bit codes of a quantized source unchanged where the scheme's tensor class can hold them; "
+            "dequantize and quantize only the rest.",
+            SWITCH,
+            recorded=8,
+        ),
     ] = False
     dtype: Annotated[
         str | None,
@@ -350,6 +360,11 @@ class QuantizeOptions:
             raise UsageError(f"{flags}: these need --scheme auto", hint="--scheme auto")
         if not self.searches:
             return
+        if self.carry:
+            raise UsageError(
+                "--carry and --scheme auto exclude each other: auto measures what quantizing again costs",
+                hint="--scheme float8wo or int8wo, as the source is quantized",
+            )
         if self.recipe is not None:
             raise UsageError("--scheme auto and --recipe exclude each other: auto writes the recipe itself")
         if self.group_size is not None or self.settings:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
 from aoconvert.formats.dtypes import dtype_name
-from aoconvert.models.base import ModelPart, SourceTensor
+from aoconvert.models.base import Codes, ModelPart, SourceTensor
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,8 @@ Peek = Callable[[SourceTensor], "torch.Tensor"]
 """Reads a small stored tensor."""
 
 NOT_USED = "belongs to the quantization of the original, and has no use without it"
+ACTIVATIONS = "scales activations that the original quantizes; torchao computes such scales from each input"
+CACHE = "scales a quantized key-value cache, which no weight depends on"
 _AGAIN = "download the whole checkpoint again, or start from the original that is not quantized"
 
 
@@ -30,6 +32,7 @@ class Original:
         dequantized_by: whose code makes the values: a package and its version.
         dtype: what the model's config says that it runs in.
         tensors: how many tensors are made of quantized ones.
+        carried: how many of these keep their codes.
     """
 
     method: str
@@ -37,6 +40,7 @@ class Original:
     dequantized_by: str
     dtype: str
     tensors: int
+    carried: int = 0
 
 
 @dataclass
@@ -77,9 +81,9 @@ class Sorted:
             raise self.damaged(f"{tensor.name} is there twice, quantized and as it is")
         self.made[tensor.name] = tensor
 
-    def drop(self, names: Callable[[str], bool]) -> None:
+    def drop(self, names: Callable[[str], bool], why: str = NOT_USED) -> None:
         """Leave out what is left of the quantization and of no use without it."""
-        self.drop_as([name for name in self.left if names(name)], NOT_USED)
+        self.drop_as([name for name in self.left if names(name)], why)
 
     def drop_as(self, names: Iterable[str], reason: str) -> None:
         """Leave out what is left of these, for a reason."""
@@ -119,7 +123,10 @@ def _is_number(tensor: SourceTensor) -> bool:
     return tensor.dtype != torch.bool and len(tensor.shape) > 1
 
 
-def made(name: str, dtype: torch.dtype, shape: tuple[int, ...], formula: Any) -> SourceTensor:
-    """A tensor of this name, dtype and shape, which the formula makes."""
+def made(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], formula: Any, codes: Codes | None = None
+) -> SourceTensor:
+    """A tensor of this name, dtype and shape, which the formula makes; ``codes`` as of :class:`SourceTensor`."""
     parts: tuple[SourceTensor, ...] = formula.parts
-    return SourceTensor(parts[0].file, name, dtype, shape, sum(part.nbytes for part in parts), formula=formula)
+    nbytes = sum(part.nbytes for part in parts)
+    return SourceTensor(parts[0].file, name, dtype, shape, nbytes, formula=formula, codes=codes)

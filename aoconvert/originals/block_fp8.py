@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aoconvert.models.base import Load, Rows, SourceTensor
-from aoconvert.originals.base import Sorted, made
+from aoconvert.models.base import Codes, Load, Rows, SourceTensor
+from aoconvert.originals.base import ACTIVATIONS, Sorted, made
 
 if TYPE_CHECKING:
     import torch
@@ -105,9 +105,9 @@ def sort(found: Sorted) -> str:
         shape = (*weight.shape[:-1], weight.shape[-1] * formula.packed)
         import torch
 
-        found.add(made(name, torch.float32, shape, formula))
+        found.add(made(name, torch.float32, shape, formula, _codes(formula)))
         blocks.add((formula.packed, formula.block if len(scale.shape) > 1 else None))
-    found.drop(lambda name: name.endswith(_ACTIVATIONS))
+    found.drop(lambda name: name.endswith(_ACTIVATIONS), ACTIVATIONS)
     found.refuse_narrow()
     return " and ".join(_describe(packed, block) for packed, block in sorted(blocks, key=str))
 
@@ -149,6 +149,15 @@ def _formula(found: Sorted, weight: SourceTensor, scale: SourceTensor) -> BlockS
         block = (rows // grid[0], columns // grid[1])
     found.check_shape(scale, (*weight.shape[:-2], *grid), weight.name)
     return BlockScaled(weight, scale, block, packed)
+
+
+def _codes(formula: BlockScaled) -> Codes | None:
+    """What torchao's class for float8 can hold: a matrix whose values are not packed."""
+    weight, scale = formula.weight, formula.scale
+    if len(weight.shape) != 2 or formula.packed > 1:
+        return None
+    rows, columns = weight.shape
+    return Codes(weight, scale, (rows, columns) if len(scale.shape) < 2 else formula.block)
 
 
 def _block_of(size: object) -> tuple[int, int] | None:

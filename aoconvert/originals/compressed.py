@@ -12,8 +12,8 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
-from aoconvert.models.base import Load, Rows, SourceTensor
-from aoconvert.originals.base import Sorted, made
+from aoconvert.models.base import Codes, Load, Rows, SourceTensor
+from aoconvert.originals.base import ACTIVATIONS, CACHE, NOT_USED, Sorted, made
 
 if TYPE_CHECKING:
     import torch
@@ -27,18 +27,11 @@ _FORMATS = {
     **dict.fromkeys(("naive-quantized", "int-quantized", "float-quantized"), _PLAIN),
     **dict.fromkeys(("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"), _PACKED),
 }
-_ALSO = frozenset(
-    [
-        "input_scale",
-        "input_zero_point",
-        "input_global_scale",
-        "output_scale",
-        "output_zero_point",
-        "k_scale",
-        "v_scale",
-        "q_scale",
-    ]
-)
+_ALSO = {
+    **dict.fromkeys(("input_scale", "input_zero_point", "input_global_scale"), ACTIVATIONS),
+    **dict.fromkeys(("output_scale", "output_zero_point"), NOT_USED),
+    **dict.fromkeys(("k_scale", "v_scale", "q_scale"), CACHE),
+}
 
 
 @dataclass(frozen=True)
@@ -110,9 +103,10 @@ def sort(found: Sorted) -> str:
             continue
         scheme, form = _scheme_of(found, config, module, leaf)
         formula = _formula(found, module, leaf, scheme, form)
-        found.add(made(f"{module}.{_PLAIN}", _dtype(formula), formula.shape, formula))
+        found.add(made(f"{module}.{_PLAIN}", _dtype(formula), formula.shape, formula, _codes(formula)))
         kinds[_describe(form, scheme.weights)] = None
-    found.drop(lambda name: name.rpartition(".")[2] in _ALSO)
+    for leaf, why in _ALSO.items():
+        found.drop(lambda name, leaf=leaf: name.rpartition(".")[2] == leaf, why)  # type: ignore[misc]
     found.refuse_narrow()
     return " and ".join(kinds)
 
@@ -220,6 +214,20 @@ def _check_scale(found: Sorted, scale: SourceTensor, shape: Rows, weights: Any) 
         raise _not_read(found, f"the strategy {getattr(weights.strategy, 'value', weights.strategy)}")
     if scale.shape not in expected:
         found.check_shape(scale, expected[0], "its weight")
+
+
+def _codes(formula: Compressed) -> Codes | None:
+    """What a class of torchao can hold: 8-bit codes that are not packed, without zero points, in rows or in blocks."""
+    weights = formula.scheme.weights
+    blocks = {
+        "tensor": formula.shape,
+        "channel": (1, formula.shape[1]),
+        "block": tuple(weights.block_structure or ()),
+    }
+    block = blocks.get(str(getattr(weights.strategy, "value", weights.strategy)))
+    if _PLAIN not in formula.stored or not weights.symmetric or block is None or _GLOBAL in formula.stored:
+        return None
+    return Codes(formula.stored[_PLAIN], formula.stored[_SCALE], (block[0], block[1]))
 
 
 def _dtype(formula: Compressed) -> torch.dtype:

@@ -63,14 +63,25 @@ def _gguf() -> Callable[[Sorted], str]:
     return sort
 
 
+def _modelopt() -> Callable[[Sorted], str]:
+    from aoconvert.originals.modelopt import sort
+
+    return sort
+
+
 METHODS: Mapping[str, _Method] = {
     "fp8": _Method("transformers", "transformers", _block_fp8),
     "compressed-tensors": _Method("compressed-tensors", "compressed_tensors", _compressed),
     "bitsandbytes": _Method("bitsandbytes", "bitsandbytes", _bitsandbytes),
     "mxfp4": _Method("transformers", "transformers", _mxfp4),
     GGUF: _Method("gguf", "gguf", _gguf),
+    # a product of codes and scales: NVIDIA's package would add nothing to it
+    "modelopt": _Method("torch", "torch", _modelopt),
 }
 """By ``quant_method``."""
+
+MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+"""``quant_algo`` of ModelOpt that are read."""
 
 _ADVICE = {
     "torchao": "start from the original, unquantized model; aoconvert migrate renews an old checkpoint",
@@ -113,6 +124,12 @@ def refuse_unsupported(component: ModelPart) -> None:
         raise SourceError(
             f"{component.title} is already quantized ({name})",
             hint=_ADVICE.get(name, f"start from the original, unquantized model; of quantized ones {known} are read"),
+        )
+    algorithm = str(config.get("quant_algo"))
+    if name == "modelopt" and algorithm not in MODELOPT:
+        raise SourceError(
+            f"{component.title} is already quantized (modelopt, {algorithm})",
+            hint=f"start from the original, unquantized model; of ModelOpt's, {' and '.join(MODELOPT)} are read",
         )
     if find_spec(method.module) is None:
         raise SourceError(

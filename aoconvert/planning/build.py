@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from aoconvert import recipes, schemes
 from aoconvert.checkpoint.lock import refuse_held
 from aoconvert.environment import choose_devices
 from aoconvert.errors import PlanError, SourceError
+from aoconvert.humanize import plural
 from aoconvert.models import ModelPart, identify
 from aoconvert.models.fused import CannotFuse
 from aoconvert.options import QuantizeOptions
@@ -71,6 +73,7 @@ def build_plan(
         *found,
         *_list_unmatched(components),
         *_list_unmatched_missing(components, options),
+        *_nothing_carried(components, options),
     ]
     # a plan writes nothing: what is in the way of carrying it out is worth knowing, no more
     obstacles = problems if need_weights else warnings
@@ -275,3 +278,15 @@ def _list_unmatched_missing(components: Sequence[ComponentPlan], options: Quanti
         return []
     names = [item.name for component in components for item in component.missing]
     return find_unmatched(allow_rules(options.allow_missing), [*names, *(name.rpartition(".")[0] for name in names)])
+
+
+def _nothing_carried(components: Sequence[ComponentPlan], options: QuantizeOptions) -> list[str]:
+    """The problem that ``--carry`` would keep no codes at all; nothing where no weights were seen."""
+    seen = [component for component in components if component.weights is not None]
+    if not options.carry or not seen or any(tensor.carried for item in seen for tensor in item.tensors):
+        return []
+    if all(component.original is None for component in seen):
+        return ["--carry: the source is not quantized (omit --carry)"]
+    again = Counter(t.reason for component in seen for t in component.tensors if t.scheme is not None)
+    why = "; ".join(f"{plural(count, 'weight')} {reason}" for reason, count in again.most_common(2))
+    return [f"--carry: none of the source's codes can be kept: {why or 'nothing is quantized'}"]

@@ -24,10 +24,12 @@ class Wishes:
     Attributes:
         embeddings: embedding tables too, with a scheme that they can take.
         default_skips: leave alone what a careful converter leaves alone.
+        carry: keep the codes of a quantized original where they fit.
     """
 
     embeddings: bool = False
     default_skips: bool = True
+    carry: bool = False
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def plan_component(
     plan, unstorable = _build(component, rules, draft, weights, folder, options, deltas)
     problems = [*draft.problems, *unfit, *unstorable]
     if original is not None and contents is not None:
+        original = replace(original, carried=sum(tensor.carried for tensor in plan.tensors))
         plan = replace(plan, original=original, made={n: t for n, t in contents.tensors.items() if t.formula})
         if plan.copied is not None:
             problems.append(f"{component.title}: it is quantized, and cannot be read tensor by tensor: {plan.copied}")
@@ -156,7 +157,7 @@ def _draft(
             skeleton, found = read_checkpoint(
                 source, skeleton, contents, options, dtype or torch.bfloat16, sharded=sharded, code_root=code
             )
-        wishes = Wishes(options.include_embeddings, options.default_skips)
+        wishes = Wishes(options.include_embeddings, options.default_skips, options.carry)
         decisions = decide(skeleton, rules, wishes, dtype, found, free)
     return _Draft(asked_dtype, skeleton, found, decisions, (*problems, *decisions.problems))
 
@@ -233,6 +234,8 @@ def _with_loras(tensor: TensorPlan, deltas: Sequence[Delta]) -> TensorPlan:
         return tensor
     rows = min(tensor.numel, SLICE_BYTES // (tensor.bytes_read // tensor.numel)) if by_rows(tensor) else tensor.numel
     thin = sum(step.nbytes for delta in deltas for step in (delta.a, delta.b) if step is not None)
+    if tensor.carried:
+        tensor = replace(tensor, carried=False, reason="not carried: a LoRA is added to it")
     return replace(
         tensor,
         action="cast" if tensor.action == "keep" else tensor.action,

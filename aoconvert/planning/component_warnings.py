@@ -31,6 +31,7 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
         lines.append(f"{title}: {source.note}")
     if component.original is not None:
         lines.append(f"{title}: {describe(component.original)}")
+        lines += _carry_warnings(title, component)
     if component.cannot_run is not None:
         dtype, error = component.cannot_run
         what = (
@@ -64,6 +65,15 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
             f"{title}: transformers holds a second copy of its merged tensors during the run ({component.copied})"
         )
     return lines
+
+
+def _carry_warnings(title: str, component: ComponentPlan) -> list[str]:
+    """How many weights keep the codes of the original, and why others do not."""
+    if component.original is None or not component.original.carried:
+        return []
+    again = Counter(t.reason for t in component.tensors if t.scheme is not None and not t.carried)
+    rest = "".join(f"; {count} {why}" for why, count in again.most_common(2))
+    return [f"{title}: {plural(component.original.carried, 'weight')} keep the codes of the original{rest}"]
 
 
 def _lora_warnings(title: str, component: ComponentPlan) -> list[str]:

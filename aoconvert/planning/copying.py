@@ -46,6 +46,7 @@ _RULES = tuple(
         (r"readme\.md", CARD),
         ("|".join(map(re.escape, sorted(OWN_NAMES))), "the result has its own"),
         (r"(.*/)?quanto_qmap\.json", "it says how Quanto quantized the weights, which are not copied"),
+        (r"(.*/)?hf_quant_config\.json", "it says how ModelOpt quantized the weights, which are not copied"),
         (r"(.*/)?adapter_(config\.json|model\.[^/]+)", ADAPTER),
         (
             r"(.*/)?(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state)[^/]*\.(pt|pth|bin|pkl)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from aoconvert.errors import QuantizeError
@@ -12,6 +12,7 @@ from aoconvert.models import Skeleton, TensorSpec
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.conversions import MergeRecipe
 from aoconvert.originals import working_bytes
+from aoconvert.planning.carrying import CARRIED, code_bytes, why_again
 from aoconvert.planning.choices import Choices, Wishes, choose_schemes
 from aoconvert.planning.source_checkpoint import SourceCheckpoint
 from aoconvert.planning.types import Action, LeftOut, TensorPlan
@@ -122,6 +123,7 @@ class _Decider:
     problems: list[str] = field(default_factory=list)
     faults: dict[str, list[str]] = field(default_factory=dict)
     choices: Choices = field(default_factory=Choices)
+    carries: bool = False
 
     def __post_init__(self) -> None:
         self.inventory = self.found.inventory if self.found is not None else None
@@ -134,6 +136,7 @@ class _Decider:
     def choose_schemes(self, rules: Rules, wishes: Wishes) -> None:
         """Say which tensor gets which scheme."""
         dtypes = {spec.name: self._dtypes(spec)[1] for spec in self.skeleton}
+        self.carries = wishes.carry
         self.choices = choose_schemes(self.skeleton, dtypes, rules, wishes)
         self.problems += self.choices.problems
 
@@ -157,12 +160,18 @@ class _Decider:
         action: Action = (
             "tied" if spec.tied_to else "quantize" if why is None else "keep" if target == found else "cast"
         )
-        if action == "keep" and any(tensor.formula for tensor in recipe or [origin] if tensor):
+        if action in ("cast", "keep") and any(tensor.formula for tensor in recipe or [origin] if tensor):
             action = "cast"  # its bytes are not the source's
+            if any(tensor.dequantized for tensor in recipe or [origin] if tensor):
+                why = f"{why}; dequantized"
         written = action != "tied"
         if written:
             self.outputs[spec.name] = self._output(spec, target, choice.scheme)
-        return TensorPlan(
+        again = None
+        if carried := self.carries and self.found is not None and choice.scheme is not None:
+            again = why_again(origin, self.outputs[spec.name], choice.scheme)
+            carried, why = again is None, CARRIED if again is None else f"not carried: {again}"
+        made = TensorPlan(
             name=spec.name,
             shape=spec.shape,
             dtype=dtype_name(target),
@@ -178,7 +187,9 @@ class _Decider:
             sources=tuple((source.file, source.name) for source in recipe) if recipe and written else (),
             working_bytes=_working_bytes(spec, recipe or origin, target) if written else 0,
             scheme=choice.scheme,
+            carried=carried,
         )
+        return replace(made, working_bytes=made.working_bytes + code_bytes(made)) if carried else made
 
     def _origin(self, spec: TensorSpec) -> SourceTensor | None:
         """The checkpoint's tensor; of a shared one also under its other name."""
@@ -273,7 +284,7 @@ class _Decider:
                     dtype=dtype,
                     source_dtype=dtype,
                     action="carry",
-                    reason=UNKNOWN if tensor.formula is None else f"{UNKNOWN}; dequantized",
+                    reason=f"{UNKNOWN}; dequantized" if tensor.dequantized else UNKNOWN,
                     candidate=False,
                     parameter=tensor.dtype.is_floating_point,
                     embedding=False,

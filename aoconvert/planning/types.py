@@ -47,7 +47,8 @@ class TensorPlan:
         action: ``quantize``, ``cast`` (to ``dtype``), ``keep`` (same bytes), ``tied`` (not written) or ``carry``
             (unknown to the model class: under the checkpoint's name, same bytes).
         scheme: what it is quantized to; ``None`` where it is not.
-        reason: why it is not quantized; ``None`` where it is.
+        reason: why it is not quantized; ``None`` where it is. With ``--carry`` also why a quantized one keeps the codes
+            of the original, or does not.
         candidate: a matrix that somebody could expect to be quantized (embeddings not counted).
         parameter: a parameter, not a buffer.
         embedding: an embedding table.
@@ -58,6 +59,7 @@ class TensorPlan:
         sources: (file, name) of what it is made from, in that order.
         working_bytes: host memory that is taken while it is made, beside itself.
         same_as: name of the tensor of the same file whose data it has: written once, under both names.
+        carried: its codes and scales are those of a quantized original; nothing is quantized.
     """
 
     name: str
@@ -77,6 +79,7 @@ class TensorPlan:
     working_bytes: int = 0
     scheme: Scheme | None = None
     same_as: str | None = None
+    carried: bool = False
 
     @property
     def bytes_read(self) -> int:

@@ -45,6 +45,9 @@ class Counted:
         self.nbytes += data.nbytes
         return data
 
+    def codes(self, tensor: Readable, rows: tuple[int, int] | None) -> Mapping[str, torch.Tensor] | None:
+        return self._reading.codes(tensor, rows)
+
     def marks(self) -> Mapping[str, Mark]:
         return self._reading.marks()
 

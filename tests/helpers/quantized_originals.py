@@ -123,6 +123,26 @@ def compressed(form: str, **weights: Any) -> tuple[dict[str, Any], Stored]:
     return {**config, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}, stored
 
 
+def modelopt(*, per_row: bool = False, scale_shape: tuple[int, ...] = ()) -> tuple[dict[str, Any], Stored]:
+    """NVIDIA's Model Optimizer: ``quantization_config``, and what ``to_quantized_weight`` (0.47) stores."""
+    algorithm = "FP8_PER_CHANNEL_PER_TOKEN" if per_row else "FP8"
+    config: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"]}
+    config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+    def stored(name: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        largest = weight.float().abs().amax(1) if per_row else weight.float().abs().max()
+        scale, module = largest / 448, name.removesuffix("weight")
+        codes = (weight.float() / (scale[:, None] if per_row else scale)).to(torch.float8_e4m3fn)
+        found = {name: codes, f"{module}weight_scale": scale if per_row else scale.reshape(scale_shape)}
+        if not per_row:
+            found[f"{module}input_scale"] = torch.tensor(0.01)
+        if name.endswith("k_proj.weight"):
+            found[f"{module}k_scale"] = torch.tensor(0.02)
+        return found
+
+    return config, stored
+
+
 def _grid(weight: torch.Tensor, args: Any) -> torch.Tensor:
     """The values as blocks: (rows of blocks, rows, columns of blocks, columns)."""
     rows, columns = weight.shape

@@ -11,14 +11,13 @@ from helpers.checkpoints import build_llama
 import aoconvert
 from aoconvert.errors import SourceError
 
-_READ = "of quantized ones bitsandbytes, compressed-tensors, fp8, gguf, mxfp4 are read"
+_READ = "of quantized ones bitsandbytes, compressed-tensors, fp8, gguf, modelopt, mxfp4 are read"
 
 
 @pytest.mark.parametrize(
     ("config", "name", "hint"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq", _READ),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt", _READ),
         ({"bits": 4}, "an unknown method", _READ),
         ({"quant_method": ["fp8"]}, "['fp8']", _READ),
         ({"quant_method": "quanto"}, "quanto", "aoconvert migrate"),

@@ -182,6 +182,8 @@ def _open_dequantized(cls: Any, where: Path, quantization: dict[str, Any], optio
         CannotCompare: it cannot on this machine.
     """
     method = quantization.get("quant_method", "bitsandbytes")
+    if method == "modelopt":
+        raise CannotCompare("transformers does not dequantize models by NVIDIA's Model Optimizer")
     if method == "fp8" and (name := _cut_block(where, quantization.get("weight_block_size"))) is not None:
         raise CannotCompare(f"the library takes blocks of equal size only, and the last ones of {name} are cut off")
     try:
