@@ -146,7 +146,7 @@ def test_scales_of_activations_are_left_out_by_name(tmp_path: Path) -> None:
     edit(source, lambda state: state.update({name: torch.ones(())}))
     [component] = aoconvert.plan(source, "int8wo", output=tmp_path / "out", device="cpu").components
     assert [(item.name, item.reason) for item in component.dropped] == [
-        (name, "belongs to the quantization of the original, and has no use without it")
+        (name, "scales activations that the original quantizes; torchao computes such scales from each input")
     ]
 
 
