@@ -34,6 +34,7 @@ _COMMANDS = {
     "eval": "Show how much a converted checkpoint lost, beside its original.",
     "card": "Print the model card of a converted checkpoint, or write it.",
     "push": "Publish a converted checkpoint on the Hugging Face Hub.",
+    "release": "Make every variant of a release file: quantize, verify, judge, publish.",
     "inspect": "Show what a checkpoint is and what can load it, from headers alone.",
     "diff": "Show what differs between two checkpoints, or a checkpoint and its source.",
     "schemes": "List the quantization schemes, or show one.",
@@ -42,7 +43,7 @@ _COMMANDS = {
     "demo": "Build, quantize and verify a tiny pipeline, without a network.",
 }
 _MODULES = {"eval": "evaluate"}  # a command whose name its module does not have
-_TAKE_TOKEN = {"quantize", "plan", "migrate", "verify", "bench", "eval", "push", "inspect", "diff"}
+_TAKE_TOKEN = {"quantize", "plan", "migrate", "verify", "bench", "eval", "push", "release", "inspect", "diff"}
 
 
 class _Commands(click.Group):

@@ -69,6 +69,11 @@ class Output:
             console.print(_Escaped(shown))
             write_stdout("".join(f"{line.rstrip()}\n" for line in drawn.getvalue().splitlines()))
 
+    def event(self, data: Any) -> None:
+        """Print one step of a long command: a line of JSON; nothing for people, who have the progress bar."""
+        if self.mode == "json":
+            write_stdout(_json(data))
+
     @staticmethod
     def table(
         rows: Iterable[Sequence[RenderableType]], columns: Mapping[str, Mapping[str, Any]] | None = None

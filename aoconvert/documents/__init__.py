@@ -22,6 +22,8 @@ from aoconvert.documents.conversion import (
 )
 from aoconvert.documents.publishing import BenchDocument, CardDocument, EvalDocument, PushDocument, VerifyDocument
 from aoconvert.documents.reading import CacheDocument, DiffDocument, EnvDocument, InspectDocument, SchemeDocument
+from aoconvert.documents.releases import ReleaseDocument
+from aoconvert.releasing.release_file import ReleaseFile
 
 FOLDER = Path("manifests")
 
@@ -34,6 +36,8 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "eval": EvalDocument,
     "card": CardDocument,
     "push": PushDocument,
+    "release": ReleaseDocument,
+    "release-file": ReleaseFile,
     "inspect": InspectDocument,
     "diff": DiffDocument,
     "convert": ConvertDocument,
@@ -47,6 +51,9 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
 """Name → document; ``schemes --json`` is a list of ``scheme``."""
 
 
+_TITLES = {"release-file": "a file of aoconvert release, version 1"}
+
+
 def schema_path(name: str) -> Path:
     """Where a document's schema lies."""
     return FOLDER / f"{name}.v1.schema.json"
@@ -56,5 +63,5 @@ def json_schema(name: str) -> str:
     """The JSON Schema text of a document."""
     schema = DOCUMENTS[name].model_json_schema(by_alias=True)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = f"aoconvert {name} --json, version 1"
+    schema["title"] = _TITLES.get(name, f"aoconvert {name} --json, version 1")
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

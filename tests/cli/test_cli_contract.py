@@ -30,7 +30,7 @@ COMMANDS = [
     "migrate",
     "bench",
 ]
-COMMANDS += ["env", "cache", "demo"]
+COMMANDS += ["release", "env", "cache", "demo"]
 HEAVY = ("torch", "torchao", "diffusers", "transformers", "accelerate", "huggingface_hub", "pydantic", "numpy")
 
 Call = Callable[..., Any]

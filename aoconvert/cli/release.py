@@ -1,0 +1,115 @@
+"""``aoconvert release``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from aoconvert.cli.options import common
+from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
+from aoconvert.humanize import size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from aoconvert.releasing.record import Record, VariantRecord
+
+EXAMPLES = """\b
+Examples:
+  aoconvert release releases/cogvideox-5b.toml --dry-run
+  aoconvert release releases/cogvideox-5b.toml --owner my-org
+  aoconvert release releases/llama.toml --only 'int8*' --skip-push --json
+"""
+
+_COLORS = {"pushed": "green", "unchanged": "green", "made": "green", "gate_failed": "red", "failed": "red"}
+
+
+@click.command("release", epilog=EXAMPLES)
+@click.argument("path", metavar="RELEASE.toml", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--dry-run", is_flag=True, help="Plan every variant: sizes, needs and problems; change nothing.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Variants to make, with * and ?. Repeatable.")
+@click.option("--skip-push", is_flag=True, help="Make and judge the variants, publish nothing.")
+@click.option("--owner", metavar="NAME", help="User or organization for {owner} in the repos' names.")
+@click.option(
+    "--keep-going/--fail-fast",
+    default=True,
+    show_default=True,
+    help="Go on with the other variants if one fails or misses a gate.",
+)
+@click.option(
+    "--output-root",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("releases"),
+    show_default=True,
+    help="Folder for the variants and release.json.",
+)
+@click.option("--eval/--no-eval", "evaluate", default=None, help="Evaluate each variant. Default: if a gate needs it.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; it is never stored.")
+@click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Cache of the Hub client.")
+@click.option("--local-files-only", is_flag=True, help="Use no network for the source.")
+@common
+def command(*, path: Path, out: Output, keep_going: bool, **options: Any) -> int:
+    """Make a release: quantize, verify, evaluate, judge and publish every variant of a release file.
+
+    A variant that misses a gate is not published; exit code 4. What is done already is not done again: run the same
+    command to continue. With --json it prints one JSON document per line and event, the last one is the summary.
+    """
+    with out.watch(f"release {path.name}") as progress:
+        from aoconvert.releasing import release
+
+        record = release(path, progress=progress, on_event=out.event, fail_fast=not keep_going, **options)
+    if (summary := os.environ.get("GITHUB_STEP_SUMMARY")) is not None and not options["dry_run"]:
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(markdown(record))
+    data = {"event": "summary", **record.to_dict()}
+    out.result(lambda: table(record), data, "ok" if record.ok else "failed")
+    return record.exit_code
+
+
+def table(record: Record) -> RenderableType:
+    """The record for people."""
+    from rich.console import Group
+    from rich.markup import escape
+    from rich.text import Text
+
+    columns = {"variant": WHOLE, "status": WHOLE, "size": NUMBER, "bits": NUMBER, "SQNR": NUMBER, "": FOLD}
+    rows = []
+    for variant in record.variants:
+        color = _COLORS.get(variant.status, "yellow")
+        shown = f"[{color}]{variant.status}[/{color}]"
+        rows.append((escape(variant.name), shown, *_figures(variant), escape(_said(variant))))
+    return Group(Output.table(rows, columns), Text(f"{record.name}: {'ok' if record.ok else 'not ok'}", style="bold"))
+
+
+def markdown(record: Record) -> str:
+    """The record as a Markdown table, for a CI job's summary."""
+    lines = [f"### {record.name}", "", "| variant | status | size | bits per weight | worst SQNR | |"]
+    lines.append("|---|---|--:|--:|--:|---|")
+    for variant in record.variants:
+        cells = (f"`{variant.name}`", variant.status, *_figures(variant), _said(variant).replace("|", "\\|"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", ""])
+
+
+def _figures(variant: VariantRecord) -> tuple[str, str, str]:
+    bits, worst = variant.bits_per_weight, variant.worst_sqnr_db
+    return (
+        size(variant.size_bytes) if variant.size_bytes is not None else "",
+        f"{bits:.1f}" if bits is not None else "",
+        f"{worst:.1f} dB" if worst is not None else "",
+    )
+
+
+def _said(variant: VariantRecord) -> str:
+    """What is to be known of a variant: what it missed, what went wrong, or where it is."""
+    missed = [gate for gate in variant.gates if not gate.passed]
+    if missed:
+        shown = (f"{gate.name} {'none' if gate.value is None else f'{gate.value:.6g}'}" for gate in missed)
+        limits = (f"(limit {gate.limit:.6g})" for gate in missed)
+        return "; ".join(f"{value} {limit}" for value, limit in zip(shown, limits, strict=True))
+    if variant.error is not None:
+        return variant.error.message
+    return variant.url or variant.repo_id or ""

@@ -1,0 +1,126 @@
+"""What a release did: ``release.json``, which a later run reads to see what is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from aoconvert.checkpoint.evaluation import Evaluation, GateResult
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, Manifest
+from aoconvert.errors import HubError, PlanError, VerificationError
+from aoconvert.files import read_limited, write_whole
+from aoconvert.json_text import INDEX_BYTES, parse_json
+
+RECORD_NAME = "release.json"
+
+Status = Literal["pushed", "unchanged", "made", "gate_failed", "failed", "skipped"]
+
+
+class _Model(BaseModel):
+    """Keys are only added, so readers let unknown ones pass."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Failure(_Model):
+    """Why a variant failed, as any command says it."""
+
+    type: str
+    message: str
+    hint: str | None
+    exit_code: int
+
+
+class VariantRecord(_Model):
+    """One variant: what was made, how good it is, and where it is."""
+
+    name: str
+    scheme: str = Field(description="name of the scheme, or of the recipe file")
+    status: Status = Field(
+        description="pushed; unchanged: the Hub has exactly this; made: not pushed, as was asked; gate_failed; failed; "
+        "skipped: not asked for"
+    )
+    repo_id: str | None = None
+    url: str | None = None
+    commit: str | None = None
+    folder: str | None = Field(default=None, description="below the output root")
+    size_bytes: int | None = Field(default=None, description="of all weights files that quantize wrote")
+    bits_per_weight: float | None = None
+    quantized_fraction: float | None = None
+    worst_sqnr_db: float | None = None
+    verified: bool | None = None
+    metrics: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="of eval: component → figure → value; a figure that does not apply is absent"
+    )
+    gates: tuple[GateResult, ...] = ()
+    error: Failure | None = None
+    signature: dict[str, Any] | None = Field(
+        default=None, description="what the files depend on: versions, device, plan and source"
+    )
+    manifest_sha256: str | None = None
+
+
+class Record(_Model):
+    """A release: its variants in the order of the file."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    source: str
+    revision: str | None = Field(default=None, description="commit of the source")
+    ok: bool
+    variants: tuple[VariantRecord, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """The contract's: 4 for a gate or a verification, 5 for the Hub, 3 for a refusal, 1 for other failures."""
+        failed = [variant.error.exit_code for variant in self.variants if variant.error is not None]
+        if any(variant.status == "gate_failed" for variant in self.variants) or VerificationError.exit_code in failed:
+            return VerificationError.exit_code
+        for code in (HubError.exit_code, PlanError.exit_code):
+            if code in failed:
+                return code
+        return 0 if self.ok else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what ``release.json`` holds and the last line of ``release --json`` repeats."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def write(self, folder: Path) -> None:
+        """Write ``release.json``, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        write_whole(folder / RECORD_NAME, text.encode())
+
+
+def read_record(folder: Path) -> Record | None:
+    """Read what an earlier run left; ``None`` where there is none, or it cannot be used."""
+    try:
+        return Record.model_validate(parse_json(read_limited(folder / RECORD_NAME, INDEX_BYTES)))
+    except (OSError, ValueError, ValidationError):
+        return None
+
+
+def describe_manifest(manifest: Manifest) -> dict[str, Any]:
+    """Size and error of a result, for its record."""
+    totals = [component.totals for component in manifest.components]
+    parameters = sum(total.parameters for total in totals)
+    quantized = sum(total.quantized_parameters for total in totals)
+    outside = sum(t.quantized_parameters / t.quantized_fraction for t in totals if t.quantized_fraction)
+    errors = [total.worst_sqnr_db for total in totals if total.worst_sqnr_db is not None]
+    return {
+        "size_bytes": sum(file.size for component in manifest.components for file in component.files),
+        "bits_per_weight": sum(t.bits_per_weight * t.parameters for t in totals) / parameters if parameters else None,
+        "quantized_fraction": quantized / outside if outside else 0.0,
+        "worst_sqnr_db": min(errors, default=None),
+    }
+
+
+def describe_evaluation(report: Evaluation) -> dict[str, dict[str, float]]:
+    """Figures of each component that apply."""
+    return {part.name or part.class_name: part.metrics.model_dump(exclude_none=True) for part in report.components}
+
+
+__all__ = ["MANIFEST_NAME", "RECORD_NAME", "Failure", "Record", "Status", "VariantRecord", "read_record"]

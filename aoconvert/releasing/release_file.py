@@ -1,0 +1,218 @@
+"""A release file: TOML that says which variants of a model are made, where they go, and what they must reach.
+
+::
+
+    name = "CogVideoX-5b"
+    source = "THUDM/CogVideoX-5b"
+    repo = "{owner}/{model}-{scheme}"       # also {variant}; owner from --owner, or owner = "…" here
+
+    [defaults]                              # options of quantize, by their names there, for all variants
+    device = "auto"
+    skip = [{ pattern = "re:.*norm.*", reason = "…", source = "https://…" }]
+
+    [[variants]]
+    scheme = "int8wo"
+
+    [gates]
+    min_quantized = 0.9
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+
+from aoconvert.errors import UsageError
+from aoconvert.files import read_limited
+from aoconvert.options.fields import parse_size
+
+_LIMIT = 4 << 20  # bytes
+_FIELD = re.compile(r"\{([^{}]*)\}")
+_FIELDS = ("owner", "model", "scheme", "variant")
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Skip(_Model):
+    """Tensors that stay unquantized, and why: data that whoever repeats a release can check."""
+
+    pattern: StrictStr = Field(description="as --skip takes it")
+    reason: StrictStr
+    source: StrictStr | None = Field(default=None, description="where that was found: an address, or a measurement")
+
+
+class Choices(_Model):
+    """Options of ``quantize``, by their names there."""
+
+    components: list[StrictStr] = Field(default_factory=list, description="as --component takes them")
+    skip: list[StrictStr | Skip] = Field(default_factory=list)
+    group_size: StrictInt | None = None
+    set: dict[str, StrictBool | StrictInt | StrictFloat | StrictStr] = Field(default_factory=dict)
+    dtype: StrictStr | None = None
+    device: StrictStr | None = None
+    layout_device: StrictStr | None = None
+    format: StrictStr | None = None
+    max_shard_size: StrictStr | StrictInt | None = None
+    component_only: StrictBool | None = None
+    include_embeddings: StrictBool | None = None
+    fuse_qkv: StrictBool | None = None
+    min_quantized: float | None = Field(default=None, description="below it quantize refuses, before any work")
+    candidates: list[StrictStr] = Field(default_factory=list)
+    min_sqnr: float | None = Field(default=None, description="a goal of scheme auto, not a gate")
+    target_bits: float | None = None
+    target_size: StrictStr | StrictInt | None = None
+
+
+class Variant(Choices):
+    """One checkpoint of the release."""
+
+    name: StrictStr | None = Field(default=None, description="default: the scheme")
+    scheme: StrictStr | None = None
+    recipe: StrictStr | None = Field(default=None, description="a file beside the release file")
+    repo: StrictStr | None = Field(default=None, description="in place of the release's template")
+    gates: Gates | None = Field(default=None, description="in place of the release's, gate by gate")
+
+    @property
+    def title(self) -> str:
+        """What messages, folders and the record call it."""
+        return self.name or self.scheme or Path(self.recipe or "").stem
+
+
+class Gates(_Model):
+    """What a variant must reach to be published; a gate that is absent does not judge."""
+
+    min_quantized: float | None = Field(default=None, description="fraction of the parameters outside embeddings")
+    min_sqnr_db: float | None = Field(default=None, description="worst SQNR of a weight, in dB")
+    max_size: StrictStr | StrictInt | None = Field(default=None, description="bytes of all weights files, e.g. 12GB")
+    require_forward: StrictBool | None = Field(default=None, description="verify ran a forward pass")
+    max_kl: float | None = None
+    min_agreement: float | None = None
+    max_perplexity_ratio: float | None = None
+    min_cosine: float | None = None
+    min_psnr: float | None = None
+    max_lpips: float | None = None
+
+    def over(self, others: Gates | None) -> Gates:
+        """These, with ``others`` in their place where they say something."""
+        return self if others is None else self.model_copy(update=others.model_dump(exclude_none=True))
+
+    @property
+    def evaluated(self) -> dict[str, float]:
+        """Those that ``eval`` judges, by the names of its options."""
+        return self.model_dump(
+            exclude_none=True, exclude={"min_quantized", "min_sqnr_db", "max_size", "require_forward"}
+        )
+
+
+class ReleaseFile(_Model):
+    """A model and its variants."""
+
+    name: StrictStr
+    source: StrictStr = Field(description="a repo, or a folder relative to this file")
+    revision: StrictStr | None = Field(default=None, description="of the source; pinned in the results")
+    subfolder: StrictStr | None = None
+    repo: StrictStr = Field(
+        default="{owner}/{model}-{scheme}", description="with {owner}, {model}, {scheme}, {variant}"
+    )
+    owner: StrictStr | None = None
+    private: StrictBool | None = None
+    collection: StrictStr | None = Field(default=None, description="slug of a collection that each repo is added to")
+    license: StrictStr | None = Field(default=None, description="of the results, where the source's card names none")
+    defaults: Choices = Field(default_factory=Choices)
+    variants: list[Variant] = Field(min_length=1)
+    gates: Gates = Field(default_factory=Gates)
+
+
+Variant.model_rebuild()
+ReleaseFile.model_rebuild()
+
+
+def load(path: Path) -> ReleaseFile:
+    """Read a release file.
+
+    Raises:
+        UsageError: it cannot be read, or something in it is wrong: with every problem's place.
+    """
+    try:
+        values = tomllib.loads(read_limited(path, _LIMIT).decode())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}", hint="give a TOML file") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path.name} is not TOML: {error}") from error
+    try:
+        found = ReleaseFile.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise UsageError(f"{path.name}: {where}: {first['msg']}{more}") from error
+    _check(found, path)
+    return found
+
+
+def _check(found: ReleaseFile, path: Path) -> None:
+    titles = [variant.title for variant in found.variants]
+    for number, (variant, title) in enumerate(zip(found.variants, titles, strict=True), 1):
+        if (variant.scheme is None) == (variant.recipe is None):
+            raise UsageError(f"{path.name}: variant {number} needs a scheme or a recipe, and not both")
+        if _NAME.fullmatch(title) is None:
+            raise UsageError(f"{path.name}: variant {number}: {title!r} cannot be the name of a folder and a repo")
+        if titles.count(title) > 1:
+            raise UsageError(f"{path.name}: two variants are called {title}", hint="give one of them a name")
+    for template in (found.repo, *(variant.repo for variant in found.variants if variant.repo is not None)):
+        if wrong := [name for name in _FIELD.findall(template) if name not in _FIELDS]:
+            raise UsageError(f"{path.name}: repo has no {{{wrong[0]}}}", hint=f"it has {', '.join(_FIELDS)}")
+    for gates in (found.gates, *(variant.gates for variant in found.variants if variant.gates is not None)):
+        if isinstance(gates.max_size, str):
+            parse_size(gates.max_size)
+
+
+def repo_of(found: ReleaseFile, variant: Variant, owner: str | None) -> str | None:
+    """The repo that a variant goes to; ``None``: no owner is known."""
+    owner = owner or found.owner
+    template = variant.repo or found.repo
+    if owner is None and "{owner}" in template:
+        return None
+    model = found.source.rstrip("/").rpartition("/")[2] or found.name
+    scheme = variant.scheme or variant.title
+    values = {"owner": owner or "", "model": model, "scheme": scheme, "variant": variant.title}
+    return _FIELD.sub(lambda match: values[match[1]], template)
+
+
+def _text(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def options_of(found: ReleaseFile, variant: Variant, folder: Path) -> dict[str, Any]:
+    """Keyword arguments of ``quantize`` for a variant, but for the output.
+
+    Args:
+        found: the release.
+        variant: one of its variants; what it says goes before the defaults, ``skip`` and ``set`` are added to theirs.
+        folder: that the release file lies in.
+    """
+    own = variant.model_dump(exclude={"name", "scheme", "recipe", "repo", "gates"}, exclude_defaults=True)
+    both: dict[str, Any] = {**found.defaults.model_dump(exclude_defaults=True), **own}
+    skips = [*found.defaults.skip, *variant.skip]
+    both["skip"] = [entry.pattern if isinstance(entry, Skip) else entry for entry in skips]
+    settings: Mapping[str, Any] = {**found.defaults.set, **variant.set}
+    both.pop("set", None)
+    both["settings"] = {key: _text(value) for key, value in settings.items()}
+    if variant.recipe is not None:
+        both["recipe"] = folder / variant.recipe
+        both.pop("group_size", None)
+        both.pop("settings")
+    if found.revision is not None:
+        both["revision"] = found.revision
+    if found.subfolder is not None:
+        both["subfolder"] = found.subfolder
+    return {key: value for key, value in both.items() if value not in ([], {})}

@@ -1,0 +1,133 @@
+"""A release: every variant made, judged and published, and nothing done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub.fixtures import HubClient
+from helpers.checkpoints import build_llama
+
+import aoconvert
+from aoconvert.errors import PlanError, UsageError
+from aoconvert.releasing import Record, release
+
+FILE = """
+name = "Tiny"
+source = "model"
+repo = "{owner}/tiny-{variant}"
+license = "mit"
+
+[defaults]
+device = "cpu"
+min_quantized = 0
+
+[[variants]]
+scheme = "int8wo"
+
+[[variants]]
+scheme = "intx2wo"
+
+[gates]
+min_sqnr_db = 20
+"""
+TOKEN = "hf_theTokenOfTheTests0123456789abcdefgh"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    build_llama(tmp_path / "model")
+    path = tmp_path / "tiny.toml"
+    path.write_text(FILE)
+    return path
+
+
+def made(file: Path, **options: Any) -> tuple[Record, list[dict[str, Any]]]:
+    events: list[dict[str, Any]] = []
+    options = {"skip_push": True, "output_root": file.parent / "made", **options}
+    return release(file, on_event=events.append, **options), events
+
+
+def done(events: list[dict[str, Any]]) -> dict[str, list[bool]]:
+    """Variant → whether each step was done again."""
+    found: dict[str, list[bool]] = {}
+    for event in events:
+        if "again" in event:
+            found.setdefault(event["variant"], []).append(event["again"])
+    return found
+
+
+def test_a_gate_holds_one_back_and_nothing_is_done_twice(file: Path) -> None:
+    record, events = made(file)
+    status = {variant.name: variant.status for variant in record.variants}
+    assert (record.exit_code, status) == (4, {"int8wo": "made", "intx2wo": "gate_failed"})
+    [missed] = [gate for gate in record.variants[1].gates if not gate.passed]
+    assert missed.name == "min-sqnr-db" and missed.value == record.variants[1].worst_sqnr_db
+    assert missed.value is not None and missed.value < missed.limit == 20
+    assert done(events) == {"int8wo": [True, True], "intx2wo": [True, True]}
+    root = file.parent / "made/tiny"
+    assert json.loads((root / "release.json").read_text()) == record.to_dict()
+    # the same files as quantize alone
+    alone = aoconvert.quantize(
+        file.parent / "model", "int8wo", output=file.parent / "alone", device="cpu", min_quantized=0
+    )
+    name = "pytorch_model.bin"
+    assert (alone.output / name).read_bytes() == (root / "int8wo" / name).read_bytes()
+
+    record, events = made(file)
+    assert done(events) == {"int8wo": [False, False], "intx2wo": [False, False]}
+
+    # a looser gate is judged anew, nothing is made again
+    looser = FILE.replace("min_sqnr_db = 20", "min_sqnr_db = 1")
+    file.write_text(looser.replace('"int8wo"', '"int8wo"\ninclude_embeddings = true'))
+    record, events = made(file)
+    assert record.ok and record.exit_code == 0
+    assert done(events) == {"int8wo": [True, True], "intx2wo": [False, False]}
+
+    record, events = made(file, only=("intx*",))
+    assert [variant.status for variant in record.variants] == ["skipped", "made"]
+    assert {event["variant"] for event in events} == {"intx2wo"}
+
+
+def test_problems_of_all_variants_come_before_any_work(file: Path) -> None:
+    text = FILE.replace('scheme = "int8wo"', 'scheme = "int8wo"\nskip = ["nowhere"]').replace("intx2wo", "nosuch")
+    file.write_text(text)
+    with pytest.raises(PlanError) as caught:
+        made(file, skip_push=False)
+    lines = caught.value.problems
+    assert [line.partition(":")[0] for line in lines] == ["int8wo", "int8wo", "nosuch", "nosuch"]
+    assert "no owner" in lines[0] and "nowhere" in lines[1] and "nosuch" in lines[3]
+    assert not (file.parent / "made").exists()
+    with pytest.raises(UsageError, match=r"--only fp4: tiny\.toml has no such variant"):
+        made(file, only=("fp4",))
+
+
+def test_a_dry_run_writes_nothing(file: Path) -> None:
+    record, events = made(file, dry_run=True)
+    assert [event["event"] for event in events] == ["planned", "planned"]
+    assert all(event["needs"]["disk_bytes"] > 0 for event in events)
+    assert record.ok and not (file.parent / "made").exists()
+
+
+def test_it_is_published_and_then_unchanged(hub_client: HubClient, file: Path, tmp_path: Path) -> None:
+    """By the documented events and exit codes alone, as a script has it."""
+    hub_client.hub.state.add_user("me", TOKEN)
+    file.write_text(FILE.replace('[[variants]]\nscheme = "intx2wo"\n', ""))
+    summary = tmp_path / "summary.md"
+    command = ["release", str(file), "--owner", "me", "--output-root", str(tmp_path / "out"), "--json"]
+    env = {"GITHUB_STEP_SUMMARY": str(summary)}
+    ran = hub_client.command(*command, token=TOKEN, env=env)
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert ran.returncode == 0, ran.stderr
+    names = ["planned", "variant_started", "quantized", "verified", "pushed", "summary"]
+    assert [line["event"] for line in lines] == names
+    [variant] = lines[-1]["variants"]
+    assert (variant["status"], variant["repo_id"]) == ("pushed", "me/tiny-int8wo")
+    assert variant["commit"] == hub_client.hub.state.resolve("me/tiny-int8wo", "main")
+    assert "| `int8wo` | pushed |" in summary.read_text()
+    ran = hub_client.command(*command, token=TOKEN)
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert (ran.returncode, lines[-2]["event"], lines[-1]["variants"][0]["status"]) == (0, "unchanged", "unchanged")
+    assert lines[-1]["variants"][0]["commit"] == variant["commit"]
