@@ -27,6 +27,7 @@ from aoconvert.memory import available_bytes
 from aoconvert.models import identify
 from aoconvert.models.lora_files import LoraFile, read_loras
 from aoconvert.options import DEFAULT_HUB, HubOptions
+from aoconvert.rewriting.compare_old import is_old
 from aoconvert.sources import Source
 from aoconvert.sources.bundle import INDEX, BundleSource
 from aoconvert.sources.file import CONFIG, FileSource
@@ -114,6 +115,10 @@ def compare_by_library(
         return LibraryFindings("skipped", "without a manifest it is unknown what may differ from the source")
     if (added := find_loras(manifest.source, loras)) is None:
         return LibraryFindings("skipped", "a LoRA was added that is not on the Hub: --lora FILE names it")
+    if is_old(source, manifest):
+        return LibraryFindings(
+            "skipped", "no library of today opens the old checkpoint; numbers compares with what is stored there"
+        )
     if isinstance(source, FileSource) and source.place.suffix.lower() == ".gguf":
         return LibraryFindings(
             "skipped", "the library takes all of a GGUF file's values into memory; numbers compares with those of gguf"
@@ -153,6 +158,7 @@ def originals(target: Checkpoint, source: Source | None, *, trust: bool) -> dict
         or source.kind == "file"
         or manifest.source.loras  # a forward pass needs the whole of it in memory
         or find_other_model(target, source, manifest) is not None
+        or is_old(source, manifest)
     ):
         return {}
     fetch_for_library(

@@ -22,6 +22,7 @@ from aoconvert.options import make_options
 from aoconvert.planning import Plan
 from aoconvert.planning.build import build_plan
 from aoconvert.planning.types import ComponentPlan
+from aoconvert.rewriting.compare_old import compare_with_old, open_old
 from aoconvert.schemes import int4
 from aoconvert.schemes.error_stats import ErrorStats
 from aoconvert.schemes.tensors import dequantize
@@ -60,6 +61,12 @@ def compare_with_source(
             found = {name: file for file in files for name in file.contents.tensors}
             if only is not None:
                 found = {name: file for name, file in found.items() if name in only.get(part.name, ())}
+            old = open_old(source, entry, target.manifest.run.command) if found else None
+            if old is not None:
+                for _, problem in compare_with_old(old, entry.tensors, found):
+                    count += 1
+                    problems += [problem] if problem else []
+                continue
             for name, original in _originals(source, part, entry, found, loras) if found else ():
                 sqnr, problem = _compare(name, original, found[name].read(name), part, entry.layout.packing)
                 count += 1
@@ -135,6 +142,8 @@ def _compare(
     error = ErrorStats()
     error.add(original, dequantize(written, int4.cpu_layout(packing)))
     sqnr = error.sqnr_db if error.sqnr_db is not None else math.inf
+    if entry.sqnr_db is None and entry.migration is not None:  # the original was not at hand then: there is none
+        return sqnr, None
     stated = entry.sqnr_db if entry.sqnr_db is not None else math.inf
     if sqnr != stated and not abs(sqnr - stated) <= _TOLERANCE_DB:
         return sqnr, f"{name} has an SQNR of {sqnr:.2f} dB to the source, but the manifest says {stated:.2f}"
