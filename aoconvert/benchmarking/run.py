@@ -91,7 +91,7 @@ def _begin(job: Job) -> Bench:
     return Bench(
         schema_version=SCHEMA_VERSION,
         path=job.label,
-        source=(source.repo_id or source.label) if source is not None else None,
+        source=(source.repo_id or Path(source.label).name) if source is not None else None,
         environment=environment,
         rows=(),
         complete=False,

@@ -11,6 +11,7 @@ from typing import Any
 from aoconvert.cards import template
 from aoconvert.cards.card import Card, CardOptions
 from aoconvert.cards.components import describe
+from aoconvert.cards.costs import read_costs
 from aoconvert.cards.exceptions import FOLDED_FROM, apart
 from aoconvert.cards.layers import layers
 from aoconvert.cards.licenses import show_license
@@ -72,6 +73,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
         "proof": _proof(proof),
         "components": parts,
         "sizes": _sizes(manifest),
+        "costs": read_costs(folder, manifest, repo_id or argument(str(folder))),
         "hardware": hardware(manifest.components),
         "needs": list(dict.fromkeys((item["package"], item["range"]) for part in parts for item in part["loads_with"])),
         "limits": limits(target, manifest, proof.strategy),

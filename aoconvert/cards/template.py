@@ -27,6 +27,10 @@ text is escaped where it is written, so no filter is needed for safety:
   ``requantized``: numbers of tensors, ``deviations``: ``reason``, ``count``, ``error``);
   ``converted`` (null, or ``format`` of the files that somebody else wrote, and ``written_by``: torchao's releases);
 - ``sizes``: ``rows`` (``name``, ``scheme``, ``bytes_in``, ``bytes_out``, ``bits_in``, ``bits_out``), ``total``;
+- ``costs`` (null without a benchmark of this checkpoint): ``rows`` (keys of ``aoconvert.bench.json``, and ``mode``),
+  ``more`` (rows that are not shown), ``failures`` (rows with an ``error``),
+  ``date``, ``complete``, ``runs``, ``environment`` (name → value), ``compiled``,
+  ``small`` (a pipeline ran at its smallest size), ``command`` (or null);
 - ``hardware`` (a text), ``needs`` (pairs of package and range), ``verify`` (a command),
   ``limits``: ``title``, ``text``;
 - ``files`` (``path``, ``size``, ``sha256``), ``copied`` (a number), ``apart`` (``what``, ``name``,

@@ -78,7 +78,7 @@ class Bench(_Model):
 
     Attributes:
         path: as the user named it.
-        source: the original as the user named it, or its repo; null where only the result was measured.
+        source: the original's repo, or the name of its folder; null where only the result was measured.
         environment: device, versions, threads, and what ``peak_bytes`` counts.
         rows: one fresh process each, in the order in which they ran.
         complete: false while rows are still to come: the run was stopped.

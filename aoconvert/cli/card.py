@@ -17,7 +17,7 @@ Markdown.
 \b
 Its variables: title, repo_id, place, kind, class_name, schemes, picture, license, license_url, source,
 code (load, usage, install, packages, strategy, to_device), proof (ok, reason, date, device, versions,
-checks, example, forward, not_run), components, sizes, hardware, limits, verify, files, copied, apart,
+checks, example, forward, not_run), components, sizes, costs, hardware, limits, verify, files, copied, apart,
 command, date, versions, device_name, tool. Its filters: code, block("python"), link(url), size, number,
 percent, plural.
 aoconvert/cards/template.py documents them; aoconvert/cards/template.md.jinja is an example.

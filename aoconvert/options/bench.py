@@ -86,7 +86,9 @@ class BenchOptions:
     ] = None
     frames: Annotated[int, Option("Frames of a video.", COUNT, show_default=True, recorded=3)] = 9
     device: Annotated[str, Option("Device to run on.", metavar="auto|cpu|cuda|cuda:N|xpu", show_default=True)] = "auto"
-    trust_remote_code: Annotated[bool, Option("Run model code from the checkpoint and the source.", SWITCH)] = False
+    trust_remote_code: Annotated[
+        bool, Option("Run model code from the checkpoint and the source.", SWITCH, recorded=4)
+    ] = False
     revision: Revision = None
     token: Token = field(default=None, repr=False)
     cache_dir: CacheDir = None
