@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -24,6 +24,7 @@ from aoconvert.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from aoconvert.cards import Card
+    from aoconvert.cards.plot import Plot
     from aoconvert.checkpoint.bench import Bench
     from aoconvert.checkpoint.evaluation import Evaluation
     from aoconvert.checkpoint.published import Published
@@ -270,6 +271,32 @@ def evaluate(
         return resolve_original(reference, folder, hub, trust_remote_code=wanted.trust_remote_code)
 
     return run(folder, str(checkpoint), wanted, find_source, progress or Silent())
+
+
+def plot(checkpoints: Sequence[str | Path], path: str | Path) -> Plot:
+    """Draw several results in one picture, SVG: size against error, memory against time, from the reports in them.
+
+    Args:
+        checkpoints: folders with ``aoconvert.bench.json`` or ``aoconvert.eval.json``.
+        path: of the picture, whose name ends in ``.svg``; it is replaced.
+
+    Returns:
+        What is in it, and what is not, with the reason.
+
+    Raises:
+        UsageError: a path that is no SVG file, or more results than there are colours.
+        SourceError: a folder without a manifest, or no report in any.
+        WriteError: the picture cannot be written.
+    """
+    from aoconvert.cards.comparable import compare_reports
+    from aoconvert.cards.plot import MOST, write_plot
+
+    place = Path(path)
+    if place.suffix.lower() != ".svg":
+        raise UsageError(f"--plot {place}: the picture is SVG, so its name must end in .svg")
+    if len(checkpoints) > MOST:
+        raise UsageError(f"--plot takes at most {MOST} results, not {len(checkpoints)}", hint="draw two pictures")
+    return write_plot(place, compare_reports([Path(checkpoint) for checkpoint in checkpoints]))
 
 
 def load(

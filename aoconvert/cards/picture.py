@@ -9,21 +9,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from xml.sax.saxutils import escape
 
 from aoconvert.cards.layers import KINDS, Layer
 from aoconvert.cards.markdown import visible
+from aoconvert.cards.svg import WIDTH, begin, line, text, ticks
 
-_WIDTH, _HEIGHT = 840, 360
+_HEIGHT = 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 66, 46  # of the plot's frame, in pixels
 _MOST = 2000  # points; more are thinned out to the lowest and highest of each column
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), which colour-blind people can tell apart
 _COLORS = dict(zip(KINDS, ("#cc79a7", "#0072b2", "#e69f00", "#009e73", "#7f7f7f"), strict=True))
-_STYLE = (
-    "@media (prefers-color-scheme: dark) { .ground { fill: #161b22 } .ink { fill: #e6edf3 } "
-    ".grid { stroke: #3d444d } .blue { stroke: #56b4e9 } }"
-)
-
 Point = tuple[float, float]
 
 
@@ -48,47 +43,32 @@ def draw(parts: Sequence[tuple[str, Sequence[Layer]]]) -> str | None:
     values = [value for points in places.values() for _, value in points]
     if len(values) < 2:
         return None
-    low, high, step = _ticks(min(values), max(values))
+    low, high, step = ticks(min(values), max(values))
 
     def x(place: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (place + 0.5) / offset
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * (place + 0.5) / offset
 
     def y(value: float) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low)
 
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}"'
-        ' role="img" font-family="system-ui, sans-serif" font-size="12">',
-        f"<title>SQNR by layer: {len(values)} quantized layers, {min(values):.1f} to {max(values):.1f} dB</title>",
-        f"<style>{_STYLE}</style>",
-        f'<rect class="ground" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="#ffffff"/>',
-        _text(_LEFT, 24, "Error of each quantized layer", size=15, weight="600"),
+        *begin(f"SQNR by layer: {len(values)} quantized layers, {min(values):.1f} to {max(values):.1f} dB", _HEIGHT),
+        text(_LEFT, 24, "Error of each quantized layer", size=15, weight="600"),
         *_legend([kind for kind in KINDS if kind in places]),
     ]
     value = low
     while value <= high + step / 2:
-        lines.append(_line(_LEFT, y(value), _WIDTH - _RIGHT, y(value)))
-        lines.append(_text(_LEFT - 8, y(value) + 4, f"{value:g}", anchor="end"))
+        lines.append(line(_LEFT, y(value), WIDTH - _RIGHT, y(value)))
+        lines.append(text(_LEFT - 8, y(value) + 4, f"{value:g}", anchor="end"))
         value += step
     lines += _borders(borders, x)
     for kind in KINDS:
         if kind in places:
             lines.append(_dots(kind, _thin([(x(place), y(value)) for place, value in places[kind]], len(values))))
     middle = _TOP + (_HEIGHT - _TOP - _BOTTOM) / 2
-    lines.append(_text(16, middle, "SQNR in dB (higher is better)", anchor="middle", turn=True))
-    lines.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, "layers, in the model's order", anchor="middle"))
+    lines.append(text(16, middle, "SQNR in dB (higher is better)", anchor="middle", turn=True))
+    lines.append(text((_LEFT + WIDTH - _RIGHT) / 2, _HEIGHT - 12, "layers, in the model's order", anchor="middle"))
     return "\n".join([*lines, "</svg>"]) + "\n"
-
-
-def _ticks(lowest: float, highest: float) -> tuple[float, float, float]:
-    """Limits and step of the axis: 1, 2 or 5 times a power of ten, three to seven lines."""
-    span = max(highest - lowest, 0.5)
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 5)
-    low, high = math.floor(lowest / step) * step, math.ceil(highest / step) * step
-    while high - low < 1.5 * step:  # one value, or all between two lines
-        low, high = low - step, high + step
-    return low, high, step
 
 
 def _thin(points: list[Point], total: int) -> list[Point]:
@@ -116,7 +96,7 @@ def _legend(shown: Sequence[str]) -> list[str]:
     lines, left = [], float(_LEFT)
     for kind in shown:
         lines.append(_dots(kind, [(left + 4, 44)]))
-        lines.append(_text(left + 13, 48, kind))
+        lines.append(text(left + 13, 48, kind))
         left += 34 + 6.6 * len(kind)
     return lines
 
@@ -129,20 +109,6 @@ def _borders(borders: Sequence[tuple[int, str]], x: Callable[[float], float]) ->
     for place, name in borders:
         left = x(place - 0.5)
         if place:
-            lines.append(_line(left, _TOP, left, _HEIGHT - _BOTTOM))
-        lines.append(_text(left + 4, _TOP - 5, visible(name)[:40]))
+            lines.append(line(left, _TOP, left, _HEIGHT - _BOTTOM))
+        lines.append(text(left + 4, _TOP - 5, visible(name)[:40]))
     return lines
-
-
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<path class="grid" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="#d0d7de"/>'
-
-
-def _text(
-    x: float, y: float, content: str, *, anchor: str = "start", size: int = 12, weight: str = "400", turn: bool = False
-) -> str:
-    turned = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turn else ""
-    return (
-        f'<text class="ink" x="{x:.1f}" y="{y:.1f}" fill="#1f2328" text-anchor="{anchor}" font-size="{size}"'
-        f' font-weight="{weight}"{turned}>{escape(content)}</text>'
-    )

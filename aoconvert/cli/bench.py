@@ -24,16 +24,23 @@ Examples:
   aoconvert bench
   aoconvert bench ./out --source THUDM/CogVideoX-5b --device cuda --size 720x480 --frames 49 --steps 50
   aoconvert bench ./llama-int8wo --source ./llama --compile --batch-size 1 --batch-size 8 --tokens 128
+  aoconvert bench ./int8wo ./int4wo ./float8wo --plot cost.svg
 """
 
 _DEFAULT = "out"
 
 
 @click.command("bench", epilog=EXAMPLES)
-@click.argument("checkpoint", metavar="[PATH|REPO_ID]", default=_DEFAULT)
+@click.argument("checkpoints", metavar="[PATH|REPO_ID]...", nargs=-1)
 @with_options(BenchOptions)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.svg",
+    help="Measure nothing: draw the reports (bench, eval) that are in the folders.",
+)
 @common
-def command(*, checkpoint: str, out: Output, **options: Any) -> int:
+def command(*, checkpoints: tuple[str, ...], plot: Path | None, out: Output, **options: Any) -> int:
     """Measure what a converted checkpoint costs to run: memory and time. Default: ./out.
 
     Each row is measured in a fresh process: a pipeline's denoising step and its whole call, a language model's prompt
@@ -42,6 +49,14 @@ def command(*, checkpoint: str, out: Output, **options: Any) -> int:
     aoconvert.bench.json, is written after each row: a run that is stopped leaves the rows that are done, and the next
     run measures everything again.
     """
+    if plot is not None:
+        return _plot(checkpoints, plot, out, options)
+    if len(checkpoints) > 1:
+        raise UsageError(
+            f"bench measures one checkpoint at a time, not {len(checkpoints)}",
+            hint="--plot FILE.svg draws the reports of several",
+        )
+    checkpoint = checkpoints[0] if checkpoints else _DEFAULT
     if checkpoint == _DEFAULT and not Path(checkpoint).exists():
         raise UsageError(f"no ./{_DEFAULT} here", hint="aoconvert bench PATH, or a model on the Hub as user/repo")
     from aoconvert import api
@@ -52,6 +67,28 @@ def command(*, checkpoint: str, out: Output, **options: Any) -> int:
         out.warning(report.unwritten)
     out.result(lambda: table(report), report.to_dict(), "measured" if report.ok else "failed")
     return report.exit_code
+
+
+def _plot(checkpoints: tuple[str, ...], plot: Path, out: Output, options: dict[str, Any]) -> int:
+    """Draw what was measured before."""
+    context = click.get_current_context()
+    given = [
+        name
+        for name in options
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE and options[name] is not None
+    ]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"{flags}: --plot measures nothing", hint="measure first, then draw")
+    if not checkpoints:
+        raise UsageError("--plot needs folders with reports", hint="aoconvert bench PATH PATH --plot FILE.svg")
+    from aoconvert import api
+
+    drawn = api.plot(checkpoints, plot)
+    for name, reason in drawn.left_out:
+        out.warning(f"{name} is not in a diagram: {reason}")
+    out.result(lambda: f"drawn: {plot}", drawn.to_dict(), str(plot))
+    return 0
 
 
 def table(report: Bench) -> RenderableType:

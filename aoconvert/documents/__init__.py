@@ -20,7 +20,14 @@ from aoconvert.documents.conversion import (
     QuantizeDocument,
     RepackDocument,
 )
-from aoconvert.documents.publishing import BenchDocument, CardDocument, EvalDocument, PushDocument, VerifyDocument
+from aoconvert.documents.publishing import (
+    BenchDocument,
+    CardDocument,
+    EvalDocument,
+    PlotDocument,
+    PushDocument,
+    VerifyDocument,
+)
 from aoconvert.documents.reading import CacheDocument, DiffDocument, EnvDocument, InspectDocument, SchemeDocument
 from aoconvert.documents.releases import ReleaseDocument
 from aoconvert.releasing.release_file import ReleaseFile
@@ -33,6 +40,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "quantize": QuantizeDocument,
     "verify": VerifyDocument,
     "bench": BenchDocument,
+    "plot": PlotDocument,
     "eval": EvalDocument,
     "card": CardDocument,
     "push": PushDocument,

@@ -22,6 +22,28 @@ class EvalDocument(Evaluation):
     """``eval --json``, and ``aoconvert.eval.json``."""
 
 
+class Drawn(Document):
+    """A diagram, and the results in it."""
+
+    title: str
+    results: list[str]
+
+
+class LeftOut(Document):
+    """A result that is missing in a diagram, and why."""
+
+    name: str
+    reason: str
+
+
+class PlotDocument(Document):
+    """``bench --plot --json``."""
+
+    plot: str = Field(description="the picture, SVG")
+    diagrams: list[Drawn]
+    left_out: list[LeftOut]
+
+
 class CardDocument(Document):
     """``card --json``."""
 

@@ -1,4 +1,4 @@
-"""Reports of benchmarks, written as ``aoconvert bench`` writes them."""
+"""Reports of benchmarks and evaluations, as ``aoconvert`` writes them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.checkpoint.bench import Bench, BenchRow
+from aoconvert.checkpoint.evaluation import Evaluation
 
 ROW: dict[str, Any] = {
     "model": "result",
@@ -51,3 +52,24 @@ def write_bench(folder: Path, *changes: dict[str, Any], **facts: Any) -> Bench:
     report = Bench.model_validate(values)
     (folder / "aoconvert.bench.json").write_text(report.dump())
     return report
+
+
+def write_eval(folder: Path, data: str = "0" * 64, **metrics: float) -> None:
+    """An evaluation of the checkpoint in the folder, with these figures."""
+    values: dict[str, Any] = {
+        "schema_version": 1,
+        "ok": True,
+        "path": "out",
+        "source": {"label": "source"},
+        "environment": {},
+        "data": {"kind": "text", "sha256": data, "samples": 1, "tokens": 8, "detail": "a text", "seed": 1},
+        "components": [
+            {"name": "", "class_name": "X", "task": "causal-lm", "metrics": metrics, "noise_floor": {}, "layers": []}
+        ],
+        "gates": [],
+        "reused": 0,
+        "command": "aoconvert eval out",
+        "date": "2026-11-30T12:00:00+00:00",
+        "manifest_sha256": hashlib.sha256((folder / "aoconvert.json").read_bytes()).hexdigest(),
+    }
+    (folder / "aoconvert.eval.json").write_text(Evaluation.model_validate(values).dump())
