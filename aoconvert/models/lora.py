@@ -37,6 +37,7 @@ _OTHERS = (
     (re.compile(r".*(\.hada_|\.lokr_|\.oft_|oft_R|oft_S|\.on_input).*"), "LoHa, LoKr or OFT"),
     (re.compile(r".*(modules_to_save|\.diff(_b)?|\.set_weight|\.base_layer\.).*"), "a full weight beside the LoRA"),
 )
+_FLAT = re.compile(r"(lora|lycoris)_(unet|te\d?|transformer|prior)(_|\.)")  # underscores in place of dots
 _MERGE_HINT = "merge it with its own library (peft: merge_and_unload, diffusers: fuse_lora), and quantize the result"
 
 
@@ -83,6 +84,12 @@ def split_lora(lora: LoraFile, layout: ModelLayout) -> dict[str, LoraPart]:
         raise SourceError(
             f"{lora.label} has no adapter_config.json beside it, which says by how much it changes the model",
             hint="download the whole adapter",
+        )
+    if layout.kind != "pipeline" and (flat := next((name for name in found if _FLAT.match(name)), None)) is not None:
+        raise SourceError(
+            f"{lora.label}: {flat} is a name by kohya's scripts, which only a pipeline's own code converts",
+            hint="quantize the folder of the whole pipeline with --lora (--component-only: its denoiser alone), or "
+            "load the LoRA into the pipeline, and save it with save_lora_weights",
         )
     found, alphas = _name_tensors(lora, layout, found, values)
     return {

@@ -288,3 +288,56 @@ def test_a_lora_of_the_hub_is_pinned(tmp_path: Path, hub_client: HubClient) -> N
     card = aoconvert.card(tmp_path / "out").text
     assert "base_model:\n- user/lora\n" in card
     assert f"--lora user/lora/style.safetensors@{sha}@0.5" in card
+
+
+def test_names_by_kohyas_scripts_need_a_pipeline(tmp_path: Path) -> None:
+    sd3(tmp_path / "source")
+    layer = "lora_unet_joint_blocks_0_x_block_attn_proj"
+    pair = {f"{layer}.lora_down.weight": torch.ones(2, 64), f"{layer}.lora_up.weight": torch.ones(64, 2)}
+    with pytest.raises(SourceError, match="only a pipeline's own code converts") as found:
+        convert(tmp_path / "source", tmp_path / "out", lora=lora_file(tmp_path / "kohya.safetensors", **pair))
+    assert "quantize the folder of the whole pipeline" in str(found.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_and_biases(tmp_path: Path) -> None:
+    """``lora_embedding_A`` and a bias of B are added; biases that PEFT trained beside the LoRA are refused by name."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+
+    def train(name: str, table: bool = False, **settings: Any) -> Any:
+        source = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "source")
+        model = peft.get_peft_model(source, peft.LoraConfig(r=4, lora_alpha=7, **settings))
+        fill(model)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=table)
+        return model.merge_and_unload()
+
+    train("lora", target_modules=["embed_tokens", "q_proj"]).save_pretrained(tmp_path / "fused")
+    train("lora-bias", target_modules=["k_proj"], lora_bias=True).save_pretrained(tmp_path / "biased")
+    for lora, whole in (("lora", "fused"), ("lora-bias", "biased")):
+        convert(tmp_path / "source", tmp_path / f"out-{lora}", dtype="float32", lora=str(tmp_path / lora))
+        convert(tmp_path / whole, tmp_path / f"from-{whole}", dtype="float32")
+        assert hashes(tmp_path / f"out-{lora}") == hashes(tmp_path / f"from-{whole}")
+    train("biases", target_modules=["q_proj"], bias="all")
+    train("saved", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    train("whole", True, target_modules=["embed_tokens"])  # PEFT saves the table beside the LoRA, as it may have grown
+    for lora, match in (
+        ("biases", r"q_proj\.base_layer\.bias"),
+        ("saved", "lm_head"),
+        ("whole", "a full weight beside"),
+    ):
+        with pytest.raises((PlanError, SourceError), match=match):
+            convert(tmp_path / "source", tmp_path / "out", lora=str(tmp_path / lora))
+    assert not (tmp_path / "out").exists()

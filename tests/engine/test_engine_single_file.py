@@ -239,3 +239,24 @@ def test_inspect_names_the_command_for_a_file_beside_its_config(tmp_path: Path) 
     file = folder / "diffusion_pytorch_model.safetensors"
     found = aoconvert.inspect(file).to_dict()["next"]
     assert found == f"aoconvert quantize {file} --scheme int8wo --config {folder}"
+
+
+class _Trainer:
+    """What a training script may leave in a checkpoint; opened by pickle it makes a file."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return (open, (str(self.place), "w"))
+
+
+def test_a_pickled_trainer_is_refused_and_not_run(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder, file = build(tmp_path, "sd3")
+    torch.save({"state_dict": load_file(file), "trainer": _Trainer(tmp_path / "made")}, tmp_path / "original.ckpt")
+    with pytest.raises(SourceError, match=r"original.ckpt: data.pkl, byte \d+: \S*open is not a name"):
+        convert(tmp_path / "original.ckpt", tmp_path / "out", config=folder)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "made").exists()
