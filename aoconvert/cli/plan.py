@@ -115,7 +115,8 @@ def _reason_table(plan: ComponentPlan) -> RenderableType:
 
 
 def _why(tensor: TensorPlan) -> str:
-    return f"to {tensor.scheme.name}" if tensor.scheme is not None else tensor.reason or ""
+    said = [f"to {tensor.scheme.name}"] if tensor.scheme is not None else []
+    return "; ".join([*said, *([tensor.reason] if tensor.reason else [])])
 
 
 def _tensor_table(plan: ComponentPlan) -> RenderableType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import aoconvert
+from aoconvert.progress import Silent
 from helpers.bits import assert_same
 
 State = dict[str, torch.Tensor]
 Stored = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
+
+
+class StopAfter(Silent):
+    """Ctrl-C after some tensors are written."""
+
+    left = 9
+
+    def advance(self, nbytes: int, current: str = "") -> None:
+        if threading.current_thread().name == "aoconvert-writer":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
 
 
 def rewrite(folder: Path, config: Mapping[str, Any], stored: Stored) -> Path:
@@ -100,24 +114,29 @@ def block_fp8(block: tuple[int, int] | None, scale_dtype: torch.dtype = torch.fl
     return stored
 
 
-def compressed(form: str, **weights: Any) -> tuple[dict[str, Any], Stored]:
+def compressed(
+    form: str, activations: Mapping[str, Any] | None = None, **weights: Any
+) -> tuple[dict[str, Any], Stored]:
     """compressed-tensors: the config, and what its own compressor stores for a matrix."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": activations}
     config = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
     args = QuantizationArgs(**group["weights"])
     scheme = QuantizationScheme(targets=["Linear"], weights=args, format=form)
 
     def stored(name: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
         grid = _grid(weight, args)
-        scale, zeros = calculate_qparams(grid.amin((1, 3)), grid.amax((1, 3)), args)
+        whole = generate_gparam(weight.amin(), weight.amax()) if str(args.strategy) == "tensor_group" else None
+        scale, zeros = calculate_qparams(grid.amin((1, 3)), grid.amax((1, 3)), args, whole)
         state = {"weight": weight, "weight_scale": scale.to(weight.dtype), "weight_zero_point": zeros}
+        state |= {"weight_global_scale": whole} if whole is not None else {}
         if str(args.strategy) == "tensor":
             state |= {key: value.reshape(1) for key, value in state.items() if key != "weight"}
         made = BaseCompressor.get_value_from_registry(form).compress(state, scheme)
+        made |= {"input_scale": torch.tensor([0.5])} if activations and not activations.get("dynamic") else {}
         return {f"{name.removesuffix('weight')}{key}": value for key, value in made.items()}
 
     return {**config, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}, stored
@@ -150,6 +169,7 @@ def _grid(weight: torch.Tensor, args: Any) -> torch.Tensor:
         "tensor": (rows, columns),
         "channel": (1, columns),
         "group": (1, args.group_size),
+        "tensor_group": (1, args.group_size),
         "block": args.block_structure,
     }[args.strategy]
     return weight.reshape(rows // height, height, columns // width, width)

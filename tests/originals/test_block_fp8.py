@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ import transformers
 from helpers import converted
 from helpers.bits import assert_same
 from helpers.checkpoints import build_llama, shard
-from helpers.quantized_originals import assert_as_opened, block_fp8, edit, rewrite, written
+from helpers.quantized_originals import StopAfter, assert_as_opened, block_fp8, edit, rewrite, written
 from safetensors.torch import load_file
 
 import aoconvert
 from aoconvert.errors import Interrupted, SourceError
-from aoconvert.models.base import SourceTensor
+from aoconvert.models.base import ModelPart, SourceTensor
 from aoconvert.originals import make_rows
-from aoconvert.originals.block_fp8 import BlockScaled
-from aoconvert.progress import Silent
+from aoconvert.originals.base import Sorted
+from aoconvert.originals.block_fp8 import BlockScaled, sort
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
 
@@ -94,6 +93,30 @@ def test_any_rows_are_those_of_the_whole(rows: tuple[int, int]) -> None:
     made = make_rows(tensor, rows, load, room, torch.bfloat16)
     assert_same(made, expected.bfloat16())
     assert made.data_ptr() == room.data_ptr()
+
+
+@pytest.mark.parametrize("experts", [None, 3])
+def test_two_values_in_a_byte(experts: int | None) -> None:
+    """OCP MX, 5.3.3: what four bits of e2m1 mean; the first value of a pair is in the low bits."""
+    meaning = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    meaning = torch.cat([meaning, -meaning])
+    shape = (48, 64) if experts is None else (experts, 48, 64)
+    bits = torch.randint(16, shape)
+    packed = (bits[..., ::2] | bits[..., 1::2] << 4).to(torch.uint8).view(torch.int8)
+    scale = torch.rand(*shape[:-1], 2)
+    stored = {"w.weight": packed, "w.weight_scale_inv": scale}
+    tensors = {n: SourceTensor("f", n, t.dtype, tuple(t.shape), t.nbytes) for n, t in stored.items()}
+    part = ModelPart("", "", "transformers", "M", {})
+    found = Sorted(part, {"weight_block_size": [128, 128]}, tensors, lambda part: stored[part.name])
+    assert sort(found) == "float4 with a scale for each block of 1×32"
+    assert found.made["w.weight"].codes is None  # no class of torchao holds them so
+
+    def load(part: SourceTensor, rows: tuple[int, int] | None) -> torch.Tensor:
+        return stored[part.name] if rows is None else stored[part.name][rows[0] : rows[1]]
+
+    expected = meaning[bits] * scale.repeat_interleave(32, -1)
+    for start, stop in ((0, shape[0]), (1, 2), (shape[0] - 1, shape[0])):
+        assert_same(make_rows(found.made["w.weight"], (start, stop), load), expected[start:stop])
 
 
 def test_dtype_auto_is_what_the_config_says(tmp_path: Path) -> None:
@@ -197,22 +220,10 @@ def test_shards_that_a_weight_and_its_scales_are_in_different_ones_of(tmp_path: 
         assert_same(here[name], tensor, name)
 
 
-class _StopAfter(Silent):
-    """Ctrl-C after some tensors are written."""
-
-    left = 9
-
-    def advance(self, nbytes: int, current: str = "") -> None:
-        if threading.current_thread().name == "aoconvert-writer":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-
-
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     source = build(tmp_path / "source")
     with pytest.raises(Interrupted):
-        aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", progress=_StopAfter())
+        aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu", progress=StopAfter())
     result = aoconvert.quantize(source, "int8wo", output=tmp_path / "out", device="cpu")
     assert result.resumed > 0
     aoconvert.quantize(source, "int8wo", output=tmp_path / "whole", device="cpu")

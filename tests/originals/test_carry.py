@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import build_llama
-from helpers.quantized_originals import block_fp8, compressed, edit, modelopt, rewrite, written
+from helpers.quantized_originals import StopAfter, block_fp8, compressed, edit, modelopt, rewrite, written
 from safetensors.torch import load_file
 
 import aoconvert
 from aoconvert.engine import read_ahead
-from aoconvert.errors import PlanError, UsageError
+from aoconvert.errors import Interrupted, PlanError, UsageError
 from aoconvert.planning import slices
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (pip install -e .[test])")
@@ -107,9 +107,28 @@ def test_the_library_gives_the_same_values(tmp_path: Path) -> None:
     config = transformers.CompressedTensorsConfig.from_dict(given)
     cls = transformers.LlamaForCausalLM
     original = cls.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config).state_dict()
-    for name, tensor in cls.from_pretrained(tmp_path / "out").state_dict().items():
-        values = tensor.dequantize() if hasattr(tensor, "__tensor_flatten__") else tensor
-        assert torch.equal(values, original[name]), name
+    with torch.device("meta"):
+        assigned = cls(transformers.AutoConfig.from_pretrained(tmp_path / "out"))
+    assigned.load_state_dict(written(tmp_path / "out"), assign=True)
+    for model in (cls.from_pretrained(tmp_path / "out"), assigned):
+        for name, tensor in model.state_dict().items():
+            values = tensor.dequantize() if hasattr(tensor, "__tensor_flatten__") else tensor
+            assert torch.equal(values, original[name]), name
+
+
+def test_other_dtypes_differ_by_the_rounding_of_the_library(tmp_path: Path) -> None:
+    """compressed-tensors multiplies in the dtype of the scales, bfloat16 here; torchao always in float32."""
+    source = build(tmp_path / "source", "fp8 rows")
+    stored = load_file(source / "model.safetensors")
+    made = quantize(source, "float8wo", tmp_path / "out", dtype="float32")
+    found = written(tmp_path / "out")[K].dequantize()
+    exact = stored[K].float() * stored[f"{K}_scale"].float()
+    assert torch.equal(found, exact)
+    entry = next(tensor for tensor in made.manifest.components[0].tensors if tensor.name == K)
+    rounded = stored[K].to(torch.bfloat16) * stored[f"{K}_scale"]
+    assert entry.max_abs_error == (exact - rounded.float()).abs().max()
+    assert entry.sqnr_db is not None
+    assert 50 < entry.sqnr_db < 60  # half a step of bfloat16
 
 
 def test_what_does_not_fit_is_quantized_again_and_said(tmp_path: Path) -> None:
@@ -158,6 +177,20 @@ def test_nothing_to_carry_is_refused(kind: str | None, scheme: str, problem: str
 def test_with_auto_it_is_refused() -> None:
     with pytest.raises(UsageError, match="--carry and --scheme auto exclude each other"):
         aoconvert.plan("user/model", "auto", carry=True, target_bits=5)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_stopped_run_goes_on_where_it_is_the_same(before: bool, tmp_path: Path) -> None:
+    """Of a run that carried nothing, no tensor is taken over, and the other way round."""
+    source = build(tmp_path / "source", "fp8 rows")
+    options: dict[str, Any] = {"scheme": "float8wo", "device": "cpu", "output": tmp_path / "out"}
+    with pytest.raises(Interrupted):
+        aoconvert.quantize(source, carry=before, progress=StopAfter(), **options)
+    result = aoconvert.quantize(source, carry=True, **options)
+    assert (result.resumed > 0) == before
+    quantize(source, "float8wo", tmp_path / "whole")
+    name = "pytorch_model.bin"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.exhaustive

@@ -24,9 +24,23 @@ pytest.importorskip("compressed_tensors", reason="compressed-tensors is not inst
 
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
-KINDS = {
+FP4 = {"num_bits": 4, "type": "float"}
+STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8 rows": ("float-quantized", FP8),
     "fp8 tensor": ("float-quantized", {**FP8, "strategy": "tensor"}),
+    "fp8 tensor with static activations": (
+        "float-quantized",
+        {**FP8, "strategy": "tensor", "activations": STATIC},
+    ),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {**FP4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"},
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {**FP4, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"},
+    ),
     "fp8 blocks": ("float-quantized", {**FP8, "strategy": "block", "block_structure": [16, 32]}),
     "int8 rows": ("int-quantized", {**FP8, "type": "int"}),
     "int8 rows with zero points": ("int-quantized", {**FP8, "type": "int", "symmetric": False}),
