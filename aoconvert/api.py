@@ -194,7 +194,7 @@ def bench(
     """Measure memory and time of a converted checkpoint; ``aoconvert.bench.json`` holds the report.
 
     Args:
-        checkpoint: a folder that ``quantize`` wrote, or a Hub repo id, which is fetched.
+        checkpoint: a folder that ``quantize`` wrote, or a Hub repo id, which is fetched; its report is not written.
         progress: is told what happens; default: silent.
         **options: fields of ``aoconvert.options.bench.BenchOptions``: ``source`` names the original to measure too.
 
@@ -225,7 +225,8 @@ def bench(
     from aoconvert.benchmarking.run import bench as run
 
     found = find_source if reference is not None else None
-    return run(folder, str(checkpoint), wanted, found, progress or Silent())
+    ours = Path(checkpoint).is_dir()  # the Hub's cache holds what is on the Hub, and nothing else
+    return run(folder, str(checkpoint), wanted, found, progress or Silent(), writes=ours)
 
 
 @host_by_default()

@@ -30,7 +30,13 @@ _NO_PIPELINE = "{} is not a pipeline, and only pipelines of diffusers have this 
 
 
 def bench(
-    folder: Path, label: str, options: BenchOptions, find_source: Callable[[], Source] | None, progress: Progress
+    folder: Path,
+    label: str,
+    options: BenchOptions,
+    find_source: Callable[[], Source] | None,
+    progress: Progress,
+    *,
+    writes: bool = True,
 ) -> Bench:
     """Measure a checkpoint and, with a source, its original, and write ``aoconvert.bench.json`` beside its manifest.
 
@@ -42,6 +48,7 @@ def bench(
         options: what to measure.
         find_source: resolves the original; ``None``: it is not measured.
         progress: is told what happens.
+        writes: whether the report is put into the folder.
 
     Raises:
         SourceError, VerificationError, PlanError, WriteError: as :func:`aoconvert.benchmarking.job.prepare`; no row
@@ -63,7 +70,8 @@ def bench(
                     "complete": index + 1 == len(wanted),
                 }
             )
-            report = report.model_copy(update={"unwritten": _write(folder, report)})
+            if writes:
+                report = report.model_copy(update={"unwritten": _write(folder, report)})
             progress.advance(0, f"{index + 1} of {len(wanted)}: {row.model}, {row.unit}")
     progress.finish()
     return report

@@ -47,7 +47,7 @@ def command(*, checkpoints: tuple[str, ...], plot: Path | None, out: Output, **o
     and the tokens that it generates, one forward pass of any other model; plain, with fused projections where diffusers
     offers that, and with --source for the original too. What a mode cannot do is a row with the reason. The report,
     aoconvert.bench.json, is written after each row: a run that is stopped leaves the rows that are done, and the next
-    run measures everything again.
+    run measures everything again. The report of a Hub repo is only printed.
     """
     if plot is not None:
         return _plot(checkpoints, plot, out, options)

@@ -80,6 +80,18 @@ def test_a_language_model(call: Call, small: Path) -> None:
     assert aoconvert.verify(small, reload=False).ok  # the report beside the manifest is none of its business
 
 
+def test_the_report_of_a_repo_is_not_put_into_the_cache(small: Path, tmp_path: Path) -> None:
+    """A repo in the Hub's cache, as the Hub client lays it out."""
+    repo, commit = tmp_path / "cache" / "models--user--tiny", "1" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    snapshot = Path(shutil.copytree(small, repo / "snapshots" / commit))
+    before = sorted(snapshot.rglob("*"))
+    report = aoconvert.bench("user/tiny", cache_dir=tmp_path / "cache", local_files_only=True, runs=1, tokens=2)
+    assert report.ok and report.unwritten is None and report.path == "user/tiny"
+    assert sorted(snapshot.rglob("*")) == before
+
+
 def test_a_report_of_another_conversion_does_not_count(small: Path) -> None:
     (small / "aoconvert.bench.json").write_text("{}")
     assert bench_of(small) is None
