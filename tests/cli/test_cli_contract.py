@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.checkpoints import DATA, build_llama
+from helpers.forking import WITH_LIBRARIES, Forker
 
 import aoconvert
 
@@ -430,11 +431,16 @@ def test_reader_that_has_had_enough(arguments: list[str]) -> None:
     assert done.returncode == 0 or arguments == ["--help"]  # click's own answer
 
 
-def test_head_of_a_long_plan(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m aoconvert plan {DATA / 'flux.1-dev'} --scheme int8wo --tensors | head -1"
+def test_head_of_a_long_plan(forker: Forker, tmp_path: Path) -> None:
+    """``aoconvert plan … | head -1``"""
+    words = ["-m", "aoconvert", "plan", str(DATA / "flux.1-dev"), "--scheme", "int8wo", "--tensors"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
-    )
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with forker.popen(words, WITH_LIBRARIES, cwd=tmp_path, env=environment, **pipes) as plan:
+        assert plan.stdout is not None
+        assert plan.stderr is not None
+        done = subprocess.run(["head", "-1"], stdin=plan.stdout, capture_output=True, text=True, check=True)
+        plan.stdout.close()
+        said = plan.stderr.read()
     assert len(done.stdout.splitlines()) == 1
-    assert done.stderr == ""
+    assert done.stderr == said == ""

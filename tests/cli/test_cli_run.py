@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.checkpoints import LLAMA, build_llama, build_sparse_llama
 from helpers.documents import check_document
+from helpers.forking import WITH_LIBRARIES, Forker
 
 import aoconvert
 from aoconvert import demo
@@ -34,20 +35,24 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_sparse_llama(tmp_path_factory.mktemp("big") / "llama", BIG)
 
 
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
 def command(source: Path, output: Path, *options: str) -> list[str]:
     words = ["quantize", source, "--scheme", "int8wo", "--device", "cpu", "-o", output, *options]
-    return [sys.executable, "-m", "aoconvert", *map(str, words)]
+    return ["-m", "aoconvert", *map(str, words)]
 
 
-def start(source: Path, output: Path, *options: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command(source, output, *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
+@pytest.fixture
+def start(forker: Forker) -> Start:
+    """Start a ``quantize`` in a process of its own, which has its imports already."""
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def run(source: Path, output: Path, *options: str) -> "subprocess.Popen[str]":
+        words = command(source, output, *options)
+        return forker.popen(words, WITH_LIBRARIES, env=ENVIRONMENT, start_new_session=True, **pipes)
+
+    return run
 
 
 def wait_for_data(process: "subprocess.Popen[str]", output: Path) -> Path:
@@ -64,7 +69,7 @@ def wait_for_data(process: "subprocess.Popen[str]", output: Path) -> Path:
 
 
 @pytest.fixture
-def running(big: Path, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+def running(big: Path, tmp_path: Path, start: Start) -> Iterator["subprocess.Popen[str]"]:
     process = start(big, tmp_path / "out")
     try:
         wait_for_data(process, tmp_path / "out")
@@ -81,7 +86,7 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
 
 
 def test_ctrl_c_while_another_wants_the_same_output(
-    running: "subprocess.Popen[str]", big: Path, tmp_path: Path
+    running: "subprocess.Popen[str]", big: Path, tmp_path: Path, start: Start
 ) -> None:
     running.send_signal(signal.SIGSTOP)  # it lives, and takes its time
     other = ended(start(build_llama(tmp_path / "small"), tmp_path / "out"))
@@ -105,7 +110,7 @@ def test_ctrl_c_while_another_wants_the_same_output(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
 
 
-def test_sigterm_keeps_the_earlier_result(big: Path, tmp_path: Path) -> None:
+def test_sigterm_keeps_the_earlier_result(big: Path, tmp_path: Path, start: Start) -> None:
     output = tmp_path / "out"
     aoconvert.quantize(build_llama(tmp_path / "small"), "int8wo", output=output, device="cpu")
     before = {path.name: path.read_bytes() for path in output.iterdir()}
@@ -125,7 +130,7 @@ def test_sigterm_keeps_the_earlier_result(big: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.aoconvert-partial", "out", "small"]
 
 
-def test_another_run_after_a_killed_one_says_so_and_cleans_up(big: Path, tmp_path: Path) -> None:
+def test_another_run_after_a_killed_one_says_so_and_cleans_up(big: Path, tmp_path: Path, start: Start) -> None:
     """SIGKILL cannot be caught: no result appears; the next run is of another model."""
     output = tmp_path / "out"
     process = start(big, output)
@@ -152,7 +157,9 @@ def test_another_run_after_a_killed_one_says_so_and_cleans_up(big: Path, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_before_the_work(tmp_path: Path, number: signal.Signals) -> None:
     """While torch is being imported."""
-    process = start(build_llama(tmp_path / "small"), tmp_path / "out")
+    words = [sys.executable, *command(build_llama(tmp_path / "small"), tmp_path / "out")]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, env=ENVIRONMENT, start_new_session=True, **pipes)
     until = time.monotonic() + 60
     while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text() and time.monotonic() < until:
         time.sleep(0.01)
@@ -161,10 +168,11 @@ def test_interrupted_before_the_work(tmp_path: Path, number: signal.Signals) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def on_terminal(arguments: list[str]) -> tuple[int, str, str]:
+def on_terminal(forker: Forker, arguments: list[str], **changes: str) -> tuple[int, str, str]:
     """Run with stderr on a terminal: exit code, stdout, and what the terminal saw."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=theirs, text=True, env=ENVIRONMENT)
+    outputs: Any = {"stdout": subprocess.PIPE, "stderr": theirs, "text": True}
+    process = forker.popen(arguments, WITH_LIBRARIES, env={**ENVIRONMENT, **changes}, **outputs)
     os.close(theirs)
     seen = b""
     while True:
@@ -183,9 +191,9 @@ def on_terminal(arguments: list[str]) -> tuple[int, str, str]:
     return process.returncode, stdout, seen.decode()
 
 
-def test_progress_on_a_terminal(tmp_path: Path) -> None:
+def test_progress_on_a_terminal(forker: Forker, tmp_path: Path) -> None:
     source = build_sparse_llama(tmp_path / "llama", {**BIG, "num_hidden_layers": 3})
-    code, stdout, seen = on_terminal(["env", "COLUMNS=80", *command(source, tmp_path / "out", "--json")])
+    code, stdout, seen = on_terminal(forker, command(source, tmp_path / "out", "--json"), COLUMNS="80")
     assert code == 0
     assert json.loads(stdout)["output"] == str(tmp_path / "out")
     shown = _CONTROL.sub("", seen.replace("\r", "\n")).splitlines()
@@ -200,19 +208,19 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l"), "the cursor is still hidden"
 
 
-def test_no_progress_on_a_terminal_when_told_so(tmp_path: Path) -> None:
+def test_no_progress_on_a_terminal_when_told_so(forker: Forker, tmp_path: Path) -> None:
     source = build_llama(tmp_path / "small")
-    code, _, seen = on_terminal(command(source, tmp_path / "out", "--no-progress"))
+    code, _, seen = on_terminal(forker, command(source, tmp_path / "out", "--no-progress"))
     assert (code, seen) == (0, "")
 
 
-def test_error_under_a_progress_bar(tmp_path: Path) -> None:
+def test_error_under_a_progress_bar(forker: Forker, tmp_path: Path) -> None:
     import torch
     from helpers.checkpoints import llama_tensors
 
     tensors = llama_tensors()
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
-    code, stdout, seen = on_terminal(command(build_llama(tmp_path / "nan", tensors=tensors), tmp_path / "out"))
+    code, stdout, seen = on_terminal(forker, command(build_llama(tmp_path / "nan", tensors=tensors), tmp_path / "out"))
     assert (code, stdout) == (1, "")
     assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l"), "the cursor is still hidden"
     lines = [line for line in seen.replace("\r", "\n").splitlines() if "holds NaN or infinity" in line]

@@ -2,7 +2,8 @@
 
 A server (``forking_server.py``) for each set of imports and of environment variables that imports read, shared by all
 processes of a test run. What a child is not: started by ``exec``. Its modules, and what they did when they were
-imported, are those of its server, which imports only what the child's program would import itself.
+imported, are those of its server: nothing here shows what a command imports, how long it takes to start, or what memory
+it takes, nor that it works with an import missing. A test of these starts a real interpreter.
 """
 
 from __future__ import annotations
@@ -24,66 +25,87 @@ from typing import IO, Any
 
 import pytest
 
+_TESTS = Path(__file__).parents[1]
 _SERVER = Path(__file__).with_name("forking_server.py")
-# what is read while the libraries are imported: a server has it as its children shall
-_READ_AT_IMPORT = (
-    "HF_",
-    "HUGGING",
-    "TRANSFORMERS_",
-    "DIFFUSERS_",
-    "TORCH",
-    "PYTORCH",
-    "PYTHON",
-    "OMP_",
-    "MKL_",
-    "CUDA",
-)
-_ALSO = ("HOME", "LANG", "LC_ALL", "PATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "AOCONVERT_COMPILE")
+# what is read while libraries are imported: a server has it as its children shall
+_READ_AT_IMPORT = ("TORCH", "PYTORCH", "PYTHON", "OMP_", "MKL_", "CUDA", "LD_", "LANG", "LC_", "HOME", "XDG_", "PATH")
+_READ_BY_HUGGINGFACE = ("HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_", "ACCELERATE_")
 _ISOLATED = ("-I", "-W", "ignore")
+
+_AOCONVERT = """
+import importlib, pkgutil, torch, torchao.quantization, aoconvert
+for module in pkgutil.walk_packages(aoconvert.__path__, "aoconvert."):
+    if ".children." not in module.name and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+_LIBRARIES = "import transformers.modeling_utils\nfrom diffusers import DiffusionPipeline\n"
+# for whatever runs aoconvert with the HF_ variables of this test run
+WITH_LIBRARIES = _AOCONVERT + _LIBRARIES
+# for a Hub and a cache of one's own: they are read when huggingface_hub is imported, which comes later
+WITHOUT_HUB = _AOCONVERT + "import sys\nassert 'huggingface_hub' not in sys.modules\n"
+
 # seconds of processor time that children took, for who counts them
 used = 0.0
 
 
-class Forked:
-    """A forked process: what there is of ``subprocess.Popen`` to wait for it."""
+class Forked(subprocess.Popen[Any]):
+    """A process that a server forks; to be used like any other.
 
-    def __init__(self, connection: socket.socket) -> None:
+    Args:
+        connection: to the server.
+        words: ``FILE …``, ``-m MODULE …`` or ``-c CODE …``.
+        options: of ``subprocess.Popen``: what concerns input, outputs, text, folder and environment.
+    """
+
+    def __init__(self, connection: socket.socket, words: list[str], **options: Any) -> None:
         self._connection = connection
-        self._lines = connection.makefile("rb")
-        self._lock = threading.Lock()
-        self.returncode: int | None = None
-        self.pid: int = json.loads(self._lines.readline())["pid"]
+        self._asking = threading.Lock()
+        self._request = {
+            "argv": words,
+            "environment": dict(options["env"]),
+            "folder": str(options.get("cwd") or Path.cwd()),
+            "session": options.get("start_new_session", False),
+        }
+        super().__init__(words, **options)
 
-    def poll(self) -> int | None:
-        """The exit code, once it ended."""
+    def _execute_child(self, *arguments: Any) -> None:
+        """Ask the server in place of ``exec``; the ends of the pipes are where every Python from 3.11 on has them."""
+        pipes = arguments[10:16]  # read and written end of input, output, errors
+        files = [own if own != -1 else number for number, own in enumerate((pipes[0], pipes[3], pipes[5]))]
         try:
-            return self.wait(0)
-        except subprocess.TimeoutExpired:
-            return None
+            data = json.dumps(self._request).encode() + b"\n"
+            sent = socket.send_fds(self._connection, [data], files)
+            self._connection.sendall(data[sent:])
+            self._lines = self._connection.makefile("rb")
+            self.pid = json.loads(self._lines.readline())["pid"]
+            self._child_created = True
+        finally:
+            self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end.
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        return self._look(0)
 
-        Raises:
-            subprocess.TimeoutExpired: it has not ended.
-        """
-        global used
+    def _wait(self, timeout: float | None = None) -> int:
         until = None if timeout is None else time.monotonic() + timeout
-        while self.returncode is None:
-            left = 0.1 if until is None else max(0.0, until - time.monotonic())
-            found = (
-                select.select([self._connection], [], [], min(left, 0.1))[0] if self._connection.fileno() >= 0 else []
-            )
-            with self._lock:
-                if self.returncode is None and found:
-                    end = json.loads(self._lines.readline())
-                    self._lines.close()
-                    self._connection.close()
-                    self.returncode = int(end["code"])
-                    used += end["seconds"]
-            if self.returncode is None and until is not None and time.monotonic() >= until:
-                raise subprocess.TimeoutExpired("forked", timeout or 0)
-        return self.returncode
+        while True:
+            left = 0.1 if until is None else until - time.monotonic()
+            code = self._look(max(0.0, min(left, 0.1)))
+            if code is not None:
+                return code
+            if until is not None and time.monotonic() >= until:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+
+    def _look(self, seconds: float) -> int | None:
+        """Wait so long for its end."""
+        global used
+        with self._asking:
+            if self.returncode is None and select.select([self._connection], [], [], seconds)[0]:
+                end = json.loads(self._lines.readline())
+                self._lines.close()
+                self._connection.close()
+                self.returncode = int(end["code"])
+                used += end["seconds"]
+            return self.returncode
 
 
 class Forker:
@@ -107,39 +129,34 @@ class Forker:
         folder.mkdir(exist_ok=True)
         return cls(folder, os.getppid() if side_by_side else os.getpid())
 
-    def start(
-        self,
-        words: list[str],
-        imports: str,
-        *,
-        flags: tuple[str, ...] = (),
-        stdin: IO[Any],
-        stdout: IO[Any],
-        stderr: IO[Any],
-        cwd: str,
-        env: Mapping[str, str],
-        session: bool = False,
-    ) -> Forked:
-        """Fork a process where ``imports`` was executed, and run ``words`` in it.
+    def popen(self, words: list[str], imports: str, *, flags: tuple[str, ...] = (), **options: Any) -> Forked:
+        """Fork a process where ``imports`` was executed.
 
         Args:
-            words: ``FILE …``, ``-m MODULE …`` or ``-c CODE …``.
+            words: what it runs: ``FILE …``, ``-m MODULE …`` or ``-c CODE …``.
             imports: what its server executed first.
             flags: of its server's interpreter.
-            stdin: its input; ``stdout`` and ``stderr``: its outputs.
-            cwd: its folder.
-            env: its environment.
-            session: give it a session of its own; else it has a process group of its own.
+            options: of ``subprocess.Popen``: what concerns input, outputs, text, folder and environment.
         """
-        connection = self._connect(imports, flags, env)
-        request = {"argv": words, "environment": dict(env), "folder": cwd, "session": session}
-        data = json.dumps(request).encode() + b"\n"
-        sent = socket.send_fds(connection, [data], [file.fileno() for file in (stdin, stdout, stderr)])
-        connection.sendall(data[sent:])
-        return Forked(connection)
+        options = {"env": dict(os.environ), **options}
+        return Forked(self._connect(imports, flags, options["env"]), words, **options)
+
+    def run(
+        self, words: list[str], imports: str, *, input: Any = None, timeout: float | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[Any]:
+        """Fork a process, and wait for its end, as ``subprocess.run`` does with ``capture_output``."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with self.popen(words, imports, stdin=subprocess.PIPE, text=True, **pipes, **options) as process:
+            try:
+                out, err = process.communicate(input or "", timeout=timeout)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def _connect(self, imports: str, flags: tuple[str, ...], env: Mapping[str, str]) -> socket.socket:
-        fixed = {name: value for name, value in env.items() if name.startswith(_READ_AT_IMPORT) or name in _ALSO}
+        prefixes = _READ_AT_IMPORT + (() if _leaves_hub(imports) else _READ_BY_HUGGINGFACE)
+        fixed = {name: value for name, value in env.items() if name.startswith(prefixes)}
         key = hashlib.sha256(json.dumps([imports, flags, sorted(fixed.items())]).encode()).hexdigest()[:12]
         path = self._folder / key
         with (self._folder / f"{key}.lock").open("w") as lock:
@@ -162,7 +179,24 @@ class Forker:
         while not path.exists():
             assert server.poll() is None, path.with_suffix(".log").read_text()
             time.sleep(0.02)
-        server.returncode = 0  # it is not waited for
+        server.returncode = 0  # nobody waits for it
+
+    def fork_children_of_verify(self) -> str:
+        """Code, for the end of ``imports``, after which ``verify`` forks what it starts."""
+        return f"""
+import sys
+from functools import partial
+from pathlib import Path
+sys.path.append({str(_TESTS)!r})
+from helpers.forking import Forker, start_forked
+from aoconvert.verification import process
+process.start_interpreter = partial(start_forked, Forker(Path({str(self._folder)!r}), {self._owner}))
+"""
+
+
+def _leaves_hub(imports: str) -> bool:
+    """Whether huggingface_hub is not imported."""
+    return not any(name in imports for name in ("transformers", "diffusers", "accelerate", "huggingface_hub"))
 
 
 def imports_of(program: str, request: dict[str, Any]) -> str:
@@ -183,10 +217,15 @@ def imports_of(program: str, request: dict[str, Any]) -> str:
     return "\n".join(["import torch", *named, *(models[name] for name in sorted(libraries & models.keys()))])
 
 
-def start_forked(forker: Forker, program: Path, stdin: IO[bytes], process_group: int, **options: Any) -> Forked:
-    """Start a program of ``verification/children`` with a request on stdin, as ``process.start_interpreter`` does."""
-    request = json.load(stdin)
+def start_forked(forker: Forker, program: Path, *, stdin: IO[bytes], **options: Any) -> Any:
+    """Start a program of ``verification/children`` with a request on stdin, as ``process.start_interpreter`` does.
+
+    With a cache or a Hub of its own, a real interpreter: no other child would have a use for its server.
+    """
+    imports = imports_of(program.stem, json.load(stdin))
     stdin.seek(0)
-    assert process_group == 0  # one of its own
-    imports = imports_of(program.stem, request)
-    return forker.start([str(program)], imports, flags=_ISOLATED, stdin=stdin, **options)
+    env = options["env"]
+    own = [name for name in ("HF_HOME", "HF_ENDPOINT") if env.get(name) != os.environ.get(name)]
+    if own and not _leaves_hub(imports):
+        return subprocess.Popen([sys.executable, *_ISOLATED, str(program)], stdin=stdin, **options)
+    return forker.popen([str(program)], imports, flags=_ISOLATED, stdin=stdin, **options)
