@@ -1,8 +1,8 @@
 """How tests use the loopback Hub.
 
 ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_HUB_OFFLINE`` are read when huggingface_hub is imported, so a test runs a small
-script in a process of its own, with a fresh ``HF_HOME``. The fixture
-``hub_client`` is a running Hub and a client for it::
+script in a process of its own, with a fresh ``HF_HOME``. It is forked where all of aoconvert and torchao is imported,
+and huggingface_hub is not. The fixture ``hub_client`` is a running Hub and a client for it::
 
     def test_pin(hub_client):
         hub_client.hub.state.create_repo("user/model")
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.forking import WITHOUT_HUB, Forker
 
 from fake_hub.server import LoopbackHub
 
@@ -62,15 +63,23 @@ class HubClient:
     Attributes:
         hub: the server, its state, log and faults.
         home: ``HF_HOME`` of the client processes.
+        forker: forks them; without it they are fresh interpreters.
         stderr: what the last process wrote there.
     """
 
     hub: LoopbackHub
     home: Path
+    forker: Forker | None = None
     stderr: str = field(default="")
 
     def run(
-        self, script: str, *, env: dict[str, str] | None = None, prefix: Sequence[str] = (), stdin: str = ""
+        self,
+        script: str,
+        *,
+        env: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        stdin: str = "",
+        fresh: bool = False,
     ) -> Any:
         """Run a script after the prelude; returns what it left in ``result``, by way of JSON.
 
@@ -78,9 +87,10 @@ class HubClient:
             env: changes to the environment.
             prefix: a command that runs the process, such as ``unshare``.
             stdin: what the script can read, for secrets.
+            fresh: run it in an interpreter that has imported nothing.
         """
         code = f"{PRELUDE}\n{script}\nprint('\\n' + json.dumps(result))"
-        done = self._run([*prefix, sys.executable, "-c", code], env, stdin, timeout=180)
+        done = self._run(["-c", code], env, stdin, prefix=prefix, fresh=fresh, timeout=180)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -100,13 +110,12 @@ class HubClient:
             stdin: what the command can read.
             timeout: seconds until it is killed and the test fails.
         """
-        command = [sys.executable, "-m", "aoconvert", *args]
-        return self._run(command, {**_token(token), **(env or {})}, stdin, timeout=timeout)
+        return self._run(["-m", "aoconvert", *args], {**_token(token), **(env or {})}, stdin, timeout=timeout)
 
     def popen(
         self, *args: str, token: str | None = None, env: dict[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[str]:
-        """Start ``aoconvert`` with these arguments, to be waited for or killed by the test.
+        """Start ``aoconvert`` with these arguments in a fresh interpreter, to be waited for or killed by the test.
 
         Args:
             token: what ``HF_TOKEN`` is set to.
@@ -132,17 +141,29 @@ class HubClient:
         return {**clean, **ours, **(changes or {})}
 
     def _run(
-        self, command: list[str], env: dict[str, str] | None, stdin: str, *, timeout: float
+        self,
+        words: list[str],
+        env: dict[str, str] | None,
+        stdin: str,
+        *,
+        prefix: Sequence[str] = (),
+        fresh: bool = False,
+        timeout: float,
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command,
-            input=stdin,
-            env=self.environment(env),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        environment = self.environment(env)
+        if self.forker is not None and not prefix and not fresh:
+            imports = WITHOUT_HUB + self.forker.fork_children_of_verify()
+            done = self.forker.run(words, imports, input=stdin, timeout=timeout, env=environment)
+        else:
+            done = subprocess.run(
+                [*prefix, sys.executable, *words],
+                input=stdin,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
         self.stderr = done.stderr
         return done
 
@@ -152,7 +173,7 @@ def _token(token: str | None) -> dict[str, str]:
 
 
 @pytest.fixture
-def hub_client(tmp_path: Path) -> Iterator[HubClient]:
+def hub_client(tmp_path: Path, forker: Forker) -> Iterator[HubClient]:
     """A Hub without repos, and a client with an empty cache."""
     with LoopbackHub(tmp_path / "hub") as hub:
-        yield HubClient(hub, tmp_path / "hf_home")
+        yield HubClient(hub, tmp_path / "hf_home", forker)

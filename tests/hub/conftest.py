@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers.forking import Forker
 from helpers.shared import build_once
 from pushing import Pusher, pusher
 
@@ -42,7 +43,7 @@ def fresh(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str], 
 
 
 @pytest.fixture
-def me(tmp_path: Path) -> Iterator[Pusher]:
+def me(tmp_path: Path, forker: Forker) -> Iterator[Pusher]:
     """A Hub of its own, and a client process."""
-    with pusher(tmp_path / "one") as found:
+    with pusher(tmp_path / "one", forker) as found:
         yield found

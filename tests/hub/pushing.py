@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from fake_hub.fixtures import HubClient
 from fake_hub.server import LoopbackHub
 from fake_hub.state import Entry
+from helpers.forking import WITHOUT_HUB, Forker
 
 TOKEN = "hf_theTokenOfTheTests0123456789abcdefgh"
 WITH_TOKEN = {"HF_TOKEN": TOKEN}
@@ -46,8 +46,10 @@ class Pusher:
 
     def __init__(self, client: HubClient, env: dict[str, str] | None = None) -> None:
         self.hub = client.hub
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _DRIVER],
+        assert client.forker is not None
+        self._process = client.forker.popen(
+            ["-c", _DRIVER],
+            WITHOUT_HUB + client.forker.fork_children_of_verify(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -74,12 +76,12 @@ class Pusher:
 
 
 @contextmanager
-def pusher(root: Path, *, xet: bool = False) -> Iterator[Pusher]:
+def pusher(root: Path, forker: Forker, *, xet: bool = False) -> Iterator[Pusher]:
     """A Hub with a user called ``me``, and a client process that is logged in there."""
     (root / "hub").mkdir(parents=True)
     with LoopbackHub(root / "hub", xet=xet) as hub:
         hub.state.add_user("me", TOKEN)
-        found = Pusher(HubClient(hub, root / "hf_home"), XET if xet else None)
+        found = Pusher(HubClient(hub, root / "hf_home", forker), XET if xet else None)
         try:
             yield found
         finally:

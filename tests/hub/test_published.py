@@ -14,6 +14,7 @@ import pytest
 from fake_hub.fixtures import HubClient
 from fake_hub.server import Fault, LoopbackHub
 from helpers import tiny
+from helpers.forking import Forker
 from markdown_it import MarkdownIt
 from pushing import TOKEN, WITH_TOKEN, XET, Pusher
 from table.families import FAMILIES, TRANSFORMERS, Checkpoints
@@ -33,11 +34,11 @@ print("quantized:", sum(type(value).__module__.startswith("torchao") for value i
 
 
 @pytest.fixture(params=["lfs"])
-def way(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[HubClient, dict[str, str]]]:
+def way(request: pytest.FixtureRequest, tmp_path: Path, forker: Forker) -> Iterator[tuple[HubClient, dict[str, str]]]:
     (tmp_path / "hub").mkdir()
     with LoopbackHub(tmp_path / "hub", xet=request.param == "xet") as hub:
         hub.state.add_user("me", TOKEN)
-        yield HubClient(hub, tmp_path / "hf_home"), XET if request.param == "xet" else WITH_TOKEN
+        yield HubClient(hub, tmp_path / "hf_home", forker), XET if request.param == "xet" else WITH_TOKEN
 
 
 def card_code(client: HubClient, repo: str, revision: str = "main") -> list[str]:

@@ -249,4 +249,4 @@ def test_a_push_imports_no_library(client: HubClient, fresh: Fresh) -> None:
         f"push('me/x', {str(fresh('pipeline'))!r})\n"
         "result = sorted({'torch', 'torchao', 'diffusers', 'transformers', 'accelerate'} & set(sys.modules))"
     )
-    assert client.run(script, env=WITH_TOKEN) == []
+    assert client.run(script, env=WITH_TOKEN, fresh=True) == []

@@ -13,6 +13,7 @@ from queue import Empty, Queue
 
 import pytest
 from fake_hub.server import Fault
+from helpers.forking import Forker
 from pushing import Pusher, entries, problem, pusher
 
 # endpoint → method, path
@@ -152,7 +153,9 @@ def check(case: Case, me: Pusher, older: Path, folder: Path) -> None:
         assert state.refs(repo)["v1"] == sha
 
 
-def run(cases: list[Case], workers: int, root: Path, older: Path, folder: Path, *, xet: bool = False) -> list[str]:
+def run(
+    cases: list[Case], workers: int, root: Path, forker: Forker, older: Path, folder: Path, *, xet: bool = False
+) -> list[str]:
     """Check cases side by side, because most of the time is spent waiting; what failed.
 
     With Xet each case has a Hub of its own: what one repo has, no other has to be sent.
@@ -168,7 +171,7 @@ def run(cases: list[Case], workers: int, root: Path, older: Path, folder: Path, 
         # push writes the card into the folder
         own = [Path(shutil.copytree(place, root / str(number) / place.name)) for place in (older, folder)]
         for attempt in itertools.count():
-            with pusher(root / str(number) / str(attempt), xet=xet) as me:
+            with pusher(root / str(number) / str(attempt), forker, xet=xet) as me:
                 for case in itertools.islice(iter(queue.get_nowait, None), 1 if xet else None):
                     try:
                         check(case, me, *own)
@@ -191,24 +194,24 @@ def folders(fresh: Callable[[str], Path]) -> Iterator[tuple[Path, Path]]:
     yield fresh("older"), fresh("shards")
 
 
-def test_faults(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    failures = run(CHOSEN, 4, tmp_path / "hubs", *folders)
+def test_faults(folders: tuple[Path, Path], forker: Forker, tmp_path: Path) -> None:
+    failures = run(CHOSEN, 4, tmp_path / "hubs", forker, *folders)
     assert not failures, "\n".join(failures)
 
 
 @pytest.mark.exhaustive
-def test_faults_of_xet(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    failures = run(CHOSEN_XET, 4, tmp_path / "hubs", *folders, xet=True)
+def test_faults_of_xet(folders: tuple[Path, Path], forker: Forker, tmp_path: Path) -> None:
+    failures = run(CHOSEN_XET, 4, tmp_path / "hubs", forker, *folders, xet=True)
     assert not failures, "\n".join(failures)
 
 
 @pytest.mark.exhaustive
-def test_every_fault_of_xet(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    failures = run(EVERY_XET, 8, tmp_path / "hubs", *folders, xet=True)
+def test_every_fault_of_xet(folders: tuple[Path, Path], forker: Forker, tmp_path: Path) -> None:
+    failures = run(EVERY_XET, 8, tmp_path / "hubs", forker, *folders, xet=True)
     assert not failures, "\n".join(failures)
 
 
 @pytest.mark.exhaustive
-def test_every_fault(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    failures = run(EVERY, 12, tmp_path / "hubs", *folders)
+def test_every_fault(folders: tuple[Path, Path], forker: Forker, tmp_path: Path) -> None:
+    failures = run(EVERY, 12, tmp_path / "hubs", forker, *folders)
     assert not failures, "\n".join(failures)

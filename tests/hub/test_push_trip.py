@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fake_hub.fixtures import HubClient
 from fake_hub.server import LoopbackHub
+from helpers.forking import Forker
 from pushing import TOKEN, WITH_TOKEN, XET
 
 Fresh = Callable[..., Path]
@@ -27,11 +28,11 @@ result = [str(root), {p.relative_to(root).as_posix(): hashlib.sha256(p.read_byte
 
 
 @pytest.fixture
-def way(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[HubClient, dict[str, str]]]:
+def way(request: pytest.FixtureRequest, tmp_path: Path, forker: Forker) -> Iterator[tuple[HubClient, dict[str, str]]]:
     (tmp_path / "hub").mkdir()
     with LoopbackHub(tmp_path / "hub", xet=request.param == "xet") as hub:
         hub.state.add_user("me", TOKEN)
-        yield HubClient(hub, tmp_path / "hf_home"), XET if request.param == "xet" else WITH_TOKEN
+        yield HubClient(hub, tmp_path / "hf_home", forker), XET if request.param == "xet" else WITH_TOKEN
 
 
 TARGETS = {

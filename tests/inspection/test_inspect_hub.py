@@ -89,7 +89,7 @@ def test_a_gigabyte_bin_costs_less_than_a_megabyte(hub_client: HubClient, tmp_pa
     hub_client.hub.state.create_repo("user/model")
     hub_client.hub.state.commit("user/model", {"config.json": CONFIG, "tokenizer.json": b" " * 3_000_000})
     add_large(hub_client, "pytorch_model.bin", big)
-    result = hub_client.run(SCRIPT)
+    result = hub_client.run(SCRIPT, fresh=True)
     found = result["value"]
     assert (found["kind"], found["scheme"], found["loads_here"]) == ("torchao", "int8wo", True)
     assert found["quantized_parameters"] == layers * side * side
