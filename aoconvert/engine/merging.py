@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +16,7 @@ from aoconvert.errors import AoconvertError, ReadError
 from aoconvert.formats.safetensors.reader import SafetensorsReader
 from aoconvert.models import transformers as transformers_models
 from aoconvert.models.base import Load, Rows, SourceTensor
-from aoconvert.models.conversions import BLOCK_BYTES, MergeRecipe, build
+from aoconvert.models.conversions import BLOCK_BYTES, MergeRecipe, build, room
 from aoconvert.models.recording import ReplayRecipe
 from aoconvert.planning.inventory import Readable
 from aoconvert.planning.types import ComponentPlan, StreamedPlan
@@ -92,10 +91,10 @@ class _Made:
             if rows is None and _is_own(made[tensor.name], dtype):
                 return made.pop(tensor.name)
             part = made[tensor.name] if rows is None else made[tensor.name][rows[0] : rows[1]]
-            return _memory(tuple(part.shape), dtype, into).copy_(part)
+            return room(tuple(part.shape), dtype, into).copy_(part)
         self._kept = None
         start, stop = rows or (0, tensor.shape[0])
-        result = _memory((stop - start, *tensor.shape[1:]), dtype, into)
+        result = room((stop - start, *tensor.shape[1:]), dtype, into)
         if recipe.parts:
             for row in range(start, stop):
                 self._stack(recipe, tensor.name, row, result[row - start])
@@ -153,14 +152,6 @@ class _Made:
 def _is_own(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Contiguous, and no view of something larger."""
     return tensor.dtype == dtype and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-
-
-def _memory(shape: tuple[int, ...], dtype: torch.dtype, into: torch.Tensor | None) -> torch.Tensor:
-    """Room for a tensor: in ``into`` where it fits, else fresh."""
-    nbytes = prod(shape) * dtype.itemsize
-    if into is None or into.numel() < nbytes:
-        return torch.empty(shape, dtype=dtype)
-    return into[:nbytes].view(dtype).view(shape)
 
 
 class _Copied:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from aoconvert.models.conversions import room
 from aoconvert.models.recording import Replay, ReplayRecipe
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ class Replayed:
                 self._kept = None  # before the next is made
                 self._kept = (tensor.name, self._replay.make(step))
             part = self._kept[1][rows[0] : rows[1]]
-        if into is None or into.numel() < part.nbytes:
-            return part.clone(memory_format=torch.contiguous_format)
-        return into[: part.nbytes].view(part.dtype).view(part.shape).copy_(part)
+        return room(tuple(part.shape), part.dtype, into).copy_(part)
 
     def close(self) -> None:
         """Release memory."""

@@ -14,6 +14,7 @@ from aoconvert.inspection.components import component, quantization_config
 from aoconvert.inspection.files import read_file
 from aoconvert.inspection.next_command import next_command
 from aoconvert.inspection.types import Component, FileFacts, Inspection
+from aoconvert.models.configs import MODELOPT_FILE, with_modelopt
 from aoconvert.options import DEFAULT_HUB, HubOptions
 from aoconvert.planning.overwriting import tidy
 from aoconvert.sources import WEIGHT_SUFFIXES, Source, find_weights, resolve
@@ -133,6 +134,7 @@ class _Reader:
 
     def _model(self, name: str, folder: str, listed: list[Any] | None) -> Component | None:
         config = self._json(posixpath.join(folder, _CONFIG))
+        config = {**with_modelopt(config, self._json(posixpath.join(folder, MODELOPT_FILE)))}
         library, class_name = _model(config)
         if listed is not None and isinstance(listed[1], str):
             class_name = listed[1]

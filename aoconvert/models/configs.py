@@ -22,6 +22,7 @@ FILE = "config.json"
 REDIRECTIONS = ("configuration_files", "transformers_weights")
 
 _QUANTIZATION = "quantization_config"
+MODELOPT_FILE = "hf_quant_config.json"
 
 
 @contextmanager
@@ -66,3 +67,16 @@ def own(component: ModelPart, config_class: Any) -> ModelPart:
         return component
     saved = json.loads(read(component.config, config_class).to_json_string())
     return replace(component, config={**saved, "architectures": [component.class_name]})
+
+
+def with_modelopt(config: Mapping[str, Any], said: object) -> Mapping[str, Any]:
+    """The config with what older exports of NVIDIA's Model Optimizer say of quantization in a file of its own.
+
+    Args:
+        config: what ``config.json`` holds.
+        said: what ``hf_quant_config.json`` holds.
+    """
+    algorithm = said.get("quantization") if isinstance(said, dict) else None
+    if config.get(_QUANTIZATION) or not isinstance(algorithm, dict) or not algorithm.get("quant_algo"):
+        return config
+    return {**config, _QUANTIZATION: {**algorithm, "quant_method": "modelopt"}}

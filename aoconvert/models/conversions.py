@@ -275,3 +275,13 @@ def _keeps_rows(operation: Any) -> bool:
     if type(operation) in (Concatenate, Interleave):
         return bool(operation.dim > 0)
     return type(operation) is Transpose and operation.dim0 > 0 and operation.dim1 > 0
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype, into: torch.Tensor | None) -> torch.Tensor:
+    """Memory for a tensor that is made: in ``into``, uint8 memory, where it fits, else fresh."""
+    import torch
+
+    nbytes = prod(shape) * dtype.itemsize
+    if into is None or into.numel() < nbytes:
+        return torch.empty(shape, dtype=dtype)
+    return into[:nbytes].view(dtype).view(shape)

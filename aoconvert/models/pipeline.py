@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from aoconvert.environment import quiet_imports
 from aoconvert.errors import SourceError
 from aoconvert.models.base import Library, ModelPart, Skeleton
+from aoconvert.models.configs import MODELOPT_FILE, with_modelopt
 from aoconvert.models.unknown import check_class_keys, explain_unknown
 from aoconvert.sources.base import is_safe_path
 
@@ -229,15 +230,8 @@ def _config(source: Source, path: str) -> Mapping[str, Any]:
 
 
 def _with_modelopt(source: Source, folder: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config with what older exports of NVIDIA's Model Optimizer say of quantization in a file of its own."""
-    path = join(folder, "hf_quant_config.json")
-    if "quantization_config" in config or not source.has(path):
-        return config
-    said = _mapping(source, path)
-    algorithm = said.get("quantization")
-    if not isinstance(algorithm, dict) or not algorithm.get("quant_algo"):
-        return config
-    return {**config, "quantization_config": {**algorithm, "quant_method": "modelopt"}}
+    path = join(folder, MODELOPT_FILE)
+    return with_modelopt(config, _mapping(source, path)) if source.has(path) else config
 
 
 def _mapping(source: Source, path: str) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from aoconvert.errors import AoconvertError, ReadError
 from aoconvert.models.base import Load, Rows, SourceTensor
-from aoconvert.models.conversions import BLOCK_BYTES
+from aoconvert.models.conversions import BLOCK_BYTES, room
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def make_rows(
     assert formula is not None
     start, stop = rows or (0, tensor.shape[0])
     shape = (stop - start, *tensor.shape[1:])
-    result = _memory(shape, dtype or tensor.dtype, into)
+    result = room(shape, dtype or tensor.dtype, into)
     unit = formula.unit
     step = max(1, BLOCK_BYTES // (unit * max(1, prod(shape[1:])) * tensor.dtype.itemsize)) * unit
     at = start
@@ -64,12 +64,3 @@ def working_bytes(tensor: SourceTensor) -> int:
     assert formula is not None
     row = prod(tensor.shape[1:]) * 4
     return 4 * max(BLOCK_BYTES, formula.unit * row)
-
-
-def _memory(shape: tuple[int, ...], dtype: torch.dtype, into: torch.Tensor | None) -> torch.Tensor:
-    import torch
-
-    nbytes = prod(shape) * dtype.itemsize
-    if into is None or into.numel() < nbytes:
-        return torch.empty(shape, dtype=dtype)
-    return into[:nbytes].view(dtype).view(shape)

@@ -68,6 +68,7 @@ def test_the_algorithm_may_be_in_a_file_of_its_own(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
     said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
     (source / "hf_quant_config.json").write_text(json.dumps(said))
+    assert aoconvert.inspect(source).components[0].kind == "modelopt"
     plan = aoconvert.plan(source, "int8wo", device="cpu").to_dict()
     assert plan["components"][0]["original"]["method"] == "modelopt"
     assert [item["path"] for item in plan["left_behind"]] == ["hf_quant_config.json"]
