@@ -127,12 +127,17 @@ def sort(found: Sorted) -> str:
 
 
 def describe_types(stored: Iterable[SourceTensor]) -> str:
-    """The types, and how many tensors have each."""
+    """The types, that of most bytes first, and how many tensors have each."""
     import torch
 
     plain = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    counts = Counter(tensor.packing or plain.get(tensor.dtype, dtype_name(tensor.dtype)) for tensor in stored)
-    return ", ".join(f"{name} ×{count}" for name, count in counts.most_common())
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for tensor in stored:
+        name = tensor.packing or plain.get(tensor.dtype, dtype_name(tensor.dtype))
+        counts[name] += 1
+        sizes[name] += tensor.nbytes
+    return ", ".join(f"{name} ×{counts[name]}" for name, _ in sizes.most_common())
 
 
 def model_dtype(stored: Sequence[SourceTensor]) -> str:

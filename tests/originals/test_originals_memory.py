@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import LLAMA, llama_shapes, write_config
@@ -59,6 +60,58 @@ def build(folder: Path) -> Path:
 def test_a_gigabyte_in_block_fp8_takes_less_than_900_mb(tmp_path: Path) -> None:
     source = build(tmp_path / "source")
     assert (source / "model.safetensors").stat().st_size > 10**9
+    words = ["-m", "aoconvert", "quantize", str(source), "--scheme", "int8wo", "-o", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", MEASURE, sys.executable, *words, "--device", "cpu", "--json"],
+        env={**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    code, peak = json.loads(done.stderr.splitlines()[-1])
+    assert code == 0, done.stderr
+    print("peak", peak / 1e6, json.loads(done.stdout)["seconds"])
+    assert peak < 900 * 10**6
+
+
+def build_gguf(file: Path) -> Path:
+    """A Llama in Q8_0, a gigabyte of it, written tensor by tensor."""
+    import gguf
+    from gguf import GGMLQuantizationType as Kind
+    from helpers.gguf_files import blocks
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LARGE["num_hidden_layers"])
+    writer = gguf.GGUFWriter(file, "llama", use_temp_file=False)
+    writer.add_context_length(LARGE["max_position_embeddings"])
+    writer.add_embedding_length(LARGE["hidden_size"])
+    writer.add_block_count(LARGE["num_hidden_layers"])
+    writer.add_feed_forward_length(LARGE["intermediate_size"])
+    writer.add_head_count(LARGE["num_attention_heads"])
+    writer.add_head_count_kv(LARGE["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(LARGE["vocab_size"])
+    shapes = llama_shapes(LARGE)
+    for name, shape in shapes.items():
+        kind = Kind.Q8_0 if len(shape) == 2 else Kind.F32
+        size = math.prod(shape) // 32 * 34 if len(shape) == 2 else math.prod(shape) * 4
+        stored = names.get_name(name, try_suffixes=(".weight",))
+        dtype = np.dtype(np.uint8 if len(shape) == 2 else np.float32)
+        packed = (*shape[:-1], shape[-1] // 32 * 34) if len(shape) == 2 else shape
+        writer.add_tensor_info(stored, packed, dtype, size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for seed, shape in enumerate(shapes.values()):
+        writer.write_tensor_data(blocks(shape, Kind.Q8_0, seed) if len(shape) == 2 else np.ones(shape, np.float32))
+    writer.close()
+    return file
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1200)
+def test_a_gigabyte_of_gguf_takes_less_than_900_mb(tmp_path: Path) -> None:
+    source = build_gguf(tmp_path / "llama.gguf")
+    assert source.stat().st_size > 10**9
     words = ["-m", "aoconvert", "quantize", str(source), "--scheme", "int8wo", "-o", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-S", "-c", MEASURE, sys.executable, *words, "--device", "cpu", "--json"],
