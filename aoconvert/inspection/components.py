@@ -12,7 +12,7 @@ from aoconvert.errors import UsageError
 from aoconvert.formats.torch_bin.contents import BinTensor
 from aoconvert.inspection import compat
 from aoconvert.inspection.demands import demand_of, signs
-from aoconvert.inspection.foreign import PACKAGES, scheme_of_kind
+from aoconvert.inspection.foreign import GGUF_LANGUAGE_MODELS, PACKAGES, scheme_of_kind
 from aoconvert.inspection.types import Component, FileFacts, Loading
 from aoconvert.inspection.writer import find_writer
 from aoconvert.schemes import int4
@@ -228,6 +228,8 @@ def _advice(
         packed = f"packed for {layout.device}: it runs" if layout.packed else "on CUDA it runs"
         advice.append(f"{packed} only on capability {need} or higher")
     advice += _foreign_advice(kind, config)
+    if kind == "gguf" and {file.metadata.get("general.architecture") for file in files} - GGUF_LANGUAGE_MODELS:
+        advice.append("of a diffusers denoiser: aoconvert quantize FILE --scheme int8wo --config FOLDER or REPO")
     places = {leaf.location for entry in entries for _, leaf in entry.leaves()}
     if any(place.startswith(("cuda", "xpu")) for place in places):
         advice.append('it was saved from a GPU: torch.load(..., map_location="cpu") where there is none')
@@ -291,10 +293,7 @@ def _foreign_advice(kind: str, config: Mapping[str, Any]) -> list[str]:
             _MIGRATE,
         ]
     if kind == "gguf":
-        return [
-            "open it with llama.cpp, or with from_single_file / gguf_file of diffusers or transformers",
-            "of a diffusers denoiser: aoconvert quantize FILE --scheme int8wo --config FOLDER or REPO",
-        ]
+        return ["open it with llama.cpp, or with from_single_file / gguf_file of diffusers or transformers"]
     if kind in ("bitsandbytes", "gptq", "awq"):
         return [f"{kind} weights need their own kernels; torchao cannot load them"]
     return []

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from aoconvert.environment import version_of
@@ -60,6 +61,25 @@ def is_read_by_conversions(architecture: str) -> bool:
     except ImportError:  # before transformers 5.20
         return False
     return architecture in GGUF_ARCHS
+
+
+def make_tokenizer(place: Path) -> tuple[TemporaryDirectory[str], str | None]:
+    """What transformers makes of a file's tokenizer, in a folder; or why it makes nothing of it."""
+    import transformers
+
+    from aoconvert.models.transformers import quiet
+
+    folder = TemporaryDirectory(prefix="aoconvert-")
+    try:
+        with quiet():
+            made = transformers.AutoTokenizer.from_pretrained(
+                place.parent, gguf_file=place.name, local_files_only=True, trust_remote_code=False
+            )
+            made.save_pretrained(folder.name)
+    except Exception as error:  # whatever the conversion raises
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return TemporaryDirectory(prefix="aoconvert-"), f"its tokenizer is not carried over: transformers says: {why}"
+    return folder, None
 
 
 def read_config(place: Path, stored: Mapping[str, Any]) -> dict[str, Any]:

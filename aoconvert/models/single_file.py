@@ -16,7 +16,7 @@ from aoconvert.errors import HubError, SourceError, UsageError
 from aoconvert.formats.registry import SOURCE_FORMATS
 from aoconvert.models.base import SourceTensor
 from aoconvert.models.bundle import OPTIONAL, find_bundle
-from aoconvert.models.gguf import quantization, read_config
+from aoconvert.models.gguf import make_tokenizer, quantization, read_config
 from aoconvert.models.pipeline import ModelLayout, identify
 from aoconvert.options import HubOptions
 from aoconvert.sources import Source, resolve
@@ -53,7 +53,8 @@ def add_config(
     if config is None and stored is not None and not (stored["values"] is None and _find_layout(source)):
         values: Mapping[str, Any] = read_config(source.place, stored)
         origin = ConfigOrigin(source.label, inferred=True)
-        return FileSource(source.place, {**values, "quantization_config": stored}, origin)
+        made, why = make_tokenizer(source.place)
+        return FileSource(source.place, {**values, "quantization_config": stored}, origin, note=why, made=made)
     if config is None:
         known, repo, folder = _infer(source)
         try:

@@ -23,6 +23,7 @@ from aoconvert.engine.results import ComponentResult, Seconds, TensorResult
 from aoconvert.engine.resume import Journal
 from aoconvert.errors import SourceError
 from aoconvert.formats.base import SealedFile
+from aoconvert.humanize import argument
 from aoconvert.models import ModelPart
 from aoconvert.options.migrate import MigrateOptions
 from aoconvert.planning.types import ComponentPlan
@@ -149,6 +150,11 @@ def single_file(source: Source) -> str | None:
         SourceError: the source is a file of another format.
     """
     if (file := source.weights_file) is not None:
+        if file.lower().endswith(".gguf"):
+            raise SourceError(
+                f"{file} is a GGUF file, which torchao and Quanto do not write",
+                hint=f"aoconvert quantize {argument(str(source.root / file))} --scheme …",
+            )
         if not file.lower().endswith(_TORCH_FILES):
             raise SourceError(
                 f"{file} is one safetensors file, of which nothing says how it is quantized",

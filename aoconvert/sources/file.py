@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from aoconvert.errors import CHECK_PERMISSIONS, SourceError
@@ -43,6 +44,7 @@ class FileSource(Source):
         origin: where that comes from.
         folder: under which it is in the source.
         note: what the user should know of it.
+        made: a folder with files that a library made of what the file holds beside the weights: a tokenizer.
     """
 
     kind: Literal["hub", "folder", "file"] = "file"
@@ -56,6 +58,7 @@ class FileSource(Source):
         origin: ConfigOrigin | None = None,
         folder: str = "",
         note: str | None = None,
+        made: TemporaryDirectory[str] | None = None,
     ) -> None:
         self.place = place.absolute()
         self.root = self.place.parent
@@ -67,6 +70,10 @@ class FileSource(Source):
             self._files = {self.label: SourceFile(self.label, self.place.stat().st_size)}
         except OSError as error:
             raise SourceError(f"{self.label} cannot be read: {error.strerror}", hint=CHECK_PERMISSIONS) from error
+        self._made = made  # as long as the source is
+        self._beside = {path.name: path for path in sorted(Path(made.name).iterdir())} if made is not None else {}
+        for name, path in self._beside.items():
+            self._files[name] = SourceFile(name, path.stat().st_size)
         if config is not None:
             self._files[self._at] = SourceFile(self._at, 0)
 
@@ -79,7 +86,7 @@ class FileSource(Source):
 
     def is_local(self, path: str) -> bool:
         """Whether it is there; see :meth:`Source.is_local`."""
-        return path == self.label
+        return path == self.label or path in self._beside
 
     def local(self, path: str) -> Path:
         """The file itself; see :meth:`Source.local`.
@@ -88,6 +95,8 @@ class FileSource(Source):
             SourceError: also for a git-lfs pointer, which stands where the file should.
         """
         self.require(path)
+        if path in self._beside:
+            return self._beside[path]
         if path != self.label:
             raise SourceError(f"{self.label}: {path} is not a file on this machine")
         if is_pointer(self.place):

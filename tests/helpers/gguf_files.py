@@ -104,7 +104,7 @@ def as_stored(
 
 TOKENS = {
     "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.tokens": [f"<{number}>" for number in range(128)],
+    "tokenizer.ggml.tokens": ["<s>", "</s>", "a", "b", "ab", *(f"<{number}>" for number in range(5, 128))],
     "tokenizer.ggml.merges": ["a b"],
     "tokenizer.ggml.eos_token_id": 1,
     "tokenizer.ggml.bos_token_id": 0,

@@ -80,6 +80,10 @@ def test_a_conversion_says_that_the_original_was_quantized_and_is_verified(tmp_p
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["quantization_config"]["quant_method"] == "torchao"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    expected = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    assert tokenizer("ab<7>").input_ids == expected("ab<7>").input_ids
+    assert "tokenizer.json" in {entry.path for entry in result.manifest.files()}
     plain = tmp_path / "plain"
     plain.mkdir()
     save_file({name: tensor.clone() for name, tensor in model.items()}, plain / "model.safetensors", {"format": "pt"})
@@ -105,6 +109,13 @@ def test_a_file_that_is_not_quantized_keeps_its_dtype(tmp_path: Path) -> None:
     assert component.original is not None
     assert component.original.tensors == 0
     assert "LlamaForCausalLM: the source is a GGUF file that is not quantized (F16 ×16, F32 ×5)" in plan.warnings
+
+
+def test_a_tokenizer_that_transformers_does_not_make_is_named(tmp_path: Path) -> None:
+    values = {"tokenizer.ggml.merges": ["x y"]}  # of tokens that are not there
+    plan = aoconvert.plan(gguf_files.language_model(tmp_path / "source", **values), "int8wo", device="cpu")
+    assert any(line.startswith("LlamaForCausalLM: its tokenizer is not carried over") for line in plan.warnings)
+    assert not plan.copied
 
 
 def test_an_architecture_that_transformers_does_not_convert_is_named(tmp_path: Path) -> None:
