@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -26,6 +29,7 @@ from aoconvert.options import DEFAULT_HUB
 from aoconvert.verification.children import library_child
 from aoconvert.verification.library import LibraryFindings, compare_by_library
 from aoconvert.verification.original import resolve_original
+from aoconvert.verification.process import Children
 
 peft = pytest.importorskip("peft")
 
@@ -253,3 +257,42 @@ def test_the_library_makes_the_pipeline_of_the_single_file(tmp_path: Path, ask: 
     found = ask(tmp_path / "out", file)
     says = "text_encoder_2: text_model.encoder.layers.0.mlp.fc1.weight has other values than the source"
     assert (found.status, says in found.detail) == ("failed", True), found.detail
+
+
+@pytest.mark.exhaustive
+def test_a_gigabyte_takes_little_memory(tmp_path: Path) -> None:
+    """What the interpreter has of its own: imports and pieces; the conversion of LTX only renames."""
+    import diffusers
+
+    with torch.device("meta"):
+        model: Any = diffusers.LTXVideoTransformer3DModel(
+            num_attention_heads=32, attention_head_dim=64, cross_attention_dim=2048, num_layers=8
+        )
+    model = model.bfloat16().to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.normal_(std=0.02)
+    model.save_config(tmp_path / "config")
+    file = tmp_path / "original.safetensors"
+    save_file({key: tensor.clone() for key, tensor in MODELS["ltx"][1](model.state_dict()).items()}, file)
+    assert file.stat().st_size > 10**9
+    del model
+    convert(file, tmp_path / "out", config=tmp_path / "config")
+    target = from_manifest(tmp_path / "out", manifests.load(tmp_path / "out"))
+    peak, over = 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not over.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(OSError, StopIteration):
+                    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+                    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+                    peak = max(peak, int(line.split()[1]) * 1024)
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    found = compare_by_library(target, resolve_original(str(file), tmp_path / "out"), Children(), trust=False)
+    over.set()
+    watcher.join()
+    assert found.status == "passed", found
+    assert 1e8 < peak < 1e9
