@@ -52,9 +52,8 @@ def add_config(
     stored = quantization(source.place) if source.place.suffix.lower() == ".gguf" else None
     if config is None and stored is not None and not (stored["values"] is None and _find_layout(source)):
         values: Mapping[str, Any] = read_config(source.place, stored)
-        origin = ConfigOrigin(source.label, inferred=True)
         made, why = make_tokenizer(source.place)
-        return FileSource(source.place, {**values, "quantization_config": stored}, origin, note=why, made=made)
+        return FileSource(source.place, {**values, "quantization_config": stored}, note=why, made=made)
     if config is None:
         known, repo, folder = _infer(source)
         try:

@@ -72,6 +72,8 @@ def test_a_conversion_says_that_the_original_was_quantized_and_is_verified(tmp_p
     file = gguf_files.language_model(tmp_path / "source", kind=gguf_files.uniform(Kind.Q8_0))
     model = opened(file, torch.bfloat16)
     result = aoconvert.quantize(file, "int8wo", output=tmp_path / "out", device="cpu")
+    assert result.manifest.run.command == "aoconvert quantize model.gguf --scheme int8wo --device cpu"
+    assert (result.manifest.source.kind, result.manifest.source.config) == ("file", None)
     [component] = result.manifest.components
     assert component.original is not None
     assert component.original.how == "Q8_0 ×16, F32 ×5"
