@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from aoconvert.cards.reproduce import OPTIONS
 from aoconvert.cli.bench import command as bench
+from aoconvert.cli.evaluate import command as evaluate
 from aoconvert.cli.inspect import command as inspect
 from aoconvert.cli.migrate import command as migrate
 from aoconvert.cli.options import conversion
@@ -28,6 +29,7 @@ from aoconvert.options import (
     make_options,
 )
 from aoconvert.options.bench import BenchKwargs, BenchOptions
+from aoconvert.options.evaluate import EvaluateKwargs, EvaluateOptions
 from aoconvert.options.fields import defaults_of, options_of, record
 from aoconvert.options.migrate import MigrateKwargs, MigrateOptions
 
@@ -52,6 +54,7 @@ def parse(words: list[str]) -> QuantizeOptions:
         (VerifyKwargs, VerifyOptions),
         (MigrateKwargs, MigrateOptions),
         (BenchKwargs, BenchOptions),
+        (EvaluateKwargs, EvaluateOptions),
     ],
 )
 def test_the_keywords_that_a_type_checker_knows_are_the_fields(keywords: type, options: type) -> None:
@@ -66,6 +69,7 @@ def test_the_keywords_that_a_type_checker_knows_are_the_fields(keywords: type, o
         (inspect, HubOptions),
         (migrate, MigrateOptions),
         (bench, BenchOptions),
+        (evaluate, EvaluateOptions),
     ],
 )
 def test_each_field_is_an_option_of_the_command_line(command: click.Command, options: Any) -> None:
@@ -78,7 +82,7 @@ def test_each_field_is_an_option_of_the_command_line(command: click.Command, opt
         assert option.help.partition(" ")[0] in shown
 
 
-@pytest.mark.parametrize("options", [QuantizeOptions, VerifyOptions, MigrateOptions, BenchOptions])
+@pytest.mark.parametrize("options", [QuantizeOptions, VerifyOptions, MigrateOptions, BenchOptions, EvaluateOptions])
 def test_the_hub_is_asked_by_the_same_options_everywhere(options: Any) -> None:
     ours = options_of(HubOptions)
     assert {field: options_of(options)[field] for field in ours} == ours

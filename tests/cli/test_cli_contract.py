@@ -31,7 +31,7 @@ COMMANDS = [
     "migrate",
     "bench",
 ]
-COMMANDS += ["release", "env", "cache", "demo"]
+COMMANDS += ["eval", "release", "env", "cache", "demo"]
 HEAVY = ("torch", "torchao", "diffusers", "transformers", "accelerate", "huggingface_hub", "pydantic", "numpy")
 
 Call = Callable[..., Any]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,10 +26,8 @@ def add_rounding_noise(weight: torch.Tensor, name: str, seed: int) -> torch.Tens
     """A copy of a weight with the noise; the same name and seed give the same noise."""
     if weight.dtype != torch.bfloat16:
         return weight.to(torch.bfloat16).to(weight.dtype)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(24, (_PERIOD,), generator=generator)
-    steps = ((drawn == 0).to(torch.int16) - (drawn == 1).to(torch.int16)).to(weight.device)
-    steps = steps.roll(zlib.crc32(name.encode()) % _PERIOD)
+    begin = zlib.crc32(name.encode()) % _PERIOD
+    steps = _steps(seed)[begin : begin + _PERIOD].to(weight.device)
     noisy = weight.detach().clone().contiguous()
     flat = noisy.view(-1).view(torch.int16)
     for start in range(0, len(flat), _PERIOD):
@@ -36,6 +35,13 @@ def add_rounding_noise(weight: torch.Tensor, name: str, seed: int) -> torch.Tens
         size = bits & 0x7FFF
         bits += torch.where((size > 0) & (size < _LARGEST), steps[: len(bits)], 0)
     return noisy
+
+
+@lru_cache(maxsize=1)
+def _steps(seed: int) -> torch.Tensor:
+    """The pattern of steps, twice in a row."""
+    drawn = torch.randint(24, (_PERIOD,), generator=torch.Generator().manual_seed(seed), dtype=torch.int16)
+    return ((drawn == 0).to(torch.int16) - (drawn == 1).to(torch.int16)).repeat(2)
 
 
 @contextlib.contextmanager
