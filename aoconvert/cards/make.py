@@ -20,6 +20,7 @@ from aoconvert.cards.markdown import is_page
 from aoconvert.cards.metadata import front_matter, is_repo_id, to_yaml
 from aoconvert.cards.picture import draw
 from aoconvert.cards.proof import Proof, prove
+from aoconvert.cards.quality import describe_quality
 from aoconvert.cards.reproduce import make_again, parse_requirements, pin
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import Checkpoint, from_manifest
@@ -64,6 +65,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     picture = draw([(entry.name, layers(entry)) for entry in manifest.components])
     proof = prove(folder, target, manifest)
     parts = [describe(entry) for entry in manifest.components]
+    sizes = _sizes(manifest)
     values = {
         **_what(target, manifest, folder, repo_id),
         "license": show_license(manifest, front),
@@ -72,7 +74,10 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
         "code": _code(target, manifest, proof, repo_id or str(folder), hub=repo_id is not None, revision=revision),
         "proof": _proof(proof),
         "components": parts,
-        "sizes": _sizes(manifest),
+        "sizes": sizes,
+        "quality": describe_quality(
+            folder, repo_id or argument(str(folder)), sizes["total"]["bytes_in"], sizes["total"]["bytes_out"]
+        ),
         "costs": read_costs(folder, manifest, repo_id or argument(str(folder))),
         "hardware": hardware(manifest.components),
         "needs": list(dict.fromkeys((item["package"], item["range"]) for part in parts for item in part["loads_with"])),

@@ -27,6 +27,11 @@ text is escaped where it is written, so no filter is needed for safety:
   ``requantized``: numbers of tensors, ``deviations``: ``reason``, ``count``, ``error``);
   ``converted`` (null, or ``format`` of the files that somebody else wrote, and ``written_by``: torchao's releases);
 - ``sizes``: ``rows`` (``name``, ``scheme``, ``bytes_in``, ``bytes_out``, ``bits_in``, ``bits_out``), ``total``;
+- ``quality``: of the evaluation, or null: ``components`` (``name``, ``task``, ``rows``: label, original, quantized,
+  change, with bfloat16 noise; ``floor``: there are figures with noise; ``worst``: name and output SQNR of layers),
+  ``data`` (a text), ``kind``, ``samples``, ``tokens``, ``files`` (name, SHA-256), ``dtype`` of the original,
+  ``same_files``, ``size_change`` (a text), ``gates`` (``name``, ``limit``, ``passed``), ``device``,
+  ``command`` (or null), ``sheet`` (file name, or null);
 - ``costs`` (null without a benchmark of this checkpoint): ``rows`` (keys of ``aoconvert.bench.json``, and ``mode``),
   ``more`` (rows that are not shown), ``failures`` (rows with an ``error``),
   ``date``, ``complete``, ``runs``, ``environment`` (name → value), ``compiled``,

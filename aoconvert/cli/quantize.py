@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ from aoconvert.humanize import first, number, plural, size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from aoconvert.checkpoint.evaluation import Evaluation
     from aoconvert.checkpoint.manifest import Totals
     from aoconvert.checkpoint.report import Report
     from aoconvert.engine.results import QuantizeResult
@@ -32,8 +34,9 @@ Examples:
 @conversion
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing, like 'aoconvert plan'.")
 @click.option("--verify", is_flag=True, help="Run 'aoconvert verify' on the result; exit code 4 if it fails.")
+@click.option("--eval", "evaluate", is_flag=True, help="Run 'aoconvert eval' on the result, with its defaults.")
 @common
-def command(*, source: str, out: Output, dry_run: bool, verify: bool, **options: Any) -> int:
+def command(*, source: str, out: Output, dry_run: bool, verify: bool, evaluate: bool, **options: Any) -> int:
     """Quantize SOURCE, a Hub repo id, a folder or one weights file, into a torchao checkpoint.
 
     It reads a diffusers pipeline, a diffusers model or a transformers model one tensor at a time, quantizes with
@@ -48,30 +51,56 @@ def command(*, source: str, out: Output, dry_run: bool, verify: bool, **options:
         result = api.quantize(source, progress=progress, **options)
     for line in result.warnings:
         out.warning(line)
-    if not verify:
-        out.result(lambda: _summary(result), result.to_dict(), str(result.output))
-        return 0
+    parts: list[RenderableType] = []
+    data = result.to_dict()
+    code = 0
+    if verify:
+        report = _verify(result, source, out, options)
+        parts += ["", verify_command.table(report)]
+        data["verification"] = report.to_dict()
+        code = report.exit_code
+    if evaluate and code == 0:
+        from aoconvert.cli import evaluate as evaluate_command
+
+        found = _evaluate(result, source, out, options)
+        parts += ["", evaluate_command.table(found)]
+        data["evaluation"] = found.to_dict()
+        code = found.exit_code
+    out.result(lambda: _with_summary(result, parts), data, str(result.output))
+    return code
+
+
+def _hub(result: QuantizeResult, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How the source is found again: a repo at the commit that was quantized."""
+    names = ("trust_remote_code", "token", "cache_dir", "local_files_only")
+    return {"source": result.manifest.source.repo_id or source, **{name: options[name] for name in names}}
+
+
+def _verify(result: QuantizeResult, source: str, out: Output, options: Mapping[str, Any]) -> Report:
+    from aoconvert import api
+
     with out.watch(f"verify {result.output}") as progress:
-        report = api.verify(
-            result.output,
-            progress=progress,
-            source=result.manifest.source.repo_id or source,  # a repo at the commit that was quantized
-            trust_remote_code=options["trust_remote_code"],
-            token=options["token"],
-            cache_dir=options["cache_dir"],
-            local_files_only=options["local_files_only"],
-        )
+        report = api.verify(result.output, progress=progress, **_hub(result, source, options))
     if report.unwritten is not None:
         out.warning(report.unwritten)
-    data = {**result.to_dict(), "verification": report.to_dict()}
-    out.result(lambda: _both(result, report), data, str(result.output))
-    return report.exit_code
+    return report
 
 
-def _both(result: QuantizeResult, report: Report) -> RenderableType:
+def _evaluate(result: QuantizeResult, source: str, out: Output, options: Mapping[str, Any]) -> Evaluation:
+    from aoconvert import api
+    from aoconvert.cli import evaluate as evaluate_command
+
+    with out.watch(f"eval {result.output}") as progress:
+        report = api.evaluate(result.output, progress=progress, **_hub(result, source, options))
+    for line in evaluate_command.warnings(report):
+        out.warning(line)
+    return report
+
+
+def _with_summary(result: QuantizeResult, parts: Sequence[RenderableType]) -> RenderableType:
     from rich.console import Group
 
-    return Group(_summary(result), "", verify_command.table(report))
+    return Group(_summary(result), *parts) if parts else _summary(result)
 
 
 def _share(totals: Totals) -> str:

@@ -15,7 +15,7 @@ from aoconvert.checkpoint.manifest import (
     Totals,
 )
 from aoconvert.documents.base import Document, SizedFile
-from aoconvert.documents.publishing import VerifyDocument
+from aoconvert.documents.publishing import EvalDocument, VerifyDocument
 
 
 class PlannedLora(Document):
@@ -171,6 +171,7 @@ class QuantizeDocument(Document):
     warnings: list[str]
     resumed: int = Field(description="tensors that an earlier run had finished")
     verification: VerifyDocument | None = Field(default=None, description="with --verify")
+    evaluation: EvalDocument | None = Field(default=None, description="with --eval")
 
 
 class DemoDocument(QuantizeDocument):
