@@ -28,6 +28,7 @@ OPTIONS = {
 }
 # what a recipe decides: where one was used, the manifest says all of it
 _DECIDED = frozenset({"--scheme", "--group-size", "--set", "--skip"})
+_SEARCHED = frozenset({"--candidates", "--target-bits", "--target-size", "--sensitivity"})
 
 
 def make_again(manifest: Manifest) -> str | None:
@@ -53,6 +54,9 @@ def make_again(manifest: Manifest) -> str | None:
         return None
     if "--trust-remote-code" in given and not any(_runs_code(entry) for entry in manifest.components):
         return None
+    if "--sensitivity" in given:  # that report is not published; what auto chose by it is in the manifest
+        options = [*((name, value) for name, value in options if name not in _SEARCHED), ("--recipe", MANIFEST_NAME)]
+        given = dict(options)
     if "--recipe" in given:
         options = [(name, value) for name, value in options if name not in _DECIDED]
     return shlex.join(["aoconvert", "quantize", source, *(word for option in options for word in option if word)])

@@ -53,6 +53,7 @@ class QuantizeKwargs(TypedDict, total=False):
     min_sqnr: float | None
     target_bits: float | None
     target_size: int | str | None
+    sensitivity: str | Path | None
     skip: str | Sequence[str]
     components: str | Sequence[str] | Mapping[str, str | None]
     component_only: bool
@@ -141,6 +142,15 @@ class QuantizeOptions:
     target_size: Annotated[
         int | None,
         Option("With auto: write at most this many bytes, e.g. 8GB.", SIZE, metavar="SIZE", recorded=4),
+    ] = None
+    sensitivity: Annotated[
+        Path | None,
+        Option(
+            "With auto: report of 'aoconvert eval', by which errors of a layer's outputs count, not of its weight.",
+            FILE,
+            metavar="FILE",
+            recorded=4,
+        ),
     ] = None
     skip: Annotated[
         tuple[str, ...],
@@ -353,9 +363,8 @@ class QuantizeOptions:
             raise UsageError(f"layout_device {self.layout_device!r} is not one of {', '.join(LAYOUT_DEVICES)}")
         goals = {name: getattr(self, name) for name in ("min_sqnr", "target_bits", "target_size")}
         given = [name for name, value in goals.items() if value is not None]
-        flags = ", ".join(
-            "--" + name.replace("_", "-") for name in (*given, *(["candidates"] if self.candidates else []))
-        )
+        beside = [name for name in ("candidates", "sensitivity") if getattr(self, name)]
+        flags = ", ".join("--" + name.replace("_", "-") for name in (*given, *beside))
         if flags and not self.searches:
             raise UsageError(f"{flags}: these need --scheme auto", hint="--scheme auto")
         if not self.searches:
@@ -373,6 +382,11 @@ class QuantizeOptions:
             raise UsageError(
                 "--scheme auto needs one goal",
                 hint="--min-sqnr DB for each tensor, or --target-bits B or --target-size SIZE for the whole model",
+            )
+        if self.sensitivity is not None and self.min_sqnr is not None:
+            raise UsageError(
+                "--sensitivity and --min-sqnr exclude each other: the latter looks at each weight alone",
+                hint="--target-bits B or --target-size SIZE",
             )
         goal = goals[given[0]]
         if goal <= 0 or (isinstance(goal, float) and not math.isfinite(goal)) or goal > _MOST_BYTES:

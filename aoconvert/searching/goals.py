@@ -26,16 +26,20 @@ Chosen = dict[str, dict[str, "Scheme | None"]]
 
 @dataclass
 class Tensor:
-    """A tensor to choose for; the scheme ``None`` leaves it as it is, without an error."""
+    """A tensor to choose for; the scheme ``None`` leaves it as it is, without an error.
+
+    ``factor``: by which its squared error counts.
+    """
 
     survey: Survey
     name: str
     schemes: list[Scheme | None]
     errors: list[ErrorStats | None]
+    factor: float = 1.0
 
     def options(self, cost: Callable[[str, Scheme | None], int]) -> list[Option]:
         """What each scheme costs. The last digits of an error hang on how it was computed: they decide nothing."""
-        noises = [error.noise if error is not None else 0.0 for error in self.errors]
+        noises = [error.noise * self.factor if error is not None else 0.0 for error in self.errors]
         return [
             Option(cost(self.name, scheme), float(f"{noise:.{_DIGITS}e}"))
             for scheme, noise in zip(self.schemes, noises, strict=True)

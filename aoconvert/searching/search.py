@@ -18,6 +18,7 @@ from aoconvert.recipes.rules import Rules, skip_rules
 from aoconvert.searching.candidates import resolve
 from aoconvert.searching.goals import SearchResult, Tensor, reach
 from aoconvert.searching.measure import measure
+from aoconvert.searching.sensitivity import read_sensitivity, weigh
 from aoconvert.searching.tensor_options import Survey
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def search(source: Source, options: QuantizeOptions, progress: Progress, fetch: 
         UsageError: a candidate that makes no sense.
         QuantizeError: NaN or infinity in a weight.
     """
+    ratios = read_sensitivity(options.sensitivity) if options.sensitivity is not None else None
     chosen, problems = choose_components(identify(source, options.subfolder), options)
     if problems:
         raise PlanError(problems)
@@ -77,6 +79,8 @@ def search(source: Source, options: QuantizeOptions, progress: Progress, fetch: 
         parts = _parts(base)
     surveys = [Survey(parts[name], candidates, options) for name in free]
     tensors, failures = _measure(base, surveys, progress)
+    if ratios is not None:
+        failures += weigh(tensors, ratios)
     fixed = sum(file.size for name in given for file in parts[name].files)
     rules, outcome = _settle(surveys, tensors, options, fixed)
     return Searched({**given, **rules}, (*failures, *outcome.warnings))
@@ -168,7 +172,8 @@ def _force(survey: Survey, tensors: Sequence[Tensor], outcome: SearchResult, opt
         return False
 
     def harm(tensor: Tensor) -> float:
-        return min(error.noise for error in tensor.errors if error is not None) / survey.parameters(tensor.name)
+        least = min(error.noise for error in tensor.errors if error is not None)
+        return least * tensor.factor / survey.parameters(tensor.name)
 
     missing = (options.min_quantized - fraction) * survey.outside
     for tensor in sorted(free, key=harm):

@@ -1,0 +1,127 @@
+"""Better schemes have better figures, and a choice by the outputs' error is better than one by the weights'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.evaluating import Line, asked
+
+import aoconvert
+from aoconvert.checkpoint.evaluation import Metrics
+from aoconvert.searching.sensitivity import read_sensitivity
+
+__all__ = ["asked"]
+
+_SCHEMES = ("int8wo", "int4wo", "intx2wo")
+_TEXT = """
+A model that is quantized has weights with fewer bits, so that it needs less memory and less time to be read. How much
+it loses by that is measured on its outputs, beside those of the original, on the same text. The old bridge across the
+river was closed for repairs in March, and the ferry took its place until the first days of autumn. She put the letter
+on the table, looked out of the window for a while, and then began to read it again from the first line. Proteins fold
+into shapes that decide what they do; two chains that differ in one place only may behave in quite different ways.
+"""
+
+
+def trained_llama(folder: Path, steps: int) -> Path:
+    """A Llama that learned to count: the next token is the sum of the last two, modulo 61."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, bos_token_id=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        rows = torch.randint(61, (32, 24))
+        for at in range(2, rows.shape[1]):
+            rows[:, at] = (rows[:, at - 1] + rows[:, at - 2]) % 61
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def evaluated(source: Path, scheme: str, tmp_path: Path, *, text: Path | None, **options: Any) -> Metrics:
+    output = tmp_path / f"out-{scheme}-{len(list(tmp_path.iterdir()))}"
+    aoconvert.quantize(source, scheme, device="cpu", output=output, min_quantized=0.0, **options)
+    given: dict[str, Any] = {} if text is None else {"text": [text]}
+    report = aoconvert.evaluate(output, source=str(source), samples=4, tokens=48, **given)
+    return report.components[0].metrics
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(_TEXT)
+    return file
+
+
+@pytest.mark.exhaustive
+def test_the_order_of_schemes_on_minilm(
+    checkpoints: Callable[[str], Path], tmp_path: Path, text: Path, asked: list[Line]
+) -> None:
+    found = [evaluated(checkpoints("bert"), scheme, tmp_path, text=text) for scheme in _SCHEMES]
+    cosines = [metrics.cosine_mean for metrics in found]
+    assert cosines == sorted(cosines, reverse=True)  # type: ignore[type-var]
+    assert cosines[0] > 0.999  # type: ignore[operator]
+    sqnrs = [metrics.output_sqnr_db for metrics in found]
+    assert sqnrs == sorted(sqnrs, reverse=True)  # type: ignore[type-var]
+
+
+@pytest.mark.exhaustive
+def test_the_order_of_schemes_on_a_trained_llama(tmp_path: Path, asked: list[Line]) -> None:
+    source = trained_llama(tmp_path / "llama", 600)
+    found = [evaluated(source, scheme, tmp_path, text=None) for scheme in _SCHEMES]
+    kls = [metrics.kl_mean for metrics in found]
+    assert kls == sorted(kls)  # type: ignore[type-var]
+    agreements = [metrics.top1_agreement for metrics in found]
+    assert agreements == sorted(agreements, reverse=True)  # type: ignore[type-var]
+
+
+def bits(folder: Path) -> float:
+    from aoconvert.checkpoint import manifest
+
+    found = manifest.load(folder).components[0].totals.bits_per_weight
+    assert found is not None
+    return found
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("model", ["minilm", "llama"])
+def test_a_choice_by_outputs_is_better_at_the_same_size(
+    model: str, checkpoints: Callable[[str], Path], tmp_path: Path, text: Path, asked: list[Line]
+) -> None:
+    is_llama = model == "llama"
+    source = trained_llama(tmp_path / "llama", 1500) if is_llama else checkpoints("bert")
+    given = None if is_llama else text
+    evaluated(source, "int4wo", tmp_path, text=given)
+    [report] = tmp_path.glob("out-int4wo-*/aoconvert.eval.json")
+    wishes: dict[str, Any] = {"target_bits": 7.0 if is_llama else 12.0, "candidates": "int4wo,int8wo", "text": given}
+    by_weights = evaluated(source, "auto", tmp_path, **wishes)
+    by_outputs = evaluated(source, "auto", tmp_path, sensitivity=report, **wishes)
+    sizes = [bits(folder) for folder in tmp_path.glob("out-auto-*")]
+    assert max(sizes) <= 1.01 * min(sizes)
+    if is_llama:
+        assert by_outputs.kl_mean < by_weights.kl_mean  # type: ignore[operator]
+    else:
+        assert by_outputs.cosine_mean > by_weights.cosine_mean  # type: ignore[operator]
+
+
+def test_what_is_not_a_report_of_layers_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "aoconvert.eval.json"
+    file.write_text("{}")
+    with pytest.raises(aoconvert.UsageError, match="is not a report of aoconvert eval"):
+        read_sensitivity(file)
+    with pytest.raises(aoconvert.UsageError, match="No such file"):
+        read_sensitivity(tmp_path / "absent.json")
+    wishes: dict[str, Any] = {"sensitivity": file, "device": "cpu"}
+    with pytest.raises(aoconvert.UsageError, match="--sensitivity: these need --scheme auto"):
+        aoconvert.plan("model", "int8wo", **wishes)
+    with pytest.raises(aoconvert.UsageError, match="exclude each other"):
+        aoconvert.plan("model", "auto", min_sqnr=30.0, **wishes)
