@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from helpers.evaluating import Line, asked
 
 import aoconvert
@@ -25,26 +23,6 @@ river was closed for repairs in March, and the ferry took its place until the fi
 on the table, looked out of the window for a while, and then began to read it again from the first line. Proteins fold
 into shapes that decide what they do; two chains that differ in one place only may behave in quite different ways.
 """
-
-
-def trained_llama(folder: Path, steps: int) -> Path:
-    """A Llama that learned to count: the next token is the sum of the last two, modulo 61."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, bos_token_id=1, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(steps):
-        rows = torch.randint(61, (32, 24))
-        for at in range(2, rows.shape[1]):
-            rows[:, at] = (rows[:, at - 1] + rows[:, at - 2]) % 61
-        optimizer.zero_grad()
-        model(input_ids=rows, labels=rows).loss.backward()
-        optimizer.step()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def evaluated(source: Path, scheme: str, tmp_path: Path, *, text: Path | None, **options: Any) -> Metrics:
@@ -74,16 +52,6 @@ def test_the_order_of_schemes_on_minilm(
     assert sqnrs == sorted(sqnrs, reverse=True)  # type: ignore[type-var]
 
 
-@pytest.mark.exhaustive
-def test_the_order_of_schemes_on_a_trained_llama(tmp_path: Path, asked: list[Line]) -> None:
-    source = trained_llama(tmp_path / "llama", 600)
-    found = [evaluated(source, scheme, tmp_path, text=None) for scheme in _SCHEMES]
-    kls = [metrics.kl_mean for metrics in found]
-    assert kls == sorted(kls)  # type: ignore[type-var]
-    agreements = [metrics.top1_agreement for metrics in found]
-    assert agreements == sorted(agreements, reverse=True)  # type: ignore[type-var]
-
-
 def bits(folder: Path) -> float:
     from aoconvert.checkpoint import manifest
 
@@ -93,24 +61,19 @@ def bits(folder: Path) -> float:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("model", ["minilm", "llama"])
 def test_a_choice_by_outputs_is_better_at_the_same_size(
-    model: str, checkpoints: Callable[[str], Path], tmp_path: Path, text: Path, asked: list[Line]
+    checkpoints: Callable[[str], Path], tmp_path: Path, text: Path, asked: list[Line]
 ) -> None:
-    is_llama = model == "llama"
-    source = trained_llama(tmp_path / "llama", 1500) if is_llama else checkpoints("bert")
-    given = None if is_llama else text
-    evaluated(source, "int4wo", tmp_path, text=given)
+    """On MiniLM's real weights, where most layers have to be int4: the mean cosine was 0.961 in place of 0.949."""
+    source = checkpoints("bert")
+    evaluated(source, "int4wo", tmp_path, text=text)
     [report] = tmp_path.glob("out-int4wo-*/aoconvert.eval.json")
-    wishes: dict[str, Any] = {"target_bits": 7.0 if is_llama else 12.0, "candidates": "int4wo,int8wo", "text": given}
+    wishes: dict[str, Any] = {"target_bits": 11.0, "candidates": "int4wo,int8wo", "text": text}
     by_weights = evaluated(source, "auto", tmp_path, **wishes)
     by_outputs = evaluated(source, "auto", tmp_path, sensitivity=report, **wishes)
     sizes = [bits(folder) for folder in tmp_path.glob("out-auto-*")]
     assert max(sizes) <= 1.01 * min(sizes)
-    if is_llama:
-        assert by_outputs.kl_mean < by_weights.kl_mean  # type: ignore[operator]
-    else:
-        assert by_outputs.cosine_mean > by_weights.cosine_mean  # type: ignore[operator]
+    assert by_outputs.cosine_mean > by_weights.cosine_mean  # type: ignore[operator]
 
 
 def test_what_is_not_a_report_of_layers_is_refused(tmp_path: Path) -> None:
