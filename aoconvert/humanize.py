@@ -37,6 +37,20 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
+_SPOKEN = "AEFHILMNORSX"
+"""Letters whose names begin with the sound of a vowel."""
+
+
+def with_article(name: str) -> str:
+    """A class name after its article: ``a BertModel``, ``an OPTForCausalLM``, ``an SD3Transformer2DModel``, ``a UNet``.
+
+    Two capitals, or a capital and a digit, are spoken letter by letter.
+    """
+    spelled = name[:1].isupper() and (name[1:2].isupper() or name[1:2].isdigit())
+    vowels = _SPOKEN if spelled else "AEIOaeio"
+    return f"{'an' if name[:1] and name[0] in vowels else 'a'} {name}"
+
+
 def first(names: Sequence[str], most: int = 3) -> str:
     """The first few of many names: ``a, b, c and 7 more``."""
     shown = ", ".join(names[:most])

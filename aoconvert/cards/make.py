@@ -125,7 +125,7 @@ def _packages(target: Checkpoint, strategy: Strategy) -> list[str]:
     libraries = {part.library for part in target.parts}
     if target.kind == "pipeline":
         libraries |= {"diffusers", *(part.library for part in identify(FolderSource(target.folder)).components)}
-    names = ["torchao", "torch", *sorted(libraries)]
+    names = [*(["torchao"] if target.imports else []), "torch", *sorted(libraries)]
     if "diffusers" in libraries or strategy == "assign":
         names.append("accelerate")
     return names

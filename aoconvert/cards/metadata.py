@@ -9,7 +9,7 @@ from typing import Any
 
 from aoconvert.cards import licenses
 from aoconvert.cards.hub_names import FORMAT_TAGS, KEYS, LICENSES, RELATIONS, TASKS
-from aoconvert.checkpoint.manifest import Manifest, SourceCard
+from aoconvert.checkpoint.manifest import PLAIN, Manifest, SourceCard
 from aoconvert.errors import UsageError
 from aoconvert.schemes.names import normalize
 from aoconvert.schemes.table import catalogue
@@ -96,7 +96,9 @@ def front_matter(
     adapters = [lora.repo_id for lora in manifest.source.loras if is_repo_id(lora.repo_id)]
     known = licenses.of_source(manifest)
     terms = known.terms if license is None else licenses.read_chosen(known, check("license", license))
-    schemes = [name for part in manifest.components for name in part.scheme.split("+") if _like(_TAG, name)]
+    schemes = [
+        name for part in manifest.components for name in part.scheme.split("+") if _like(_TAG, name) and name != PLAIN
+    ]
     values: dict[str, Any] = {
         "base_model": [*([base] if base else []), *adapters] if adapters else base,
         "base_model_relation": None,
@@ -115,7 +117,7 @@ def front_matter(
         values["base_model_relation"] = "quantized"  # else the Hub guesses, and may list it as a finetune
     said = [*licenses.deviations(known, values), *_other_base(base, values)]
     tags = _as_list(changed["tags"]) if "tags" in changed else _still_true(card.tags, values["license"])
-    values["tags"] = list(dict.fromkeys([*tags, "torchao", *schemes, "aoconvert"]))
+    values["tags"] = list(dict.fromkeys([*tags, *(["torchao"] if schemes else []), *schemes, "aoconvert"]))
     return values, (*said, *_warn_missing(values))
 
 

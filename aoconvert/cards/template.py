@@ -44,7 +44,7 @@ text is escaped where it is written, so no filter is needed for safety:
   ``tool`` (name and version).
 
 Filters: ``code`` (as code), ``block("python")`` (a fenced block), ``link(url)``, ``size``, ``number``, ``percent``,
-``plural``, and Jinja's own.
+``plural``, ``article`` (a class name after its article), and Jinja's own.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ def render(template: Path | None, values: dict[str, Any]) -> str:
         number=humanize.number,
         percent=humanize.percent,
         plural=humanize.plural,
+        article=humanize.with_article,
     )
     try:
         compiled = environment.compile(source, filename=_NAME)

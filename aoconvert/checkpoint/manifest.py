@@ -37,6 +37,8 @@ PICTURE_NAME = "sqnr.svg"
 OWN_NAMES = frozenset({MANIFEST_NAME, REPORT_NAME, BENCH_NAME, EVAL_NAME, SHEET_NAME, PICTURE_NAME})
 """What is made beside the files that a manifest lists, but for the card."""
 SCHEMA_VERSION = 1
+PLAIN = "plain"
+"""What stands for a scheme where nothing is quantized."""
 MOST_BYTES = 512 << 20  # a manifest of 300,000 tensors has some 200 MB
 _BLANK = "0" * 64
 _DIGEST_KEY = '"digest": "'
@@ -240,8 +242,8 @@ class ComponentEntry(_Model):
         description="where the class of a pipeline-specific part is: a module of diffusers.pipelines, "
         "or code inside the checkpoint",
     )
-    scheme: str
-    config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict")
+    scheme: str = Field(description="several are joined by '+'; 'plain' where a migration left nothing quantized")
+    config: dict[str, Any] = Field(description="torchao.core.config.config_to_dict; empty where nothing is quantized")
     dtype: str = Field(description="dtype of unquantized tensors, and the dtype that quantized ones dequantize to")
     layout: LayoutEntry
     format: Format

@@ -151,11 +151,16 @@ def layout_entry(layout: Layout, unconfirmed: str | None) -> manifest.LayoutEntr
     return manifest.LayoutEntry(**layout_dict(layout, unconfirmed))
 
 
-def loading_values(files: Iterable[SealedFile]) -> dict[str, list[str]]:
-    """A component's ``safe_globals`` and ``imports``, by the names in the pickles of its files."""
+def loading_values(files: Iterable[SealedFile], *, torchao: bool = True) -> dict[str, list[str]]:
+    """A component's ``safe_globals`` and ``imports``, by the names in the pickles of its files.
+
+    Args:
+        files: of the component.
+        torchao: whether a tensor in them is quantized.
+    """
     names = sorted({name for file in files for name in file.globals})
     foreign = [name for name in names if name.partition(".")[0] not in ("torch", "collections", "builtins")]
-    return {"safe_globals": foreign, "imports": imports(names)}
+    return {"safe_globals": foreign, "imports": imports(names) if torchao else []}
 
 
 def written_values(written: WrittenTensor) -> dict[str, Any]:
@@ -179,7 +184,8 @@ def component_entry(
         done: what was written.
         others: its files that hold no weights.
     """
-    model, config = component.component, config_dict(component.config)
+    model, quantized = component.component, bool(component.schemes)  # a migration may leave nothing quantized
+    config = config_dict(component.config) if quantized else {}
     kinds = {spec.name: spec.kind for spec in component.skeleton}
     tensors = [
         _tensor_entry(tensor, kinds.get(tensor.name), done.tensors.get(tensor.name), plan.device)
@@ -192,15 +198,15 @@ def component_entry(
         library=model.library,
         class_name=model.class_name,
         module=model.module,
-        scheme=component.scheme_name,
+        scheme=component.scheme_name or manifest.PLAIN,
         config=config,
         dtype=_base_dtype(component),
         layout=layout_entry(component.layout, component.unconfirmed),
         format=component.format.name,
         files=[*(file_entry(path, file) for path, file in done.files.items()), *others],
-        **loading_values(done.files.values()),
+        **loading_values(done.files.values(), torchao=quantized),
         load=_load_entry(plan, component),
-        loads_with={"torchao": f">={component.min_torchao}", "torch": ">=2.6"},
+        loads_with={**({"torchao": f">={component.min_torchao}"} if quantized else {}), "torch": ">=2.6"},
         fused_qkv=bool(component.skeleton.fused),
         rules=dict(rule_schemes(config, component.layout.device)) if len(component.schemes) > 1 else None,
         original=manifest.OriginalEntry(**asdict(component.original)) if component.original is not None else None,

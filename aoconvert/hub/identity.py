@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aoconvert.checkpoint.manifest import ComponentEntry, Manifest
+from aoconvert.humanize import with_article
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -27,12 +28,12 @@ def other_model(ours: Manifest, theirs: Manifest) -> str | None:
         there, here = (entry.source.subfolder or "the root" for entry in (theirs, ours))
         return f"the model in {there} of {other}, and this one is the model in {here}"
     if _kind(ours, theirs) != _kind(theirs, ours):
-        return f"a {_kind(theirs, ours)}, and this is a {_kind(ours, theirs)}"
+        return f"{with_article(_kind(theirs, ours))}, and this is {with_article(_kind(ours, theirs))}"
     before, now = _by_name(theirs), _by_name(ours)
     for name in before.keys() & now.keys():
         old, new = before[name], now[name]
         if old.class_name != new.class_name:
-            return f"a {old.class_name}, and this is a {new.class_name}"
+            return f"{with_article(old.class_name)}, and this is {with_article(new.class_name)}"
         if (mine is None or other is None) and (odd := _other_shape(_shapes(old), _shapes(new))):
             return f"another {old.class_name}: {odd}"
     if not before.keys() & now.keys() and (mine is None or other is None):
@@ -45,7 +46,7 @@ def other_model(ours: Manifest, theirs: Manifest) -> str | None:
 def other_config(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
     """The same by their configs (``config.json`` or ``model_index.json``), where there is no manifest."""
     mine, other = _class_of(ours), _class_of(theirs)
-    return None if mine == other else f"a {other}, and this is a {mine}"
+    return None if mine == other else f"{with_article(str(other))}, and this is {with_article(str(mine))}"
 
 
 def _class_of(config: Mapping[str, Any]) -> str:

@@ -280,7 +280,7 @@ def _nearest(scheme: str | None) -> str:
     return "int8wo"
 
 
-_MIGRATE = "to write it in torchao's tensor classes of today, with the same codes and scales: aoconvert migrate SOURCE"
+_MIGRATE = "migrate writes it in torchao's tensor classes of today, with the same codes and scales"
 
 
 def _foreign_advice(kind: str, config: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.errors import SourceError
+from aoconvert.humanize import with_article
 from aoconvert.models.base import ModelPart, SourceTensor
 
 if TYPE_CHECKING:
@@ -65,6 +66,6 @@ def convert_names(
 
 def _unknown(component: ModelPart, label: str) -> SourceError:
     return SourceError(
-        f"{label}: its tensors are not those of a {component.class_name} in a layout that diffusers knows",
+        f"{label}: its tensors are not those of {with_article(component.class_name)} in a layout that diffusers knows",
         hint="check that --config is the config of this file",
     )

@@ -70,7 +70,8 @@ def migrate_file(
         sealed = _write(stage.root / target, target, weights, moved, tensors, deviations, progress)
         progress.finish()
         digests = weights.digests()
-        entry = _component(weights, moved, tensors, file_entry(target, sealed), loading_values([sealed]))
+        loading = loading_values([sealed], torchao=any(item is not None and item.scheme for item in moved.values()))
+        entry = _component(weights, moved, tensors, file_entry(target, sealed), loading)
         entry = entry.model_copy(update={"migrated": describe_weights(weights, deviations)})
         written_manifest = Manifest(
             schema_version=1,
@@ -195,8 +196,8 @@ def _component(
         path="",
         library="torch",
         class_name=STATE_DICT,
-        scheme="+".join(dict.fromkeys(scheme.name for scheme in used)),
-        config=config_dict(fqn_to_config(rules, decided, set(decided))),
+        scheme="+".join(dict.fromkeys(scheme.name for scheme in used)) or manifests.PLAIN,
+        config=config_dict(fqn_to_config(rules, decided, set(decided))) if used else {},
         dtype=next((tensor.dtype for tensor in tensors if tensor.action == "quantize"), "bfloat16"),
         layout=layout_entry(layout, unconfirmed),
         format=TORCH_BIN.name,

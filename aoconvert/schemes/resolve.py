@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aoconvert.environment import import_torchao, quiet_imports
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.formats.dtypes import dtype_name
+from aoconvert.humanize import with_article
 from aoconvert.schemes import settings as values
 from aoconvert.schemes.apply import flatten, quantize_with
 from aoconvert.schemes.base import Layout, RowIndependence, Scheme, WeightFormat
@@ -164,7 +165,7 @@ def _sample(entry: SchemeEntry, config: AOBaseConfig) -> torch.Tensor:
     except Exception as error:
         raise UsageError(f"{entry.name}: torchao cannot quantize with this config: {_why(error)}") from error
     if type(made).__name__ != entry.tensor_class.name:
-        raise UsageError(f"{entry.name}: with this config torchao creates a {type(made).__name__} instead")
+        raise UsageError(f"{entry.name}: with this config torchao creates {with_article(type(made).__name__)} instead")
     return made
 
 

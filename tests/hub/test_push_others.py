@@ -99,8 +99,8 @@ def test_another_scheme_is_an_update_and_is_said(me: Pusher, fresh: Fresh) -> No
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"config.json": b'{"architectures": ["BertModel"]}'}, "a BertModel, and this is a OPTForCausalLM"),
-        ({"model_index.json": b'{"_class_name": "FluxPipeline"}'}, "a FluxPipeline, and this is a OPTForCausalLM"),
+        ({"config.json": b'{"architectures": ["BertModel"]}'}, "a BertModel, and this is an OPTForCausalLM"),
+        ({"model_index.json": b'{"_class_name": "FluxPipeline"}'}, "a FluxPipeline, and this is an OPTForCausalLM"),
         ({"config.json": b'{"architectures": ["OPTForCausalLM"]}'}, "changed there since: config.json"),
         ({"config.json": b"not JSON"}, "holds another model: a model of an unknown class"),
         ({"pytorch_model-00001-of-00002.bin": b"theirs"}, "changed there since: pytorch_model-00001-of-00002.bin"),
@@ -213,8 +213,8 @@ def test_an_older_manifest_names_no_pipeline(pipeline: Manifest) -> None:
 
 def test_configs_without_a_manifest() -> None:
     assert other_config({"architectures": ["A"]}, {"architectures": ["A"], "hidden_size": 1}) is None
-    assert other_config({"_class_name": "A"}, {"_class_name": ["x", "A"]}) == "a ['x', 'A'], and this is a A"
-    assert other_config({"architectures": ["A"]}, {"model_type": "a"}) == "a a, and this is a A"
+    assert other_config({"_class_name": "A"}, {"_class_name": ["x", "A"]}) == "a ['x', 'A'], and this is an A"
+    assert other_config({"architectures": ["A"]}, {"model_type": "a"}) == "an a, and this is an A"
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,20 @@ def test_exact_values(tmp_path: Path) -> None:
     assert (found.equal, found.same) == (True, 36)
 
 
+def test_what_is_wholly_dequantized_is_a_plain_checkpoint(tmp_path: Path) -> None:
+    done = aoconvert.migrate(LEGACY / "diffusers-int2", output=tmp_path / "out", exact=True)
+    [part] = done.manifest.components
+    assert (part.scheme, part.config, part.imports, part.loads_with) == ("plain", {}, [], {"torch": ">=2.6"})
+    assert "quantization_config" not in json.loads((done.output / "config.json").read_text())
+    card = aoconvert.card(done.output).text
+    assert "nothing in it is quantized, it is a plain checkpoint" in card
+    assert "pip install torch==" in card
+    assert "import torchao" not in card
+    assert aoconvert.verify(done.output, reload=False).ok
+    assert aoconvert.inspect(str(done.output)).kind == "plain"
+    assert all(not hasattr(tensor, "qdata") for tensor in opened(done.output).values())
+
+
 def test_folders_that_are_not_whole(tmp_path: Path) -> None:
     """Everything that is missing, at once, and nothing is written."""
     copy = Path(shutil.copytree(LEGACY / "direct-int8", tmp_path / "copy"))

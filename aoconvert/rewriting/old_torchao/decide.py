@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from aoconvert.environment import import_torchao
 from aoconvert.formats.torch_bin.contents import BinTensor
+from aoconvert.humanize import with_article
 from aoconvert.rewriting.migrate_types import CannotMigrate, Outcome, Read, dtype_of, read_meta
 from aoconvert.rewriting.old_torchao.activations import NO_ACTIVATIONS, Activations, last_name, unwrap
 from aoconvert.rewriting.old_torchao.floats import float8
@@ -74,7 +75,7 @@ def _decide(tensor: BinTensor, read: Read, packed_on: str | None) -> Outcome:
             raise _unknown(last_name(found.impl.class_name))
         return build(found, activations)
     if activations is not NO_ACTIVATIONS:
-        raise CannotMigrate(f"a {name} within a {last_name(tensor.class_name)} is not known")
+        raise CannotMigrate(f"{with_article(name)} within {with_article(last_name(tensor.class_name))} is not known")
     if (outcome := todays(weight, read)) is not None:
         return outcome
     if name == "Int4OpaqueTensor":
@@ -85,4 +86,4 @@ def _decide(tensor: BinTensor, read: Read, packed_on: str | None) -> Outcome:
 
 
 def _unknown(name: str) -> CannotMigrate:
-    return CannotMigrate(f"no class of today is known to hold the values of a {name}", AGAIN)
+    return CannotMigrate(f"no class of today is known to hold the values of {with_article(name)}", AGAIN)

@@ -9,6 +9,7 @@ import torch
 
 from aoconvert.formats.torch_bin.contents import BinTensor, Instance, Symbol, Value
 from aoconvert.formats.torch_bin.safe_names import ITEMSIZE, Kind, list_names
+from aoconvert.humanize import with_article
 from aoconvert.rewriting.migrate_types import CannotMigrate, Outcome, Read, SchemeName, dtype_of
 from aoconvert.rewriting.old_torchao.activations import last_name
 from aoconvert.rewriting.old_torchao.weight import per_row_or_group
@@ -63,7 +64,9 @@ def live(value: Value) -> Any:
                 return made(*map(live, value.args), **fields)
             except (TypeError, ValueError) as error:
                 raise CannotMigrate(f"its {name} has values that torchao does not know") from error
-        raise CannotMigrate(f"it holds a {last_name(value.class_name)}, which torchao does not have any more")
+        raise CannotMigrate(
+            f"it holds {with_article(last_name(value.class_name))}, which torchao does not have any more"
+        )
     raise CannotMigrate("it holds a value that torchao does not have any more")
 
 
