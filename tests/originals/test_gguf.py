@@ -136,3 +136,19 @@ def test_without_gguf_the_package_is_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(SourceError, match=r"model\.gguf is a GGUF file, and gguf is not installed") as caught:
         aoconvert.plan(file, "int8wo", device="cpu")
     assert (caught.value.hint or "").startswith("pip install gguf")
+
+
+def test_a_file_cut_short_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    file = gguf_files.language_model(tmp_path / "source")
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(SourceError, match=r"model\.gguf is truncated: tensor '.*' ends at byte") as caught:
+        aoconvert.quantize(file, "int8wo", output=tmp_path / "out", device="cpu")
+    assert caught.value.exit_code == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_architecture_with_conversions_of_its_own_is_named(tmp_path: Path) -> None:
+    values = np.zeros((4, 32), dtype=np.float32)
+    file = gguf_files.write(tmp_path / "m.gguf", "lfm2", {}, {"token_embd.weight": (values, Kind.F32)})
+    with pytest.raises(SourceError, match=r"m\.gguf: aoconvert does not read GGUF files of the architecture 'lfm2'"):
+        aoconvert.plan(file, "int8wo", device="cpu")
