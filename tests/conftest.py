@@ -11,6 +11,7 @@ import pytest
 from fake_hub.fixtures import hub_client
 from helpers.forking import Forker, start_forked
 from helpers.shared import build_once
+from hypothesis import settings
 
 __all__ = ["hub_client"]
 
@@ -20,6 +21,9 @@ os.environ.setdefault("AOCONVERT_CACHE_DIR", "")  # nothing of this user's is us
 os.environ.setdefault("AOCONVERT_COMPILE", "0")  # what tests of the kernels alone need, they compile
 # tests run side by side: threads that spin while they wait take the cores from each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# no test has a clock: a busy machine is no failure
+settings.register_profile("aoconvert", deadline=None)
+settings.load_profile("aoconvert")
 # a shell starts background jobs with SIGINT ignored, and whatever they start inherits that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
