@@ -83,7 +83,8 @@ def search(source: Source, options: QuantizeOptions, progress: Progress, fetch: 
         failures += weigh(tensors, ratios)
     fixed = sum(file.size for name in given for file in parts[name].files)
     rules, outcome = _settle(surveys, tensors, options, fixed)
-    return Searched({**given, **rules}, (*failures, *outcome.warnings))
+    left_out = [line for survey in surveys for line in survey.warnings]
+    return Searched({**given, **rules}, (*left_out, *failures, *outcome.warnings))
 
 
 def _parts(plan: Plan) -> dict[str, ComponentPlan]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from aoconvert.errors import WriteError
+from aoconvert.humanize import plural
 from aoconvert.models import TensorSpec
 from aoconvert.options import QuantizeOptions
 from aoconvert.planning.choices import SchemeChoice, Wishes, choose_schemes
@@ -55,12 +57,14 @@ class Survey:
 
     Attributes:
         allowed: tensor → the candidates that it can take, for tensors that can take one.
+        unstorable: candidate → why the format of the files cannot hold it, and for how many tensors.
     """
 
     plan: ComponentPlan
     candidates: Sequence[Scheme]
     options: QuantizeOptions
     allowed: dict[str, list[Scheme]] = field(default_factory=dict)
+    unstorable: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         import torch
@@ -77,10 +81,30 @@ class Survey:
             for name, choice in self._choices(Rules((), scheme, self._skip)).items():
                 if name not in self._tensors:
                     continue  # the checkpoint does not hold it
-                if choice.scheme is not None:
+                if choice.scheme is not None and (why := self._obstacle(name, scheme)) is not None:
+                    self.unstorable[scheme.name] = why, self.unstorable.get(scheme.name, ("", 0))[1] + 1
+                    self._reasons.setdefault(name, why)
+                elif choice.scheme is not None:
                     self.allowed.setdefault(name, []).append(scheme)
                 else:
                     self._reasons.setdefault(name, choice.reason or "")
+
+    @property
+    def warnings(self) -> list[str]:
+        """Candidates that are left out, for people."""
+        title, format_ = self.plan.component.title, self.plan.format.name
+        return [
+            f"{title}: auto leaves out {name} for {plural(count, 'tensor')}: {format_} files cannot hold it ({why})"
+            for name, (why, count) in self.unstorable.items()
+        ]
+
+    def _obstacle(self, name: str, scheme: Scheme) -> str | None:
+        """Why the format of the files cannot hold a tensor in a scheme."""
+        try:
+            self.plan.format.writer.outline({name: self.output(name, scheme)})
+        except WriteError as error:
+            return error.message.removeprefix(f"tensor {name!r}: ")
+        return None
 
     @property
     def component(self) -> str:

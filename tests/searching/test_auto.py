@@ -238,3 +238,23 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_choice(llama: Weights, tmp
     assert resumed.resumed >= 10
     fresh = aoconvert.quantize(llama.folder, "auto", output=tmp_path / "two", **options)
     assert hashes(resumed.manifest.components[0]) == hashes(fresh.manifest.components[0])
+
+
+def test_a_candidate_that_the_format_cannot_hold_is_left_out(tmp_path: Path) -> None:
+    source = build_llama(tmp_path / "model", hidden_size=128, intermediate_size=320, vocab_size=64)
+    plan = aoconvert.plan(
+        source,
+        "auto",
+        output=tmp_path / "out",
+        device="cpu",
+        format="safetensors",
+        candidates=["int4wo", "int8wo"],
+        target_bits=9,
+        layout_device="cpu",
+        min_quantized=0.0,
+    )
+    [part] = plan.components
+    assert {scheme.name for scheme in part.schemes} == {"int8wo"}
+    [line] = [line for line in plan.warnings if "auto leaves out" in line]
+    assert line.startswith("LlamaForCausalLM: auto leaves out int4wo for 12 tensors: safetensors files cannot hold it")
+    assert "Int4OpaqueTensor" in line
