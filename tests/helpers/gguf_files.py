@@ -162,7 +162,7 @@ _VALUES = {
     "attention.layer_norm_rms_epsilon": 1e-6,
     "rope.freq_base": 10000.0,
 }
-# transformers takes 768 for any file, and of GPT-2 two sizes
+# transformers takes 768 for any file, and 1024 positions for any GPT-2
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
 _OWN: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Callable[[Any], Change] | None]] = {
     "llama": ("LlamaForCausalLM", {"tie_word_embeddings": False}, {}, _llama_rows),
@@ -175,7 +175,14 @@ _OWN: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any], Callable[[An
     ),
     "gpt2": (
         "GPT2LMHeadModel",
-        {"n_positions": 1024, "vocab_size": 50257, "n_embd": 256, "n_layer": 2, "n_head": 4},
+        {
+            "n_positions": 1024,
+            "vocab_size": 128,
+            "n_embd": 256,
+            "n_layer": 2,
+            "n_head": 4,
+            "tie_word_embeddings": False,
+        },
         {"attention.layer_norm_epsilon": 1e-5},
         _gpt2,
     ),
