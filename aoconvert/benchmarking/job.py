@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.checkpoint import manifest as manifests
-from aoconvert.checkpoint.checkpoint import Checkpoint, Part
+from aoconvert.checkpoint.checkpoint import Checkpoint
 from aoconvert.checkpoint.files import check_files, file_sha256
 from aoconvert.checkpoint.load_code import card_strategy, load_code
 from aoconvert.checkpoint.manifest import BENCH_NAME, MANIFEST_NAME, Manifest
@@ -26,6 +26,7 @@ from aoconvert.sources import Source
 from aoconvert.sources.folder import FolderSource
 from aoconvert.verification.library import find_other_model, originals
 from aoconvert.verification.load_device import choose_load_device
+from aoconvert.verification.original import other_numbers
 
 
 @dataclass(frozen=True)
@@ -181,28 +182,6 @@ def _require_original(
         raise PlanError(["a LoRA was added to the source: there is no original with it to measure"])
     other = find_other_model(target, source, manifest)
     for part in target.parts if other is None else ():
-        other = other or _other_shape(part, Path(found[part.name]["folder"]))
+        other = other or next(other_numbers(part, Path(found[part.name]["folder"])), None)
     if other is not None:
         raise SourceError(other, hint="--source names the model that was quantized")
-
-
-def _other_shape(part: Part, folder: Path) -> str | None:
-    """A number of the config that differs, as the sizes of a model of the same class do."""
-    source = FolderSource(folder)
-    config = source.read_json("config.json") if source.has("config.json") else {}
-    before, after = _numbers(config, ""), _numbers(part.config, "")
-    for name in before.keys() & after.keys():
-        if before[name] != after[name]:
-            return f"the source is another model: its {name} is {before[name]}, the result's is {after[name]}"
-    return None
-
-
-def _numbers(config: Any, name: str) -> dict[str, int]:
-    """Whole numbers of a config, those inside it too, by their paths."""
-    if isinstance(config, Mapping):
-        found: dict[str, int] = {}
-        for key in sorted(config):
-            if key not in ("quantization_config", "_name_or_path"):
-                found |= _numbers(config[key], f"{name}.{key}".removeprefix("."))
-        return found
-    return {name: config} if isinstance(config, int) and not isinstance(config, bool) else {}

@@ -27,7 +27,7 @@ from aoconvert.progress import Progress
 from aoconvert.sources import Source
 from aoconvert.verification.library import find_other_model, originals
 from aoconvert.verification.load_device import choose_load_device
-from aoconvert.verification.original import check_source
+from aoconvert.verification.original import check_source, other_numbers
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 _SMALL = (".json", ".txt", ".model", ".py", ".jinja")
@@ -174,29 +174,9 @@ def _require_same_model(
     for part in target.parts:
         if part.name in found:
             own, theirs = target.folder / part.folder, Path(found[part.name]["folder"])
-            problems += [*_other_numbers(part, theirs), *_other_tokenizers(own, theirs)]
+            problems += [*other_numbers(part, theirs), *_other_tokenizers(own, theirs)]
     if problems:
         raise SourceError(some(problems, 2), hint="--source names the model that was quantized")
-
-
-def _other_numbers(part: Part, folder: Path) -> Iterator[str]:
-    from aoconvert.sources.folder import FolderSource
-
-    source = FolderSource(folder)
-    config = source.read_json("config.json") if source.has("config.json") else {}
-    for name, before in _numbers(config, ""):
-        after = dict(_numbers(part.config, "")).get(name)
-        if after is not None and after != before:
-            yield f"the source is another model: its {name} is {before}, the result's {after}"
-
-
-def _numbers(config: Any, name: str) -> Iterator[tuple[str, int]]:
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            if key != "quantization_config":
-                yield from _numbers(value, f"{name}.{key}".removeprefix("."))
-    elif isinstance(config, int) and not isinstance(config, bool):
-        yield name, config
 
 
 def _other_tokenizers(own: Path, theirs: Path) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.checkpoint import manifest as manifests
+from aoconvert.checkpoint.checkpoint import Part
 from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import FileEntry, SourceEntry
 from aoconvert.checkpoint.report import Status, some
@@ -110,6 +111,32 @@ def _find_commit(reference: str, checkpoint: Path) -> str | None:
         return None
     repo_id, revision = parse_repo(reference)
     return source.revision if revision is None and repo_id == source.repo_id else None
+
+
+def other_numbers(part: Part, folder: Path) -> Iterator[str]:
+    """Whole numbers of a config in which an original differs, as the sizes of another model of the same class do.
+
+    Args:
+        part: of the checkpoint.
+        folder: of the original.
+    """
+    source = FolderSource(folder)
+    before = _numbers(source.read_json(CONFIG) if source.has(CONFIG) else {}, "")
+    after = _numbers(part.config, "")
+    for name, number in before.items():
+        if after.get(name, number) != number:
+            yield f"the source is another model: its {name} is {number}, the result's is {after[name]}"
+
+
+def _numbers(config: Any, name: str) -> dict[str, int]:
+    """Whole numbers of a config, those inside it too, by their paths."""
+    if isinstance(config, Mapping):
+        found: dict[str, int] = {}
+        for key in sorted(config):
+            if key not in ("quantization_config", "_name_or_path"):
+                found |= _numbers(config[key], f"{name}.{key}".removeprefix("."))
+        return found
+    return {name: config} if isinstance(config, int) and not isinstance(config, bool) else {}
 
 
 def find_loras(made_of: SourceEntry, given: Sequence[str]) -> list[str] | None:

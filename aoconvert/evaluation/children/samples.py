@@ -167,9 +167,8 @@ def _tokenizer(wishes: Wishes) -> Any:
             wishes.folder, local_files_only=True, trust_remote_code=wishes.trust
         )
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInputs(
-            f"--text needs a tokenizer, and the library finds none in the source: {lines[0]}",
+            f"--text needs a tokenizer, and transformers finds none in the source ({type(error).__name__})",
             "omit --text: the original then generates the text",
         ) from error
 
