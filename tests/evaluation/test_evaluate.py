@@ -237,7 +237,7 @@ def test_a_source_that_is_another_model_is_refused(asked: list[Line], tmp_path: 
     word_tokenizer(source, WORDS)
     result = quantized(source)
     larger = build_llama(tmp_path / "larger", vocab_size=160)
-    with pytest.raises(aoconvert.SourceError, match="its vocab_size is 160, the result's 128"):
+    with pytest.raises(aoconvert.SourceError, match="its vocab_size is 160, the result's is 128"):
         aoconvert.evaluate(result, source=str(larger))
     with pytest.raises(aoconvert.SourceError, match="is another model: BertModel, not LlamaForCausalLM"):
         aoconvert.evaluate(result, source=str(bert(tmp_path / "bert")))
