@@ -49,7 +49,8 @@ class Metrics(_Model):
     )
     perplexity: float | None = Field(default=None, description="the same of the quantized model")
     cosine_mean: float | None = Field(
-        default=None, description="cosine of pooled outputs (the mean over the tokens): mean"
+        default=None,
+        description="cosine of pooled outputs (the mean over the tokens), or of a denoiser's whole outputs: mean",
     )
     cosine_min: float | None = None
     cosine_tokens_mean: float | None = Field(default=None, description="cosine of the outputs of each token: mean")
@@ -60,8 +61,12 @@ class Metrics(_Model):
     output_sqnr_db: float | None = Field(
         default=None, description="−20·log10(output_relative_error); absent where that is 0"
     )
-    latents_relative_error: float | None = None
-    psnr_mean: float | None = Field(default=None, description="dB; of pairs of pictures that are not equal")
+    latents_relative_error: float | None = Field(
+        default=None, description="‖original − quantized‖ / ‖original‖ of the final latents, each pipeline by itself"
+    )
+    psnr_mean: float | None = Field(
+        default=None, description="dB, of 8-bit pictures or frames that are not equal; absent where all are equal"
+    )
     psnr_min: float | None = None
     ssim_mean: float | None = None
     lpips_mean: float | None = None
@@ -84,6 +89,22 @@ class SkippedLayer(_Model):
     reason: str
 
 
+class StepFigures(_Model):
+    """One call of a model in a pipeline, on what the original was given there."""
+
+    sample: int
+    call: int = Field(description="which of the model's calls for this sample, from 0")
+    output_sqnr_db: float | None = Field(default=None, description="absent where the outputs are equal")
+    cosine: float
+
+
+class SkippedFigure(_Model):
+    """A figure that is absent, and why."""
+
+    name: str
+    reason: str
+
+
 class ComponentFigures(_Model):
     """One quantized model."""
 
@@ -94,6 +115,8 @@ class ComponentFigures(_Model):
     noise_floor: Metrics = Field(description="the same figures of the original with noise like bfloat16 rounding in it")
     layers: tuple[LayerFigures, ...] = ()
     skipped_layers: tuple[SkippedLayer, ...] = ()
+    steps: tuple[StepFigures, ...] = Field(default=(), description="of a model in a pipeline")
+    skipped_figures: tuple[SkippedFigure, ...] = ()
 
 
 class GateResult(_Model):
@@ -118,7 +141,7 @@ class EvalData(_Model):
     kind: DataKind
     sha256: str = Field(description="of the tokens, or of the tensors, that both models were given")
     samples: int
-    tokens: int = Field(description="how many tokens were judged")
+    tokens: int | None = Field(default=None, description="how many tokens were judged; absent for a pipeline")
     detail: str = Field(description="one sentence about where the data comes from")
     seed: int
     files: tuple[DataFile, ...] = ()
@@ -143,6 +166,7 @@ class Evaluation(_Model):
         ok: every gate was kept.
         path: as the user named it.
         reused: samples whose outputs of the original were there from an earlier run.
+        peak_bytes: largest amount of memory that each pipeline took of its own, by ``original`` and ``quantized``.
         command: what gives the same figures again.
         unwritten: why the report is not in the folder; ``None`` where it is. Never written.
     """
@@ -156,6 +180,7 @@ class Evaluation(_Model):
     components: tuple[ComponentFigures, ...]
     gates: tuple[GateResult, ...]
     reused: int
+    peak_bytes: dict[str, int] | None = None
     command: str
     date: Annotated[str, AfterValidator(_check_date)]
     manifest_sha256: str

@@ -10,6 +10,7 @@ import click
 from aoconvert.cli.options import common, with_options
 from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
 from aoconvert.errors import UsageError
+from aoconvert.humanize import size
 from aoconvert.options.evaluate import EvaluateOptions
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ EXAMPLES = """\b
 Examples:
   aoconvert eval --source meta-llama/Llama-3.2-1B --text wiki.txt
   aoconvert eval ./out --source ./my-model --samples 16 --max-kl 0.05
+  aoconvert eval --source black-forest-labs/FLUX.1-dev --prompts prompts.txt --size 1024x1024 --steps 28
   aoconvert eval user/MiniLM-int8wo --min-cosine 0.999 --json
 """
 
@@ -35,9 +37,10 @@ def command(*, checkpoint: str, out: Output, **options: Any) -> int:
     """Show how much a converted checkpoint lost: its outputs beside the original's. Default: ./out.
 
     Both models run on the same inputs, one after the other, each in a fresh process. Language models: KL divergence,
-    agreement of the most likely token, perplexity. Encoders: cosine and relative error. The same figures for noise
-    like bfloat16 rounding say what "as good as the original" is. It writes aoconvert.eval.json; exit code 4 if a gate
-    is missed.
+    agreement of the most likely token, perplexity. Encoders: cosine and relative error. Pipelines: error of the
+    denoiser on the original's inputs, error of the final latents, PSNR and SSIM of the pictures, and eval.png. The same
+    figures for noise like bfloat16 rounding say what "as good as the original" is. It writes aoconvert.eval.json; exit
+    code 4 if a gate is missed.
     """
     if checkpoint == _DEFAULT and not Path(checkpoint).exists():
         raise UsageError(f"no ./{_DEFAULT} here", hint="aoconvert eval PATH, or a model on the Hub as user/repo")
@@ -68,7 +71,8 @@ def table(report: Evaluation) -> RenderableType:
     columns = {"figure": FOLD, "quantized": NUMBER, "bfloat16 noise": NUMBER}
     shown: list[RenderableType] = []
     for part in report.components:
-        title = f"{part.name or part.class_name} ({part.task}), on {report.data.tokens} tokens: {report.data.detail}"
+        amount = f"on {report.data.tokens} tokens: " if report.data.tokens is not None else ""
+        title = f"{part.name or part.class_name} ({part.task}), {amount}{report.data.detail}"
         shown += [Text(title, style="bold"), Output.table(_rows(part), columns)]
         if part.layers:
             worst = sorted(
@@ -77,6 +81,10 @@ def table(report: Evaluation) -> RenderableType:
             )[:3]
             names = ", ".join(f"{layer.name} {layer.output_sqnr_db:.1f} dB" for layer in worst)
             shown.append(Text(f"layers with the largest output error: {names or 'none'}"))
+        shown += [Text(f"no {figure.name}: {figure.reason}") for figure in part.skipped_figures]
+    if report.peak_bytes:
+        taken = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in report.peak_bytes.items())
+        shown.append(Text(f"largest amount of memory of each process's own: {taken}"))
     gates = [
         (
             f"--{gate.name}",
@@ -103,8 +111,8 @@ _LABELS = {
     "top1_agreement": "same most likely token",
     "perplexity_source": "perplexity of the original",
     "perplexity": "perplexity",
-    "cosine_mean": "cosine of pooled outputs, mean",
-    "cosine_min": "cosine of pooled outputs, smallest",
+    "cosine_mean": "cosine of the outputs, mean",
+    "cosine_min": "cosine of the outputs, smallest",
     "cosine_tokens_mean": "cosine for each token, mean",
     "cosine_tokens_min": "cosine for each token, smallest",
     "output_relative_error": "relative error of the outputs",

@@ -9,10 +9,10 @@ from pathlib import Path
 from aoconvert.checkpoint.evaluation import SCHEMA_VERSION, Evaluation
 from aoconvert.checkpoint.manifest import EVAL_NAME
 from aoconvert.environment import device_facts, versions
-from aoconvert.errors import PlanError
 from aoconvert.evaluation.gates import judge
 from aoconvert.evaluation.job import Job, prepare
 from aoconvert.evaluation.models import Measured, measure_model
+from aoconvert.evaluation.pipelines import measure_pipeline
 from aoconvert.files import write_whole
 from aoconvert.options.evaluate import EvaluateOptions
 from aoconvert.planning.overwriting import tidy
@@ -50,6 +50,7 @@ def evaluate(
         components=found.components,
         gates=gates,
         reused=found.reused,
+        peak_bytes=found.peak_bytes,
         command=job.command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         manifest_sha256=job.manifest_sha256,
@@ -64,4 +65,4 @@ def evaluate(
 def _measure(job: Job) -> Measured:
     if job.target.kind == "transformers":
         return measure_model(job)
-    raise PlanError(["pipelines and models of diffusers cannot be evaluated yet"])
+    return measure_pipeline(job)

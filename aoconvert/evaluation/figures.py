@@ -112,6 +112,27 @@ def compare_vectors(original: torch.Tensor, result: torch.Tensor) -> SampleFigur
     return SampleFigures(cosine=cosine, cosine_tokens=cosines, signal=signal, noise=noise)
 
 
+def compare_whole(original: torch.Tensor, result: torch.Tensor) -> SampleFigures:
+    """Compare two outputs as one vector each: what a denoiser gives, or latents.
+
+    Raises:
+        NotFiniteError: NaN or infinity.
+    """
+    for whose, values in (("original", original), ("quantized", result)):
+        if not bool(values.isfinite().all()):
+            raise NotFiniteError(whose)
+    signal = noise = product = power = 0.0
+    for a, b in zip(*(torch.split(values.reshape(-1), _WIDE) for values in (original, result)), strict=True):
+        before, after = a.to(torch.float64), b.to(torch.float64)
+        signal += float(before.square().sum())
+        power += float(after.square().sum())
+        product += float((before * after).sum())
+        noise += float((before - after).square().sum())
+    norm = math.sqrt(signal) * math.sqrt(power)
+    cosine = 1.0 if noise == 0 else (max(-1.0, min(1.0, product / norm)) if norm > 0 else 0.0)
+    return SampleFigures(cosine=[cosine], signal=signal, noise=noise)
+
+
 def _rows(values: torch.Tensor) -> Iterator[slice]:
     step = max(1, _WIDE // max(1, values.shape[-1]))
     return (slice(start, start + step) for start in range(0, len(values), step))

@@ -108,6 +108,7 @@ def prepare(
     tasks = tasks_of(target)
     check_gates(options, list(tasks.values()))
     check_text(options)
+    check_inputs(options, pipeline=target.kind != "transformers")
     device = _choose_device(target, options.device)
     progress.start("files", 0)
     problems, _ = check_files(folder, manifest)
@@ -149,6 +150,18 @@ def check_text(options: EvaluateOptions) -> None:
             raise UsageError(f"--text {path} is not UTF-8 text (byte {error.start})") from error
         if not text.strip():
             raise UsageError(f"--text {path} is empty", hint="give a text of some thousand words")
+
+
+def check_inputs(options: EvaluateOptions, *, pipeline: bool) -> None:
+    """Refuse prompts for a model, and text for a pipeline.
+
+    Raises:
+        UsageError: there are some.
+    """
+    if options.prompts is not None and not pipeline:
+        raise UsageError("--prompts is for pipelines, and this is a model", hint="give text with --text")
+    if options.text and pipeline:
+        raise UsageError("--text is for language models, and this is a pipeline", hint="give prompts with --prompts")
 
 
 def _choose_device(target: Checkpoint, requested: str) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from aoconvert.checkpoint.checkpoint import Part
@@ -19,13 +18,13 @@ from aoconvert.checkpoint.evaluation import (
 from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.load_code import card_strategy, load_code
 from aoconvert.environment import versions
-from aoconvert.errors import AoconvertError, PlanError, SourceError, UsageError, VerificationError
+from aoconvert.errors import SourceError
 from aoconvert.evaluation import children
+from aoconvert.evaluation.asking import ask, read_limits
 from aoconvert.evaluation.figures import SampleFigures, summarize
 from aoconvert.evaluation.job import Job
 from aoconvert.evaluation.references import References, open_references, write_json
 from aoconvert.schemes import int4
-from aoconvert.verification.limits import Limits
 from aoconvert.verification.process import Children
 
 ROWS = 128
@@ -41,12 +40,14 @@ class Measured:
         components: the figures of each part.
         dtype: in which the original ran.
         reused: samples whose outputs of the original were there already.
+        peak_bytes: see ``Evaluation``.
     """
 
     data: EvalData
     components: tuple[ComponentFigures, ...]
-    dtype: str
+    dtype: str | None
     reused: int
+    peak_bytes: dict[str, int] | None = None
 
 
 def measure_model(job: Job) -> Measured:
@@ -61,7 +62,7 @@ def measure_model(job: Job) -> Measured:
     [part] = job.target.parts
     if part.name not in job.originals:
         raise SourceError(f"{job.source.label}: nothing says how the library opens the original")
-    with open_references(_facts(job, part)) as kept, Children(_limits(), children.FOLDER) as running:
+    with open_references(_facts(job, part)) as kept, Children(read_limits(), children.FOLDER) as running:
         data = kept.data()
         before = kept.done(data["samples"]) if data is not None else []
         if data is None or len(before) < data["samples"]:
@@ -75,16 +76,10 @@ def measure_model(job: Job) -> Measured:
         task=job.tasks[part.name],
         metrics=summarize(SampleFigures(**found) for found in samples),
         noise_floor=_noise_floor(job, floor),
-        layers=tuple(LayerFigures(**_with_weight(part, line)) for line in layers if "reason" not in line),
+        layers=tuple(LayerFigures(**with_weight(part, line)) for line in layers if "reason" not in line),
         skipped_layers=tuple(SkippedLayer(**line) for line in layers if "reason" in line),
     )
     return Measured(_describe_data(job, data, samples), (component,), data["dtype"], len(before))
-
-
-def _limits() -> Limits:
-    """As the environment says; there is no limit of time where it says none, as the progress shows what is done."""
-    found = Limits.read()
-    return found if found.seconds is not None else replace(found, seconds=math.inf)
 
 
 def _facts(job: Job, part: Part) -> dict[str, Any]:
@@ -124,7 +119,7 @@ def _run_original(job: Job, part: Part, kept: References, running: Children) -> 
             "trust": options.trust_remote_code,
         },
     }
-    _ask(job, "original", running, request, job.source.nbytes, options.samples)
+    ask(job, "original", running, request, job.source.nbytes, options.samples)
     data = kept.data()
     assert data is not None
     return data
@@ -154,55 +149,19 @@ def _run_quantized(
         "task": job.tasks[part.name],
         "folder": str(kept.folder),
         "samples": [number for number in range(data["samples"]) if number not in found],
-        "layers": _packing(job, part) if job.options.layers else {},
+        "layers": packing_of(job, part) if job.options.layers else {},
     }
-    answers = _ask(job, "quantized", running, request, job.target.nbytes, len(request["samples"]), keep)
+    answers = ask(job, "quantized", running, request, job.target.nbytes, len(request["samples"]), keep)
     found |= {line["sample"]: line["figures"] for line in answers if "figures" in line}
     return found, [line["layer"] for line in answers if "layer" in line]
 
 
-def _packing(job: Job, part: Part) -> dict[str, str | None]:
+def packing_of(job: Job, part: Part) -> dict[str, str | None]:
     """Quantized tensor → the layout of int4 that is packed for a CPU."""
-    entry = next(entry for entry in job.manifest.components if entry.name == part.name)
+    pairs = zip(job.target.parts, job.manifest.components, strict=True)  # a part alone has no name in the target
+    entry = next(entry for own, entry in pairs if own.name == part.name)
     layout = int4.cpu_layout(entry.layout.packing)
     return {tensor.name: layout for tensor in entry.tensors if tensor.action == "quantize"}
-
-
-def _ask(
-    job: Job,
-    stage: str,
-    running: Children,
-    request: dict[str, Any],
-    nbytes: int,
-    passes: int,
-    keep: Callable[[Mapping[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Run a model in a fresh interpreter; the progress counts the weights that each pass reads."""
-
-    def notice(line: Mapping[str, Any]) -> None:
-        if "sample" in line:
-            job.progress.advance(nbytes, f"sample {line['sample'] + 1}")
-            if keep is not None:
-                keep(line)
-
-    job.progress.start(stage, nbytes * max(passes, 1))
-    answers = running.ask("eval_child", request, nbytes=nbytes, notice=notice)
-    job.progress.finish()
-    last = answers[-1]
-    if "error" in last:
-        raise _error(last)
-    return answers
-
-
-def _error(line: Mapping[str, Any]) -> AoconvertError:
-    message, hint = str(line["error"]), line.get("hint")
-    if line["kind"] == "data":
-        return UsageError(message, hint=hint)
-    if line["kind"] == "memory":
-        return PlanError([message])
-    if line["kind"] == "original":
-        return SourceError(message, hint=hint)
-    return VerificationError(message, hint=hint or "run aoconvert verify")
 
 
 def _noise_floor(job: Job, figures: Sequence[Mapping[str, Any]]) -> Metrics:
@@ -211,7 +170,8 @@ def _noise_floor(job: Job, figures: Sequence[Mapping[str, Any]]) -> Metrics:
     return summarize(SampleFigures(**found) for found in figures if found)
 
 
-def _with_weight(part: Part, line: Mapping[str, Any]) -> dict[str, Any]:
+def with_weight(part: Part, line: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a layer with the SQNR of its weight."""
     entry = (part.tensors or {}).get(f"{line['name']}.weight")
     return {**line, "weight_sqnr_db": entry.sqnr_db if entry is not None else None}
 

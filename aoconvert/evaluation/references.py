@@ -42,11 +42,15 @@ class References:
 
     def data(self) -> dict[str, Any] | None:
         """What the inputs are; ``None`` where they are not made yet."""
-        return _read(self.folder / "data.json")
+        return self.read("data.json")
 
     def noise_floor(self, number: int) -> dict[str, Any] | None:
         """The figures of a sample with noise, ``{}`` without; ``None`` where the sample is not done."""
-        return _read(self.folder / f"sample-{number:04d}.json")
+        return self.read(f"sample-{number:04d}.json")
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of it; ``None`` where it is not there."""
+        return _read(self.folder / name)
 
     def done(self, samples: int) -> list[int]:
         """The samples that are there."""

@@ -10,10 +10,8 @@ from typing import Annotated, TypedDict
 
 from aoconvert.environment import check_device_names
 from aoconvert.errors import UsageError
-from aoconvert.options.fields import COUNT, COUNTS, SWITCH, Option
+from aoconvert.options.fields import COUNT, COUNTS, PIXELS, SWITCH, Option, parse_pixels
 from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
-
-_SIZE = r"[1-9]\d{0,4}x[1-9]\d{0,4}"
 
 
 class BenchKwargs(TypedDict, total=False):
@@ -81,7 +79,7 @@ class BenchOptions:
             "Size of images or videos. Default: the smallest that the pipeline accepts.",
             metavar="WIDTHxHEIGHT",
             recorded=3,
-            pattern=_SIZE,
+            pattern=PIXELS,
         ),
     ] = None
     frames: Annotated[int, Option("Frames of a video.", COUNT, show_default=True, recorded=3)] = 9
@@ -103,7 +101,7 @@ class BenchOptions:
             for value in values:
                 if value < 1:
                     raise UsageError(f"--{name.replace('_', '-')} {value} is not a positive number")
-        if self.size is not None and not re.fullmatch(_SIZE, self.size, re.ASCII):
+        if self.size is not None and not re.fullmatch(PIXELS, self.size, re.ASCII):
             raise UsageError(f"--size {self.size!r} is not WIDTHxHEIGHT", hint="e.g. --size 1024x768")
 
     @property
@@ -114,10 +112,7 @@ class BenchOptions:
     @property
     def width_and_height(self) -> tuple[int, int] | None:
         """Of images and videos, in pixels."""
-        if self.size is None:
-            return None
-        width, _, height = self.size.partition("x")
-        return int(width), int(height)
+        return parse_pixels(self.size)
 
     @property
     def hub(self) -> HubOptions:

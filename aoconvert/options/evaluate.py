@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, TypedDict
 
 from aoconvert.environment import check_device_names
 from aoconvert.errors import UsageError
-from aoconvert.options.fields import COUNT, FILES, FRACTION, NUMBER, SWITCH, Option
+from aoconvert.options.fields import COUNT, FILE, FILES, FRACTION, NUMBER, PIXELS, SWITCH, Option, parse_pixels
 from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
 
 
@@ -19,9 +20,13 @@ class EvaluateKwargs(TypedDict, total=False):
     source: str | None
     source_revision: str | None
     text: str | Path | Sequence[str | Path]
+    prompts: str | Path | None
     samples: int
     tokens: int
     seed: int
+    seeds: int
+    steps: int
+    size: str | None
     noise_floor: bool
     layers: bool
     max_kl: float | None
@@ -63,11 +68,33 @@ class EvaluateOptions:
             recorded=1,
         ),
     ] = ()
+    prompts: Annotated[
+        Path | None,
+        Option(
+            "Prompts for a pipeline, UTF-8, one on each line. Default: two of aoconvert's own.",
+            FILE,
+            metavar="FILE",
+            recorded=1,
+        ),
+    ] = None
     samples: Annotated[
         int, Option("How many windows of text, or other inputs, to compare on.", COUNT, show_default=True, recorded=2)
     ] = 8
     tokens: Annotated[int, Option("Tokens in each window.", COUNT, show_default=True, recorded=2)] = 256
     seed: Annotated[int, Option("Seed of what is generated or drawn.", COUNT, show_default=True, recorded=2)] = 1
+    seeds: Annotated[
+        int, Option("Pipelines: seeds for each prompt, from --seed on.", COUNT, show_default=True, recorded=2)
+    ] = 1
+    steps: Annotated[int, Option("Pipelines: denoising steps.", COUNT, show_default=True, recorded=2)] = 4
+    size: Annotated[
+        str | None,
+        Option(
+            "Pipelines: size of images or videos. Default: the smallest that the pipeline accepts.",
+            metavar="WIDTHxHEIGHT",
+            recorded=2,
+            pattern=PIXELS,
+        ),
+    ] = None
     noise_floor: Annotated[
         bool,
         Option("Skip the figures for noise like bfloat16 rounding.", SWITCH, ("--no-noise-floor",), recorded=3),
@@ -85,7 +112,7 @@ class EvaluateOptions:
         Option("Fail if the perplexity, divided by the original's, is larger.", NUMBER, recorded=4),
     ] = None
     min_cosine: Annotated[
-        float | None, Option("Fail if the mean cosine of the pooled outputs is smaller.", NUMBER, recorded=4)
+        float | None, Option("Fail if the mean cosine of the outputs is smaller.", NUMBER, recorded=4)
     ] = None
     min_psnr: Annotated[
         float | None, Option("Fail if the mean PSNR of the pictures, in dB, is smaller.", NUMBER, recorded=4)
@@ -109,11 +136,18 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         check_device_names(self.device)
-        for name in ("samples", "tokens", "seed"):
+        for name in ("samples", "tokens", "seed", "seeds", "steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1")
         if self.tokens < 2:
             raise UsageError("--tokens must be at least 2: a token is predicted from those before it")
+        if self.size is not None and not re.fullmatch(PIXELS, self.size, re.ASCII):
+            raise UsageError(f"--size {self.size!r} is not WIDTHxHEIGHT", hint="e.g. --size 1024x768")
+
+    @property
+    def width_and_height(self) -> tuple[int, int] | None:
+        """Of images and videos, in pixels."""
+        return parse_pixels(self.size)
 
     @property
     def hub(self) -> HubOptions:

@@ -20,6 +20,8 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 _DIGITS = r"\d{1,12}(\.\d{1,12})?"
 _WORD = r"\w[\w.,:+-]*"
+PIXELS = r"[1-9]\d{0,4}x[1-9]\d{0,4}"
+"""Width and height of a picture, as ``1024x768``: a regular expression."""
 
 
 def parse_size(text: str) -> int:
@@ -32,6 +34,14 @@ def parse_size(text: str) -> int:
     if not match or match[2].upper() not in _UNITS:
         raise UsageError(f"{text!r} is not a size", hint="write 5GB, 500MB or 2GiB")
     return int(Fraction(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_pixels(text: str | None) -> tuple[int, int] | None:
+    """Width and height from text that :data:`PIXELS` matches."""
+    if text is None:
+        return None
+    width, _, height = text.partition("x")
+    return int(width), int(height)
 
 
 def _same(value: Any) -> Any:

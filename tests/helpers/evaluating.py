@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from aoconvert.evaluation import models
+from aoconvert.evaluation import models, pipelines
 from aoconvert.evaluation.children import eval_child
 from aoconvert.verification.process import Children
 
@@ -40,7 +40,12 @@ class Here(Children):
             if notice is not None:
                 notice(line)
 
-        eval_child.answer(request, say)
+        if program == "pipeline_child":
+            from aoconvert.evaluation.children import pipeline_child
+
+            eval_child.answer(request, say, pipeline_child.RUNS)
+        else:
+            eval_child.answer(request, say)
         return lines
 
 
@@ -48,7 +53,8 @@ class Here(Children):
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Line]]:
     """Have evaluations run in this process, with a cache of their own; gives the requests."""
     Here.asked = []
-    monkeypatch.setattr(models, "Children", Here)
+    for module in (models, pipelines):
+        monkeypatch.setattr(module, "Children", Here)
     monkeypatch.setenv("AOCONVERT_CACHE_DIR", str(tmp_path / "cache"))
     yield Here.asked
 

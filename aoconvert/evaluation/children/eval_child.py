@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,23 @@ def main() -> None:
         answer(request, write_line)
 
 
-def answer(request: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-    """Run the model, and say what is wrong where that cannot be."""
+Run = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
+"""What a program does in a role: gives its lines."""
+
+
+def answer(
+    request: dict[str, Any], say: Callable[[dict[str, Any]], None], runs: Mapping[str, Run] | None = None
+) -> None:
+    """Run the model, and say what is wrong where that cannot be.
+
+    Args:
+        request: from stdin.
+        say: is given each line.
+        runs: what is done in each role; default: what this program does.
+    """
     role = request["role"]
     try:
-        run = run_original if role == "original" else run_quantized
-        for line in run(request):
+        for line in (runs or {"original": run_original, "quantized": run_quantized})[role](request):
             say(line)
     except samples.BadInputs as error:
         say({"error": str(error), "hint": error.hint, "kind": "data"})
