@@ -28,8 +28,8 @@ _FIGURES: Mapping[str, tuple[str, str]] = {
     "kl_p99": ("KL divergence, 99 % of tokens below", "0"),
     "kl_max": ("KL divergence, largest", "0"),
     "top1_agreement": ("same most likely token", "100 %"),
-    "cosine_mean": ("cosine of the pooled outputs, mean", "1"),
-    "cosine_min": ("cosine of the pooled outputs, smallest", "1"),
+    "cosine_mean": ("cosine of the outputs, mean", "1"),
+    "cosine_min": ("cosine of the outputs, smallest", "1"),
     "cosine_tokens_min": ("cosine of the outputs of a token, smallest", "1"),
     "output_relative_error": ("relative error of the outputs", "0"),
     "output_sqnr_db": ("SQNR of the outputs (dB)", "∞"),
@@ -63,7 +63,7 @@ def describe_quality(folder: Path, place: str, bytes_in: int, bytes_out: int) ->
             }
             for part in report.components
         ],
-        "data": report.data.detail,
+        "data": "; ".join([report.data.detail, *_missing(report)]),
         "kind": report.data.kind,
         "samples": report.data.samples,
         "tokens": report.data.tokens,
@@ -76,6 +76,11 @@ def describe_quality(folder: Path, place: str, bytes_in: int, bytes_out: int) ->
         "size_change": _change(bytes_in, bytes_out, 1) if bytes_in else "",
         "sheet": SHEET_NAME if (folder / SHEET_NAME).is_file() else None,
     }
+
+
+def _missing(report: Evaluation) -> list[str]:
+    """Why figures are absent, each reason once."""
+    return list(dict.fromkeys(figure.reason for part in report.components for figure in part.skipped_figures))
 
 
 def _rows(metrics: Metrics, floor: Metrics) -> Iterator[Row]:

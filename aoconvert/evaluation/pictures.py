@@ -27,7 +27,7 @@ def missing_lpips() -> str | None:
         return "LPIPS needs torchvision, which is not installed"
     place = Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_WEIGHTS
     if not place.is_file():
-        return f"LPIPS needs AlexNet's weights, which are not on this machine ({place})"
+        return f"LPIPS needs AlexNet's weights, which are not on this machine ({_LPIPS_WEIGHTS} in torch's cache)"
     return None
 
 
