@@ -57,6 +57,7 @@ def test_equal_pictures_have_no_difference_to_amplify() -> None:
     assert amplification([Pair("", picture, picture)]) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_sheet_is_not_large() -> None:
     pairs = [Pair("noise", noise(512, 512, 3), noise(512, 512, 3)) for _ in range(12)]
     data = draw_sheet(pairs)
