@@ -12,11 +12,13 @@ from aoconvert.checkpoint.evaluation import Evaluation, GateResult
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, Manifest
 from aoconvert.errors import HubError, PlanError, VerificationError
 from aoconvert.files import read_limited, write_whole
+from aoconvert.formats.registry import written_as
 from aoconvert.json_text import INDEX_BYTES, parse_json
+from aoconvert.planning import Plan
 
 RECORD_NAME = "release.json"
 
-Status = Literal["pushed", "unchanged", "made", "gate_failed", "failed", "skipped"]
+Status = Literal["planned", "pushed", "unchanged", "made", "gate_failed", "failed", "skipped"]
 
 
 class _Model(BaseModel):
@@ -40,7 +42,7 @@ class VariantRecord(_Model):
     name: str
     scheme: str = Field(description="name of the scheme, or of the recipe file")
     status: Status = Field(
-        description="pushed; unchanged: the Hub has exactly this; made: not pushed, as was asked; gate_failed; failed; "
+        description="planned: a dry run; unchanged: the Hub has exactly this; made: not pushed, as was asked; "
         "skipped: not asked for"
     )
     repo_id: str | None = None
@@ -111,10 +113,20 @@ def describe_manifest(manifest: Manifest) -> dict[str, Any]:
     outside = sum(t.quantized_parameters / t.quantized_fraction for t in totals if t.quantized_fraction)
     errors = [total.worst_sqnr_db for total in totals if total.worst_sqnr_db is not None]
     return {
-        "size_bytes": sum(file.size for component in manifest.components for file in component.files),
+        "size_bytes": sum(file.size for part in manifest.components for file in part.files if written_as(file.path)),
         "bits_per_weight": sum(t.bits_per_weight * t.parameters for t in totals) / parameters if parameters else None,
         "quantized_fraction": quantized / outside if outside else 0.0,
         "worst_sqnr_db": min(errors, default=None),
+    }
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """What can be said of a result before it is made."""
+    totals = [component.totals for component in plan.components]
+    parameters = sum(total.parameters for total in totals)
+    return {
+        "size_bytes": sum(file.size for component in plan.components for file in component.files),
+        "bits_per_weight": sum(t.bits_per_weight * t.parameters for t in totals) / parameters if parameters else None,
     }
 
 

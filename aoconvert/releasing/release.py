@@ -28,6 +28,7 @@ from aoconvert.releasing.record import (
     VariantRecord,
     describe_evaluation,
     describe_manifest,
+    describe_plan,
     read_record,
 )
 from aoconvert.releasing.release_file import Gates, ReleaseFile, Variant, load, options_of, repo_of
@@ -122,6 +123,10 @@ class _Release:
             self.records[job.name] = self._skipped(job)
         self._plan_all(chosen)
         if self.options.dry_run:
+            for job in chosen:
+                assert job.plan is not None
+                planned = {"status": "planned", "repo_id": job.repo_id, **describe_plan(job.plan)}
+                self.records[job.name] = VariantRecord(name=job.name, scheme=job.scheme, **planned)
             return self._record()
         for job in chosen:
             self._make(job)

@@ -109,6 +109,9 @@ def test_a_dry_run_writes_nothing(file: Path) -> None:
     assert [event["event"] for event in events] == ["planned", "planned"]
     assert all(event["needs"]["disk_bytes"] > 0 for event in events)
     assert record.ok and not (file.parent / "made").exists()
+    assert [variant.status for variant in record.variants] == ["planned", "planned"]
+    real, _ = made(file, only=("int8wo",))
+    assert record.variants[0].size_bytes == real.variants[0].size_bytes
 
 
 def test_it_is_published_and_then_unchanged(hub_client: HubClient, file: Path, tmp_path: Path) -> None:
