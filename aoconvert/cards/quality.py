@@ -79,8 +79,14 @@ def describe_quality(folder: Path, place: str, bytes_in: int, bytes_out: int) ->
 
 
 def _missing(report: Evaluation) -> list[str]:
-    """Why figures are absent, each reason once."""
-    return list(dict.fromkeys(figure.reason for part in report.components for figure in part.skipped_figures))
+    """Which figures are absent and why; a mean stands for what else there is of a figure."""
+    skipped = [figure for part in report.components for figure in part.skipped_figures if figure.name in _FIGURES]
+    found = [
+        f"{_FIGURES[figure.name][0].partition(',')[0]}: {figure.reason}"
+        for figure in skipped
+        if not figure.name.endswith("_min")
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _rows(metrics: Metrics, floor: Metrics) -> Iterator[Row]:

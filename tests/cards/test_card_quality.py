@@ -4,57 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.checkpoints import build_llama
+from helpers.evaluations import write_evaluation
 from markdown_it import MarkdownIt
 
 import aoconvert
-from aoconvert.checkpoint.evaluation import (
-    SCHEMA_VERSION,
-    ComponentFigures,
-    EvalData,
-    EvalSource,
-    Evaluation,
-    LayerFigures,
-    Metrics,
-)
-from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.evaluation import ComponentFigures, EvalData, Metrics, SkippedFigure
 
 
 @pytest.fixture
 def result(tmp_path: Path) -> Path:
     return aoconvert.quantize(build_llama(tmp_path / "model"), "int8wo", device="cpu", output=tmp_path / "out").output
-
-
-def write_evaluation(folder: Path, **changes: Any) -> Evaluation:
-    """A report as eval writes it."""
-    part = ComponentFigures(
-        name="",
-        class_name="LlamaForCausalLM",
-        task="causal-lm",
-        metrics=Metrics(kl_mean=0.0123, top1_agreement=0.98765, perplexity_source=10.0, perplexity=10.5),
-        noise_floor=Metrics(kl_mean=0.001, top1_agreement=1.0, perplexity_source=10.0, perplexity=10.01),
-        layers=(LayerFigures(name="model.layers.0.mlp.up_proj", output_sqnr_db=35.2, weight_sqnr_db=40.0),),
-    )
-    values: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "ok": True,
-        "path": "out",
-        "source": EvalSource(label="model", dtype="bfloat16"),
-        "environment": {"device": "cpu", "device_name": "A CPU"},
-        "data": EvalData(kind="generated", sha256="0" * 64, samples=8, tokens=2040, detail="text by itself", seed=1),
-        "components": (part,),
-        "gates": (),
-        "reused": 0,
-        "command": "aoconvert eval out --source user/model --samples 8 --max-kl 0.05",
-        "date": "2026-12-01T00:00:00+00:00",
-        "manifest_sha256": file_sha256(folder / "aoconvert.json"),
-    }
-    report = Evaluation(**{**values, **changes})
-    (folder / "aoconvert.eval.json").write_text(report.dump())
-    return report
 
 
 def test_pairs_data_and_command(result: Path) -> None:
@@ -73,6 +35,29 @@ def test_pairs_data_and_command(result: Path) -> None:
     assert "aoconvert eval user/model-int8wo --source user/model --samples 8 --max-kl 0.05" in section
     assert "`model.layers.0.mlp.up_proj` 35.2 dB" in section
     assert MarkdownIt().enable("table").render(section).count("<table>") == 1
+
+
+def test_a_pipeline_has_its_pictures_and_says_what_is_missing(result: Path) -> None:
+    """What equals the original is shown so: a PSNR that is infinite is not left out of the card in silence."""
+    part = ComponentFigures(
+        name="transformer",
+        class_name="FluxTransformer2DModel",
+        task="denoiser",
+        metrics=Metrics(output_sqnr_db=40.0, cosine_mean=0.9999, latents_relative_error=0.01, ssim_mean=1.0),
+        noise_floor=Metrics(output_sqnr_db=50.0),
+        skipped_figures=(
+            SkippedFigure(name="psnr_mean", reason="infinite: all pictures are equal to the original's"),
+            SkippedFigure(name="psnr_min", reason="infinite: all pictures are equal to the original's"),
+        ),
+    )
+    data = EvalData(kind="prompts", sha256="0" * 64, samples=2, detail="2 prompts, seed 1, 4 steps, 64x64", seed=1)
+    (result / "eval.png").write_bytes(b"")
+    write_evaluation(result, components=(part,), data=data)
+    section = aoconvert.card(result).text.partition("## How much it loses\n")[2].partition("\n## ")[0]
+    assert "| relative error of the final latents | 0 | 0.01 |" in section
+    assert "4 steps, 64x64; PSNR of the pictures: infinite: all pictures are equal to the original's" in section
+    assert "2 samples, on A CPU" in section
+    assert "](eval.png)" in section
 
 
 def test_an_evaluation_of_another_conversion_is_not_shown(result: Path) -> None:

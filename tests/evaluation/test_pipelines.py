@@ -217,3 +217,41 @@ def test_a_video_is_shown_by_three_of_its_frames(asked: list[Line], checkpoints:
     [kept] = (tmp_path / "cache" / "eval").glob("*/sample-0001.safetensors")
     assert load_file(kept)["pictures"].shape == (9, 64, 64, 3)
     assert (result / "eval.png").stat().st_size < 3_000_000
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_next_sample(
+    asked: list[Line], checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aoconvert.evaluation.children import pipeline_child
+
+    class Stopped(BaseException):
+        pass
+
+    ran: list[str] = []
+    run_pipeline = pipeline_child.run_pipeline
+
+    def interrupted(pipe: Any, arguments: Any, sample: Any, whose: str) -> Any:
+        ran.append(whose)
+        if len(ran) in (2, 4):  # the second sample of the original, and of the result
+            raise Stopped
+        return run_pipeline(pipe, arguments, sample, whose)
+
+    monkeypatch.setattr(pipeline_child, "run_pipeline", interrupted)
+    source = checkpoints("flux")
+    # the text encoder is quantized, too: it gets the figures of an encoder, and the pictures are the denoiser's
+    result = quantized(source, tmp_path / "out", components=["transformer", "text_encoder_2"])
+    wishes: dict[str, Any] = {"steps": 1, "size": "32x32", "noise_floor": False, "seeds": 2}
+    wishes |= {"source": str(source), "prompts": prompts(tmp_path)}
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            aoconvert.evaluate(result, **wishes)
+    assert not (result / "aoconvert.eval.json").exists()
+    report = aoconvert.evaluate(result, **wishes)
+    assert ran == ["original"] * 3 + ["quantized"] * 3
+    assert report.data.samples == 2
+    parts = {part.name: part for part in report.components}
+    assert parts["text_encoder_2"].task == "encoder"
+    assert parts["text_encoder_2"].metrics.cosine_tokens_min is not None
+    assert parts["text_encoder_2"].metrics.psnr_mean is None
+    assert parts["transformer"].metrics.psnr_mean is not None
+    assert all(part.steps and part.layers for part in parts.values())
