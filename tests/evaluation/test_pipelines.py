@@ -255,3 +255,17 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_sample(
     assert parts["text_encoder_2"].metrics.psnr_mean is None
     assert parts["transformer"].metrics.psnr_mean is not None
     assert all(part.steps and part.layers for part in parts.values())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["pixart", "sd3", "wan"])
+def test_other_pipelines(family: str, asked: list[Line], checkpoints: Checkpoints, tmp_path: Path) -> None:
+    source = checkpoints(family)
+    result = quantized(source, tmp_path / "out")
+    report = aoconvert.evaluate(result, source=str(source), prompts=prompts(tmp_path), steps=2)
+    [part] = report.components
+    assert part.metrics.psnr_mean is not None and part.metrics.latents_relative_error is not None
+    assert part.metrics.cosine_min is not None and part.metrics.cosine_min > 0.9
+    assert part.noise_floor.ssim_mean is not None
+    assert part.steps and part.layers
+    assert (result / "eval.png").is_file()
