@@ -6,7 +6,6 @@ The types, the size of their blocks and what stands for how many values come fro
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from itertools import pairwise
@@ -16,7 +15,8 @@ import torch
 
 from aoconvert.environment import version_of
 from aoconvert.errors import DAMAGED_HINT, SourceError
-from aoconvert.formats.base import FileContents, Observe, OpenFile, TensorInfo, open_file, read_bytes
+from aoconvert.formats.base import FileContents, Observe, OpenFile, TensorInfo
+from aoconvert.formats.contiguous_reader import ContiguousReader
 from aoconvert.formats.gguf.header import GgufEntry, GgufHeader, read_header
 from aoconvert.sources import Source
 from aoconvert.sources.base import show
@@ -109,7 +109,7 @@ def _info(name: str, entry: GgufEntry, file: str, label: str) -> TensorInfo:
     return TensorInfo(name, torch.uint8, shape, math.prod(shape), file, entry.begin, packing=kind.name)
 
 
-class GgufReader:
+class GgufReader(ContiguousReader):
     """Reads a ``.gguf`` file one tensor at a time, without mapping it.
 
     Args:
@@ -122,45 +122,9 @@ class GgufReader:
     """
 
     def __init__(self, path: Path, observe: Observe | None = None, header: GgufHeader | None = None) -> None:
-        self._path = path
-        self._observe = observe
-        self._descriptor = open_file(path)
-        try:
-            self._infos = _infos(
-                read_header(OpenFile(self._descriptor, path, observe), str(path), header), str(path), str(path)
-            )
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+        self._header = header
+        super().__init__(path, observe)
 
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """The tensors by name, in the order of their data."""
-        return self._infos
-
-    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
-        """One CPU tensor as it is stored, in memory of its own or in ``into``.
-
-        Raises:
-            ReadError: the data could not be read.
-        """
-        info = self._infos[name]
-        return self._read(info, info.offset, info.shape, into)
-
-    def read_rows(self, name: str, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` (dimension 0) of a tensor; as ``read``."""
-        info = self._infos[name]
-        if not 0 <= start <= stop <= info.shape[0]:
-            raise IndexError(f"rows {start}:{stop} of {name!r}, which has {info.shape[0]}")
-        row = math.prod(info.shape[1:]) * info.dtype.itemsize
-        return self._read(info, info.offset + start * row, (stop - start, *info.shape[1:]), into)
-
-    def _read(self, info: TensorInfo, offset: int, shape: tuple[int, ...], into: torch.Tensor | None) -> torch.Tensor:
-        nbytes = math.prod(shape) * info.dtype.itemsize
-        data = read_bytes(self._descriptor, offset, nbytes, f"{self._path}: tensor {info.name!r}", into, self._observe)
-        return data.view(info.dtype).reshape(shape)
-
-    def close(self) -> None:
-        """Release the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+    def _list(self, file: OpenFile) -> Mapping[str, TensorInfo]:
+        where = str(self._path)
+        return _infos(read_header(file, where, self._header), where, where)
