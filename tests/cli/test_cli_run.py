@@ -26,12 +26,12 @@ from aoconvert.progress import Silent
 ROOT = Path(__file__).parents[2]
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "160"}
-BIG = {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 6, "vocab_size": 1024}
+BIG = {**LLAMA, "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 6, "vocab_size": 1024}
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """0.8 GB of weights, all zero, which take no disk."""
+    """0.35 GB of weights, all zero, which take no disk."""
     return build_sparse_llama(tmp_path_factory.mktemp("big") / "llama", BIG)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.forking import WITH_LIBRARIES, Forker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -160,11 +161,8 @@ def test_a_source_that_shrinks_after_the_plan(checkpoints: Callable[[str], Path]
     assert left_behind(tmp_path) == ["source"]
 
 
-def test_a_full_disk(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_full_disk(checkpoints: Callable[[str], Path], tmp_path: Path, forker: Forker) -> None:
     """A file size limit makes write(2) fail in the middle, as a full disk does. What is finished stays."""
-    import subprocess
-    import sys
-
     script = (
         "import resource, signal, sys, aoconvert\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -172,12 +170,7 @@ def test_a_full_disk(checkpoints: Callable[[str], Path], tmp_path: Path) -> None
         "try:\n    aoconvert.quantize(sys.argv[1], 'int8wo', output=sys.argv[2], device='cpu')\n"
         "except aoconvert.WriteError as error:\n    print('WriteError', error, error.hint)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(checkpoints("cogvideox")), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forker.run(["-c", script, str(checkpoints("cogvideox")), str(tmp_path / "out")], WITH_LIBRARIES)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("WriteError"), done.stdout
     assert "diffusion_pytorch_model.bin" in done.stdout
