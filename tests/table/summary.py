@@ -38,7 +38,7 @@ def block(cells: Cells) -> str:
     notes = (
         f"diffusers: {diffusers}; transformers: {transformers}; small models of the real classes, `int4wo` in groups "
         "of 32. *bit-equal to*: every tensor equals what torchao's `quantize_` produces from the model; *asks*: "
-        "`quantize_` asks for a GPU, and its check was answered with yes; *class*: every tensor equals what torchao's "
+        "`quantize_` insists on a GPU, and the test made that check pass; *class*: every tensor equals what torchao's "
         "class for that device produces, with its packing op done in Python. *after an import*: the import that the "
         "model card shows. *on a CPU*: one step or sequence of the opened model."
     )
