@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 # 0.18: extension modules for other Pythons and GPUs; torch 2.13: torchao registers an Enum; diffusers 0.42: classes
 # of torchao < 0.17; transformers 5: image processors that no pipeline here calls).
 _NOISE = {
+    # where it is installed, diffusers imports it
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "torchao": "Failed to load ",
     "torch.utils._pytree": "is an Enum subclass and is now natively supported by torch.compile",
     "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
@@ -238,7 +240,7 @@ def host_by_default() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Drop the known, harmless messages that torchao and diffusers log while they are imported; keep all others."""
+    """Drop the known, harmless messages that libraries log while they are imported; keep all others."""
     filters = [(logging.getLogger(name), _Drop(text)) for name, text in _NOISE.items()]
     for logger, drop in filters:
         logger.addFilter(drop)

@@ -131,6 +131,7 @@ def test_imports_are_quiet(module: str) -> None:
     [
         ("torchao", "Failed to load /x/_C_mxfp8.cpython-310-x86_64-linux-gnu.so: Could not load this library"),
         ("torch.utils._pytree", "<enum 'E'> is an Enum subclass and is now natively supported by torch.compile as"),
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: No module"),
         (
             "diffusers.quantizers.torchao.torchao_quantizer",
             "Unable to import `torchao` Tensor objects. This may affect",
