@@ -242,7 +242,7 @@ def evaluate(
     scheme.
 
     Args:
-        checkpoint: a folder that ``quantize`` wrote, or a Hub repo id.
+        checkpoint: a folder that ``quantize`` wrote, or a Hub repo id, whose report is not written.
         progress: is told what happens; default: silent.
         **options: fields of ``aoconvert.options.evaluate.EvaluateOptions``: ``source`` names the original, ``text``
             the files to compare on, ``max_kl`` and the like what must be reached.
@@ -271,7 +271,8 @@ def evaluate(
         reference = wanted.source or _source_of(folder)
         return resolve_original(reference, folder, hub, trust_remote_code=wanted.trust_remote_code)
 
-    return run(folder, str(checkpoint), wanted, find_source, progress or Silent())
+    ours = Path(checkpoint).is_dir()  # the Hub's cache holds what is on the Hub, and nothing else
+    return run(folder, str(checkpoint), wanted, find_source, progress or Silent(), writes=ours)
 
 
 def plot(checkpoints: Sequence[str | Path], path: str | Path) -> Plot:

@@ -21,7 +21,13 @@ from aoconvert.sources import Source
 
 
 def evaluate(
-    folder: Path, label: str, options: EvaluateOptions, find_source: Callable[[], Source], progress: Progress
+    folder: Path,
+    label: str,
+    options: EvaluateOptions,
+    find_source: Callable[[], Source],
+    progress: Progress,
+    *,
+    writes: bool = True,
 ) -> Evaluation:
     """Compare a checkpoint with its original, and write the report beside the manifest.
 
@@ -31,12 +37,14 @@ def evaluate(
         options: what to compare on, and the gates.
         find_source: resolves the original.
         progress: is told what happens.
+        writes: whether the report is put into the folder.
 
     Raises:
         AoconvertError: see ``api.evaluate``. Nothing is written then.
     """
-    tidy(folder)
-    job = prepare(folder, label, options, find_source, progress)
+    if writes:
+        tidy(folder)
+    job = prepare(folder, label, options, find_source, progress, writes=writes)
     found = _measure(job)
     gates = tuple(judge(options, found.components))
     device = job.device.partition(":")[0]
@@ -55,6 +63,8 @@ def evaluate(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         manifest_sha256=job.manifest_sha256,
     )
+    if not writes:
+        return report
     try:
         write_whole(folder / EVAL_NAME, report.dump().encode())
     except OSError as error:

@@ -47,6 +47,7 @@ class Job:
         originals: quantized part → how the library opens what it was made of.
         device: where both run: as torch names it, or ``cuda:all``.
         described: the original as the report names it.
+        writes: whether report and sheet go into the folder.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Job:
     originals: Mapping[str, Mapping[str, Any]]
     device: str
     described: EvalSource
+    writes: bool = True
 
     def part(self, name: str) -> Part:
         """The quantized part of this name."""
@@ -85,7 +87,13 @@ class Job:
 
 
 def prepare(
-    folder: Path, label: str, options: EvaluateOptions, find_source: Callable[[], Source], progress: Progress
+    folder: Path,
+    label: str,
+    options: EvaluateOptions,
+    find_source: Callable[[], Source],
+    progress: Progress,
+    *,
+    writes: bool = True,
 ) -> Job:
     """Look at a checkpoint and its original; nothing is written, and no model opened.
 
@@ -94,6 +102,7 @@ def prepare(
         options: what to compare on.
         find_source: resolves the original; it is called once the checkpoint is known to be whole.
         progress: is told what happens.
+        writes: whether report and sheet go into the folder.
 
     Raises:
         SourceError: the checkpoint is unfinished or damaged, or its original is another model.
@@ -102,8 +111,9 @@ def prepare(
         PlanError: it cannot be run here.
     """
     manifest = manifests.load(folder)
-    with writing(folder / EVAL_NAME):
-        check_replaceable(folder / EVAL_NAME)
+    if writes:
+        with writing(folder / EVAL_NAME):
+            check_replaceable(folder / EVAL_NAME)
     target = openable(folder, trust=options.trust_remote_code)
     tasks = tasks_of(target)
     check_gates(options, list(tasks.values()))
@@ -131,7 +141,7 @@ def prepare(
     )
     return Job(
         folder, label, target, manifest, file_sha256(folder / MANIFEST_NAME), source, options, progress, tasks, found,
-        device, described,
+        device, described, writes,
     )  # fmt: skip
 
 

@@ -62,7 +62,8 @@ def measure_pipeline(job: Job) -> Measured:
         figures, layers, peak = _run_quantized(job, request, data, kept, running)
         samples = [figures[number] for number in range(data["samples"])]
         floor = [kept.noise_floor(number) or {} for number in range(data["samples"])]
-        _write_sheet(job, data, kept)
+        if job.writes:
+            _write_sheet(job, data, kept)
     if job.options.min_psnr is not None and not any(sample.get("frames") for sample in samples):
         raise UsageError("--min-psnr does not apply: the pipeline makes no pictures", hint="use --min-cosine")
     return Measured(

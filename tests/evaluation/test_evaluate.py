@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +300,25 @@ def test_an_original_that_gives_nan_is_named(asked: list[Line], tmp_path: Path) 
     with pytest.raises(aoconvert.SourceError, match="original model is not finite"):
         aoconvert.evaluate(result, source=str(source), samples=1, tokens=8)
     assert not (result / "aoconvert.eval.json").exists()
+
+
+def test_the_report_of_a_repo_is_not_put_into_the_cache(asked: list[Line], tmp_path: Path) -> None:
+    """A repo in the Hub's cache, as the Hub client lays it out."""
+    source = build_llama(tmp_path / "model")
+    repo, commit = tmp_path / "hub" / "models--user--tiny", "1" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    snapshot = Path(shutil.copytree(quantized(source), repo / "snapshots" / commit))
+    before = sorted(snapshot.rglob("*"))
+    report = aoconvert.evaluate(
+        "user/tiny", source=str(source), cache_dir=tmp_path / "hub", local_files_only=True, samples=1, tokens=4
+    )
+    assert report.ok and report.unwritten is None and report.path == "user/tiny"
+    assert sorted(snapshot.rglob("*")) == before
+
+
+@pytest.mark.exhaustive
+def test_the_programs_of_eval_can_be_forked(tmp_path: Path) -> None:
+    source = build_llama(tmp_path / "model")
+    report = aoconvert.evaluate(quantized(source), source=str(source), samples=1, tokens=4)
+    assert report.ok and report.data.tokens == 3

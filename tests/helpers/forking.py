@@ -210,6 +210,8 @@ def imports_of(program: str, request: dict[str, Any]) -> str:
         return "\n".join(["import torch", *named])
     if program == "library_child":
         libraries = {"diffusers", "transformers"} if request["kind"] == "pipeline" else {request["kind"]}
+    elif "code" not in request:  # eval's programs open the original themselves
+        libraries = {"diffusers", "transformers"} if "how" not in request else {request["how"]["library"]}
     else:
         found = [node for node in ast.parse(request["code"]).body if isinstance(node, ast.Import | ast.ImportFrom)]
         named = [ast.unparse(node) for node in found if isinstance(node, ast.Import)]
