@@ -78,7 +78,11 @@ class Record(_Model):
     @property
     def exit_code(self) -> int:
         """The contract's: 4 for a gate or a verification, 5 for the Hub, 3 for a refusal, 1 for other failures."""
-        failed = [variant.error.exit_code for variant in self.variants if variant.error is not None]
+        failed = [
+            variant.error.exit_code
+            for variant in self.variants
+            if variant.error is not None and variant.status == "failed"
+        ]
         if any(variant.status == "gate_failed" for variant in self.variants) or VerificationError.exit_code in failed:
             return VerificationError.exit_code
         for code in (HubError.exit_code, PlanError.exit_code):

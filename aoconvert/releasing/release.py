@@ -175,6 +175,9 @@ class _Release:
             if job.repo_id is None and not self.options.skip_push:
                 problems.append(f"{job.name}: no owner for {job.variant.repo or self.found.repo}")
                 hints.append("--owner NAME, or --skip-push")
+            if self.options.evaluate is False and job.gates.evaluated:
+                problems.append(f"{job.name}: the gates {', '.join(job.gates.evaluated)} need an evaluation")
+                hints.append("omit --no-eval")
             try:
                 job.plan = api.plan(
                     self.source, job.variant.scheme, output=job.folder, overwrite=True, **self._plain(job.options)

@@ -13,6 +13,7 @@ from helpers.checkpoints import build_llama
 import aoconvert
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.releasing import Record, release
+from aoconvert.releasing.record import Failure, VariantRecord
 
 FILE = """
 name = "Tiny"
@@ -102,6 +103,24 @@ def test_problems_of_all_variants_come_before_any_work(file: Path) -> None:
     assert not (file.parent / "made").exists()
     with pytest.raises(UsageError, match=r"--only fp4: tiny\.toml has no such variant"):
         made(file, only=("fp4",))
+
+
+def test_a_gate_is_never_left_out(file: Path) -> None:
+    file.write_text(FILE + "max_kl = 0.1\n")
+    with pytest.raises(PlanError, match=r"int8wo: the gates max_kl need an evaluation") as caught:
+        made(file, evaluate=False)
+    assert len(caught.value.problems) == 2 and caught.value.hint == "omit --no-eval"
+    assert not (file.parent / "made").exists()
+
+
+def test_a_failure_of_a_variant_that_was_not_asked_for_is_not_this_runs() -> None:
+    failure = Failure(type="HubError", message="no", hint=None, exit_code=5)
+    variants = [VariantRecord(name="a", scheme="a", status=status, error=failure) for status in ("failed", "skipped")]
+    codes = [
+        Record(name="x", source="y", ok=ok, variants=(one,)).exit_code
+        for ok, one in zip((False, True), variants, strict=True)
+    ]
+    assert codes == [5, 0]
 
 
 def test_a_dry_run_writes_nothing(file: Path) -> None:
