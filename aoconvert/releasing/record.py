@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aoconvert.checkpoint.evaluation import Evaluation, GateResult
-from aoconvert.checkpoint.manifest import MANIFEST_NAME, Manifest
-from aoconvert.errors import HubError, PlanError, VerificationError
+from aoconvert.checkpoint.manifest import Manifest
+from aoconvert.errors import AoconvertError, HubError, PlanError, VerificationError
 from aoconvert.files import read_limited, write_whole
 from aoconvert.formats.registry import written_as
 from aoconvert.json_text import INDEX_BYTES, parse_json
@@ -40,6 +40,7 @@ class VariantRecord(_Model):
     """One variant: what was made, how good it is, and where it is."""
 
     name: str
+    model: str = Field(description="name of one of the release's models")
     scheme: str = Field(description="name of the scheme, or of the recipe file")
     status: Status = Field(
         description="planned: a dry run; unchanged: the Hub has exactly this; made: not pushed, as was asked; "
@@ -48,6 +49,7 @@ class VariantRecord(_Model):
     repo_id: str | None = None
     url: str | None = None
     commit: str | None = None
+    revision: str | None = Field(default=None, description="commit of the source that it was made from")
     folder: str | None = Field(default=None, description="below the output root")
     size_bytes: int | None = Field(default=None, description="of all weights files that quantize wrote")
     bits_per_weight: float | None = None
@@ -59,10 +61,15 @@ class VariantRecord(_Model):
     )
     gates: tuple[GateResult, ...] = ()
     error: Failure | None = None
-    signature: dict[str, Any] | None = Field(
-        default=None, description="what the files depend on: versions, device, plan and source"
-    )
     manifest_sha256: str | None = None
+
+
+class ModelRecord(_Model):
+    """A source of the release."""
+
+    name: str
+    source: str
+    revision: str | None = Field(default=None, description="commit of the source")
 
 
 class Record(_Model):
@@ -70,8 +77,7 @@ class Record(_Model):
 
     schema_version: Literal[1] = 1
     name: str
-    source: str
-    revision: str | None = Field(default=None, description="commit of the source")
+    models: tuple[ModelRecord, ...]
     ok: bool
     variants: tuple[VariantRecord, ...]
 
@@ -109,6 +115,11 @@ def read_record(folder: Path) -> Record | None:
         return None
 
 
+def failure_of(error: AoconvertError) -> Failure:
+    """What a command would have said of it."""
+    return Failure(type=type(error).__name__, message=error.message, hint=error.hint, exit_code=error.exit_code)
+
+
 def describe_manifest(manifest: Manifest) -> dict[str, Any]:
     """Size and error of a result, for its record."""
     totals = [component.totals for component in manifest.components]
@@ -137,6 +148,3 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 def describe_evaluation(report: Evaluation) -> dict[str, dict[str, float]]:
     """Figures of each component that apply."""
     return {part.name or part.class_name: part.metrics.model_dump(exclude_none=True) for part in report.components}
-
-
-__all__ = ["MANIFEST_NAME", "RECORD_NAME", "Failure", "Record", "Status", "VariantRecord", "read_record"]

@@ -1,9 +1,9 @@
-"""A release file: TOML that says which variants of a model are made, where they go, and what they must reach.
+"""A release file: TOML that says which variants of which models are made, where they go, and what they must reach.
 
 ::
 
     name = "CogVideoX-5b"
-    source = "THUDM/CogVideoX-5b"
+    source = "THUDM/CogVideoX-5b"           # or [[models]], each with a source: every model gets every variant
     repo = "{owner}/{model}-{scheme}"       # also {variant}; owner from --owner, or owner = "…" here
 
     [defaults]                              # options of quantize, by their names there, for all variants
@@ -37,11 +37,11 @@ _FIELDS = ("owner", "model", "scheme", "variant")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
-class _Model(BaseModel):
+class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Skip(_Model):
+class Skip(_Table):
     """Tensors that stay unquantized, and why: data that whoever repeats a release can check."""
 
     pattern: StrictStr = Field(description="as --skip takes it")
@@ -49,7 +49,7 @@ class Skip(_Model):
     source: StrictStr | None = Field(default=None, description="where that was found: an address, or a measurement")
 
 
-class Choices(_Model):
+class Choices(_Table):
     """Options of ``quantize``, by their names there."""
 
     components: list[StrictStr] = Field(default_factory=list, description="as --component takes them")
@@ -82,11 +82,11 @@ class Variant(Choices):
 
     @property
     def title(self) -> str:
-        """What messages, folders and the record call it."""
+        """Its name within a model."""
         return self.name or self.scheme or Path(self.recipe or "").stem
 
 
-class Gates(_Model):
+class Gates(_Table):
     """What a variant must reach to be published; a gate that is absent does not judge."""
 
     min_quantized: float | None = Field(default=None, description="fraction of the parameters outside embeddings")
@@ -112,13 +112,29 @@ class Gates(_Model):
         )
 
 
-class ReleaseFile(_Model):
-    """A model and its variants."""
+class Model(_Table):
+    """A source of the release."""
 
-    name: StrictStr
     source: StrictStr = Field(description="a repo, or a folder relative to this file")
+    name: StrictStr | None = Field(default=None, description="default: the last part of the source")
     revision: StrictStr | None = Field(default=None, description="of the source; pinned in the results")
     subfolder: StrictStr | None = None
+    license: StrictStr | None = Field(default=None, description="in place of the release's")
+
+    @property
+    def title(self) -> str:
+        """What the repos' names call it."""
+        return self.name or self.source.rstrip("/").rpartition("/")[2]
+
+
+class ReleaseFile(_Table):
+    """Models, and the variants that each of them gets."""
+
+    name: StrictStr
+    source: StrictStr | None = Field(default=None, description="of the only model, in place of models")
+    revision: StrictStr | None = Field(default=None, description="of the source; pinned in the results")
+    subfolder: StrictStr | None = None
+    models: list[Model] = Field(default_factory=list, description="in place of source: each gets every variant")
     repo: StrictStr = Field(
         default="{owner}/{model}-{scheme}", description="with {owner}, {model}, {scheme}, {variant}"
     )
@@ -129,6 +145,17 @@ class ReleaseFile(_Model):
     defaults: Choices = Field(default_factory=Choices)
     variants: list[Variant] = Field(min_length=1)
     gates: Gates = Field(default_factory=Gates)
+
+    @property
+    def all_models(self) -> list[Model]:
+        """The models, also where there is one without a table of its own."""
+        if self.source is None:
+            return self.models
+        return [Model(source=self.source, revision=self.revision, subfolder=self.subfolder)]
+
+    def title(self, model: Model, variant: Variant) -> str:
+        """What messages, folders and the record call a variant of a model."""
+        return f"{model.title}-{variant.title}" if self.models else variant.title
 
 
 Variant.model_rebuild()
@@ -159,6 +186,16 @@ def load(path: Path) -> ReleaseFile:
 
 
 def _check(found: ReleaseFile, path: Path) -> None:
+    if (found.source is None) == (not found.models):
+        raise UsageError(f"{path.name} needs a source or [[models]], and not both")
+    if found.models and (found.revision or found.subfolder):
+        raise UsageError(f"{path.name}: revision and subfolder belong into [[models]], beside its source")
+    names = [model.title for model in found.all_models]
+    for name in names:
+        if _NAME.fullmatch(name) is None:
+            raise UsageError(f"{path.name}: {name!r} cannot be a model's name", hint='give it another: name = "…"')
+        if names.count(name) > 1:
+            raise UsageError(f"{path.name}: two models are called {name}", hint="give one of them a name")
     titles = [variant.title for variant in found.variants]
     for number, (variant, title) in enumerate(zip(found.variants, titles, strict=True), 1):
         if (variant.scheme is None) == (variant.recipe is None):
@@ -175,15 +212,14 @@ def _check(found: ReleaseFile, path: Path) -> None:
             parse_size(gates.max_size)
 
 
-def repo_of(found: ReleaseFile, variant: Variant, owner: str | None) -> str | None:
-    """The repo that a variant goes to; ``None``: no owner is known."""
+def repo_of(found: ReleaseFile, model: Model, variant: Variant, owner: str | None) -> str | None:
+    """The repo that a variant of a model goes to; ``None``: no owner is known."""
     owner = owner or found.owner
     template = variant.repo or found.repo
     if owner is None and "{owner}" in template:
         return None
-    model = found.source.rstrip("/").rpartition("/")[2] or found.name
     scheme = variant.scheme or variant.title
-    values = {"owner": owner or "", "model": model, "scheme": scheme, "variant": variant.title}
+    values = {"owner": owner or "", "model": model.title, "scheme": scheme, "variant": variant.title}
     return _FIELD.sub(lambda match: values[match[1]], template)
 
 
@@ -192,11 +228,12 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def options_of(found: ReleaseFile, variant: Variant, folder: Path) -> dict[str, Any]:
+def options_of(found: ReleaseFile, model: Model, variant: Variant, folder: Path) -> dict[str, Any]:
     """Keyword arguments of ``quantize`` for a variant, but for the output.
 
     Args:
         found: the release.
+        model: one of its models.
         variant: one of its variants; what it says goes before the defaults, ``skip`` and ``set`` are added to theirs.
         folder: that the release file lies in.
     """
@@ -211,8 +248,5 @@ def options_of(found: ReleaseFile, variant: Variant, folder: Path) -> dict[str, 
         both["recipe"] = folder / variant.recipe
         both.pop("group_size", None)
         both.pop("settings")
-    if found.revision is not None:
-        both["revision"] = found.revision
-    if found.subfolder is not None:
-        both["subfolder"] = found.subfolder
-    return {key: value for key, value in both.items() if value not in ([], {})}
+    both |= {"revision": model.revision, "subfolder": model.subfolder}
+    return {key: value for key, value in both.items() if value not in ([], {}, None)}

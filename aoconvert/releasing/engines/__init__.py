@@ -1,0 +1,1 @@
+"""Who carries out a release's variants: this process, others on this machine, or another machine."""

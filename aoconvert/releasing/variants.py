@@ -1,0 +1,199 @@
+"""The variants of a release: what each is made of, where it goes, and its plan."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from aoconvert import api
+from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.manifest import MANIFEST_NAME
+from aoconvert.engine.resume_file import signature_of
+from aoconvert.errors import PlanError, SourceError, UsageError
+from aoconvert.files import read_limited, write_whole, writing
+from aoconvert.humanize import first
+from aoconvert.json_text import INDEX_BYTES, parse_json
+from aoconvert.options.release import ReleaseOptions
+from aoconvert.planning import Plan
+from aoconvert.releasing.release_file import Gates, Model, ReleaseFile, Variant, options_of, repo_of
+
+
+class Made(BaseModel):
+    """What lies in a variant's folder, written down beside it as soon as it is there.
+
+    Attributes:
+        signature: what the files depend on: versions, device, plan and source.
+        manifest_sha256: of the manifest that belongs to it.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    signature: dict[str, Any]
+    manifest_sha256: str
+
+
+@dataclass
+class PlannedVariant:
+    """A variant of a model, and how it will be made.
+
+    Attributes:
+        name: what messages, folders and the record call it.
+        source: a repo, or the path of a folder.
+        options: keyword arguments of ``quantize``, but for the output.
+        repo_id: where it is published; ``None``: no owner is known.
+        folder: its files.
+        license: for the card, where the source's names none.
+        plan, signature: once ``plan_variants`` has seen it.
+    """
+
+    model: Model
+    variant: Variant
+    name: str
+    source: str
+    options: dict[str, Any]
+    repo_id: str | None
+    gates: Gates
+    folder: Path
+    license: str | None
+    plan: Plan | None = None
+    signature: dict[str, Any] | None = None
+
+    @property
+    def scheme(self) -> str:
+        """Name of the scheme, or of the recipe."""
+        return self.variant.scheme or self.variant.title
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of the source, where it is a repo."""
+        return self.plan.source.revision if self.plan is not None else None
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the folder holds the files of an earlier run with the same plan, source and versions."""
+        try:
+            made = Made.model_validate(parse_json(read_limited(self._state, INDEX_BYTES)))
+            return made.signature == self.signature and made.manifest_sha256 == self._digest()
+        except (OSError, ValueError, ValidationError):
+            return False
+
+    def note_made(self) -> None:
+        """Write down that the folder is what the plan says.
+
+        Raises:
+            WriteError: disk full.
+        """
+        assert self.signature is not None
+        made = Made(signature=self.signature, manifest_sha256=self._digest())
+        with writing(self._state):
+            write_whole(self._state, json.dumps(made.model_dump(mode="json")).encode())
+
+    @property
+    def _state(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.made.json")
+
+    def _digest(self) -> str:
+        return file_sha256(self.folder / MANIFEST_NAME)
+
+
+def list_variants(path: Path, found: ReleaseFile, options: ReleaseOptions) -> list[PlannedVariant]:
+    """Every variant of every model of a release file, in the file's order; nothing is planned yet."""
+    hub = {
+        "token": options.token,
+        "cache_dir": options.cache_dir,
+        "local_files_only": options.local_files_only or None,
+    }
+    root = root_of(path, options)
+    return [
+        PlannedVariant(
+            model=model,
+            variant=variant,
+            name=(name := found.title(model, variant)),
+            source=_resolve(path, model.source),
+            options=_without_none({**options_of(found, model, variant, path.parent), **hub}),
+            repo_id=repo_of(found, model, variant, options.owner),
+            gates=found.gates.over(variant.gates),
+            folder=root / name,
+            license=model.license or found.license,
+        )
+        for model in found.all_models
+        for variant in found.variants
+    ]
+
+
+def root_of(path: Path, options: ReleaseOptions) -> Path:
+    """The folder of all variants of a release file."""
+    return options.output_root / path.stem
+
+
+def _resolve(path: Path, source: str) -> str:
+    """The repo, or the folder beside the release file."""
+    beside = path.parent / source
+    return str(beside) if beside.exists() else source
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def choose_variants(path: Path, variants: Sequence[PlannedVariant], patterns: Sequence[str]) -> list[PlannedVariant]:
+    """Those whose names fit one of the patterns; all, where there are none.
+
+    Raises:
+        UsageError: none fits.
+    """
+    chosen = [
+        each for each in variants if not patterns or any(fnmatch.fnmatchcase(each.name, text) for text in patterns)
+    ]
+    if not chosen:
+        raise UsageError(
+            f"--only {' '.join(patterns)}: {path.name} has no such variant",
+            hint=f"it has {first([each.name for each in variants], 8)}",
+        )
+    return chosen
+
+
+def plan_variants(
+    variants: Sequence[PlannedVariant], options: ReleaseOptions, on_planned: Callable[[PlannedVariant], None]
+) -> None:
+    """Plan every variant.
+
+    Raises:
+        PlanError: with every problem of all of them.
+    """
+    problems: list[str] = []
+    hints: list[str] = []
+    for each in variants:
+        if each.repo_id is None and not options.skip_push:
+            problems.append(f"{each.name}: no owner is known for its repo")
+            hints.append("--owner NAME, or --skip-push")
+        if options.evaluate is False and each.gates.evaluated:
+            problems.append(f"{each.name}: the gates {', '.join(each.gates.evaluated)} need an evaluation")
+            hints.append("omit --no-eval")
+        try:
+            each.plan = api.plan(each.source, each.variant.scheme, output=each.folder, overwrite=True, **each.options)
+            each.signature = signature_of(each.plan)
+        except (PlanError, SourceError, UsageError) as error:
+            problems += [f"{each.name}: {line}" for line in error.problems]
+            hints += [error.hint] if error.hint else []
+        else:
+            on_planned(each)
+    problems += [f"{name}: {repo} is the repo of {other}, too" for repo, name, other in _same_repos(variants)]
+    if problems:
+        raise PlanError(problems, hint=hints[0] if hints else None)
+
+
+def _same_repos(variants: Sequence[PlannedVariant]) -> list[tuple[str, str, str]]:
+    """Repos that two variants would go to: the repo, and both names."""
+    found: dict[str, str] = {}
+    twice = []
+    for each in variants:
+        if each.repo_id is not None and found.setdefault(each.repo_id, each.name) != each.name:
+            twice.append((each.repo_id, each.name, found[each.repo_id]))
+    return twice
