@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,17 @@ _BLOCK = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized weight: its place among all of the component, name without ``.weight``, kind, and error in dB."""
+    """A quantized weight: its place among all of the component, name without ``.weight``, kind, and error in dB.
+
+    ``output``: the error of the layer's outputs in dB, where an evaluation measured it.
+    """
 
     place: int
     name: str
     kind: str
     sqnr: float | None
     tensor: TensorEntry
+    output: float | None = None
 
 
 def kind_of(name: str) -> str:
@@ -51,11 +55,11 @@ def role(tensor: TensorEntry) -> str:
     return "experts" if len(tensor.shape) == 3 else str(getattr(tensor, "kind", None) or "linear")
 
 
-def layers(component: ComponentEntry) -> list[Layer]:
-    """The quantized weights, in the model's order."""
+def layers(component: ComponentEntry, outputs: Mapping[str, float] | None = None) -> list[Layer]:
+    """The quantized weights, in the model's order; ``outputs``: layer → the error of its outputs."""
     found = [tensor for tensor in component.tensors if tensor.action == "quantize"]
     return [
-        Layer(place, name, kind_of(name), tensor.sqnr_db, tensor)
+        Layer(place, name, kind_of(name), tensor.sqnr_db, tensor, (outputs or {}).get(name))
         for place, tensor in enumerate(found)
         for name in [tensor.name.removesuffix(".weight")]
     ]

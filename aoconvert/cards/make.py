@@ -20,7 +20,7 @@ from aoconvert.cards.markdown import is_page
 from aoconvert.cards.metadata import front_matter, is_repo_id, to_yaml
 from aoconvert.cards.picture import draw
 from aoconvert.cards.proof import Proof, prove
-from aoconvert.cards.quality import describe_quality
+from aoconvert.cards.quality import describe_quality, output_errors
 from aoconvert.cards.reproduce import make_again, parse_requirements, pin
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import Checkpoint, from_manifest
@@ -62,7 +62,9 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     library = "transformers" if target.kind == "transformers" else "diffusers"
     front, warnings = front_matter(manifest, library, options.license, options.metadata)
     header = to_yaml(front)
-    picture = draw([(entry.name, layers(entry)) for entry in manifest.components])
+    outputs = output_errors(folder, manifest)
+    pairs = zip(manifest.components, outputs, strict=True)
+    picture = draw([(entry.name, layers(entry, errors)) for entry, errors in pairs])
     proof = prove(folder, target, manifest)
     parts = [describe(entry) for entry in manifest.components]
     sizes = _sizes(manifest)
@@ -71,6 +73,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
         "license": show_license(manifest, front),
         "license_url": front.get("license_link") if is_page(front.get("license_link")) else None,
         "picture": PICTURE_NAME if picture is not None else None,
+        "pictured_outputs": any(outputs),
         "code": _code(target, manifest, proof, repo_id or str(folder), hub=repo_id is not None, revision=revision),
         "proof": _proof(proof),
         "components": parts,

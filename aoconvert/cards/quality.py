@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert.checkpoint.evaluation import ComponentFigures, Evaluation, Metrics, evaluation_of
-from aoconvert.checkpoint.manifest import SHEET_NAME
+from aoconvert.checkpoint.manifest import SHEET_NAME, Manifest
 from aoconvert.options.evaluate import EvaluateOptions
 from aoconvert.options.fields import REFERENCE, SWITCH, options_of
 
@@ -76,6 +76,22 @@ def describe_quality(folder: Path, place: str, bytes_in: int, bytes_out: int) ->
         "size_change": _change(bytes_in, bytes_out, 1) if bytes_in else "",
         "sheet": SHEET_NAME if (folder / SHEET_NAME).is_file() else None,
     }
+
+
+def output_errors(folder: Path, manifest: Manifest) -> list[dict[str, float]]:
+    """For each component of the manifest: layer → the error of its outputs in dB; of an evaluation of this manifest."""
+    report = evaluation_of(folder)
+    parts = report.components if report is not None else ()
+    alone = len(manifest.components) == len(parts) == 1  # a model alone has no name in a report
+    found = {part.name: {layer.name: layer.output_sqnr_db for layer in part.layers} for part in parts}
+    return [
+        {
+            layer: error
+            for layer, error in found.get(parts[0].name if alone else entry.name, {}).items()
+            if error is not None
+        }
+        for entry in manifest.components
+    ]
 
 
 def _missing(report: Evaluation) -> list[str]:

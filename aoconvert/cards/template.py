@@ -4,7 +4,8 @@ A template of one's own (``--card-template``) is the body only: the front matter
 text is escaped where it is written, so no filter is needed for safety:
 
 - ``title``, ``repo_id`` (none: null), ``place`` (what the code opens), ``kind`` (pipeline, diffusers or transformers),
-  ``class_name``, ``schemes`` (list), ``picture`` (file name, or null), ``license``, ``license_url`` (or null);
+  ``class_name``, ``schemes`` (list), ``picture`` (file name, or null), ``pictured_outputs`` (it shows
+  the errors of layers' outputs too), ``license``, ``license_url`` (or null);
 - ``source``: ``name``, ``url``, ``revision``, ``revision_url``, ``files`` (as ``files`` below);
 - ``code``: ``load``, ``usage`` (or null), ``strategy`` (from-pretrained or assign), ``install`` (a pip command),
   ``packages`` (names), ``to_device`` (what moves it to the device that the code names);

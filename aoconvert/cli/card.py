@@ -15,8 +15,8 @@ EPILOG = """\
 Markdown.
 
 \b
-Its variables: title, repo_id, place, kind, class_name, schemes, picture, license, license_url, source,
-code (load, usage, install, packages, strategy, to_device), proof (ok, reason, date, device, versions,
+Its variables: title, repo_id, place, kind, class_name, schemes, picture, pictured_outputs, license, license_url,
+source, code (load, usage, install, packages, strategy, to_device), proof (ok, reason, date, device, versions,
 checks, example, forward, not_run), components, sizes, costs, hardware, limits, verify, files, copied, apart,
 command, date, versions, device_name, tool. Its filters: code, block("python"), link(url), size, number,
 percent, plural.

@@ -20,10 +20,13 @@ def result(tmp_path: Path) -> Path:
 
 
 def test_pairs_data_and_command(result: Path) -> None:
-    before = aoconvert.card(result).text
-    assert "How much it loses" not in before
+    before = aoconvert.card(result)
+    assert "How much it loses" not in before.text and "diamond" not in before.text
     write_evaluation(result)
-    text = aoconvert.card(result, repo_id="user/model-int8wo").text
+    card = aoconvert.card(result, repo_id="user/model-int8wo")
+    text = card.text
+    assert card.picture is not None and "1 of their outputs, 35.2 to 35.2 dB" in card.picture
+    assert "The diamonds are the same of each layer's output." in text
     section = text.partition("## How much it loses\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     assert rows[0] == ["", "original", "quantized", "change", "bfloat16 noise"]
@@ -61,8 +64,10 @@ def test_a_pipeline_has_its_pictures_and_says_what_is_missing(result: Path) -> N
 
 
 def test_an_evaluation_of_another_conversion_is_not_shown(result: Path) -> None:
+    picture = aoconvert.card(result).picture
     write_evaluation(result, manifest_sha256="0" * 64)
     assert "How much it loses" not in aoconvert.card(result).text
+    assert aoconvert.card(result).picture == picture
     (result / "aoconvert.eval.json").write_text("{")
     assert "How much it loses" not in aoconvert.card(result).text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,11 @@ def layer(place: int, sqnr: float | None, kind: str = "attention") -> Layer:
         name="x", shape=[2, 2], dtype="bfloat16", action="quantize", class_name="c", bytes_in=8, bytes_out=4
     )
     return Layer(place, f"blocks.{place}.x", kind, sqnr, tensor)
+
+
+def of_outputs(svg: str) -> list[float]:
+    """Where the diamonds are, from the top; the first is the legend's."""
+    return [float(y) for y in re.findall(r"M[\d.]+ ([\d.]+)l", svg)]
 
 
 def check(svg: str) -> ElementTree.Element:
@@ -33,10 +39,12 @@ def check(svg: str) -> ElementTree.Element:
 @pytest.mark.parametrize("count", [2, 37, 1000, 20_000])
 def test_it_parses_and_stays_small(count: int) -> None:
     layers = [layer(place, 20 + place % 17 / 3, KINDS[place % 5]) for place in range(count)]
-    svg = draw([("", layers)])
-    assert svg is not None
-    check(svg)
-    assert len(svg) < 120_000
+    for outputs in (False, True):
+        shown = [replace(item, output=item.sqnr and item.sqnr + 1) for item in layers] if outputs else layers
+        svg = draw([("", shown)])
+        assert svg is not None
+        check(svg)
+        assert len(svg) < (300_000 if outputs else 120_000)
 
 
 def test_thinning_keeps_the_extremes() -> None:
@@ -47,6 +55,23 @@ def test_thinning_keeps_the_extremes() -> None:
     dots = [float(y) for y in re.findall(r"M[\d.]+ ([\d.]+)h0", svg)][1:]  # the first is the legend's
     assert sorted(dots)[-1] > sorted(dots)[-2] + 100
     assert 100 < len(dots) < 2000
+
+
+def test_the_error_of_outputs_is_beside_that_of_weights() -> None:
+    """As many dots as before, a diamond for each layer that was measured, on one axis; a legend says which is which."""
+    layers = [layer(0, 40.0), layer(1, 44.0, "feed-forward"), layer(2, 42.0, "feed-forward")]
+    alone = draw([("", layers)])
+    both = draw([("", [replace(layers[0], output=30.0), replace(layers[1], output=44.0), layers[2]])])
+    assert alone is not None and both is not None
+    assert not of_outputs(alone) and "output" not in alone
+    texts = [element.text for element in check(both).iter() if element.tag.endswith("text")]
+    assert {"weight", "layer's output, on what the original gives to the layer"} <= set(texts)
+    assert "3 quantized layers, 40.0 to 44.0 dB; 2 of their outputs, 30.0 to 44.0 dB" in both
+    legend, worse, same = of_outputs(both)
+    dots = [float(y) for y in re.findall(r"M[\d.]+ ([\d.]+)h0", both)]
+    assert same == pytest.approx(dots[-2] - 4, abs=0.11) and worse > max(dots[-3:]) > legend
+    only = draw([("", [replace(layer(place, None), output=30.0 + place) for place in range(2)])])
+    assert only is not None and len(of_outputs(only)) == 3
 
 
 def test_texts_and_legend() -> None:
