@@ -172,7 +172,8 @@ def _noise_floor(job: Job, figures: Sequence[Mapping[str, Any]]) -> Metrics:
 
 def with_weight(part: Part, line: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a layer with the SQNR of its weight."""
-    entry = (part.tensors or {}).get(f"{line['name']}.weight")
+    tensors = part.tensors or {}
+    entry = tensors.get(f"{line['name']}.weight") or tensors.get(line["name"])  # a stack of experts
     return {**line, "weight_sqnr_db": entry.sqnr_db if entry is not None else None}
 
 

@@ -8,7 +8,9 @@ A folder holds ``data.pt`` (what both models are given), ``data.json`` (what tha
   of 128,256 in bfloat16 that is 0.5 GB.
 - ``targets``: the tokens that come next, where there are any.
 - ``inputs.N``: some rows of what linear layers are given, once for layers that share them, in the model's dtype.
-- ``outputs.NAME``: X·Wᵀ of these rows, float32. The metadata ``inputs`` is a JSON object: name of layer → N.
+- ``experts.N``: of rows that a mixture routes, which expert each is for, int32.
+- ``outputs.NAME``: X·Wᵀ of these rows, float32. The metadata ``inputs`` is a JSON object: name of layer, or of a stack
+  of experts → N. The metadata ``transposed`` is a list of stacks whose matrices are (in, out).
 
 Each file is written under another name first: one that is there is whole.
 """
@@ -30,7 +32,7 @@ from aoconvert.errors import WriteError
 KIND = "eval"
 """Its folder in aoconvert's cache."""
 
-FORMAT = 1
+FORMAT = 2
 """Of the files; part of the key."""
 
 
