@@ -7,14 +7,16 @@ cannot be read or trusted is as if it were not there. ``AOCONVERT_CACHE_DIR=`` (
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,84 @@ def folder(kind: str) -> Path | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         _log.debug("no cache: %s", error)
     return None
+
+
+@contextlib.contextmanager
+def hold(kind: str, name: str) -> Iterator[Path | None]:
+    """Give a folder of one kind, made where it is not there, that :func:`shrink` leaves alone meanwhile.
+
+    Args:
+        kind: of the thing.
+        name: of the folder, see :func:`key`.
+
+    Yields:
+        ``None`` where the cache is not used.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    place = folder(kind)
+    if place is None:
+        yield None
+        return
+    lock = _lock_shared(place / name)
+    try:
+        os.utime(lock)
+        yield place / name
+        os.utime(lock)
+    finally:
+        os.close(lock)
+
+
+def _lock_shared(place: Path) -> int:
+    while True:
+        place.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # removed in between
+            lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            except OSError:
+                _log.debug("the file system of %s has no locks", place)
+                return lock
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), place.stat(follow_symlinks=False)):
+                    return lock
+            os.close(lock)
+
+
+def shrink(kind: str, limit: int) -> None:
+    """Remove folders of one kind until they have ``limit`` bytes, the least recently used first, but none in use.
+
+    Never raises: what cannot be removed stays.
+    """
+    place = folder(kind)
+    if place is None:
+        return
+    with contextlib.suppress(OSError):
+        found = [path for path in place.iterdir() if path.is_dir() and not path.is_symlink()]
+        for path in found:
+            if path.name.startswith("."):  # of a run that was killed while it removed it
+                shutil.rmtree(path, ignore_errors=True)
+        sizes = {path: (path.stat().st_mtime_ns, _count(path).nbytes) for path in found if path.name[0] != "."}
+        total = sum(nbytes for _, nbytes in sizes.values())
+        for path in sorted(sizes, key=lambda path: (sizes[path][0], path.name)):
+            if total <= limit:
+                break
+            if _remove(path):
+                total -= sizes[path][1]
+
+
+def _remove(place: Path) -> bool:
+    """Remove a folder that nobody holds; another name first, so that who wants to hold it makes a new one."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # somebody holds it, or there are no locks
+        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gone = place.with_name(f".{secrets.token_hex(8)}")
+        place.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        return True
+    return False
 
 
 def is_trusted(place: Path) -> bool:

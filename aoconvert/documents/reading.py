@@ -199,6 +199,7 @@ class CacheKind(Document):
     name: str
     files: int
     bytes: int
+    limit: int | None = Field(default=None, description="bytes that may be kept of it; null where there is no limit")
 
 
 class CacheDocument(Document):

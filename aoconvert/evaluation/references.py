@@ -12,7 +12,8 @@ A folder holds ``data.pt`` (what both models are given), ``data.json`` (what tha
 - ``outputs.NAME``: X·Wᵀ of these rows, float32. The metadata ``inputs`` is a JSON object: name of layer, or of a stack
   of experts → N. The metadata ``transposed`` is a list of stacks whose matrices are (in, out).
 
-Each file is written under another name first: one that is there is whole.
+Each file is written under another name first: one that is there is whole. The folders of all originals together have at
+most ``$AOCONVERT_CACHE_LIMIT`` bytes (20 GB where it says nothing), but for those in use: the least recently used go.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from aoconvert import cache
-from aoconvert.errors import WriteError
+from aoconvert.errors import UsageError, WriteError
+from aoconvert.options.fields import parse_size
 
 KIND = "eval"
 """Its folder in aoconvert's cache."""
+
+LIMIT = "AOCONVERT_CACHE_LIMIT"
+_DEFAULT_LIMIT = 20 * 10**9
 
 FORMAT = 2
 """Of the files; part of the key."""
@@ -78,19 +83,37 @@ def open_references(facts: Mapping[str, Any]) -> Iterator[References]:
     Where the cache is switched off it is a folder for this run alone.
 
     Raises:
+        UsageError: the limit is not a size.
         WriteError: it cannot be made.
     """
-    place = cache.folder(KIND)
-    if place is None:
-        with tempfile.TemporaryDirectory(prefix="aoconvert-eval-") as scratch:
-            yield References(Path(scratch))
-        return
-    folder = place / cache.key({**facts, "format": FORMAT})
+    limit = read_limit()
+    with contextlib.ExitStack() as stack:
+        name = cache.key({**facts, "format": FORMAT})
+        try:
+            folder = stack.enter_context(cache.hold(KIND, name))
+        except OSError as error:
+            raise WriteError(f"{error.filename}: {error.strerror}") from error
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aoconvert-eval-")))
+        else:
+            cache.shrink(KIND, limit)
+            stack.callback(cache.shrink, KIND, limit)  # while this one is held: it stays
+        yield References(folder)
+
+
+def read_limit() -> int:
+    """How many bytes may be kept, from ``AOCONVERT_CACHE_LIMIT`` (``20GB``).
+
+    Raises:
+        UsageError: not a size.
+    """
+    text = os.environ.get(LIMIT)
+    if not text:
+        return _DEFAULT_LIMIT
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"{folder}: {error.strerror}") from error
-    yield References(folder)
+        return parse_size(text)
+    except UsageError as error:
+        raise UsageError(f"{LIMIT}: {error.message}", hint=error.hint) from error
 
 
 def write_json(path: Path, value: Any) -> None:

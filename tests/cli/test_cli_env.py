@@ -40,13 +40,27 @@ def test_cache(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     (tmp_path / "mine" / "letter").write_text("dear")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     found = json.loads(call("cache", "--json").stdout)
-    kinds = [{"name": "configs", "files": 1, "bytes": len('"made"')}]
+    kinds = [{"name": "configs", "files": 1, "bytes": len('"made"'), "limit": None}]
     assert found == {"path": str(tmp_path), "bytes": 6, "kinds": kinds, "cleared": False}
     assert call("cache", "-q").stdout == f"{tmp_path}\n"
     assert json.loads(call("cache", "--clear", "--json").stdout)["cleared"] is True
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "mine"]
     assert (tmp_path / "mine" / "letter").read_text() == "dear"
     assert cache.remember("configs", 1, lambda: "made again") == "made again"
+
+
+def test_the_limit_is_shown(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AOCONVERT_CACHE_DIR", str(tmp_path))
+    with cache.hold("eval", "reference") as folder:
+        assert folder is not None
+        (folder / "file").write_bytes(bytes(5))
+    [kind] = json.loads(call("cache", "--json").stdout)["kinds"]
+    assert kind == {"name": "eval", "files": 1, "bytes": 5, "limit": 20 * 10**9}
+    monkeypatch.setenv("AOCONVERT_CACHE_LIMIT", "3GB")
+    assert "1 file, 5 B (at most 3.00 GB)" in call("cache").stdout
+    monkeypatch.setenv("AOCONVERT_CACHE_LIMIT", "3 cats")
+    failed = call("cache")
+    assert failed.code == 2 and "AOCONVERT_CACHE_LIMIT: '3 cats' is not a size" in failed.stderr
 
 
 def test_no_cache(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,9 @@ def test_encoders_and_classifiers(build: Any, cls: Any, task: str, asked: list[L
     assert {layer.name for layer in part.layers} >= {"encoder.layer.0.attention.self.query", "pooler.dense"}
 
 
-def test_the_original_runs_once_for_many_schemes(asked: list[Line], tmp_path: Path) -> None:
+def test_the_original_runs_once_for_many_schemes(
+    asked: list[Line], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = build_llama(tmp_path / "model")
     reports = [
         aoconvert.evaluate(quantized(source, scheme), source=str(source), samples=2, tokens=16)
@@ -138,6 +140,11 @@ def test_the_original_runs_once_for_many_schemes(asked: list[Line], tmp_path: Pa
     assert len({report.data.sha256 for report in reports}) == 1
     aoconvert.evaluate(tmp_path / "model-int8wo", source=str(source), samples=2, tokens=16, seed=2)
     assert [request["role"] for request in asked][4:] == ["original", "quantized"]
+    places = {Path(request["folder"]) for request in asked}
+    assert len(places) == 2 and all(place.is_dir() for place in places)
+    monkeypatch.setenv("AOCONVERT_CACHE_LIMIT", "1")
+    aoconvert.evaluate(tmp_path / "model-int8wo", source=str(source), samples=2, tokens=16, seed=2)
+    assert [place for place in places if place.is_dir()] == [Path(asked[-1]["folder"])]  # what was used last
 
 
 def test_a_run_that_was_killed_goes_on_with_the_next_sample(
