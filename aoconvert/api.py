@@ -47,6 +47,7 @@ def plan(
     scheme: str | None = None,
     *,
     progress: Progress | None = None,
+    elsewhere: bool = False,
     **options: Unpack[QuantizeKwargs],
 ) -> Plan:
     """Decide everything about a conversion and write nothing. Only ``auto`` reads weights.
@@ -55,6 +56,7 @@ def plan(
         source: a Hub repo id, a folder, or one weights file.
         scheme: a scheme name, see ``aoconvert schemes``.
         progress: is told what happens; default: silent.
+        elsewhere: another machine will carry it out: a disk here that is too small is only a warning.
         **options: fields of ``aoconvert.QuantizeOptions``; paths and sizes may be text.
 
     Returns:
@@ -67,7 +69,9 @@ def plan(
         HubError: the Hub said no.
     """
     wanted = make_options(scheme, options)
-    return _build_plan(_resolve_source(source, wanted), wanted, progress or Silent(), need_weights=False)
+    return _build_plan(
+        _resolve_source(source, wanted), wanted, progress or Silent(), need_weights=False, elsewhere=elsewhere
+    )
 
 
 @host_by_default()
@@ -599,17 +603,19 @@ def _source_of(folder: Path) -> str:
     return repo_id
 
 
-def _build_plan(source: Source, options: QuantizeOptions, progress: Progress, *, need_weights: bool) -> Plan:
+def _build_plan(
+    source: Source, options: QuantizeOptions, progress: Progress, *, need_weights: bool, elsewhere: bool = False
+) -> Plan:
     """Build the plan; with ``auto`` the schemes are searched first."""
     from aoconvert.planning.build import build_plan
 
     if not options.searches:
-        return build_plan(source, options, need_weights=need_weights)
+        return build_plan(source, options, need_weights=need_weights, elsewhere=elsewhere)
     from aoconvert.searching import search
     from aoconvert.sources.download import download
 
     found = search(source, options, progress, lambda paths: download(source, paths, progress))
-    plan = build_plan(source, options, need_weights=need_weights, rules=found.rules)
+    plan = build_plan(source, options, need_weights=need_weights, elsewhere=elsewhere, rules=found.rules)
     return replace(plan, warnings=(*plan.warnings, *found.warnings))
 
 

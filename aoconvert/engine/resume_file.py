@@ -165,12 +165,18 @@ def read_journal(path: Path) -> tuple[Mapping[str, Any], list[Line]] | None:
     return None if signature is None else (signature, lines)
 
 
-def signature_of(plan: Plan) -> dict[str, Any]:
+def signature_of(plan: Plan, *, by_commit: bool = False) -> dict[str, Any]:
     """What the files of a run depend on: another signature is another result.
+
+    Args:
+        plan: the plan.
+        by_commit: of a repo on the Hub the commit is looked at in place of its files here: they need not have been
+            fetched, and another machine finds the same.
 
     Raises:
         OSError: a file of the source is gone.
     """
+    commit = plan.source.revision if by_commit else None
     device = device_facts(plan.device)
     installed = versions()
     return {
@@ -179,7 +185,7 @@ def signature_of(plan: Plan) -> dict[str, Any]:
         "plan": _digest([*_plan_values(plan), *([lora.sha256, lora.weight] for lora in plan.loras), *plan.told]),
         "source": _digest(
             [
-                _file_facts(plan.source, path)
+                [path, plan.source.files()[path].size, commit] if commit is not None else _file_facts(plan.source, path)
                 for model in plan.streamed
                 for path in (model.weights.paths if model.weights else ())
             ]

@@ -40,6 +40,7 @@ def build_plan(
     options: QuantizeOptions,
     *,
     need_weights: bool = False,
+    elsewhere: bool = False,
     rules: Mapping[str, Rules] | None = None,
 ) -> Plan:
     """Decide everything about a conversion.
@@ -49,6 +50,7 @@ def build_plan(
         options: what the user asked for.
         need_weights: the plan will be carried out: a source without weights is a problem, and so is a disk that is
             too small (otherwise a warning).
+        elsewhere: another machine will carry it out, so the disk here does not matter.
         rules: component name → which scheme for which tensor; by default what the options say.
 
     Raises:
@@ -88,7 +90,7 @@ def build_plan(
     obstacles += output_problems(source, options.output, overwrite=options.overwrite)
     # of a config alone the plan is a calculation: nothing could be carried out anyway
     possible = need_weights or any(component.weights for component in components)
-    (problems if possible else warnings).extend(space_problems(options.output, wanted.disk_bytes))
+    (problems if possible and not elsewhere else warnings).extend(space_problems(options.output, wanted.disk_bytes))
     problems += _unreadable(source, [file.source for file in copied])
     if problems:
         raise PlanError(problems)

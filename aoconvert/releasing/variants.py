@@ -24,6 +24,11 @@ from aoconvert.planning import Plan
 from aoconvert.releasing.release_file import Gates, Model, ReleaseFile, Variant, options_of, repo_of
 
 
+def note_name(folder: str) -> str:
+    """Name of the file beside a variant's folder that says what lies in it; it is written when the folder is whole."""
+    return f"{folder}.made.json"
+
+
 class Made(BaseModel):
     """What lies in a variant's folder, written down beside it as soon as it is there.
 
@@ -96,7 +101,7 @@ class PlannedVariant:
 
     @property
     def _state(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.made.json")
+        return self.folder.with_name(note_name(self.folder.name))
 
     def _digest(self) -> str:
         return file_sha256(self.folder / MANIFEST_NAME)
@@ -160,9 +165,19 @@ def choose_variants(path: Path, variants: Sequence[PlannedVariant], patterns: Se
 
 
 def plan_variants(
-    variants: Sequence[PlannedVariant], options: ReleaseOptions, on_planned: Callable[[PlannedVariant], None]
+    variants: Sequence[PlannedVariant],
+    options: ReleaseOptions,
+    on_planned: Callable[[PlannedVariant], None],
+    *,
+    elsewhere: bool = False,
 ) -> None:
     """Plan every variant.
+
+    Args:
+        variants: the variants, which get their plans.
+        options: of the release.
+        on_planned: is told of each.
+        elsewhere: another machine will make them.
 
     Raises:
         PlanError: with every problem of all of them.
@@ -177,8 +192,15 @@ def plan_variants(
             problems.append(f"{each.name}: the gates {', '.join(each.gates.evaluated)} need an evaluation")
             hints.append("omit --no-eval")
         try:
-            each.plan = api.plan(each.source, each.variant.scheme, output=each.folder, overwrite=True, **each.options)
-            each.signature = signature_of(each.plan)
+            each.plan = api.plan(
+                each.source,
+                each.variant.scheme,
+                output=each.folder,
+                overwrite=True,
+                elsewhere=elsewhere,
+                **each.options,
+            )
+            each.signature = signature_of(each.plan, by_commit=True)
         except (PlanError, SourceError, UsageError) as error:
             problems += [f"{each.name}: {line}" for line in error.problems]
             hints += [error.hint] if error.hint else []

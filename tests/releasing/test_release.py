@@ -157,3 +157,19 @@ def test_it_is_published_and_then_unchanged(hub_client: HubClient, file: Path, t
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
     assert (ran.returncode, lines[-2]["event"], lines[-1]["variants"][0]["status"]) == (0, "unchanged", "unchanged")
     assert lines[-1]["variants"][0]["commit"] == variant["commit"]
+
+
+def test_a_source_on_the_hub(hub_client: HubClient, file: Path, tmp_path: Path) -> None:
+    """It is planned before it is fetched, and its commit says on any machine that a variant is made already."""
+    state = hub_client.hub.state
+    state.create_repo("org/tiny")
+    state.commit("org/tiny", {path.name: path for path in (file.parent / "model").iterdir()})
+    file.write_text(FILE.replace('source = "model"', 'source = "org/tiny"').replace("[gates]\nmin_sqnr_db = 20\n", ""))
+    command = ["release", str(file), "--only", "int8wo", "--skip-push", "--output-root", str(tmp_path / "o"), "--json"]
+    steps = []
+    for home in ("one", "another"):
+        ran = hub_client.command(*command, env={"HF_HOME": str(tmp_path / home)})
+        assert ran.returncode == 0, ran.stdout
+        lines = [json.loads(line) for line in ran.stdout.splitlines()]
+        steps += [(line["event"], line["again"]) for line in lines if "again" in line]
+    assert steps == [("quantized", True), ("verified", True), ("quantized", False), ("verified", False)]
