@@ -7,6 +7,7 @@ imported when a function needs it.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,19 @@ def capability(device: str) -> tuple[int, int] | None:
 
     nvidia = device.startswith("cuda") and torch.version.hip is None
     return torch.cuda.get_device_capability(device) if nvidia else None
+
+
+def show_one(kind: str, index: int) -> dict[str, str]:
+    """Environment variables with which a process sees one device of those that this one sees, as its first.
+
+    Sources: CUDA's programming guide; the HIP documentation, "GPU isolation"; oneAPI Level Zero's programming guide.
+    """
+    import torch
+
+    amd = kind == "cuda" and torch.version.hip is not None
+    variable = "HIP_VISIBLE_DEVICES" if amd else "CUDA_VISIBLE_DEVICES" if kind == "cuda" else "ZE_AFFINITY_MASK"
+    seen = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+    return {variable: seen[index] if index < len(seen) else str(index)}
 
 
 def failure(device: str) -> str | None:

@@ -89,6 +89,10 @@ class DeviceMemoryError(DeviceError):
     """The GPU has no memory left for a weight. What is finished stays for the next run."""
 
 
+class WorkerError(AoconvertError):
+    """A process that made a variant of a release died. The other variants are made."""
+
+
 class HostMemoryError(AoconvertError):
     """The machine's memory, or what this process may have of it, is used up. What is finished stays."""
 

@@ -47,6 +47,12 @@ _COLORS = {"pushed": "green", "unchanged": "green", "made": "green", "gate_faile
     help="Folder for the variants and release.json.",
 )
 @click.option("--eval/--no-eval", "evaluate", default=None, help="Evaluate each variant. Default: if a gate needs it.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Make N variants at a time, each in a process of its own. Default: one for each GPU.",
+)
 @click.option("--token", envvar="HF_TOKEN", help="Hub token; it is never stored.")
 @click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Cache of the Hub client.")
 @click.option("--local-files-only", is_flag=True, help="Use no network for the source.")

@@ -19,6 +19,7 @@ class ReleaseKwargs(TypedDict, total=False):
     fail_fast: bool
     output_root: Path
     evaluate: bool | None
+    jobs: int | None
     token: str | None
     cache_dir: Path | None
     local_files_only: bool
@@ -36,6 +37,7 @@ class ReleaseOptions:
         fail_fast: stop at the first variant that fails or misses a gate; else go on with the others.
         output_root: a folder for each variant goes below it, and ``release.json``.
         evaluate: run ``eval``; ``None``: where a gate needs it.
+        jobs: so many variants are made at a time, each in a process of its own; ``None``: one for each GPU.
         token, cache_dir, local_files_only: for the Hub.
     """
 
@@ -46,6 +48,7 @@ class ReleaseOptions:
     fail_fast: bool = False
     output_root: Path = Path("releases")
     evaluate: bool | None = None
+    jobs: int | None = None
     token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
     local_files_only: bool = False

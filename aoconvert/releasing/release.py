@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Unpack
@@ -9,7 +11,8 @@ from typing import Unpack
 from aoconvert.environment import host_by_default
 from aoconvert.options.release import ReleaseKwargs, ReleaseOptions
 from aoconvert.progress import Progress, Silent
-from aoconvert.releasing.engines.local import make_here
+from aoconvert.releasing.engines.local import choose_jobs, make_here, make_in_workers
+from aoconvert.releasing.engines.task import Work
 from aoconvert.releasing.publish import Publisher
 from aoconvert.releasing.record import ModelRecord, Record, VariantRecord, describe_plan, read_record
 from aoconvert.releasing.release_file import ReleaseFile, load
@@ -60,6 +63,7 @@ class _Release:
 
     Attributes:
         records: what is known of each variant of the file, by its name.
+        jobs: so many variants are made at a time.
     """
 
     path: Path
@@ -69,6 +73,7 @@ class _Release:
     on_event: OnEvent
     records: dict[str, VariantRecord] = field(default_factory=dict)
     revisions: dict[str, str | None] = field(default_factory=dict)
+    jobs: int = 1
 
     def plan_only(self) -> Record:
         """Plan the variants, and change nothing."""
@@ -82,15 +87,23 @@ class _Release:
         variants = self._plan()
         by_name = {each.name: each for each in variants}
         publisher = Publisher(self.found, self.options, self.progress, self.on_event)
-        steps = Steps(self.options, self.progress, self.on_event)
-        for record in make_here(variants, steps):
-            if record.status == "made" and not self.options.skip_push:
-                record = publisher.publish(by_name[record.name], record)
-            self._note(record)
-            self._record().write(root_of(self.path, self.options))
-            if self.options.fail_fast and record.status in ("failed", "gate_failed"):
-                break
+        with closing(self._make(variants)) as made:  # where it stops early, so do the workers
+            for record in made:
+                if record.status == "made" and not self.options.skip_push:
+                    record = publisher.publish(by_name[record.name], record)
+                self._note(record)
+                self._record().write(root_of(self.path, self.options))
+                if self.options.fail_fast and record.status in ("failed", "gate_failed"):
+                    break
         return self._record()
+
+    def _make(self, variants: Sequence[PlannedVariant]) -> Generator[VariantRecord]:
+        """Make the variants; each record comes as soon as its variant is judged."""
+        if self.jobs == 1:
+            yield from make_here(variants, Steps(self.options, self.progress, self.on_event))
+        else:
+            work = Work(self.path, self.found, self.options)
+            yield from make_in_workers(variants, work, self.jobs, self.progress, self.on_event)
 
     def _plan(self) -> list[PlannedVariant]:
         """The variants that were asked for, planned; of the others the record says what an earlier run did."""
@@ -103,6 +116,7 @@ class _Release:
             self._note(known.model_copy(update={"status": "skipped"}) if known else start_record(each, "skipped"))
         self.revisions = {model.name: model.revision for model in before.models} if before is not None else {}
         plan_variants(chosen, self.options, self._planned)
+        self.jobs = choose_jobs(chosen, self.options.jobs)
         return chosen
 
     def _planned(self, each: PlannedVariant) -> None:
