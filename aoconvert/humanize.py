@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 
 
 def size(count: float) -> str:
@@ -21,6 +22,21 @@ def number(value: float) -> str:
             return f"{value:.0f}" if not unit else f"{value:.2f}{unit}"
         value /= 1000
     return f"{value:.2f} B"
+
+
+def rounded(value: float, digits: int = 3) -> str:
+    """A number to so many significant digits, never with an exponent: ``6,210``, ``0.0000938``."""
+    return format(Decimal(f"{value:.{digits}g}"), ",f")
+
+
+_SECONDS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+
+
+def duration(seconds: float, *limits: float) -> str:
+    """A time, and the lowest and highest in its unit: ``5.16 ms``, ``5.16 ms (4.47 to 9.81)``."""
+    unit, scale = next((item for item in _SECONDS if seconds >= item[1]), _SECONDS[-1])
+    spread = f" ({' to '.join(rounded(limit / scale) for limit in limits)})" if limits else ""
+    return f"{rounded(seconds / scale)} {unit}{spread}"
 
 
 def percent(fraction: float) -> str:

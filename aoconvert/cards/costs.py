@@ -12,8 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from aoconvert.cards.markdown import Md, unbroken
 from aoconvert.checkpoint.bench import Bench, BenchRow, bench_of
 from aoconvert.checkpoint.manifest import Manifest
+from aoconvert.humanize import duration, rounded
 from aoconvert.options.bench import BenchOptions
 from aoconvert.options.fields import REFERENCE, SWITCH, options_of
 
@@ -42,6 +44,8 @@ def read_costs(folder: Path, manifest: Manifest, place: str) -> dict[str, Any] |
     failed = [row for row in report.rows if row.error is not None]
     return {
         "rows": [_row(row, folder) for row in ran[:_SHOWN]],
+        "modes": any(row.mode != "plain" for row in ran),
+        "batches": any(row.batch_size != 1 for row in ran),
         "more": max(0, len(ran) - _SHOWN),
         "failures": list({(row.model, row.mode, row.error): _row(row, folder) for row in failed}.values())[:_SHOWN],
         "date": datetime.fromisoformat(report.date).date().isoformat(),
@@ -57,7 +61,14 @@ def read_costs(folder: Path, manifest: Manifest, place: str) -> dict[str, Any] |
 def _row(row: BenchRow, folder: Path) -> dict[str, Any]:
     """A row without the place of the checkpoint, which a library's reason may name."""
     reason = row.error.replace(str(folder.resolve()), ".") if row.error is not None else None
-    return {**row.model_dump(), "mode": row.mode, "error": reason}
+    limits = () if row.seconds_min is None or row.seconds_max is None else (row.seconds_min, row.seconds_max)
+    rate = None if row.per_second is None else f"{rounded(row.per_second)} {_plural(row.unit)}"
+    time = None if row.seconds is None else Md(" (".join(map(unbroken, duration(row.seconds, *limits).split(" ("))))
+    return {**row.model_dump(), "mode": row.mode, "error": reason, "time": time, "rate": rate}
+
+
+def _plural(unit: str) -> str:
+    return f"{unit}es" if unit.endswith("s") else f"{unit}s"
 
 
 def _is_small(report: Bench) -> bool:

@@ -38,6 +38,11 @@ def text(value: object) -> Md:
     return Md(_MARKUP.sub(_as_text, visible(value)))
 
 
+def unbroken(value: object) -> Md:
+    """A value in running text or in a table's cell, on one line."""
+    return Md(text(value).replace(" ", "&nbsp;"))
+
+
 def _as_text(found: re.Match[str]) -> str:
     before, last = found[0][:-1], found[0][-1]
     return before + (f"\\{last}" if last in _BACKSLASH else f"&#{ord(last)};")

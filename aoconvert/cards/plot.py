@@ -92,7 +92,7 @@ def _draw(diagram: Diagram, start: float, wide: float) -> list[str]:
     def at_y(value: float) -> float:
         return top + (bottom - top) * (y_high - value) / (y_high - y_low)
 
-    title = visible(diagram.title)[: int((right - left) / 7.6)]
+    title = _cut(visible(diagram.title), int((right - left) / 7.6))
     lines = [text(left, 26, title, size=14, weight="600")]
     for value in _values(y_low, y_high, y_step):
         lines += [
@@ -110,6 +110,10 @@ def _draw(diagram: Diagram, start: float, wide: float) -> list[str]:
     points = [(at_x(x), at_y(y)) for x, y in places]
     dots = [_dot(mark.number, *point) for mark, point in zip(diagram.marks, points, strict=True)]
     return [*lines, *(part for parts in dots for part in parts)]
+
+
+def _cut(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1].rstrip()}…"
 
 
 def _unit(values: Sequence[float], units: Sequence[tuple[float, str]]) -> tuple[float, str]:
@@ -148,8 +152,7 @@ def _legend(diagrams: Sequence[Diagram]) -> list[list[str]]:
     rows: list[list[str]] = []
     left = float(WIDTH)
     for number in sorted(marks, key=lambda number: (number < 0, number)):
-        name = visible(marks[number].name)
-        name = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+        name = _cut(visible(marks[number].name), _LONGEST)
         width = 34 + _CHARACTER * len(name)
         if left + width > WIDTH - _RIGHT:
             rows.append([])

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from aoconvert.cards.markdown import Md, unbroken
 from aoconvert.checkpoint.evaluation import ComponentFigures, Evaluation, Metrics, evaluation_of
 from aoconvert.checkpoint.manifest import SHEET_NAME, Manifest
+from aoconvert.humanize import rounded
 from aoconvert.options.evaluate import EvaluateOptions
 from aoconvert.options.fields import REFERENCE, SWITCH, options_of
 
@@ -25,7 +27,7 @@ Row = tuple[str, str, str, str, str]
 # figure, its label, what a model gives that equals the original
 _FIGURES: Mapping[str, tuple[str, str]] = {
     "kl_mean": ("KL divergence from the original, mean (nats per token)", "0"),
-    "kl_p99": ("KL divergence, 99 % of tokens below", "0"),
+    "kl_p99": ("KL divergence, 99th percentile", "0"),
     "kl_max": ("KL divergence, largest", "0"),
     "top1_agreement": ("same most likely token", "100 %"),
     "cosine_mean": ("cosine of the outputs, mean", "1"),
@@ -116,10 +118,9 @@ def _rows(metrics: Metrics, floor: Metrics) -> Iterator[Row]:
             yield label, perfect, _figure(name, value), "", "" if noise is None else _figure(name, noise)
 
 
-def _change(before: float, after: float, digits: int) -> str:
+def _change(before: float, after: float, digits: int) -> Md:
     """How much more or less it is, in percent."""
-    fraction = after / before - 1
-    return f"{abs(fraction):.{digits}%} {'more' if fraction >= 0 else 'less'}".replace("%", " %")
+    return unbroken(f"{after / before - 1:+.{digits}%}".replace("%", " %").replace("-", "−"))
 
 
 def _figure(name: str, value: float) -> str:
@@ -129,10 +130,10 @@ def _figure(name: str, value: float) -> str:
 
 
 def _shown(value: float) -> str:
-    """Four digits of what is of interest: of a cosine, what it lacks to 1."""
+    """Three digits, four from 1 on; of what is nearly 1, as a cosine, two digits of what it lacks to that."""
     if 0.9 < value < 1:
-        return f"{value:.{min(12, 4 + max(0, math.floor(-math.log10(1 - value))))}f}"
-    return f"{value:.4g}"
+        return f"{value:.{min(12, 2 + max(1, math.floor(-math.log10(1 - value))))}f}"
+    return rounded(value, 3 if abs(value) < 1 else 4)
 
 
 def _worst(part: ComponentFigures) -> list[tuple[str, float]]:

@@ -33,7 +33,8 @@ text is escaped where it is written, so no filter is needed for safety:
   ``data`` (a text), ``kind``, ``samples``, ``tokens``, ``files`` (name, SHA-256), ``dtype`` of the original,
   ``same_files``, ``size_change`` (a text), ``gates`` (``name``, ``limit``, ``passed``), ``device``,
   ``command`` (or null), ``sheet`` (file name, or null);
-- ``costs`` (null without a benchmark of this checkpoint): ``rows`` (keys of ``aoconvert.bench.json``, and ``mode``),
+- ``costs`` (null without a benchmark of this checkpoint): ``rows`` (keys of ``aoconvert.bench.json``, and ``mode``,
+  ``time``, ``rate``: texts), ``modes`` (one is not plain), ``batches`` (one is not 1),
   ``more`` (rows that are not shown), ``failures`` (rows with an ``error``),
   ``date``, ``complete``, ``runs``, ``environment`` (name → value), ``compiled``,
   ``small`` (a pipeline ran at its smallest size), ``command`` (or null);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,11 +13,12 @@ import torch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
 
 MOST_BYTES = 3_000_000
 MOST_ROWS = 9
 _SIDE, _LEAST = 384, 96  # pixels of a tile's longer side
-_HEADER, _CAPTION, _GAP = 22, 18, 4
+_HEADER, _CAPTION, _GAP, _LETTERS = 30, 28, 4, 18  # large enough where a page shows the sheet half as wide
 _TITLES = ("original", "quantized", "difference")
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 
@@ -75,10 +77,10 @@ def _draw(rows: Sequence[Pair], factor: int, side: int) -> bytes:
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(_TITLES):
         shown = title if column < 2 else f"{title} x {factor}"
-        pen.text((_GAP + column * (width + _GAP), 5), shown, fill=_INK)
+        pen.text((_GAP + column * (width + _GAP), 5), shown, fill=_INK, font_size=_LETTERS)
     for number, (pair, row) in enumerate(zip(rows, tiles, strict=True)):
         top = _HEADER + number * step
-        pen.text((_GAP, top + 2), _fit(pair.caption, 3 * width), fill=_INK)
+        pen.text((_GAP, top + 3), _fit(pen, pair.caption, 3 * width), fill=_INK, font_size=_LETTERS)
         for column, tile in enumerate(row):
             sheet.paste(tile, (_GAP + column * (width + _GAP), top + _CAPTION))
     place = io.BytesIO()
@@ -104,8 +106,11 @@ def _tile(values: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], side: int) ->
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
-def _fit(text: str, width: int) -> str:
-    """What of a caption there is room for, in the letters that Pillow's own font has."""
-    most = max(8, width // 7)
-    plain = text.encode("latin-1", "replace").decode("latin-1")
-    return plain if len(plain) <= most else f"{plain[: most - 3]}..."
+def _fit(pen: ImageDraw, text: str, width: int) -> str:
+    """What of a caption there is room for, in the letters that Pillow's own font has: those of ASCII."""
+    letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    plain = "".join(letters).encode("ascii", "replace").decode()
+    cut = plain
+    while pen.textlength(cut, font_size=_LETTERS) > width and len(cut) > 8:
+        cut = f"{cut.removesuffix('...')[:-1]}..."
+    return cut

@@ -30,7 +30,7 @@ def test_pairs_data_and_command(result: Path) -> None:
     section = text.partition("## How much it loses\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     assert rows[0] == ["", "original", "quantized", "change", "bfloat16 noise"]
-    assert ["perplexity", "10", "10.5", "5.00 % more", "10.01"] in rows
+    assert ["perplexity", "10", "10.5", "&#43;5.00&nbsp;%", "10.01"] in rows
     assert ["KL divergence from the original, mean (nats per token)", "0", "0.0123", "", "0.001"] in rows
     assert ["same most likely token", "100 %", "98.77 %", "", "100.00 %"] in rows
     assert [row[0] for row in rows].count("size") == 1

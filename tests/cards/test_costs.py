@@ -38,7 +38,8 @@ def test_the_table(folder: Path) -> None:
     page = page_of(folder)
     assert HEADING in page.headings
     assert page.headings.index(HEADING) == page.headings.index("h2 Size and error") + 1
-    for text in ("sentence (8 tokens)", "1.50 MB", "400.00 MB", "0.25 s (0.125 to 0.5)", "compiled in 12 s"):
+    time = "250\u00a0ms (125\u00a0to\u00a0500)"
+    for text in ("8 tokens", "1.50 MB", "400.00 MB", time, "compiled in 12 s", "4 sentences"):
         assert text in page.shown
     assert "original, bfloat16" in page.shown
     assert page.shown.count("Not measured, fused, int8wo: it | cannot be <b>fused</b>") == 1
@@ -47,6 +48,17 @@ def test_the_table(folder: Path) -> None:
     assert "stopped" not in page.shown and "smallest size" not in page.shown
     assert "b>" not in "".join(page.html)
     assert f"aoconvert bench {REPO} --device cpu --runs 3 --tokens 8\n" in page.fences("bash")
+
+
+def test_a_column_that_says_nothing_is_not_there(folder: Path) -> None:
+    write_bench(folder, {}, {"model": "source", "scheme": "bfloat16"})
+    table = page_of(folder).body.partition("What it costs")[2].partition("\n\n")[2].splitlines()
+    assert table[0] == "| | one run | model memory | peak memory | time | per second |"
+    assert "plain" not in table[2] and table[2].startswith("| **int8wo** | 8 tokens | 1.50 MB |")
+    write_bench(folder, {}, {"batch_size": 8, "fused": True})
+    table = page_of(folder).body.partition("What it costs")[2].partition("\n\n")[2].splitlines()
+    assert table[0] == "| | | batch | one run | model memory | peak memory | time | per second |"
+    assert table[3].startswith("| **int8wo** | fused | 8 | 8 tokens |")
 
 
 def test_small_sizes_and_a_stop_are_said(folder: Path) -> None:
@@ -94,5 +106,5 @@ def test_a_report_by_anybody_is_shown_as_text(folder: Path) -> None:
     (folder / "aoconvert.bench.json").write_text(json.dumps(report))
     page = page_of(folder)
     assert "](https://x.y) <script>" in page.shown and "*bold* # heading" in page.shown
-    assert "sentence (a | b)" in page.shown
+    assert "a | b" in page.shown
     assert not any("x.y" in link for link in page.links)

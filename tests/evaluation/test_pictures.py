@@ -43,13 +43,24 @@ def test_the_sheet_shows_both_pictures_and_their_amplified_difference() -> None:
     pair = Pair("seed 1: 熊猫 in a forest", before, after)
     assert amplification([pair]) == 32
     sheet = np.asarray(Image.open(io.BytesIO(draw_sheet([pair]))))
-    assert sheet.shape == (22 + 18 + 288 + 4, 3 * 384 + 16, 3)
-    top, middle = 22 + 18, 22 + 18 + 144
+    assert sheet.shape == (30 + 28 + 288 + 4, 3 * 384 + 16, 3)
+    top, middle = 30 + 28, 30 + 28 + 144
     assert sheet[middle, 4 + 10].tolist() == [100] * 3
     assert sheet[middle, 8 + 384 + 380].tolist() == [105] * 3
     assert sheet[middle, 12 + 768 + 10].tolist() == [0] * 3
     assert sheet[middle, 12 + 768 + 380].tolist() == [160] * 3
     assert (sheet[:top] < 128).any()  # titles and a caption
+
+
+def test_a_caption_has_letters_that_there_are_and_fits() -> None:
+    """Pillow's own font has those of ASCII only: others would all be the same empty box."""
+    picture = torch.full((32, 32, 3), 100, dtype=torch.uint8)
+    plain, accents, long = (
+        draw_sheet([Pair(caption, picture, picture)]) for caption in ("Cafe in ??", "Café in 東京", "W" * 500)
+    )
+    assert plain == accents
+    sheet = np.asarray(Image.open(io.BytesIO(long)))
+    assert (sheet[30:58, -100:-20] < 128).any() and not (sheet[30:58, -4:] < 128).any()
 
 
 def test_equal_pictures_have_no_difference_to_amplify() -> None:

@@ -72,7 +72,7 @@ def test_flux(asked: list[Line], checkpoints: Checkpoints, tmp_path: Path) -> No
     assert read_evaluation(result / "aoconvert.eval.json") == report
     check_document("eval", report.to_dict())
     sheet = Image.open(io.BytesIO((result / "eval.png").read_bytes()))
-    assert sheet.size == (3 * 384 + 4 * 4, 22 + 384 + 18 + 4)
+    assert sheet.size == (3 * 384 + 4 * 4, 30 + 384 + 28 + 4)
     # the same once more runs neither of them on a sample again
     again = aoconvert.evaluate(result, **wishes)
     assert (again.components, again.reused, asked[-1]["samples"]) == (report.components, 1, [])
@@ -213,7 +213,7 @@ def test_a_video_is_shown_by_three_of_its_frames(asked: list[Line], checkpoints:
     )
     assert report.data.samples == 2
     sheet = Image.open(result / "eval.png")
-    assert sheet.size[1] == 22 + 6 * (384 + 18 + 4)
+    assert sheet.size[1] == 30 + 6 * (384 + 28 + 4)
     [kept] = (tmp_path / "cache" / "eval").glob("*/sample-0001.safetensors")
     assert load_file(kept)["pictures"].shape == (9, 64, 64, 3)
     assert (result / "eval.png").stat().st_size < 3_000_000
