@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from aoconvert.releasing.record import Record, VariantRecord
+    from aoconvert.releasing.told import Event
 
 EXAMPLES = """\b
 Examples:
@@ -63,16 +65,33 @@ def command(*, path: Path, out: Output, keep_going: bool, **options: Any) -> int
     A variant that misses a gate is not published; exit code 4. What is done already is not done again: run the same
     command to continue. With --json it prints one JSON document per line and event, the last one is the summary.
     """
+    notes: list[str] = []
+
+    def pass_on(event: Event) -> None:
+        notes.extend(f"{event['variant']}: {line}" for line in event.get("warnings", ()))
+        out.event(event)
+
     with out.watch(f"release {path.name}") as progress:
         from aoconvert.releasing import release
 
-        record = release(path, progress=progress, on_event=out.event, fail_fast=not keep_going, **options)
-    if (summary := os.environ.get("GITHUB_STEP_SUMMARY")) is not None and not options["dry_run"]:
-        with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(markdown(record))
+        record = release(path, progress=progress, on_event=pass_on, fail_fast=not keep_going, **options)
+    if (summary := os.environ.get("GITHUB_STEP_SUMMARY")) and not options["dry_run"]:
+        notes += _append(Path(summary), markdown(record))
+    for line in notes:
+        out.warning(line)
     data = {"event": "summary", **record.to_dict()}
     out.result(lambda: table(record), data, "ok" if record.ok else "failed")
     return record.exit_code
+
+
+def _append(path: Path, text: str) -> list[str]:
+    """Add to a file; gives what is to be said where that fails: the release is made all the same."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        return [f"the job's summary was not written: GITHUB_STEP_SUMMARY={path}: {error.strerror or error}"]
+    return []
 
 
 def table(record: Record) -> RenderableType:
@@ -92,12 +111,19 @@ def table(record: Record) -> RenderableType:
 
 def markdown(record: Record) -> str:
     """The record as a Markdown table, for a CI job's summary."""
-    lines = [f"### {record.name}", "", "| variant | status | size | bits per weight | worst SQNR | |"]
+    lines = [f"### {_as_it_is(record.name)}", "", "| variant | status | size | bits per weight | worst SQNR | |"]
     lines.append("|---|---|--:|--:|--:|---|")
     for variant in record.variants:
-        cells = (f"`{variant.name}`", variant.status, *_figures(variant), _said(variant).replace("|", "\\|"))
+        said = _said(variant)
+        shown = said if said == variant.url else _as_it_is(said)
+        cells = (f"`{variant.name}`", variant.status, *_figures(variant), shown)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", ""])
+
+
+def _as_it_is(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def _figures(variant: VariantRecord) -> tuple[str, str, str]:
@@ -117,5 +143,6 @@ def _said(variant: VariantRecord) -> str:
         limits = (f"(limit {gate.limit:.6g})" for gate in missed)
         return "; ".join(f"{value} {limit}" for value, limit in zip(shown, limits, strict=True))
     if variant.error is not None:
-        return variant.error.message
+        error = variant.error
+        return f"{error.message} ({error.hint})" if error.hint else error.message
     return variant.url or variant.repo_id or ""

@@ -29,7 +29,7 @@ from aoconvert.documents.publishing import (
     VerifyDocument,
 )
 from aoconvert.documents.reading import CacheDocument, DiffDocument, EnvDocument, InspectDocument, SchemeDocument
-from aoconvert.documents.releases import ReleaseDocument
+from aoconvert.documents.releases import ReleaseDocument, ReleaseEvent
 from aoconvert.releasing.release_file import ReleaseFile
 
 FOLDER = Path("manifests")
@@ -45,6 +45,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "card": CardDocument,
     "push": PushDocument,
     "release": ReleaseDocument,
+    "release-event": ReleaseEvent,
     "release-file": ReleaseFile,
     "inspect": InspectDocument,
     "diff": DiffDocument,
@@ -59,7 +60,10 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
 """Name → document; ``schemes --json`` is a list of ``scheme``."""
 
 
-_TITLES = {"release-file": "a file of aoconvert release, version 1"}
+_TITLES = {
+    "release-file": "a file of aoconvert release, version 1",
+    "release-event": "a line of aoconvert release --json, version 1",
+}
 
 
 def schema_path(name: str) -> Path:

@@ -10,7 +10,7 @@ from aoconvert.options.release import ReleaseOptions
 from aoconvert.progress import Progress
 from aoconvert.releasing.record import VariantRecord, failure_of
 from aoconvert.releasing.release_file import ReleaseFile
-from aoconvert.releasing.told import OnEvent
+from aoconvert.releasing.told import OnEvent, ProgressEvents
 from aoconvert.releasing.variants import PlannedVariant
 
 
@@ -41,7 +41,7 @@ class Publisher:
             done = api.push(
                 each.repo_id,
                 each.folder,
-                progress=self.progress,
+                progress=ProgressEvents(self.progress, self.on_event, [each.name]),
                 token=self.options.token,
                 private=self.found.private,
                 collection=self.found.collection,
@@ -55,6 +55,6 @@ class Publisher:
             return record.model_copy(update={"status": "failed", "error": failure})
         said = {"variant": each.name, "repo_id": done.repo_id, "commit": done.commit, "url": done.url}
         status = "unchanged" if done.nothing_to_do else "pushed"
-        self.on_event({"event": status, **said, "bytes_sent": done.bytes_sent})
+        self.on_event({"event": status, **said, "bytes_sent": done.bytes_sent, "warnings": list(done.warnings)})
         where = {"repo_id": done.repo_id, "url": done.url, "commit": done.commit}
         return record.model_copy(update={"status": status, **where})

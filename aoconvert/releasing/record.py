@@ -32,8 +32,10 @@ class Failure(_Model):
 
     type: str
     message: str
-    hint: str | None
+    hint: str | None = None
     exit_code: int
+    retryable: bool = Field(default=False, description="the same command can succeed later without any change")
+    problems: tuple[str, ...] = Field(default=(), description="everything that is wrong")
 
 
 class VariantRecord(_Model):
@@ -117,7 +119,14 @@ def read_record(folder: Path) -> Record | None:
 
 def failure_of(error: AoconvertError) -> Failure:
     """What a command would have said of it."""
-    return Failure(type=type(error).__name__, message=error.message, hint=error.hint, exit_code=error.exit_code)
+    return Failure(
+        type=type(error).__name__,
+        message=error.message,
+        hint=error.hint,
+        exit_code=error.exit_code,
+        retryable=error.retryable,
+        problems=error.problems,
+    )
 
 
 def describe_manifest(manifest: Manifest) -> dict[str, Any]:

@@ -124,7 +124,8 @@ class _Release:
         self.revisions[each.model.title] = each.revision
         document = each.plan.to_dict()
         totals = [component["totals"] for component in document["components"]]
-        self.on_event({"event": "planned", "variant": each.name, "needs": document["needs"], "totals": totals})
+        found = {"needs": document["needs"], "totals": totals, "warnings": document["warnings"]}
+        self.on_event({"event": "planned", "variant": each.name, **found})
 
     def _note(self, record: VariantRecord) -> None:
         self.records[record.name] = record

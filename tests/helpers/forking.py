@@ -129,6 +129,11 @@ class Forker:
         folder.mkdir(exist_ok=True)
         return cls(folder, os.getppid() if side_by_side else os.getpid())
 
+    @property
+    def place(self) -> tuple[Path, int]:
+        """The arguments, for another process that makes one."""
+        return self._folder, self._owner
+
     def popen(self, words: list[str], imports: str, *, flags: tuple[str, ...] = (), **options: Any) -> Forked:
         """Fork a process where ``imports`` was executed.
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from fake_hub.fixtures import HubClient
 from helpers.checkpoints import build_llama
+from helpers.documents import check_document
 
 import aoconvert
-from aoconvert.errors import PlanError, UsageError
+from aoconvert.errors import AoconvertError, PlanError, UsageError
 from aoconvert.releasing import Record, release
-from aoconvert.releasing.record import Failure, VariantRecord
+from aoconvert.releasing.record import Failure, VariantRecord, failure_of, read_record
 
 FILE = """
 name = "Tiny"
@@ -125,6 +126,16 @@ def test_a_failure_of_a_variant_that_was_not_asked_for_is_not_this_runs() -> Non
     assert codes == [5, 0]
 
 
+def test_a_record_with_a_failure_without_a_hint_is_read_again(tmp_path: Path) -> None:
+    """A later run would else forget where its variants are."""
+    failure = failure_of(AoconvertError("no"))
+    variant = VariantRecord(name="a", model="m", scheme="a", status="failed", error=failure)
+    record = Record(name="x", models=(), ok=False, variants=(variant,))
+    record.write(tmp_path)
+    assert read_record(tmp_path) == record
+    check_document("release", {"event": "summary", **record.to_dict()})
+
+
 def test_a_dry_run_writes_nothing(file: Path) -> None:
     record, events = made(file, dry_run=True)
     assert [event["event"] for event in events] == ["planned", "planned"]
@@ -145,10 +156,13 @@ def test_it_is_published_and_then_unchanged(hub_client: HubClient, file: Path, t
     ran = hub_client.command(*command, token=TOKEN, env=env)
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
     assert ran.returncode == 0, ran.stderr
+    for line in lines:
+        check_document("release-event", line)
     names = ["planned", "variant_started", "quantized", "verified", "pushed", "summary"]
     assert [line["event"] for line in lines if line["event"] != "progress"] == names
     told = [(line["variant"], line["stage"]) for line in lines if line["event"] == "progress"]
-    assert set(told) == {("int8wo", "quantize"), ("int8wo", "copy")} and len(told) <= 40
+    assert set(told) == {("int8wo", stage) for stage in ("quantize", "copy", "hash", "upload")}
+    assert len(told) <= 20 * 4
     [variant] = lines[-1]["variants"]
     assert (variant["status"], variant["repo_id"]) == ("pushed", "me/tiny-int8wo")
     assert variant["commit"] == hub_client.hub.state.resolve("me/tiny-int8wo", "main")
