@@ -21,6 +21,7 @@ from aoconvert.checkpoint.checkpoint import from_manifest
 from aoconvert.engine.read import ComponentReading
 from aoconvert.environment import version_of
 from aoconvert.errors import SourceError
+from aoconvert.humanize import size
 from aoconvert.verification.numbers import compare_with_source
 from aoconvert.verification.original import resolve_original
 
@@ -153,3 +154,19 @@ def test_an_architecture_with_conversions_of_its_own_is_named(tmp_path: Path) ->
     file = gguf_files.write(tmp_path / "m.gguf", "lfm2", {}, {"token_embd.weight": (values, Kind.F32)})
     with pytest.raises(SourceError, match=r"m\.gguf: aoconvert does not read GGUF files of the architecture 'lfm2'"):
         aoconvert.plan(file, "int8wo", device="cpu")
+
+
+def test_a_result_that_is_larger_than_its_source_is_said(tmp_path: Path) -> None:
+    """8 bits of what has 4 in the file: a warning in the plan and in the result, with both sizes."""
+    file = gguf_files.language_model(tmp_path / "source", kind=gguf_files.uniform(Kind.Q4_0))
+    options: dict[str, Any] = {"device": "cpu", "min_quantized": 0.0}
+    plan = aoconvert.plan(file, "int8wo", **options)
+    totals = plan.components[0].totals
+    assert totals.bytes_out > totals.bytes_in
+    [line] = [warning for warning in plan.warnings if "larger than its source" in warning]
+    assert f"{size(totals.bytes_in)} become {size(totals.bytes_out)}" in line
+    result = aoconvert.quantize(file, "int8wo", output=tmp_path / "out", **options)
+    assert line in result.warnings
+    larger = gguf_files.language_model(tmp_path / "larger", kind=gguf_files.uniform(Kind.Q8_0))
+    smaller = aoconvert.plan(larger, "int4wo", **options)
+    assert not any("larger than its source" in warning for warning in smaller.warnings)
