@@ -52,10 +52,18 @@ _COLORS = {"pushed": "green", "unchanged": "green", "made": "green", "gate_faile
 )
 @click.option("--eval/--no-eval", "evaluate", default=None, help="Evaluate each variant. Default: if a gate needs it.")
 @click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Who makes the variants: this machine, or a Ray cluster (pip install 'aoconvert[ray]').",
+)
+@click.option("--address", metavar="HOST:PORT", help="ray: the cluster. Default: RAY_ADDRESS, or one on this machine.")
+@click.option(
     "--jobs",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Make N variants at a time, each in a process of its own. Default: one for each GPU.",
+    help="Make N variants at a time, each in a process of its own. Default: one for each GPU; ray: no limit.",
 )
 @click.option("--token", envvar="HF_TOKEN", help="Hub token; it is never stored.")
 @click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Cache of the Hub client.")

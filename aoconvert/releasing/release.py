@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Unpack
 
 from aoconvert.environment import host_by_default
+from aoconvert.errors import UsageError
 from aoconvert.options.release import ReleaseKwargs, ReleaseOptions
 from aoconvert.progress import Progress, Silent
 from aoconvert.releasing.engines.local import choose_jobs, make_here, make_in_workers
+from aoconvert.releasing.engines.ray import check_ray, make_on_ray
 from aoconvert.releasing.engines.task import Work
 from aoconvert.releasing.publish import Publisher
 from aoconvert.releasing.record import ModelRecord, Record, VariantRecord, describe_plan, read_record
@@ -53,6 +55,8 @@ def release(
         Interrupted: what is done stays for the next run.
     """
     wanted, place = ReleaseOptions(**options), Path(path)
+    if wanted.address is not None and wanted.engine != "ray":
+        raise UsageError(f"--address {wanted.address} is a Ray cluster's", hint="add --engine ray, or omit it")
     run = _Release(place, load(place), wanted, progress or Silent(), on_event)
     return run.plan_only() if wanted.dry_run else run.carry_out()
 
@@ -99,10 +103,12 @@ class _Release:
 
     def _make(self, variants: Sequence[PlannedVariant]) -> Generator[VariantRecord]:
         """Make the variants; each record comes as soon as its variant is judged."""
-        if self.jobs == 1:
+        work = Work(self.path, self.found, self.options)
+        if self.options.engine == "ray":
+            yield from make_on_ray(variants, work, self.progress, self.on_event)
+        elif self.jobs == 1:
             yield from make_here(variants, Steps(self.options, self.progress, self.on_event))
         else:
-            work = Work(self.path, self.found, self.options)
             yield from make_in_workers(variants, work, self.jobs, self.progress, self.on_event)
 
     def _plan(self) -> list[PlannedVariant]:
@@ -116,7 +122,10 @@ class _Release:
             self._note(known.model_copy(update={"status": "skipped"}) if known else start_record(each, "skipped"))
         self.revisions = {model.name: model.revision for model in before.models} if before is not None else {}
         plan_variants(chosen, self.options, self._planned)
-        self.jobs = choose_jobs(chosen, self.options.jobs)
+        if self.options.engine == "ray":
+            check_ray(chosen)
+        else:
+            self.jobs = choose_jobs(chosen, self.options.jobs)
         return chosen
 
     def _planned(self, each: PlannedVariant) -> None:
