@@ -11,7 +11,7 @@ import click
 
 from aoconvert.cli.options import common
 from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
-from aoconvert.cli.release_job import job_options, run_job, take_job_options
+from aoconvert.cli.release_job import engine_option, job_options, run_job, take_job_options
 from aoconvert.humanize import size
 
 if TYPE_CHECKING:
@@ -51,13 +51,10 @@ _COLORS = {"pushed": "green", "unchanged": "green", "made": "green", "gate_faile
     help="Folder for the variants and release.json.",
 )
 @click.option("--eval/--no-eval", "evaluate", default=None, help="Evaluate each variant. Default: if a gate needs it.")
-@click.option(
-    "--engine",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="Who makes the variants: this machine, or a Ray cluster (pip install 'aoconvert[ray]').",
-)
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; it is never stored.")
+@click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Cache of the Hub client.")
+@click.option("--local-files-only", is_flag=True, help="Use no network for the source.")
+@engine_option
 @click.option("--address", metavar="HOST:PORT", help="ray: the cluster. Default: RAY_ADDRESS, or one on this machine.")
 @click.option(
     "--jobs",
@@ -65,9 +62,6 @@ _COLORS = {"pushed": "green", "unchanged": "green", "made": "green", "gate_faile
     metavar="N",
     help="Make N variants at a time, each in a process of its own. Default: one for each GPU; ray: no limit.",
 )
-@click.option("--token", envvar="HF_TOKEN", help="Hub token; it is never stored.")
-@click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Cache of the Hub client.")
-@click.option("--local-files-only", is_flag=True, help="Use no network for the source.")
 @job_options
 @common
 def command(*, path: Path, out: Output, keep_going: bool, **options: Any) -> int:

@@ -23,21 +23,28 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-ENGINES = ("local", "hf-jobs")
+ENGINES = ("local", "ray", "hf-jobs")
 _DEFAULTS = JobOptions()
-_ONLY_HERE = {"output_root": "--output-root: the job keeps what it makes in --bucket"}
+_ONLY_HERE = {
+    "output_root": "--output-root: the job keeps what it makes in --bucket",
+    "jobs": "--jobs: the job makes a variant on each GPU of its machine",
+    "address": "--address is a Ray cluster's",
+}
+
+
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="local",
+    show_default=True,
+    help="Who does the work: this machine, a Ray cluster (pip install 'aoconvert[ray]'), or a job on Hugging Face, "
+    "which costs money.",
+)
 
 
 def job_options(function: F) -> F:
-    """``--engine``, and the options that only a job has."""
+    """The options that only a job has."""
     options = [
-        click.option(
-            "--engine",
-            type=click.Choice(ENGINES),
-            default="local",
-            show_default=True,
-            help="Who does the work: this machine, or a job on Hugging Face, which costs money.",
-        ),
         click.option("--flavor", metavar="NAME", help="hf-jobs: machine. Default: the cheapest that is large enough."),
         click.option("--timeout", metavar="TIME", help="hf-jobs: limit of an attempt, as 90m or 6h. Default: by size."),
         click.option(
@@ -56,7 +63,7 @@ def job_options(function: F) -> F:
 
 
 def take_job_options(options: dict[str, Any]) -> JobOptions | None:
-    """Take the options of a job out of ``options``; ``None``: this machine does the work.
+    """Take the options of a job out of ``options``; ``None``: this machine does the work, or a cluster.
 
     Raises:
         UsageError: options that do not go with the engine.
@@ -64,7 +71,8 @@ def take_job_options(options: dict[str, Any]) -> JobOptions | None:
     engine = options.pop("engine")
     typed = {field.name: options.pop(field.name) for field in fields(JobOptions)}
     given = {name: value for name, value in typed.items() if value not in (None, False)}
-    if engine == "local":
+    if engine != "hf-jobs":
+        options["engine"] = engine
         if given:
             raise UsageError(f"--{next(iter(given))} is for a job", hint="add --engine hf-jobs, or omit it")
         return None

@@ -14,7 +14,8 @@ from helpers.forking import WITH_LIBRARIES, Forked, Forker
 from helpers.releases import TWO_SCHEMES, contents, make, steps_of, timeless, write_release
 
 from aoconvert import accelerators
-from aoconvert.errors import Interrupted, PlanError
+from aoconvert.cli.main import cli
+from aoconvert.errors import Interrupted, PlanError, UsageError
 from aoconvert.options.release import ReleaseOptions
 from aoconvert.releasing import release
 from aoconvert.releasing.engines import crew, local
@@ -183,6 +184,20 @@ def test_each_worker_has_a_gpu_and_processors_of_its_own(monkeypatch: pytest.Mon
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-7")
     assert accelerators.show_one("cuda", 1) == {"CUDA_VISIBLE_DEVICES": "GPU-7"}
     assert accelerators.show_one("xpu", 1) == {"ZE_AFFINITY_MASK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--address", "x:1"], "--address x:1 is a Ray cluster's"),
+        (["--engine", "ray", "--flavor", "cpu-xl"], "--flavor is for a job"),
+        (["--engine", "hf-jobs", "--jobs", "2"], "--jobs: the job makes a variant on each GPU"),
+        (["--engine", "hf-jobs", "--address", "x:1"], "--address is a Ray cluster's"),
+    ],
+)
+def test_an_option_goes_with_its_engine(file: Path, words: list[str], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        cli.main(["release", str(file), *words], standalone_mode=False)
 
 
 @pytest.mark.exhaustive
