@@ -15,6 +15,7 @@ from aoconvert.progress import Progress, Silent
 from aoconvert.releasing.engines.local import choose_jobs, make_here, make_in_workers
 from aoconvert.releasing.engines.ray import check_ray, make_on_ray
 from aoconvert.releasing.engines.task import Work
+from aoconvert.releasing.preflight import hold_root, refuse_publishing, refuse_root
 from aoconvert.releasing.publish import Publisher
 from aoconvert.releasing.record import ModelRecord, Record, VariantRecord, describe_plan, read_record
 from aoconvert.releasing.release_file import ReleaseFile, load
@@ -51,7 +52,8 @@ def release(
 
     Raises:
         UsageError: the file is wrong, or no variant was asked for.
-        PlanError: a variant cannot be made: every problem of all variants, before any work.
+        PlanError: a variant cannot be made: every problem of all variants, before any work; or another run is at it.
+        HubError: a source is not there, or the token may not publish; before any work.
         Interrupted: what is done stays for the next run.
     """
     wanted, place = ReleaseOptions(**options), Path(path)
@@ -89,6 +91,12 @@ class _Release:
     def carry_out(self) -> Record:
         """Make the variants and publish them; the record is written after each."""
         variants = self._plan()
+        if not self.options.skip_push:
+            refuse_publishing(variants, self.found, self.options)
+        with hold_root(root_of(self.path, self.options)):
+            return self._make_and_publish(variants)
+
+    def _make_and_publish(self, variants: Sequence[PlannedVariant]) -> Record:
         by_name = {each.name: each for each in variants}
         publisher = Publisher(self.found, self.options, self.progress, self.on_event)
         with closing(self._make(variants)) as made:  # where it stops early, so do the workers
@@ -113,6 +121,7 @@ class _Release:
 
     def _plan(self) -> list[PlannedVariant]:
         """The variants that were asked for, planned; of the others the record says what an earlier run did."""
+        refuse_root(root_of(self.path, self.options), self.found)
         every = list_variants(self.path, self.found, self.options)
         chosen = choose_variants(self.path, every, self.options.only)
         before = read_record(root_of(self.path, self.options))
