@@ -4,9 +4,9 @@ import json
 import resource
 import shutil
 import time
-from pathlib import Path
 
 import pytest
+from helpers.published import PUBLISHED
 
 import aoconvert
 from aoconvert.errors import SourceError
@@ -44,10 +44,10 @@ def test_what_is_refused_by_its_key(config, what):
 
 @pytest.mark.exhaustive
 def test_what_models_have():
-    """What lies in tests/data and in the configs of the installed libraries' classes."""
+    """What lies in tests/fixtures/published and in the configs of the installed libraries' classes."""
     import transformers
 
-    configs = [json.loads(path.read_text()) for path in (Path(__file__).parents[1] / "data").rglob("config.json")]
+    configs = [json.loads(path.read_text()) for path in PUBLISHED.rglob("config.json")]
     for name in dir(transformers):
         if name.endswith("Config") and issubclass(kind := getattr(transformers, name), transformers.PreTrainedConfig):
             try:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.checkpoints import DATA, llama_shapes
+from helpers.checkpoints import llama_shapes
+from helpers.published import PUBLISHED
 
 
 def plan(folder: Path, cwd: Path) -> tuple[dict[str, Any], float, str]:
@@ -32,8 +33,8 @@ def plan(folder: Path, cwd: Path) -> tuple[dict[str, Any], float, str]:
 
 @pytest.mark.exhaustive
 def test_llama_405b(tmp_path: Path) -> None:
-    config = json.loads((DATA / "llama-3.1-405b" / "config.json").read_text())
-    made, seconds, stderr = plan(DATA / "llama-3.1-405b", tmp_path)
+    config = json.loads((PUBLISHED / "meta-llama/Llama-3.1-405B" / "config.json").read_text())
+    made, seconds, stderr = plan(PUBLISHED / "meta-llama/Llama-3.1-405B", tmp_path)
     assert seconds < 15
     component = made["components"][0]
     shapes = llama_shapes(config)
@@ -74,7 +75,7 @@ def test_llama_405b(tmp_path: Path) -> None:
 
 
 def test_flux_dev(tmp_path: Path) -> None:
-    made, seconds, stderr = plan(DATA / "flux.1-dev", tmp_path)
+    made, seconds, stderr = plan(PUBLISHED / "black-forest-labs/FLUX.1-dev/transformer", tmp_path)
     assert seconds < 15
     assert stderr == ""
     component = made["components"][0]
@@ -93,12 +94,12 @@ def test_flux_dev(tmp_path: Path) -> None:
     assert 0 < component["files"][0]["size"] - totals["bytes_out"] < 10**6
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-405b", "flux.1-dev"])
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-405B", "black-forest-labs/FLUX.1-dev/transformer"])
 def test_published_config_cannot_be_quantized_without_weights(name: str, tmp_path: Path) -> None:
     import aoconvert
 
     with pytest.raises(aoconvert.PlanError) as caught:
-        aoconvert.quantize(DATA / name, "int8wo", output=tmp_path / "out", device="cpu")
+        aoconvert.quantize(PUBLISHED / name, "int8wo", output=tmp_path / "out", device="cpu")
     assert caught.value.exit_code == 3
-    assert any(f"no weights in {name}" in problem for problem in caught.value.problems)
+    assert any(f"no weights in {Path(name).name}" in problem for problem in caught.value.problems)
     assert list(tmp_path.iterdir()) == []
