@@ -11,6 +11,7 @@ import click
 
 from aoconvert.cli.options import common
 from aoconvert.cli.output import FOLD, NUMBER, WHOLE, Output
+from aoconvert.cli.release_job import engine_option, job_options, run_job, take_job_options
 from aoconvert.humanize import size
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ Examples:
   aoconvert release releases/cogvideox-5b.toml --dry-run
   aoconvert release releases/cogvideox-5b.toml --owner my-org
   aoconvert release releases/llama.toml --only 'int8*' --skip-push --json
+  aoconvert release releases/cogvideox-5b.toml --owner my-org --engine hf-jobs --flavor cpu-xl
 """
 
 _COLORS = {"pushed": "green", "unchanged": "green", "made": "green", "gate_failed": "red", "failed": "red"}
@@ -49,36 +51,49 @@ _COLORS = {"pushed": "green", "unchanged": "green", "made": "green", "gate_faile
     help="Folder for the variants and release.json.",
 )
 @click.option("--eval/--no-eval", "evaluate", default=None, help="Evaluate each variant. Default: if a gate needs it.")
+@click.option("--token", envvar="HF_TOKEN", help="Hub token; it is never stored.")
+@click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Cache of the Hub client.")
+@click.option("--local-files-only", is_flag=True, help="Use no network for the source.")
+@engine_option
+@click.option("--address", metavar="HOST:PORT", help="ray: the cluster. Default: RAY_ADDRESS, or one on this machine.")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Make N variants at a time, each in a process of its own. Default: one for each GPU.",
+    help="Make N variants at a time, each in a process of its own. Default: one for each GPU; ray: no limit.",
 )
-@click.option("--token", envvar="HF_TOKEN", help="Hub token; it is never stored.")
-@click.option("--cache-dir", type=click.Path(path_type=Path, file_okay=False), help="Cache of the Hub client.")
-@click.option("--local-files-only", is_flag=True, help="Use no network for the source.")
+@job_options
 @common
 def command(*, path: Path, out: Output, keep_going: bool, **options: Any) -> int:
     """Make a release: quantize, verify, evaluate, judge and publish every variant of a release file.
 
     A variant that misses a gate is not published; exit code 4. What is done already is not done again: run the same
     command to continue. With --json it prints one JSON document per line and event, the last one is the summary.
+
+    With --engine hf-jobs the same happens in a job on Hugging Face. It costs money: without --confirm only its plan is
+    shown, with the machine, the timeout and the most that it can cost.
     """
+    options["fail_fast"] = not keep_going
     notes: list[str] = []
 
     def pass_on(event: Event) -> None:
-        notes.extend(f"{event['variant']}: {line}" for line in event.get("warnings", ()))
+        notes.extend(f"{event['variant']}: {line}" for line in event.get("warnings", ()) if "variant" in event)
         out.event(event)
 
-    with out.watch(f"release {path.name}") as progress:
-        from aoconvert.releasing import release
+    job = take_job_options(options)
+    if job is not None:
+        record = run_job(path, job, out, pass_on, options)
+    else:
+        with out.watch(f"release {path.name}") as progress:
+            from aoconvert.releasing import release
 
-        record = release(path, progress=progress, on_event=pass_on, fail_fast=not keep_going, **options)
-    if (summary := os.environ.get("GITHUB_STEP_SUMMARY")) and not options["dry_run"]:
+            record = release(path, progress=progress, on_event=pass_on, **options)
+    if record is not None and (summary := os.environ.get("GITHUB_STEP_SUMMARY")) and not options["dry_run"]:
         notes += _append(Path(summary), markdown(record))
     for line in notes:
         out.warning(line)
+    if record is None:
+        return 0
     data = {"event": "summary", **record.to_dict()}
     out.result(lambda: table(record), data, "ok" if record.ok else "failed")
     return record.exit_code

@@ -29,7 +29,7 @@ from aoconvert.documents.publishing import (
     VerifyDocument,
 )
 from aoconvert.documents.reading import CacheDocument, DiffDocument, EnvDocument, InspectDocument, SchemeDocument
-from aoconvert.documents.releases import ReleaseDocument, ReleaseEvent
+from aoconvert.documents.releases import ReleaseDocument, ReleaseEvent, ReleaseJobDocument
 from aoconvert.releasing.release_file import ReleaseFile
 
 FOLDER = Path("manifests")
@@ -47,6 +47,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
     "release": ReleaseDocument,
     "release-event": ReleaseEvent,
     "release-file": ReleaseFile,
+    "release-job": ReleaseJobDocument,
     "inspect": InspectDocument,
     "diff": DiffDocument,
     "convert": ConvertDocument,
@@ -63,6 +64,7 @@ DOCUMENTS: dict[str, type[BaseModel]] = {
 _TITLES = {
     "release-file": "a file of aoconvert release, version 1",
     "release-event": "a line of aoconvert release --json, version 1",
+    "release-job": "the plan of aoconvert release --engine hf-jobs --json, version 1",
 }
 
 

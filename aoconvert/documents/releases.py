@@ -110,6 +110,110 @@ class FailedEvent(_OfVariant):
     error: Failure
 
 
+class JobFlavor(Document):
+    """The machine. Of several GPUs ``gpu_bytes`` is the memory of one."""
+
+    name: str
+    cores: int
+    memory_bytes: int
+    disk_bytes: int | None = Field(description="null: nobody says")
+    gpu: str | None
+    gpus: int
+    gpu_bytes: int
+    usd_per_hour: float
+    reason: str = Field(description="why this one")
+
+
+class JobNeeds(Document):
+    """What the release takes of a machine."""
+
+    memory_bytes: int
+    disk_bytes: int
+    gpus: int
+    gpu_bytes: int = Field(description="of each GPU")
+
+
+class JobPrices(Document):
+    """Where the price is from."""
+
+    origin: Literal["hub", "file"] = Field(description="file: the table that comes with aoconvert")
+    read: str | None = Field(description="day on which the table was read; null: the Hub said so now")
+    url: str
+
+
+class JobBucket(Document):
+    """What keeps the variants."""
+
+    id: str
+    exists: bool = Field(description="else it is made, private, when the job is started")
+
+
+class JobVolume(Document):
+    """What is mounted in the job: a source's commit, or the bucket."""
+
+    type: Literal["model", "bucket"]
+    source: str
+    mount_path: str
+    revision: str | None = None
+    read_only: bool | None = None
+
+
+class RunningJob(Document):
+    """A job that has not ended."""
+
+    id: str
+    url: str
+
+
+class ReleaseJobDocument(Document):
+    """``release --engine hf-jobs``: the job, before it is started."""
+
+    event: Literal["job_planned"]
+    schema_version: Literal[1]
+    engine: Literal["hf-jobs"]
+    name: str
+    namespace: str = Field(description="who pays")
+    variants: list[str]
+    flavor: JobFlavor
+    needs: JobNeeds
+    timeout_seconds: int = Field(description="of an attempt")
+    timeout_reason: str
+    attempts: int
+    max_cost_usd: float = Field(description="every attempt takes all of its time")
+    prices: JobPrices
+    bucket: JobBucket
+    volumes: list[JobVolume]
+    dependencies: list[str] = Field(description="what is installed in the job")
+    command: list[str]
+    secrets: list[str] = Field(description="names; what they hold is in no document")
+    running: RunningJob | None = Field(description="a job of this release, which --confirm follows")
+    warnings: list[str]
+
+
+class JobSubmittedEvent(Document):
+    """A job is followed, which was started now, or by an earlier run."""
+
+    event: Literal["job_submitted"]
+    job_id: str
+    url: str
+    namespace: str
+    again: bool = Field(description="false: an earlier run started it")
+
+
+class JobStartedEvent(Document):
+    """An attempt of a job begins."""
+
+    event: Literal["job_started"]
+    attempt: int
+
+
+class RestoredEvent(Document):
+    """What a job found in its bucket."""
+
+    event: Literal["restored"]
+    variants: list[str] = Field(description="that are whole")
+
+
 class ReleaseEvent(
     RootModel[
         Annotated[
@@ -123,6 +227,10 @@ class ReleaseEvent(
             | PushedEvent
             | UnchangedEvent
             | FailedEvent
+            | ReleaseJobDocument
+            | JobSubmittedEvent
+            | JobStartedEvent
+            | RestoredEvent
             | ReleaseDocument,
             Field(discriminator="event"),
         ]

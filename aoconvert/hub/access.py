@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aoconvert.checkpoint.report import some
 from aoconvert.errors import HubError, HubRefusal
 from aoconvert.hub.ownership import BranchFile
-from aoconvert.hub.remote import BranchHead, Changes, Job, changes, find_head, refusals
+from aoconvert.hub.remote import BranchHead, Changes, Job, Target, changes, find_head, refusals
+from aoconvert.hub.types import PushOptions
 from aoconvert.sources.hub_errors import LOGIN_HINT, WRITE_HINT, failed_status, translate_errors
 
 if TYPE_CHECKING:
@@ -47,6 +48,18 @@ def ref_problem(option: str, name: str | None) -> list[str]:
     return []
 
 
+def name_problems(repo_id: str) -> list[str]:
+    """What is wrong with the name of a repo, if something is."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in __all__
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        return [f"{repo_id!r} is not a name for a repo: user/name, with letters, digits, '-', '_' and '.'"]
+    return []
+
+
 def check_access(job: Job, me: Mapping[str, Any]) -> Preflight:
     """Ask the Hub for everything that could stand in the way.
 
@@ -58,10 +71,7 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Preflight:
         HubRefusal: with every problem at once.
         HubError: the Hub cannot be asked.
     """
-    problems = []
-    role = (me.get("auth") or {}).get("accessToken", {}).get("role")
-    if role == "read":
-        problems.append(f"this token of {job.user} is read-only")
+    problems = _role_problems(me)
     info = _info(job)
     problems += _collection_problems(job)
     if info is None:
@@ -69,7 +79,7 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Preflight:
         head = BranchHead(job.branch, None, {}, BranchFile(), exists=False)
         found = changes(job, head)
     else:
-        problems += _repo_problems(job, info, asked=role != "read")
+        problems += _repo_problems(job, info, asked=not _role_problems(me))
         head = find_head(job)
         found = changes(job, head)
         problems += _ref_problems(job, head, found)
@@ -85,6 +95,29 @@ def check_access(job: Job, me: Mapping[str, Any]) -> Preflight:
     return Preflight(info is not None, head, found, tuple(warnings))
 
 
+def check_repos(api: HfApi, repo_ids: Iterable[str], options: PushOptions) -> None:
+    """May this account publish to these repos? Asked before there is anything to publish.
+
+    Raises:
+        HubRefusal: with every problem of all of them.
+        HubError: the Hub cannot be asked.
+    """
+    me = whoami(api)
+    problems = _role_problems(me)
+    asked = not problems
+    for repo_id in repo_ids:
+        target = Target(api, repo_id if "/" in repo_id else f"{me['name']}/{repo_id}", me["name"], options)
+        info = _info(target)
+        problems += _namespace_problems(target, me) if info is None else _repo_problems(target, info, asked=asked)
+    if problems:
+        raise HubRefusal(problems, hint=WRITE_HINT if any("may not" in line for line in problems) else None)
+
+
+def _role_problems(me: Mapping[str, Any]) -> list[str]:
+    role = (me.get("auth") or {}).get("accessToken", {}).get("role")
+    return [f"this token of {me['name']} is read-only"] if role == "read" else []
+
+
 def whoami(api: HfApi) -> dict[str, Any]:
     """Whose token it is.
 
@@ -98,55 +131,57 @@ def whoami(api: HfApi) -> dict[str, Any]:
         return answer
 
 
-def _info(job: Job) -> ModelInfo | None:
+def _info(target: Target) -> ModelInfo | None:
     """The repo, if it is there and this token may see it."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    with translate_errors(job.repo_id, None, doing="write"):
+    with translate_errors(target.repo_id, None, doing="write"):
         try:
-            return job.api.model_info(job.repo_id)
+            return target.api.model_info(target.repo_id)
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
             return None
 
 
-def _namespace_problems(job: Job, me: Mapping[str, Any]) -> list[str]:
+def _namespace_problems(target: Target, me: Mapping[str, Any]) -> list[str]:
     """Whether a repo may be made there; a fine-grained token is only known to fit when it is tried."""
-    namespace = job.repo_id.split("/")[0]
-    if namespace == job.user:
+    namespace = target.repo_id.split("/")[0]
+    if namespace == target.user:
         return []
     orgs = {org.get("name"): org.get("roleInOrg") for org in me.get("orgs") or []}
     if namespace not in orgs:
-        return [f"{job.repo_id} does not exist (or is hidden), and {job.user} may not create repos under {namespace}"]
+        return [
+            f"{target.repo_id} does not exist (or is hidden), and {target.user} may not create repos under {namespace}"
+        ]
     if orgs[namespace] is not None and orgs[namespace] not in _ROLES_THAT_CREATE:
-        return [f"{job.user} is only '{orgs[namespace]}' in {namespace}, and may not create {job.repo_id}"]
+        return [f"{target.user} is only '{orgs[namespace]}' in {namespace}, and may not create {target.repo_id}"]
     return []
 
 
-def _repo_problems(job: Job, info: ModelInfo, *, asked: bool) -> list[str]:
+def _repo_problems(target: Target, info: ModelInfo, *, asked: bool) -> list[str]:
     """What is wrong with a repo that is there."""
     problems = []
-    if info.id != job.repo_id:
-        problems.append(f"{job.repo_id} is now called {info.id}: give that name")
-    wanted = job.options.private
+    if info.id != target.repo_id:
+        problems.append(f"{target.repo_id} is now called {info.id}: give that name")
+    wanted = target.options.private
     if wanted is not None and info.private is not None and wanted != info.private:
         now, asked_for = ("private", "--public") if info.private else ("public", "--private")
         problems.append(
-            f"{job.repo_id} is {now}, and {asked_for} was asked for (change it at {job.api.endpoint}/{job.repo_id}/"
-            f"settings, or leave {asked_for} out)"
+            f"{target.repo_id} is {now}, and {asked_for} was asked for (change it at {target.api.endpoint}/"
+            f"{target.repo_id}/settings, or leave {asked_for} out)"
         )
-    if asked and not _may_write(job):
-        problems.append(f"{job.user} may not write to {job.repo_id} with this token")
+    if asked and not _may_write(target):
+        problems.append(f"{target.user} may not write to {target.repo_id} with this token")
     return problems
 
 
-def _may_write(job: Job) -> bool:
+def _may_write(target: Target) -> bool:
     """Whether the token may commit; for a pull request, whether it may see the repo's files."""
-    proposes = job.options.create_pr or (job.options.revision or "").startswith("refs/pr/")
+    proposes = target.options.create_pr or (target.options.revision or "").startswith("refs/pr/")
     try:
-        with translate_errors(job.repo_id, None, doing="write"):
-            job.api.auth_check(job.repo_id, write=not proposes)
+        with translate_errors(target.repo_id, None, doing="write"):
+            target.api.auth_check(target.repo_id, write=not proposes)
     except HubError as error:
         if failed_status(error.__cause__) in (401, 403, 404):
             return False

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from aoconvert.checkpoint.report import Report, some
 from aoconvert.errors import HubError, Interrupted, PlanError, UsageError
-from aoconvert.hub.access import Preflight, check_access, no_token, ref_problem, whoami
+from aoconvert.hub.access import Preflight, check_access, name_problems, no_token, ref_problem, whoami
 from aoconvert.hub.card import CardFiles, own_card, render_card, write_card
 from aoconvert.hub.contents import VERIFY_HINT, UploadContents, read_contents
 from aoconvert.hub.remote import BranchHead, Job, differences, find_head, list_files, pull_request_url
@@ -84,7 +84,7 @@ def _local(
         PlanError: with every problem.
         SourceError: it is no folder with a manifest.
     """
-    problems = _name_problems(repo_id) + ref_problem("--revision", options.revision) + ref_problem("--tag", options.tag)
+    problems = name_problems(repo_id) + ref_problem("--revision", options.revision) + ref_problem("--tag", options.tag)
     contents = read_contents(folder, repo_id, options, progress)
     problems += contents.problems
     own = None
@@ -116,17 +116,6 @@ def _card(folder: Path, repo_id: str, options: PushOptions, own: CardFiles | Non
     return card
 
 
-def _name_problems(repo_id: str) -> list[str]:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in __all__
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        return [f"{repo_id!r} is not a name for a repo: user/name, with letters, digits, '-', '_' and '.'"]
-    return []
-
-
 def _publish(
     folder: Path,
     repo_id: str,
@@ -145,7 +134,7 @@ def _publish(
         card = _card(folder, repo_id, options, own)
     files = contents.files + card.files
     job = Job(
-        api, repo_id, me["name"], files, contents.manifest_sha256, options, contents.manifest, card_by_hand=card.kept
+        api, repo_id, me["name"], options, files, contents.manifest_sha256, contents.manifest, card_by_hand=card.kept
     )
     preflight = check_access(job, me)
     notes = [*contents.warnings, *card.warnings, *preflight.warnings]

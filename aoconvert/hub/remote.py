@@ -25,26 +25,35 @@ _HARMLESS = re.compile(_KEPT.pattern + r"|.*\.(svg|png|jpe?g|gif|webp|mp4)", re.
 
 
 @dataclass(frozen=True)
-class Job:
-    """One push: the client, the repo and what it is to hold.
+class Target:
+    """Where a push goes.
 
     Attributes:
         api: the Hub client, with its token.
         repo_id: ``user/repo``.
         user: whose token it is.
-        files: what the repo is to hold.
-        manifest_sha256: of the manifest among them.
         options: how to publish.
-        manifest: what it says.
-        card_by_hand: the card among the files was written by somebody.
     """
 
     api: HfApi
     repo_id: str
     user: str
+    options: PushOptions
+
+
+@dataclass(frozen=True)
+class Job(Target):
+    """One push: where it goes, and what the repo is to hold.
+
+    Attributes:
+        files: what the repo is to hold.
+        manifest_sha256: of the manifest among them.
+        manifest: what it says.
+        card_by_hand: the card among the files was written by somebody.
+    """
+
     files: tuple[UploadFile, ...]
     manifest_sha256: str
-    options: PushOptions
     manifest: Manifest
     card_by_hand: bool = False
 

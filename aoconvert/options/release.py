@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from aoconvert.options.hub import HubOptions
+
+Engine = Literal["local", "ray"]
 
 
 class ReleaseKwargs(TypedDict, total=False):
@@ -19,6 +21,8 @@ class ReleaseKwargs(TypedDict, total=False):
     fail_fast: bool
     output_root: Path
     evaluate: bool | None
+    engine: Engine
+    address: str | None
     jobs: int | None
     token: str | None
     cache_dir: Path | None
@@ -37,7 +41,10 @@ class ReleaseOptions:
         fail_fast: stop at the first variant that fails or misses a gate; else go on with the others.
         output_root: a folder for each variant goes below it, and ``release.json``.
         evaluate: run ``eval``; ``None``: where a gate needs it.
-        jobs: so many variants are made at a time, each in a process of its own; ``None``: one for each GPU.
+        engine: who makes the variants: this machine, or a Ray cluster.
+        address: of the cluster; ``None``: ``RAY_ADDRESS``, or else one that is started on this machine.
+        jobs: so many variants are made at a time, each in a process of its own; ``None``: one for each GPU,
+            on Ray as many as the cluster takes.
         token, cache_dir, local_files_only: for the Hub.
     """
 
@@ -48,6 +55,8 @@ class ReleaseOptions:
     fail_fast: bool = False
     output_root: Path = Path("releases")
     evaluate: bool | None = None
+    engine: Engine = "local"
+    address: str | None = None
     jobs: int | None = None
     token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from aoconvert.checkpoint.evaluation import Evaluation, GateResult
 from aoconvert.checkpoint.manifest import Manifest
 from aoconvert.errors import AoconvertError, HubError, PlanError, VerificationError
-from aoconvert.files import read_limited, write_whole
+from aoconvert.files import read_limited, write_whole, writing
 from aoconvert.formats.registry import written_as
 from aoconvert.json_text import INDEX_BYTES, parse_json
 from aoconvert.planning import Plan
@@ -103,10 +103,15 @@ class Record(_Model):
         return self.model_dump(mode="json", exclude_none=True)
 
     def write(self, folder: Path) -> None:
-        """Write ``release.json``, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write ``release.json``, whole or not at all.
+
+        Raises:
+            WriteError: disk full, no permission.
+        """
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        write_whole(folder / RECORD_NAME, text.encode())
+        with writing(folder / RECORD_NAME):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / RECORD_NAME, text.encode())
 
 
 def read_record(folder: Path) -> Record | None:

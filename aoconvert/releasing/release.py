@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Unpack
 
 from aoconvert.environment import host_by_default
+from aoconvert.errors import UsageError
 from aoconvert.options.release import ReleaseKwargs, ReleaseOptions
 from aoconvert.progress import Progress, Silent
 from aoconvert.releasing.engines.local import choose_jobs, make_here, make_in_workers
+from aoconvert.releasing.engines.ray import check_ray, make_on_ray
 from aoconvert.releasing.engines.task import Work
+from aoconvert.releasing.preflight import hold_root, refuse_publishing, refuse_root
 from aoconvert.releasing.publish import Publisher
 from aoconvert.releasing.record import ModelRecord, Record, VariantRecord, describe_plan, read_record
 from aoconvert.releasing.release_file import ReleaseFile, load
@@ -49,10 +52,13 @@ def release(
 
     Raises:
         UsageError: the file is wrong, or no variant was asked for.
-        PlanError: a variant cannot be made: every problem of all variants, before any work.
+        PlanError: a variant cannot be made: every problem of all variants, before any work; or another run is at it.
+        HubError: a source is not there, or the token may not publish; before any work.
         Interrupted: what is done stays for the next run.
     """
     wanted, place = ReleaseOptions(**options), Path(path)
+    if wanted.address is not None and wanted.engine != "ray":
+        raise UsageError(f"--address {wanted.address} is a Ray cluster's", hint="add --engine ray, or omit it")
     run = _Release(place, load(place), wanted, progress or Silent(), on_event)
     return run.plan_only() if wanted.dry_run else run.carry_out()
 
@@ -85,6 +91,12 @@ class _Release:
     def carry_out(self) -> Record:
         """Make the variants and publish them; the record is written after each."""
         variants = self._plan()
+        if not self.options.skip_push:
+            refuse_publishing(variants, self.found, self.options)
+        with hold_root(root_of(self.path, self.options)):
+            return self._make_and_publish(variants)
+
+    def _make_and_publish(self, variants: Sequence[PlannedVariant]) -> Record:
         by_name = {each.name: each for each in variants}
         publisher = Publisher(self.found, self.options, self.progress, self.on_event)
         with closing(self._make(variants)) as made:  # where it stops early, so do the workers
@@ -99,14 +111,17 @@ class _Release:
 
     def _make(self, variants: Sequence[PlannedVariant]) -> Generator[VariantRecord]:
         """Make the variants; each record comes as soon as its variant is judged."""
-        if self.jobs == 1:
+        work = Work(self.path, self.found, self.options)
+        if self.options.engine == "ray":
+            yield from make_on_ray(variants, work, self.progress, self.on_event)
+        elif self.jobs == 1:
             yield from make_here(variants, Steps(self.options, self.progress, self.on_event))
         else:
-            work = Work(self.path, self.found, self.options)
             yield from make_in_workers(variants, work, self.jobs, self.progress, self.on_event)
 
     def _plan(self) -> list[PlannedVariant]:
         """The variants that were asked for, planned; of the others the record says what an earlier run did."""
+        refuse_root(root_of(self.path, self.options), self.found)
         every = list_variants(self.path, self.found, self.options)
         chosen = choose_variants(self.path, every, self.options.only)
         before = read_record(root_of(self.path, self.options))
@@ -116,7 +131,10 @@ class _Release:
             self._note(known.model_copy(update={"status": "skipped"}) if known else start_record(each, "skipped"))
         self.revisions = {model.name: model.revision for model in before.models} if before is not None else {}
         plan_variants(chosen, self.options, self._planned)
-        self.jobs = choose_jobs(chosen, self.options.jobs)
+        if self.options.engine == "ray":
+            check_ray(chosen)
+        else:
+            self.jobs = choose_jobs(chosen, self.options.jobs)
         return chosen
 
     def _planned(self, each: PlannedVariant) -> None:

@@ -19,11 +19,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
@@ -34,7 +35,11 @@ from aoconvert.options.fields import parse_size
 _LIMIT = 4 << 20  # bytes
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _FIELDS = ("owner", "model", "scheme", "variant")
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+_Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+_OURS = (".json", ".html", ".svg")  # what lies beside the folders of the variants
 
 
 class _Table(BaseModel):
@@ -64,10 +69,10 @@ class Choices(_Table):
     component_only: StrictBool | None = None
     include_embeddings: StrictBool | None = None
     fuse_qkv: StrictBool | None = None
-    min_quantized: float | None = Field(default=None, description="below it quantize refuses, before any work")
+    min_quantized: _Fraction | None = Field(default=None, description="below it quantize refuses, before any work")
     candidates: list[StrictStr] = Field(default_factory=list)
-    min_sqnr: float | None = Field(default=None, description="a goal of scheme auto, not a gate")
-    target_bits: float | None = None
+    min_sqnr: _Number | None = Field(default=None, description="a goal of scheme auto, not a gate")
+    target_bits: _Positive | None = None
     target_size: StrictStr | StrictInt | None = None
 
 
@@ -89,16 +94,16 @@ class Variant(Choices):
 class Gates(_Table):
     """What a variant must reach to be published; a gate that is absent does not judge."""
 
-    min_quantized: float | None = Field(default=None, description="fraction of the parameters outside embeddings")
-    min_sqnr_db: float | None = Field(default=None, description="worst SQNR of a weight, in dB")
+    min_quantized: _Fraction | None = Field(default=None, description="fraction of the parameters outside embeddings")
+    min_sqnr_db: _Number | None = Field(default=None, description="worst SQNR of a weight, in dB")
     max_size: StrictStr | StrictInt | None = Field(default=None, description="bytes of all weights files, e.g. 12GB")
     require_forward: StrictBool | None = Field(default=None, description="verify ran a forward pass")
-    max_kl: float | None = None
-    min_agreement: float | None = None
-    max_perplexity_ratio: float | None = None
-    min_cosine: float | None = None
-    min_psnr: float | None = None
-    max_lpips: float | None = None
+    max_kl: _Positive | None = None
+    min_agreement: _Fraction | None = None
+    max_perplexity_ratio: _Positive | None = None
+    min_cosine: _Number | None = None
+    min_psnr: _Number | None = None
+    max_lpips: _Positive | None = None
 
     def over(self, others: Gates | None) -> Gates:
         """These, with ``others`` in their place where they say something."""
@@ -161,6 +166,23 @@ class ReleaseFile(_Table):
 Variant.model_rebuild()
 ReleaseFile.model_rebuild()
 
+# what pydantic adds to the place of a value that may have several types
+_KINDS = ("str", "int", "bool", "float", "Skip")
+_WRONG = {
+    "string_type": "should be text",
+    "model_type": "should be a table",
+    "dict_type": "should be a table",
+    "list_type": "should be a list",
+    "too_short": "is empty",
+}
+_TABLES: Mapping[str, type[_Table]] = {
+    "variants": Variant,
+    "models": Model,
+    "gates": Gates,
+    "defaults": Choices,
+    "skip": Skip,
+}
+
 
 def load(path: Path) -> ReleaseFile:
     """Read a release file.
@@ -177,12 +199,43 @@ def load(path: Path) -> ReleaseFile:
     try:
         found = ReleaseFile.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UsageError(f"{path.name}: {where}: {first['msg']}{more}") from error
+        raise _explain(error, path) from error
     _check(found, path)
     return found
+
+
+def _explain(error: ValidationError, path: Path) -> UsageError:
+    """Everything that is wrong, each with its place in words."""
+    problems: dict[str, None] = {}  # a value of several types is wrong for each of them: said once
+    for wrong in error.errors():
+        keys = [key for key in wrong["loc"] if key not in _KINDS]
+        if wrong["loc"][-1:] == ("str",) and isinstance(wrong["input"], dict):
+            continue  # an entry of skip: what is wrong with it as a table is said
+        problems[f"{path.name}: {_place(keys)}{_what(wrong, keys)}"] = None
+    said = UsageError("; ".join(problems))
+    said.problems = tuple(problems)
+    return said
+
+
+def _place(keys: list[int | str]) -> str:
+    """Where the last key stands: ``variant 2, gates: ``."""
+    parts: list[str] = []
+    for key in keys[:-1] if isinstance(keys[-1], str) else keys:
+        parts.append(key if isinstance(key, str) else f"{parts.pop().removesuffix('s')} {key + 1}")
+    return f"{', '.join(parts)}: " if parts else ""
+
+
+def _what(wrong: Any, keys: list[int | str]) -> str:
+    key = keys[-1] if isinstance(keys[-1], str) else "it"
+    if wrong["type"] == "missing":
+        return f"{key} is missing"
+    if wrong["type"] == "extra_forbidden":
+        table = next((_TABLES[str(name)] for name in reversed(keys[:-1]) if name in _TABLES), ReleaseFile)
+        close = difflib.get_close_matches(key, table.model_fields)
+        return f"unknown key {key!r}" + (f", did you mean {close[0]}?" if close else "")
+    if wrong["loc"][-1] in _KINDS:
+        return f"{key} is of a wrong type"
+    return f"{key} {_WRONG.get(wrong['type']) or str(wrong['msg']).replace('Input should', 'should')}"
 
 
 def _check(found: ReleaseFile, path: Path) -> None:
@@ -200,7 +253,7 @@ def _check(found: ReleaseFile, path: Path) -> None:
     for number, (variant, title) in enumerate(zip(found.variants, titles, strict=True), 1):
         if (variant.scheme is None) == (variant.recipe is None):
             raise UsageError(f"{path.name}: variant {number} needs a scheme or a recipe, and not both")
-        if _NAME.fullmatch(title) is None:
+        if _NAME.fullmatch(title) is None or title.endswith(_OURS):
             raise UsageError(f"{path.name}: variant {number}: {title!r} cannot be the name of a folder and a repo")
         if titles.count(title) > 1:
             raise UsageError(f"{path.name}: two variants are called {title}", hint="give one of them a name")

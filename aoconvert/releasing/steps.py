@@ -77,8 +77,10 @@ class Steps:
 
     def _quantize(self, each: PlannedVariant) -> Manifest:
         if each.is_made:
+            each.note_made()  # where a run ended before it could
             self._say("quantized", each, again=False)
             return manifests.load(each.folder)
+        each.note_begun()
         done = api.quantize(
             each.source,
             each.variant.scheme,

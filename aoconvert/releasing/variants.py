@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,14 @@ from aoconvert import api
 from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import MANIFEST_NAME
 from aoconvert.engine.resume_file import signature_of
-from aoconvert.errors import PlanError, SourceError, UsageError
+from aoconvert.errors import HubError, HubRefusal, PlanError, SourceError, UsageError
 from aoconvert.files import read_limited, write_whole, writing
+from aoconvert.hub.access import name_problems
 from aoconvert.humanize import first
 from aoconvert.json_text import INDEX_BYTES, parse_json
 from aoconvert.options.release import ReleaseOptions
 from aoconvert.planning import Plan
+from aoconvert.planning.output import output_problems, space_problems
 from aoconvert.releasing.release_file import Gates, Model, ReleaseFile, Variant, options_of, repo_of
 
 
@@ -41,6 +45,20 @@ class Made(BaseModel):
 
     signature: dict[str, Any]
     manifest_sha256: str
+
+
+class Begun(BaseModel):
+    """What a run is about to make, written down before it begins: a run that is killed may have finished it.
+
+    Attributes:
+        signature: see ``Made``.
+        replaces: SHA-256 of the manifest that lay there; ``None``: there was none.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    signature: dict[str, Any]
+    replaces: str | None
 
 
 @dataclass
@@ -82,11 +100,26 @@ class PlannedVariant:
     @property
     def is_made(self) -> bool:
         """Whether the folder holds the files of an earlier run with the same plan, source and versions."""
-        try:
+        with contextlib.suppress(OSError, ValueError, ValidationError):
             made = Made.model_validate(parse_json(read_limited(self._state, INDEX_BYTES)))
-            return made.signature == self.signature and made.manifest_sha256 == self._digest()
-        except (OSError, ValueError, ValidationError):
-            return False
+            if made.signature == self.signature and made.manifest_sha256 == self._digest():
+                return True
+        with contextlib.suppress(OSError, ValueError, ValidationError):
+            begun = Begun.model_validate(parse_json(read_limited(self._begun, INDEX_BYTES)))
+            return begun.signature == self.signature and begun.replaces != self._digest()
+        return False
+
+    def note_begun(self) -> None:
+        """Write down what is going to be made, so that it is known also if this process ends when the folder is there.
+
+        Raises:
+            WriteError: disk full.
+        """
+        try:
+            replaces = self._digest()
+        except OSError:
+            replaces = None
+        self._write(self._begun, Begun(signature=self._signature(), replaces=replaces))
 
     def note_made(self) -> None:
         """Write down that the folder is what the plan says.
@@ -94,14 +127,27 @@ class PlannedVariant:
         Raises:
             WriteError: disk full.
         """
+        made = Made(signature=self._signature(), manifest_sha256=self._digest())
+        self._write(self._state, made)
+        self._begun.unlink(missing_ok=True)
+
+    def _signature(self) -> dict[str, Any]:
         assert self.signature is not None
-        made = Made(signature=self.signature, manifest_sha256=self._digest())
-        with writing(self._state):
-            write_whole(self._state, json.dumps(made.model_dump(mode="json")).encode())
+        return self.signature
+
+    @staticmethod
+    def _write(path: Path, note: BaseModel) -> None:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(note.model_dump(mode="json")).encode())
 
     @property
     def _state(self) -> Path:
         return self.folder.with_name(note_name(self.folder.name))
+
+    @property
+    def _begun(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.begun.json")
 
     def _digest(self) -> str:
         return file_sha256(self.folder / MANIFEST_NAME)
@@ -158,7 +204,7 @@ def choose_variants(path: Path, variants: Sequence[PlannedVariant], patterns: Se
     ]
     if not chosen:
         raise UsageError(
-            f"--only {' '.join(patterns)}: {path.name} has no such variant",
+            f"--only {shlex.join(patterns)}: {path.name} has no such variant",
             hint=f"it has {first([each.name for each in variants], 8)}",
         )
     return chosen
@@ -181,9 +227,12 @@ def plan_variants(
 
     Raises:
         PlanError: with every problem of all of them.
+        HubRefusal: sources that the Hub does not give, where nothing else is wrong.
+        HubError: the Hub does not answer.
     """
     problems: list[str] = []
     hints: list[str] = []
+    refused: dict[tuple[Model, str], HubError] = {}
     for each in variants:
         if each.repo_id is None and not options.skip_push:
             problems.append(f"{each.name}: no owner is known for its repo")
@@ -191,6 +240,9 @@ def plan_variants(
         if options.evaluate is False and each.gates.evaluated:
             problems.append(f"{each.name}: the gates {', '.join(each.gates.evaluated)} need an evaluation")
             hints.append("omit --no-eval")
+        problems += [f"{each.name}: {line}" for line in _repo_problems(each, options)]
+        if (each.model, each.source) in refused:
+            continue
         try:
             each.plan = api.plan(
                 each.source,
@@ -204,11 +256,30 @@ def plan_variants(
         except (PlanError, SourceError, UsageError) as error:
             problems += [f"{each.name}: {line}" for line in error.problems]
             hints += [error.hint] if error.hint else []
+        except HubError as error:
+            if error.retryable:
+                raise
+            refused[each.model, each.source] = error
         else:
+            if not elsewhere and not each.is_made:
+                found = output_problems(each.plan.source, each.folder, overwrite=True)
+                problems += [f"{each.name}: {line}" for line in found]
             on_planned(each)
+    hints += [error.hint for error in refused.values() if error.hint]
+    unread = [f"{model.title}: {line}" for (model, _), error in refused.items() for line in error.problems]
+    if unread and not problems:
+        raise HubRefusal(unread, hint=hints[0] if hints else None)
+    problems += unread
     problems += [f"{name}: {repo} is the repo of {other}, too" for repo, name, other in _same_repos(variants)]
+    if not problems and not elsewhere and variants:
+        wanted = [each.plan.needs.disk_bytes for each in variants if each.plan is not None and not each.is_made]
+        problems += space_problems(variants[0].folder.parent, sum(wanted))
     if problems:
         raise PlanError(problems, hint=hints[0] if hints else None)
+
+
+def _repo_problems(each: PlannedVariant, options: ReleaseOptions) -> list[str]:
+    return name_problems(each.repo_id) if each.repo_id is not None and not options.skip_push else []
 
 
 def _same_repos(variants: Sequence[PlannedVariant]) -> list[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from fake_hub import browse, community, curation, repos, store, uploads
+from fake_hub import browse, community, curation, jobs, repos, store, uploads
 from fake_hub.state import HubState
 from fake_hub.traffic import Fault, Traffic
 from fake_hub.wire import Cas, Exchange, Failure, Routes, Server, Site
@@ -27,7 +27,7 @@ class Serving:
         self.state = HubState(root)
         self.traffic = Traffic()
         endpoints = Routes()
-        for module in (curation, repos, community, uploads, browse):
+        for module in (curation, jobs, repos, community, uploads, browse):
             endpoints.extend(module.routes)
         self.hub = Server("hub", endpoints.respond, self.traffic)
         self.store = Server("store", store.routes.respond, self.traffic)

@@ -8,8 +8,8 @@ any client. Every request is logged with the body bytes that came and went. Faul
 servers: a status, a reset, a body cut short, an answer that is lost after the work is done, a delay.
 
 The modules: ``wire`` (one exchange), ``traffic`` (log and faults), ``disk``, ``accounts``, ``state`` (what is kept),
-``access`` (who may), ``browse``, ``uploads``, ``store``, ``repos``, ``community``, ``collections`` (the endpoints),
-``card``, ``attributes`` (the Hub's rules for cards and for large files).
+``access`` (who may), ``browse``, ``uploads``, ``store``, ``repos``, ``community``, ``curation``, ``jobs`` (the
+endpoints), ``card``, ``attributes`` (the Hub's rules for cards and for large files).
 
 What it does not prove: that the real Hub answers like this in every case. Answers follow its documented API, public
 reports of what it says, and what the client reads of them; statuses of errors that the client does not tell apart, and

@@ -10,39 +10,23 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers.checkpoints import build_llama
 from helpers.forking import WITH_LIBRARIES, Forked, Forker
+from helpers.releases import TWO_SCHEMES, contents, make, steps_of, timeless, write_release
 
 from aoconvert import accelerators
-from aoconvert.errors import Interrupted, PlanError
+from aoconvert.cli.main import cli
+from aoconvert.errors import Interrupted, PlanError, UsageError
 from aoconvert.options.release import ReleaseOptions
-from aoconvert.releasing import Record, release
+from aoconvert.releasing import release
 from aoconvert.releasing.engines import crew, local
 from aoconvert.releasing.engines.task import Work, deal
 from aoconvert.releasing.release_file import load
 from aoconvert.releasing.variants import list_variants
 
-FILE = """
-name = "Tiny"
-source = "model"
-[defaults]
-device = "cpu"
-min_quantized = 0
-[[variants]]
-scheme = "int8wo"
-[[variants]]
-scheme = "intx2wo"
-[gates]
-min_sqnr_db = 20
-"""
-
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    build_llama(tmp_path / "model")
-    path = tmp_path / "tiny.toml"
-    path.write_text(FILE)
-    return path
+    return write_release(tmp_path)
 
 
 class Workers:
@@ -69,62 +53,26 @@ def workers(forker: Forker, monkeypatch: pytest.MonkeyPatch) -> Workers:
     return found
 
 
-def made(file: Path, output: str, **options: Any) -> tuple[Record, dict[str, list[dict[str, Any]]]]:
-    """The record, and the events of each variant."""
-    events: dict[str, list[dict[str, Any]]] = {}
-    options = {"skip_push": True, "output_root": file.parent / output, **options}
-    record = release(file, on_event=lambda event: events.setdefault(event["variant"], []).append(event), **options)
-    return record, events
-
-
-def without_times(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in event.items() if k != "seconds"} for event in events if event["event"] != "progress"]
-
-
-def contents(root: Path) -> dict[str, Any]:
-    """Every file below a folder, but for times and their digests."""
-    found: dict[str, Any] = {}
-    for path in root.rglob("*"):
-        if not path.is_file():
-            continue
-        name = str(path.relative_to(root))
-        found[name] = path.read_bytes()
-        if path.suffix == ".json":
-            found[name] = _timeless(json.loads(path.read_text().replace(str(root), "")))
-    return found
-
-
-def _timeless(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_timeless(item) for item in value]
-    if isinstance(value, dict):
-        times = ("run", "manifest_sha256", "seconds", "date")
-        return {key: _timeless(item) for key, item in value.items() if key not in times}
-    return value
-
-
 def test_two_workers_write_the_same_as_one_process(file: Path, workers: Workers) -> None:
-    one, told = made(file, "one")
+    one, told = make(file, "one")
     assert workers.started == []
-    two, told_by_two = made(file, "two", jobs=2)
+    two, told_by_two = make(file, "two", jobs=2)
     assert len(workers.started) == 2 and all(worker.poll() == 0 for worker in workers.started)
-    assert _timeless(two.to_dict()) == _timeless(one.to_dict()) and two.exit_code == 4
+    assert timeless(two.to_dict()) == timeless(one.to_dict()) and two.exit_code == 4
     assert contents(file.parent / "two") == contents(file.parent / "one")
-    assert {name: without_times(events) for name, events in told_by_two.items()} == {
-        name: without_times(events) for name, events in told.items()
-    }
+    assert steps_of(told_by_two) == steps_of(told)
     assert any(event["event"] == "progress" for event in told_by_two["int8wo"])
 
     # what workers made is found again by this process, and by others
     for jobs in (1, 2):
-        again, told = made(file, "two", jobs=jobs)
+        again, told = make(file, "two", jobs=jobs)
         assert again == two
         assert not any(event.get("again") for events in told.values() for event in events)
 
 
 def test_a_worker_that_is_killed_fails_its_variant_alone(file: Path, workers: Workers) -> None:
     """Both variants are one worker's; the other has another model."""
-    text = FILE.replace('source = "model"\n', "")
+    text = TWO_SCHEMES.replace('source = "model"\n', "")
     models = "".join(f'[[models]]\nsource = "model"\nname = "{name}"\n' for name in ("a", "b"))
     file.write_text(text.replace("[defaults]", f"{models}[defaults]").replace("min_sqnr_db = 20", "min_sqnr_db = 1"))
     workers.first = """
@@ -136,7 +84,7 @@ def verify(folder, verify=api.verify, **options):
     return verify(folder, **options)
 api.verify = verify
 """
-    record, told = made(file, "out", jobs=2)
+    record, told = make(file, "out", jobs=2)
     status = {variant.name: variant.status for variant in record.variants}
     assert status == {"a-int8wo": "failed", "a-intx2wo": "made", "b-int8wo": "made", "b-intx2wo": "made"}
     error = record.variants[0].error
@@ -146,7 +94,7 @@ api.verify = verify
     assert record.exit_code == 1
 
     workers.first = ""
-    record, told = made(file, "out", jobs=2)
+    record, told = make(file, "out", jobs=2)
     assert record.ok
     again = {name: [event["again"] for event in events if "again" in event] for name, events in told.items()}
     assert again.pop("a-int8wo") == [False, True]
@@ -160,7 +108,7 @@ def verify(folder, verify=api.verify, **options):
     return verify(folder, **options) if folder.name == "int8wo" else {}["no such key"]
 api.verify = verify
 """
-    record, _ = made(file, "out", jobs=2)
+    record, _ = make(file, "out", jobs=2)
     assert [variant.status for variant in record.variants] == ["made", "failed"]
     error = record.variants[1].error
     assert error is not None and error.message == "unexpected KeyError: 'no such key'"
@@ -176,7 +124,7 @@ def test_a_stop_ends_all_workers_and_keeps_what_is_done(file: Path, workers: Wor
         release(file, on_event=stop, **options)
     assert len(workers.started) == 2
     assert all(worker.poll() in (0, 130) for worker in workers.started)
-    record, told = made(file, "out", jobs=2)
+    record, told = make(file, "out", jobs=2)
     assert record.exit_code == 4
     assert False in [event["again"] for events in told.values() for event in events if event["event"] == "quantized"]
 
@@ -206,7 +154,7 @@ api.verify = lambda *_, **__: threading.Event().wait()
 def test_more_workers_than_memory_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "available_bytes", lambda: 600 * 10**6)
     with pytest.raises(PlanError, match=r"--jobs 2: 2 workers need up to \S+ \S+ of memory") as caught:
-        made(file, "out", jobs=2)
+        make(file, "out", jobs=2)
     assert caught.value.hint == "--jobs 1, or close other programs"
     assert not (file.parent / "out").exists()
     assert local.choose_jobs([], 7) == 1
@@ -236,6 +184,20 @@ def test_each_worker_has_a_gpu_and_processors_of_its_own(monkeypatch: pytest.Mon
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-7")
     assert accelerators.show_one("cuda", 1) == {"CUDA_VISIBLE_DEVICES": "GPU-7"}
     assert accelerators.show_one("xpu", 1) == {"ZE_AFFINITY_MASK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--address", "x:1"], "--address x:1 is a Ray cluster's"),
+        (["--engine", "ray", "--flavor", "cpu-xl"], "--flavor is for a job"),
+        (["--engine", "hf-jobs", "--jobs", "2"], "--jobs: the job makes a variant on each GPU"),
+        (["--engine", "hf-jobs", "--address", "x:1"], "--address is a Ray cluster's"),
+    ],
+)
+def test_an_option_goes_with_its_engine(file: Path, words: list[str], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        cli.main(["release", str(file), *words], standalone_mode=False)
 
 
 @pytest.mark.exhaustive

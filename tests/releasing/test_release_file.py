@@ -110,11 +110,11 @@ def test_every_model_gets_every_variant(tmp_path: Path) -> None:
             'name = "x"\n[[variants]]\nscheme = "int8wo"\n[[models]]\nsource = ".."',
             "'..' cannot be a model's name",
         ),
-        ('name = "x"\nsource = "a/b"', "variants: Field required"),
-        ('name = "x"\nsource = "a/b"\nvariants = []', "variants: List should have at least 1 item"),
+        ('name = "x"\nsource = "a/b"', "tiny.toml: variants is missing"),
+        ('name = "x"\nsource = "a/b"\nvariants = []', "variants is empty"),
         (
             'name = "x"\nsource = "a/b"\n[[variants]]\nscheme = "int8wo"\nshcheme = "x"',
-            r"variants.0.shcheme: Extra inputs",
+            r"variant 1: unknown key 'shcheme', did you mean scheme\?",
         ),
         ('name = "x"\nsource = "a/b"\n[[variants]]\n', "variant 1 needs a scheme or a recipe"),
         ('name = "x"\nsource = "a/b"\n' + '[[variants]]\nscheme = "int8wo"\n' * 2, "two variants are called int8wo"),
@@ -124,6 +124,15 @@ def test_every_model_gets_every_variant(tmp_path: Path) -> None:
         ),
         ('name = "x"\nsource = "a/b"\nrepo = "{who}/x"\n[[variants]]\nscheme = "int8wo"', r"repo has no \{who\}"),
         ('name = "x"\nsource = "a/b"\n[[variants]]\nscheme = "int8wo"\n[gates]\nmax_size = "big"', "is not a size"),
+        (
+            'name = "x"\nsource = "a/b"\n[[variants]]\nscheme = "int8wo"\ngates = { min_sqnr_db = nan }',
+            "variant 1, gates: min_sqnr_db should be a finite number",
+        ),
+        (
+            'name = "x"\nsource = "a/b"\n[[variants]]\nscheme = "int8wo"\nskip = [{ pattern = "x" }, 5]',
+            "variant 1, skip 1: reason is missing; tiny.toml: variant 1, skip 2: it is of a wrong type",
+        ),
+        ('name = "x"\nsource = "a/b"\nvariants = ["int8wo"]', "variant 1: it should be a table"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:

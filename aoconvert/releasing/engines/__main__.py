@@ -14,8 +14,8 @@ import sys
 import threading
 from types import FrameType
 
-from aoconvert.releasing.engines.task import Task
-from aoconvert.releasing.engines.worker import Message, run_task
+from aoconvert.releasing.engines.task import Message, Task
+from aoconvert.releasing.engines.worker import run_task
 
 
 class _Lines:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aoconvert.errors import WorkerError
-from aoconvert.releasing.engines.task import Task
-from aoconvert.releasing.engines.worker import Message
-from aoconvert.releasing.record import Failure, VariantRecord, failure_of
+from aoconvert.releasing.engines.hearing import Left
+from aoconvert.releasing.engines.task import Message, Task
+from aoconvert.releasing.record import VariantRecord
 
 _GRACE = 60  # seconds that a worker has to end after SIGTERM
 
@@ -41,28 +41,6 @@ class Place:
 
     cores: tuple[int, ...]
     environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class _Left:
-    """The variants of a task that have no record yet."""
-
-    names: list[str]
-    started: list[str] = field(default_factory=list)
-    failure: Failure | None = None
-
-    def hear(self, message: Message) -> None:
-        match message:
-            case {"event": {"event": "variant_started", "variant": name}}:
-                self.started.append(name)
-            case {"record": {"name": name}}:
-                self.names.remove(name)
-            case {"failure": failure}:
-                self.failure = Failure.model_validate(failure)
-
-    def to_blame(self) -> list[str]:
-        """Those that a worker was at when it ended: all, where it had not begun with any."""
-        return [name for name in self.names if name in self.started] or list(self.names)
 
 
 class Crew:
@@ -127,27 +105,21 @@ class Crew:
             return self._tasks.popleft() if self._tasks and not self._over else None
 
     def _carry_out(self, number: int, task: Task, place: Place) -> None:
-        left = _Left(list(task.names))
+        left = Left(list(task.names))
         try:
             code = self._run(number, task, place, left)
             error = _died(code)
         except OSError as failed:  # no memory for another process
             error = WorkerError(f"no worker could be started: {failed.strerror or failed}", hint="use fewer --jobs")
-        if self._over or not left.names:
+        if self._over:
             return
-        failure = left.failure or failure_of(error)
-        to_blame = left.to_blame()
-        for name in to_blame:
-            said = {"event": "failed", "variant": name, "error": failure.model_dump()}
-            self._heard.put((number, {"event": said}))
-            record = self._start[name].model_copy(update={"error": failure})
-            self._heard.put((number, {"record": record.model_dump(mode="json")}))
-        rest = tuple(name for name in left.names if name not in to_blame)
-        if rest:
+        for message in left.give_up(error, self._start):
+            self._heard.put((number, message))
+        if left.names:
             with self._lock:
-                self._tasks.append(task.model_copy(update={"names": rest}))
+                self._tasks.append(task.model_copy(update={"names": tuple(left.names)}))
 
-    def _run(self, number: int, task: Task, place: Place, left: _Left) -> int:
+    def _run(self, number: int, task: Task, place: Place, left: Left) -> int:
         """Run a worker to its end; gives its exit code."""
         with self._lock:
             if self._over:
@@ -162,8 +134,8 @@ class Crew:
             for line in worker.stdout:
                 with contextlib.suppress(ValueError):  # a line that its death cut short
                     message = json.loads(line)
-                    left.hear(message)
-                    self._heard.put((number, message))
+                    if left.hear(message):
+                        self._heard.put((number, message))
             return worker.wait()
         finally:
             with self._lock:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from aoconvert.errors import AoconvertError
 from aoconvert.progress import Progress
-from aoconvert.releasing.engines.worker import Message
-from aoconvert.releasing.record import VariantRecord
+from aoconvert.releasing.engines.task import Message
+from aoconvert.releasing.record import Failure, VariantRecord, failure_of
 from aoconvert.releasing.told import OnEvent
 
 
@@ -75,3 +77,39 @@ class Hearing:
             self._shown = True
             self.progress.start("release", 0)
         self.progress.advance(0, ", ".join(str(each) for each in self._workers.values() if each.stage))
+
+
+@dataclass
+class Left:
+    """The variants of a task that have no record yet."""
+
+    names: list[str]
+    _started: set[str] = field(default_factory=set)
+    _failure: Failure | None = None
+
+    def hear(self, message: Message) -> bool:
+        """Take down what a worker says; gives whether it is news: a worker that goes on may repeat what was said."""
+        match message:
+            case {"event": {"event": "variant_started", "variant": name}}:
+                self._started.add(name)
+            case {"record": {"name": name}}:
+                if name not in self.names:
+                    return False
+                self.names.remove(name)
+            case {"failure": failure}:
+                self._failure = Failure.model_validate(failure)
+        return True
+
+    def give_up(self, error: AoconvertError, records: Mapping[str, VariantRecord]) -> Iterator[Message]:
+        """Say that those variants failed that the worker was at when it ended: all, where it had begun with none.
+
+        Args:
+            error: why, where the worker did not say so itself.
+            records: a record of each variant, to say in it that it failed.
+        """
+        failure = self._failure or failure_of(error)
+        self._failure = None
+        for name in [name for name in self.names if name in self._started] or list(self.names):
+            self.names.remove(name)
+            yield {"event": {"event": "failed", "variant": name, "error": failure.model_dump()}}
+            yield {"record": records[name].model_copy(update={"error": failure}).model_dump(mode="json")}

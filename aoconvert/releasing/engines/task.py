@@ -13,6 +13,8 @@ from aoconvert.options.release import ReleaseOptions
 from aoconvert.releasing.release_file import ReleaseFile
 from aoconvert.releasing.variants import PlannedVariant, list_variants
 
+Message = dict[str, Any]
+
 
 class Task(BaseModel):
     """Variants of a release file to make.

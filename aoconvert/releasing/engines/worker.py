@@ -21,16 +21,14 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from aoconvert.environment import host_by_default
 from aoconvert.errors import AoconvertError, HostMemoryError, is_out_of_memory
-from aoconvert.releasing.engines.task import Task
+from aoconvert.releasing.engines.task import Message, Task
 from aoconvert.releasing.record import failure_of
 from aoconvert.releasing.steps import Steps
 from aoconvert.releasing.variants import plan_variants
 
-Message = dict[str, Any]
 Say = Callable[[Message], None]
 
 _PARTS = 100  # messages about the progress of a stage, at most
