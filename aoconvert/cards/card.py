@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, PICTURE_NAME
+from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, PICTURE_NAME, SIBLINGS_NAME
 from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.errors import WriteError
 from aoconvert.files import read_limited, write_whole
@@ -37,11 +37,19 @@ class Card:
         text: of ``README.md``.
         picture: of ``sqnr.svg``; ``None`` where no error was measured.
         warnings: what its reader will miss, such as a licence; one line each.
+        siblings: of ``release.svg``, the variants of a release by size and error; ``None`` where there are not two.
     """
 
     text: str
     picture: str | None
     warnings: tuple[str, ...]
+    siblings: str | None = None
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """Pictures beside the card, by their names."""
+        both = {PICTURE_NAME: self.picture, SIBLINGS_NAME: self.siblings}
+        return {name: picture for name, picture in both.items() if picture is not None}
 
 
 def is_edited(folder: Path) -> bool:
@@ -62,7 +70,7 @@ def has_text(folder: Path) -> bool:
 
 
 def write(folder: Path, card: Card) -> tuple[Path, ...]:
-    """Put the card into the folder, its picture first.
+    """Put the card into the folder, its pictures first.
 
     Returns:
         The files that were written.
@@ -70,11 +78,10 @@ def write(folder: Path, card: Card) -> tuple[Path, ...]:
     Raises:
         WriteError: disk full, or no permission.
     """
-    texts = [(PICTURE_NAME, card.picture)] if card.picture is not None else []
-    texts.append((CARD_NAME, card.text))
-    for name, text in texts:
+    texts = {**card.pictures, CARD_NAME: card.text}
+    for name, text in texts.items():
         try:
             write_whole(folder / name, text.encode())
         except OSError as error:
             raise WriteError(f"{folder / name}: {error.strerror or error}") from error
-    return tuple(folder / name for name, _ in texts)
+    return tuple(folder / name for name in texts)

@@ -12,12 +12,12 @@ from aoconvert.checkpoint.bench import Bench, BenchRow, bench_of
 from aoconvert.checkpoint.evaluation import Evaluation, Metrics, evaluation_of
 from aoconvert.errors import SourceError
 
-# key of the metrics → what the axis says, and whether it begins at nothing
-_METRICS = {
+METRICS = {
     "kl_mean": ("KL divergence to the original, nats (lower is better)", True),
     "psnr_mean": ("PSNR to the original, dB (higher is better)", False),
     "output_sqnr_db": ("SQNR of the output, dB (higher is better)", False),
 }
+"""Key of the metrics → what the axis says, and whether it begins at nothing."""
 _UNITS = ("image", "video", "denoising step", "call", "generated token", "prompt token", "sentence", "forward pass")
 _WEIGHTS = (".bin", ".safetensors")
 
@@ -107,10 +107,10 @@ def _add_errors(results: Sequence[_Result], found: Comparable) -> None:
     figures = {
         (result.number, key): value
         for result in results
-        for key in _METRICS
+        for key in METRICS
         if (value := getattr(_metrics(result.evaluation), key, None)) is not None
     }
-    key = next((key for key in _METRICS if any(of == key for _, of in figures)), None)
+    key = next((key for key in METRICS if any(of == key for _, of in figures)), None)
     if key is None:
         return
     data = Counter(result.data for result in results if (result.number, key) in figures).most_common(1)[0][0]
@@ -123,7 +123,7 @@ def _add_errors(results: Sequence[_Result], found: Comparable) -> None:
             found.left_out.append((result.name, "its aoconvert.eval.json is of other data than the others'"))
         else:
             marks.append(Mark(result.name, result.size, value, result.number))
-    label, from_zero = _METRICS[key]
+    label, from_zero = METRICS[key]
     found.diagrams.append(Diagram("Size and error", "size of the weights", label, tuple(marks), from_zero))
 
 

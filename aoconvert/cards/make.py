@@ -22,6 +22,7 @@ from aoconvert.cards.picture import draw
 from aoconvert.cards.proof import Proof, prove
 from aoconvert.cards.quality import describe_quality, output_errors
 from aoconvert.cards.reproduce import make_again, parse_requirements, pin
+from aoconvert.cards.siblings import describe_siblings
 from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.checkpoint import Checkpoint, from_manifest
 from aoconvert.checkpoint.load_code import code_device, load_code
@@ -68,6 +69,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
     proof = prove(folder, target, manifest)
     parts = [describe(entry) for entry in manifest.components]
     sizes = _sizes(manifest)
+    siblings, siblings_picture = describe_siblings(folder) or (None, None)
     values = {
         **_what(target, manifest, folder, repo_id),
         "license": show_license(manifest, front),
@@ -81,6 +83,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
         "quality": describe_quality(
             folder, repo_id or argument(str(folder)), sizes["total"]["bytes_in"], sizes["total"]["bytes_out"]
         ),
+        "siblings": siblings,
         "costs": read_costs(folder, manifest, repo_id or argument(str(folder))),
         "hardware": hardware(manifest.components),
         "needs": list(dict.fromkeys((item["package"], item["range"]) for part in parts for item in part["loads_with"])),
@@ -91,7 +94,7 @@ def render(folder: Path, options: CardOptions, *, repo_id: str | None = None, re
         **_origin(manifest),
     }
     text = f"{header}\n{template.render(options.template, values).strip()}\n"
-    return Card(seal(text), picture, warnings)
+    return Card(seal(text), picture, warnings, siblings_picture)
 
 
 def _what(target: Checkpoint, manifest: Manifest, folder: Path, repo_id: str | None) -> dict[str, Any]:

@@ -38,6 +38,10 @@ text is escaped where it is written, so no filter is needed for safety:
   ``more`` (rows that are not shown), ``failures`` (rows with an ``error``),
   ``date``, ``complete``, ``runs``, ``environment`` (name → value), ``compiled``,
   ``small`` (a pipeline ran at its smallest size), ``command`` (or null);
+- ``siblings`` (null without a release's record, or without another variant in it): ``name`` of the release, ``rows``
+  (variants of the same model: ``name``, ``url`` or null, ``this``, ``scheme``, ``size``, ``bits``, ``sqnr``, ``kl``,
+  ``psnr``, ``needs``: a text), ``kl`` and ``psnr`` (a row has one), ``picture`` (file name, or null), ``others`` (other
+  models of the release: ``model``, ``variants``: ``name``, ``url``);
 - ``hardware`` (a text), ``needs`` (pairs of package and range), ``verify`` (a command),
   ``limits``: ``title``, ``text``;
 - ``files`` (``path``, ``size``, ``sha256``), ``copied`` (a number), ``apart`` (``what``, ``name``,

@@ -19,7 +19,7 @@ from aoconvert.sources.weights import STEMS
 
 # made later than the manifest, by the Hub, or notes and samples that somebody put beside it; no loader looks at them
 _BESIDE = re.compile(
-    r"aoconvert(\.(verify|bench|eval))?\.json|\.gitattributes|(.*/)?(LICEN[CS]E|NOTICE)[^/]*"
+    r"aoconvert(\.(verify|bench|eval))?\.json|release\.json|\.gitattributes|(.*/)?(LICEN[CS]E|NOTICE)[^/]*"
     r"|.*\.(md|rst|ipynb|pdf|csv|svg|png|jpe?g|gif|webp|avif|mp4|webm|mov|mkv|wav|mp3|flac|ogg)"
     r"|(samples?|examples?|assets|images|media|docs)/.*\.(txt|jsonl?)",
     re.IGNORECASE,

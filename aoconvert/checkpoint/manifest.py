@@ -34,7 +34,11 @@ SHEET_NAME = "eval.png"
 CARD_BYTES = 8 << 20
 CARD_NAME = "README.md"
 PICTURE_NAME = "sqnr.svg"
-OWN_NAMES = frozenset({MANIFEST_NAME, REPORT_NAME, BENCH_NAME, EVAL_NAME, SHEET_NAME, PICTURE_NAME})
+RELEASE_NAME = "release.json"
+SIBLINGS_NAME = "release.svg"
+OWN_NAMES = frozenset(
+    {MANIFEST_NAME, REPORT_NAME, BENCH_NAME, EVAL_NAME, SHEET_NAME, PICTURE_NAME, RELEASE_NAME, SIBLINGS_NAME}
+)
 """What is made beside the files that a manifest lists, but for the card."""
 SCHEMA_VERSION = 1
 PLAIN = "plain"

@@ -17,9 +17,9 @@ Markdown.
 \b
 Its variables: title, repo_id, place, kind, class_name, schemes, picture, pictured_outputs, license, license_url,
 source, code (load, usage, install, packages, strategy, to_device), proof (ok, reason, date, device, versions,
-checks, example, forward, not_run), components, sizes, costs, hardware, limits, verify, files, copied, apart,
-command, date, versions, device_name, tool. Its filters: code, block("python"), link(url), size, number,
-percent, plural.
+checks, example, forward, not_run), components, sizes, quality, costs, siblings, hardware, limits, verify, files,
+copied, apart, command, date, versions, device_name, tool. Its filters: code, block("python"), link(url), size,
+number, percent, plural.
 aoconvert/cards/template.py documents them; aoconvert/cards/template.md.jinja is an example.
 
 \b
@@ -33,7 +33,7 @@ Examples:
 
 @click.command("card", epilog=EPILOG)
 @click.argument("path", metavar="[PATH]", type=click.Path(path_type=Path), default=Path("out"))
-@click.option("--write", is_flag=True, help="Write README.md and its picture into the folder.")
+@click.option("--write", is_flag=True, help="Write README.md and its pictures into the folder.")
 @click.option("--overwrite", is_flag=True, help="Replace a README.md that was edited by hand.")
 @click.option(
     "--repo-id", metavar="REPO_ID", help="Repo that the card will be published in; the code on the card opens it."
@@ -90,6 +90,7 @@ def command(
         "path": str(path),
         "card": card.text,
         "picture": card.picture,
+        "siblings": card.siblings,
         "written": written,
         "warnings": list(card.warnings),
     }

@@ -78,6 +78,8 @@ def command(*, path: Path, out: Output, keep_going: bool, **options: Any) -> int
 
     def pass_on(event: Event) -> None:
         notes.extend(f"{event['variant']}: {line}" for line in event.get("warnings", ()) if "variant" in event)
+        if event["event"] == "card_not_updated":
+            notes.append(f"{event['variant']}: its card does not show this release: {event['reason']}")
         out.event(event)
 
     job = take_job_options(options)

@@ -50,6 +50,7 @@ class CardDocument(Document):
     path: str
     card: str
     picture: str | None = Field(description="the picture beside the card, as SVG")
+    siblings: str | None = Field(default=None, description="the picture of a release's variants, as SVG")
     written: list[str]
     warnings: list[str]
 

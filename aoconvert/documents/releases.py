@@ -103,6 +103,19 @@ class UnchangedEvent(_OnTheHub):
     event: Literal["unchanged"]
 
 
+class CardUpdatedEvent(_OnTheHub):
+    """At the end: what a variant's repo says of the others was brought up to date; the weights stayed as they were."""
+
+    event: Literal["card_updated"]
+
+
+class CardNotUpdatedEvent(_OfVariant):
+    """What a variant's repo says of the others is out of date, and stays so."""
+
+    event: Literal["card_not_updated"]
+    reason: str
+
+
 class FailedEvent(_OfVariant):
     """A variant could not be made or published."""
 
@@ -226,6 +239,8 @@ class ReleaseEvent(
             | GateFailedEvent
             | PushedEvent
             | UnchangedEvent
+            | CardUpdatedEvent
+            | CardNotUpdatedEvent
             | FailedEvent
             | ReleaseJobDocument
             | JobSubmittedEvent

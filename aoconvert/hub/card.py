@@ -7,7 +7,7 @@ from pathlib import Path
 
 from aoconvert import cards
 from aoconvert.cards import CARD_NAME, PICTURE_NAME
-from aoconvert.checkpoint.manifest import CARD_BYTES
+from aoconvert.checkpoint.manifest import CARD_BYTES, SIBLINGS_NAME
 from aoconvert.errors import PlanError, WriteError
 from aoconvert.files import read_limited
 from aoconvert.hub.types import PushOptions, UploadFile
@@ -16,7 +16,7 @@ from aoconvert.sources.folder import stays_inside
 
 @dataclass(frozen=True)
 class CardFiles:
-    """The card, and its picture where there is one.
+    """The card, and its pictures where there are some.
 
     Attributes:
         files: to be sent.
@@ -52,9 +52,8 @@ def render_card(folder: Path, repo_id: str, options: PushOptions) -> CardFiles:
         metadata=options.metadata,
     )
     card = cards.render(folder, wanted, repo_id=repo_id, revision=options.branch)
-    files = [UploadFile.from_bytes(CARD_NAME, card.text.encode())]
-    if card.picture is not None:
-        files.append(UploadFile.from_bytes(PICTURE_NAME, card.picture.encode()))
+    texts = {CARD_NAME: card.text, **card.pictures}
+    files = [UploadFile.from_bytes(name, text.encode()) for name, text in texts.items()]
     return CardFiles(tuple(files), card.text, card.warnings, kept=False)
 
 
@@ -67,7 +66,8 @@ def write_card(folder: Path, card: CardFiles) -> str | None:
         return f"the card is on the Hub, but not in the folder: {' and '.join(links)} is a link"
     contents = {file.path: b"".join(file.blocks()).decode() for file in card.files}
     try:
-        cards.write(folder, cards.Card(contents[CARD_NAME], contents.get(PICTURE_NAME), card.warnings))
+        pictures = (contents.get(PICTURE_NAME), card.warnings, contents.get(SIBLINGS_NAME))
+        cards.write(folder, cards.Card(contents[CARD_NAME], *pictures))
     except WriteError as error:
         return f"the card is on the Hub, but not in the folder: {error.message}"
     return None
@@ -87,7 +87,7 @@ def _keep_card(folder: Path, options: PushOptions) -> CardFiles:
             [f"{CARD_NAME} was written by hand: {' and '.join(names)} would be lost on it"],
             hint=f"edit {CARD_NAME}, or move it away to have a card generated",
         )
-    found = [name for name in (CARD_NAME, PICTURE_NAME) if (folder / name).is_file()]
+    found = [name for name in (CARD_NAME, PICTURE_NAME, SIBLINGS_NAME) if (folder / name).is_file()]
     outside = [f"{name} is a link that leaves the folder" for name in found if not stays_inside(folder, name)]
     if outside:
         raise PlanError(outside)

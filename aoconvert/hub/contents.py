@@ -20,11 +20,13 @@ from aoconvert.checkpoint.manifest import (
     EVAL_NAME,
     MANIFEST_NAME,
     OWN_NAMES,
+    RELEASE_NAME,
     REPORT_NAME,
     SHEET_NAME,
     FileEntry,
     Manifest,
 )
+from aoconvert.checkpoint.release import release_of
 from aoconvert.checkpoint.report import Report, read_report, some
 from aoconvert.files import read_limited
 from aoconvert.hub.types import PushOptions, UploadFile
@@ -89,8 +91,9 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
         warnings += _weak_spots(report)
     files += _measured(folder, repo_id)
     measured, notes = _evaluation(folder, repo_id)
-    files += measured
-    warnings += notes
+    released, more = _release(folder)
+    files += measured + released
+    warnings += notes + more
     warnings += _large(files) + _find_left_out(folder, {file.path for file in files})
     return UploadContents(manifest, manifest_sha256, tuple(files), hashed, tuple(problems), tuple(warnings))
 
@@ -150,6 +153,15 @@ def _evaluation(folder: Path, repo_id: str) -> tuple[list[UploadFile], list[str]
     if (folder / SHEET_NAME).is_file():
         files.append(UploadFile.from_bytes(SHEET_NAME, read_limited(folder / SHEET_NAME, _SHEET_BYTES)))
     return files, []
+
+
+def _release(folder: Path) -> tuple[list[UploadFile], list[str]]:
+    """The record of a release that this manifest belongs to, and a note where there is one that it does not."""
+    found = release_of(folder)
+    if found is not None:
+        return [UploadFile.from_bytes(RELEASE_NAME, found[0].dump())], []
+    there = (folder / RELEASE_NAME).is_file()
+    return [], [f"not sent: {RELEASE_NAME} does not name this {MANIFEST_NAME}, or cannot be read"] if there else []
 
 
 def _weak_spots(report: Report) -> list[str]:

@@ -18,7 +18,10 @@ from aoconvert.files import read_limited
 from aoconvert.humanize import first
 
 # what a process that was killed leaves of a card or a report
-_DRAFT = re.compile(r"\.(aoconvert\.(verify|bench|eval)\.json|README\.md|sqnr\.svg|eval\.png)(\.draft|\.[0-9a-f]{16})")
+_DRAFT = re.compile(
+    r"\.(aoconvert\.(verify|bench|eval)\.json|README\.md|sqnr\.svg|eval\.png|release\.(json|svg))"
+    r"(\.draft|\.[0-9a-f]{16})"
+)
 _MOST_READ = 1 << 20  # a larger file is no text that somebody edits
 
 

@@ -8,15 +8,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from aoconvert.checkpoint.evaluation import Evaluation, GateResult
-from aoconvert.checkpoint.manifest import Manifest
+from aoconvert.checkpoint.evaluation import Evaluation
+from aoconvert.checkpoint.manifest import RELEASE_NAME, Manifest
+from aoconvert.checkpoint.release import ReleasedVariant, VariantNeeds
 from aoconvert.errors import AoconvertError, HubError, PlanError, VerificationError
 from aoconvert.files import read_limited, write_whole, writing
-from aoconvert.formats.registry import written_as
+from aoconvert.formats.registry import FORMATS, written_as
 from aoconvert.json_text import INDEX_BYTES, parse_json
 from aoconvert.planning import Plan
 
-RECORD_NAME = "release.json"
+RECORD_NAME = RELEASE_NAME
 
 Status = Literal["planned", "pushed", "unchanged", "made", "gate_failed", "failed", "skipped"]
 
@@ -38,32 +39,18 @@ class Failure(_Model):
     problems: tuple[str, ...] = Field(default=(), description="everything that is wrong")
 
 
-class VariantRecord(_Model):
+class VariantRecord(ReleasedVariant):
     """One variant: what was made, how good it is, and where it is."""
 
-    name: str
-    model: str = Field(description="name of one of the release's models")
-    scheme: str = Field(description="name of the scheme, or of the recipe file")
     status: Status = Field(
         description="planned: a dry run; unchanged: the Hub has exactly this; made: not pushed, as was asked; "
         "skipped: not asked for"
     )
-    repo_id: str | None = None
-    url: str | None = None
-    commit: str | None = None
-    revision: str | None = Field(default=None, description="commit of the source that it was made from")
     folder: str | None = Field(default=None, description="below the output root")
-    size_bytes: int | None = Field(default=None, description="of all weights files that quantize wrote")
-    bits_per_weight: float | None = None
-    quantized_fraction: float | None = None
-    worst_sqnr_db: float | None = None
-    verified: bool | None = None
-    metrics: dict[str, dict[str, float]] = Field(
-        default_factory=dict, description="of eval: component → figure → value; a figure that does not apply is absent"
-    )
-    gates: tuple[GateResult, ...] = ()
     error: Failure | None = None
-    manifest_sha256: str | None = None
+    published: ReleasedVariant | None = Field(
+        default=None, description="what its repo holds, also where this run made something else, or nothing"
+    )
 
 
 class ModelRecord(_Model):
@@ -134,6 +121,11 @@ def failure_of(error: AoconvertError) -> Failure:
     )
 
 
+def public_form(record: VariantRecord) -> ReleasedVariant:
+    """A variant as it is published."""
+    return ReleasedVariant(**{name: getattr(record, name) for name in ReleasedVariant.model_fields})
+
+
 def describe_manifest(manifest: Manifest) -> dict[str, Any]:
     """Size and error of a result, for its record."""
     totals = [component.totals for component in manifest.components]
@@ -146,7 +138,27 @@ def describe_manifest(manifest: Manifest) -> dict[str, Any]:
         "bits_per_weight": sum(t.bits_per_weight * t.parameters for t in totals) / parameters if parameters else None,
         "quantized_fraction": quantized / outside if outside else 0.0,
         "worst_sqnr_db": min(errors, default=None),
+        "needs": _describe_needs(manifest),
     }
+
+
+def _describe_needs(manifest: Manifest) -> VariantNeeds:
+    spans: dict[str, list[str]] = {}
+    for component in manifest.components:
+        for package, span in component.loads_with.items():
+            spans.setdefault(package, []).extend(part.strip() for part in span.split(","))
+    layouts = [component.layout for component in manifest.components]
+    least = max((layout.min_capability for layout in layouts if layout.min_capability), default=None)
+    return VariantNeeds(
+        loads_with={package: ",".join(dict.fromkeys(parts)) for package, parts in spans.items()},
+        devices=tuple(dict.fromkeys(layout.device for layout in layouts)),
+        min_capability=".".join(map(str, least)) if least else None,
+        memory_bytes=sum(entry.size for entry in manifest.files() if _is_weights(entry.path)),
+    )
+
+
+def _is_weights(path: str) -> bool:
+    return path.endswith(tuple(suffix for entry in FORMATS.values() for suffix in entry.suffixes))
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:

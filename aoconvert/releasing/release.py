@@ -19,6 +19,7 @@ from aoconvert.releasing.preflight import hold_root, refuse_publishing, refuse_r
 from aoconvert.releasing.publish import Publisher
 from aoconvert.releasing.record import ModelRecord, Record, VariantRecord, describe_plan, read_record
 from aoconvert.releasing.release_file import ReleaseFile, load
+from aoconvert.releasing.siblings import Siblings
 from aoconvert.releasing.steps import Steps, start_record
 from aoconvert.releasing.told import Event, OnEvent
 from aoconvert.releasing.variants import PlannedVariant, choose_variants, list_variants, plan_variants, root_of
@@ -70,6 +71,7 @@ class _Release:
     Attributes:
         records: what is known of each variant of the file, by its name.
         jobs: so many variants are made at a time.
+        variants: of the file, also those that were not asked for.
     """
 
     path: Path
@@ -80,6 +82,7 @@ class _Release:
     records: dict[str, VariantRecord] = field(default_factory=dict)
     revisions: dict[str, str | None] = field(default_factory=dict)
     jobs: int = 1
+    variants: list[PlannedVariant] = field(default_factory=list)
 
     def plan_only(self) -> Record:
         """Plan the variants, and change nothing."""
@@ -99,15 +102,32 @@ class _Release:
     def _make_and_publish(self, variants: Sequence[PlannedVariant]) -> Record:
         by_name = {each.name: each for each in variants}
         publisher = Publisher(self.found, self.options, self.progress, self.on_event)
+        siblings = Siblings(self.path, self.found)
+        if not self.options.skip_push:
+            others = [record for name, record in self.records.items() if name not in by_name]
+            for record in siblings.forget_deleted(others, publisher):
+                self._note(record)
         with closing(self._make(variants)) as made:  # where it stops early, so do the workers
             for record in made:
+                record = record.model_copy(update={"published": self.records[record.name].published})
                 if record.status == "made" and not self.options.skip_push:
-                    record = publisher.publish(by_name[record.name], record)
+                    known = siblings.describe(self.records.values(), record)
+                    record = publisher.publish(by_name[record.name], record, known)
                 self._note(record)
                 self._record().write(root_of(self.path, self.options))
                 if self.options.fail_fast and record.status in ("failed", "gate_failed"):
                     break
+        self._tell_siblings(siblings, publisher)
         return self._record()
+
+    def _tell_siblings(self, siblings: Siblings, publisher: Publisher) -> None:
+        """Bring the cards of all variants up to date, now that all is known."""
+        if self.options.skip_push:
+            siblings.write_cards(self.variants, self.records)
+            return
+        for record in siblings.update(self.variants, dict(self.records), publisher):
+            self._note(record)
+        self._record().write(root_of(self.path, self.options))
 
     def _make(self, variants: Sequence[PlannedVariant]) -> Generator[VariantRecord]:
         """Make the variants; each record comes as soon as its variant is judged."""
@@ -122,7 +142,7 @@ class _Release:
     def _plan(self) -> list[PlannedVariant]:
         """The variants that were asked for, planned; of the others the record says what an earlier run did."""
         refuse_root(root_of(self.path, self.options), self.found)
-        every = list_variants(self.path, self.found, self.options)
+        self.variants = every = list_variants(self.path, self.found, self.options)
         chosen = choose_variants(self.path, every, self.options.only)
         before = read_record(root_of(self.path, self.options))
         earlier = {record.name: record for record in before.variants} if before is not None else {}

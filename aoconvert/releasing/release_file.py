@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 from aoconvert.errors import UsageError
 from aoconvert.files import read_limited
+from aoconvert.hub.lookups import is_slug
 from aoconvert.options.fields import parse_size
 
 _LIMIT = 4 << 20  # bytes
@@ -145,7 +146,9 @@ class ReleaseFile(_Table):
     )
     owner: StrictStr | None = None
     private: StrictBool | None = None
-    collection: StrictStr | None = Field(default=None, description="slug of a collection that each repo is added to")
+    collection: StrictStr | None = Field(
+        default=None, description="slug or title of a collection that each repo is added to"
+    )
     license: StrictStr | None = Field(default=None, description="of the results, where the source's card names none")
     defaults: Choices = Field(default_factory=Choices)
     variants: list[Variant] = Field(min_length=1)
@@ -257,6 +260,8 @@ def _check(found: ReleaseFile, path: Path) -> None:
             raise UsageError(f"{path.name}: variant {number}: {title!r} cannot be the name of a folder and a repo")
         if titles.count(title) > 1:
             raise UsageError(f"{path.name}: two variants are called {title}", hint="give one of them a name")
+    if found.collection is not None and not 0 < len(found.collection) < 60 and not is_slug(found.collection):
+        raise UsageError(f"{path.name}: the title of a collection has 1 to 59 characters")
     for template in (found.repo, *(variant.repo for variant in found.variants if variant.repo is not None)):
         if wrong := [name for name in _FIELD.findall(template) if name not in _FIELDS]:
             raise UsageError(f"{path.name}: repo has no {{{wrong[0]}}}", hint=f"it has {', '.join(_FIELDS)}")

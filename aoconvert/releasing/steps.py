@@ -110,6 +110,7 @@ class Steps:
             "verified": report.ok,
             "gates": gates,
             "metrics": metrics,
+            "metrics_data": evaluation.data.sha256 if evaluation is not None else None,
         }
         return start_record(each).model_copy(update={**made, **got})
 

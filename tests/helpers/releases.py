@@ -54,11 +54,14 @@ def steps_of(events: Events) -> Events:
 def contents(root: Path) -> dict[str, Any]:
     """Every file below a folder, but for times and what depends on them, and for the folder's own path."""
     found: dict[str, Any] = {}
-    for path in root.rglob("*"):
-        if path.is_file():
-            json_file = path.suffix == ".json"
-            text = path.read_text().replace(str(root), "") if json_file else ""
-            found[str(path.relative_to(root))] = timeless(json.loads(text)) if json_file else path.read_bytes()
+    for path in filter(Path.is_file, root.rglob("*")):
+        name = str(path.relative_to(root))
+        if path.suffix == ".json":
+            found[name] = timeless(json.loads(path.read_text().replace(str(root), "")))
+        elif path.name == "README.md":  # it ends with its own digest
+            found[name] = path.read_text().replace(str(root), "").rpartition("<!-- written")[0]
+        else:
+            found[name] = path.read_bytes()
     return found
 
 

@@ -78,6 +78,8 @@ def test_a_gate_holds_one_back_and_nothing_is_done_twice(file: Path) -> None:
     name = "pytorch_model.bin"
     assert (alone.output / name).read_bytes() == (root / "int8wo" / name).read_bytes()
 
+    assert [(root / name / "release.json").exists() for name in status] == [True, False]
+
     record, events = made(file)
     assert done(events) == {"int8wo": [False, False], "intx2wo": [False, False]}
 
@@ -87,6 +89,9 @@ def test_a_gate_holds_one_back_and_nothing_is_done_twice(file: Path) -> None:
     record, events = made(file)
     assert record.ok and record.exit_code == 0
     assert done(events) == {"int8wo": [True, True], "intx2wo": [False, False]}
+    for own, other in (("int8wo", "intx2wo"), ("intx2wo", "int8wo")):
+        card = (root / own / "README.md").read_text()
+        assert f"| **{own}** (this one) | " in card and f"| {other} | `{other}` | " in card
 
     record, events = made(file, only=("intx*",))
     assert [variant.status for variant in record.variants] == ["skipped", "made"]
@@ -158,19 +163,25 @@ def test_it_is_published_and_then_unchanged(hub_client: HubClient, file: Path, t
     assert ran.returncode == 0, ran.stderr
     for line in lines:
         check_document("release-event", line)
-    names = ["planned", "variant_started", "quantized", "verified", "pushed", "summary"]
+    names = ["planned", "variant_started", "quantized", "verified", "pushed", "card_updated", "summary"]
     assert [line["event"] for line in lines if line["event"] != "progress"] == names
     told = [(line["variant"], line["stage"]) for line in lines if line["event"] == "progress"]
     assert set(told) == {("int8wo", stage) for stage in ("quantize", "copy", "hash", "upload")}
-    assert len(told) <= 20 * 4
+    assert len(told) <= 20 * 6
     [variant] = lines[-1]["variants"]
     assert (variant["status"], variant["repo_id"]) == ("pushed", "me/tiny-int8wo")
-    assert variant["commit"] == hub_client.hub.state.resolve("me/tiny-int8wo", "main")
+    # the commit is the one with the weights; a younger one has the record, which names it
+    [pushed] = [line for line in lines if line["event"] == "pushed"]
+    head = hub_client.hub.state.resolve("me/tiny-int8wo", "main")
+    assert variant["commit"] == pushed["commit"] != head
+    record = json.loads(hub_client.hub.state.read("me/tiny-int8wo", "release.json"))
+    assert [each["commit"] for each in record["variants"]] == [variant["commit"]]
     assert "| `int8wo` | pushed |" in summary.read_text()
     ran = hub_client.command(*command, token=TOKEN)
     lines = [json.loads(line) for line in ran.stdout.splitlines()]
     assert (ran.returncode, lines[-2]["event"], lines[-1]["variants"][0]["status"]) == (0, "unchanged", "unchanged")
     assert lines[-1]["variants"][0]["commit"] == variant["commit"]
+    assert hub_client.hub.state.resolve("me/tiny-int8wo", "main") == head
 
 
 def test_a_source_on_the_hub(hub_client: HubClient, file: Path, tmp_path: Path) -> None:
