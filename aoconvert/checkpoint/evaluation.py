@@ -80,6 +80,11 @@ class LayerFigures(_Model):
         default=None, description="−20·log10(‖XW−XŴ‖/‖XW‖); absent where they are equal"
     )
     weight_sqnr_db: float | None = None
+    sensitivity: float | None = Field(
+        default=None,
+        description="expected mean KL in nats (of an encoder: squared relative error of the outputs) for each unit of "
+        "the weight's squared relative error, from gradients of the original; absent in pipelines",
+    )
 
 
 class SkippedLayer(_Model):

@@ -13,6 +13,7 @@ from aoconvert.checkpoint.evaluation import (
     EvalData,
     LayerFigures,
     Metrics,
+    SkippedFigure,
     SkippedLayer,
 )
 from aoconvert.checkpoint.files import file_sha256
@@ -70,14 +71,23 @@ def measure_model(job: Job) -> Measured:
         figures, layers = _run_quantized(job, part, data, kept, running)
         samples = [figures[number] for number in range(data["samples"])]
         floor = [kept.noise_floor(number) or {} for number in range(data["samples"])]
+        sensitivity = kept.sensitivity() or {}
+    known = sensitivity.get("layers", {})
     component = ComponentFigures(
         name=part.name,
         class_name=part.class_name,
         task=job.tasks[part.name],
         metrics=summarize(SampleFigures(**found) for found in samples),
         noise_floor=_noise_floor(job, floor),
-        layers=tuple(LayerFigures(**with_weight(part, line)) for line in layers if "reason" not in line),
+        layers=tuple(
+            LayerFigures(**with_weight(part, line), sensitivity=known.get(line["name"]))
+            for line in layers
+            if "reason" not in line
+        ),
         skipped_layers=tuple(SkippedLayer(**line) for line in layers if "reason" in line),
+        skipped_figures=(SkippedFigure(name="sensitivity", reason=sensitivity["reason"]),)
+        if job.options.layers and "reason" in sensitivity
+        else (),
     )
     return Measured(_describe_data(job, data, samples), (component,), data["dtype"], len(before))
 

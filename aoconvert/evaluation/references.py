@@ -1,7 +1,7 @@
 """What the original gave: kept in the cache for the next scheme, and for a run that goes on after it was killed.
 
 A folder holds ``data.pt`` (what both models are given), ``data.json`` (what that is) and, for each sample,
-``sample-0000.safetensors`` and then ``sample-0000.json``. The tensors:
+``sample-0000.safetensors`` and then ``sample-0000.json``; of a model also ``sensitivity.json``. The tensors:
 
 - ``output``: logits of the positions that are compared, or the outputs of each token, in the dtype in which the model
   gives them, so that nothing is lost: a copy of the original has a KL of exactly 0. For 2,048 tokens and a vocabulary
@@ -37,7 +37,7 @@ KIND = "eval"
 LIMIT = "AOCONVERT_CACHE_LIMIT"
 _DEFAULT_LIMIT = 20 * 10**9
 
-FORMAT = 2
+FORMAT = 3
 """Of the files; part of the key."""
 
 
@@ -54,6 +54,14 @@ class References:
     def noise_floor(self, number: int) -> dict[str, Any] | None:
         """The figures of a sample with noise, ``{}`` without; ``None`` where the sample is not done."""
         return self.read(f"sample-{number:04d}.json")
+
+    def sensitivity(self) -> dict[str, Any] | None:
+        """``layers``: linear layer → what an error in it would do; or the ``reason`` why that is not known."""
+        return self.read("sensitivity.json")
+
+    def keep_sensitivity(self, found: Mapping[str, Any]) -> None:
+        """Put it in place."""
+        write_json(self.folder / "sensitivity.json", found)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of it; ``None`` where it is not there."""

@@ -146,7 +146,7 @@ class QuantizeOptions:
     sensitivity: Annotated[
         Path | None,
         Option(
-            "With auto: report of 'aoconvert eval', by which errors of a layer's outputs count, not of its weight.",
+            "With auto: report of 'aoconvert eval', by which a weight's error counts for what the model then gives.",
             FILE,
             metavar="FILE",
             recorded=4,

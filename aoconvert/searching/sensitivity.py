@@ -1,17 +1,22 @@
-"""How much an error in a weight matters to the layer's outputs, from the report of an evaluation.
+"""How much an error in a weight matters to what the model gives, from the report of an evaluation.
 
-An evaluation measured, for one scheme, the error of each layer's weight and that of its outputs on real inputs. Their
-ratio belongs to the layer far more than to the scheme: so the relative output error of another scheme is estimated as
-the relative error of the weight that it makes, times that ratio.
+An evaluation measured, on the original, what a relative error of each layer's weight would do to the model's output
+(``LayerFigures.sensitivity``): that belongs to the layer and not to a scheme. So the loss by another scheme is
+estimated as the squared relative error of the weight that it makes, times that.
+
+Where that is not known (pipelines, stacked experts), the error of the layer's own outputs stands in for the model's:
+the evaluation measured, for one scheme, the error of the weight and that of the layer's outputs; their ratio belongs to
+the layer, too. Where it is known of other layers of the model, the ratio is brought to their unit by their median.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoconvert.checkpoint.evaluation import read_evaluation
+from aoconvert.checkpoint.evaluation import ComponentFigures, read_evaluation
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.humanize import first, plural
 
@@ -19,7 +24,7 @@ if TYPE_CHECKING:
     from aoconvert.searching.goals import Tensor
 
 Ratios = Mapping[tuple[str, str], float]
-"""Component and layer → squared relative error of the outputs over that of the weight."""
+"""Component and layer → loss, or squared relative error of the layer's outputs, over that of the weight."""
 
 
 def read_sensitivity(path: Path) -> Ratios:
@@ -36,19 +41,29 @@ def read_sensitivity(path: Path) -> Ratios:
         raise UsageError(
             f"--sensitivity {path} is not a report of aoconvert eval", hint="aoconvert.eval.json"
         ) from error
-    found = {
-        (part.name, layer.name): 10 ** ((layer.weight_sqnr_db - layer.output_sqnr_db) / 10)
-        for part in report.components
-        for layer in part.layers
-        if layer.weight_sqnr_db is not None and layer.output_sqnr_db is not None
-    }
+    found = {(part.name, name): ratio for part in report.components for name, ratio in _ratios(part).items()}
     if not found:
         raise UsageError(f"--sensitivity {path} has no error of a layer's outputs", hint="run eval without --no-layers")
     return found
 
 
+def _ratios(part: ComponentFigures) -> dict[str, float]:
+    """Each layer's own figure in one unit."""
+    outputs = {
+        layer.name: 10 ** ((layer.weight_sqnr_db - layer.output_sqnr_db) / 10)
+        for layer in part.layers
+        if layer.weight_sqnr_db is not None and layer.output_sqnr_db is not None
+    }
+    known = {layer.name: layer.sensitivity for layer in part.layers if layer.sensitivity is not None}
+    both = [known[name] / ratio for name, ratio in outputs.items() if name in known and ratio > 0]
+    if not both:
+        return known or outputs
+    unit = statistics.median(both)
+    return {**{name: unit * ratio for name, ratio in outputs.items()}, **known}
+
+
 def weigh(tensors: Sequence[Tensor], ratios: Ratios) -> list[str]:
-    """Have the errors of the tensors count as relative errors of their layers' outputs.
+    """Have the errors of the tensors count by what they do to the model's output.
 
     Returns:
         A warning where layers are not in the report: their weight's relative error counts as it is.

@@ -62,27 +62,26 @@ def bits(folder: Path) -> float:
 
 
 @pytest.mark.exhaustive
-def test_a_choice_by_outputs_is_better_at_the_same_size(
-    checkpoints: Callable[[str], Path], tmp_path: Path, text: Path, asked: list[Line]
+@pytest.mark.parametrize("wanted", [10.6, 11.0, 12.0, 13.0])
+def test_a_choice_by_what_the_model_gives_is_better_at_the_same_size(
+    wanted: float, checkpoints: Callable[[str], Path], tmp_path: Path, text: Path, asked: list[Line]
 ) -> None:
-    """On MiniLM's real weights, where most layers have to be int4: the mean cosine was 0.961 in place of 0.949."""
+    """On MiniLM's real weights, from nearly all layers in int4 to nearly all in int8."""
     source = checkpoints("bert")
     evaluated(source, "int4wo", tmp_path, text=text)
     [report] = tmp_path.glob("out-int4wo-*/aoconvert.eval.json")
-    wishes: dict[str, Any] = {"target_bits": 11.0, "candidates": "int4wo,int8wo", "text": text}
+    wishes: dict[str, Any] = {"target_bits": wanted, "candidates": "int4wo,int8wo", "text": text}
     by_weights = evaluated(source, "auto", tmp_path, **wishes)
     by_outputs = evaluated(source, "auto", tmp_path, sensitivity=report, **wishes)
-    sizes = [bits(folder) for folder in tmp_path.glob("out-auto-*")]
+    sizes = [bits(folder) for folder in sorted(tmp_path.glob("out-auto-*"))]
+    print(f"{wanted} bits: cosine {by_weights.cosine_mean} by weights, {by_outputs.cosine_mean} by outputs {sizes}")
     assert max(sizes) <= 1.01 * min(sizes)
     assert by_outputs.cosine_mean > by_weights.cosine_mean  # type: ignore[operator]
 
 
 @pytest.mark.exhaustive
 def test_a_trained_llama(tmp_path: Path, asked: list[Line]) -> None:
-    """The order of the schemes, and at 7.5 bits a choice by outputs: a KL of 0.0007 nats in place of 0.0012.
-
-    At 6.5 bits the two choices were alike (0.0023 both), the one by outputs 0.02 bits smaller.
-    """
+    """The order of the schemes, and at three sizes a choice by outputs, of lower KL than one by weights."""
     source = tmp_path / "model"
     assert train_llama(source) < 1.5  # a model that knows nothing has log 96 = 4.6
     found = [evaluated(source, scheme, tmp_path, text=None) for scheme in ("int8wo", "int4wo-32", "intx2wo")]
@@ -90,12 +89,16 @@ def test_a_trained_llama(tmp_path: Path, asked: list[Line]) -> None:
     assert divergences == sorted(divergences)  # type: ignore[type-var]
     assert divergences[0] < 0.001 < 0.1 < divergences[2]  # type: ignore[operator]
     [report] = tmp_path.glob("out-int4wo-32-*/aoconvert.eval.json")
-    wishes: dict[str, Any] = {"target_bits": 7.5, "candidates": "int4wo-32,int8wo", "text": None}
-    by_weights = evaluated(source, "auto", tmp_path, **wishes)
-    by_outputs = evaluated(source, "auto", tmp_path, sensitivity=report, **wishes)
-    sizes = [bits(folder) for folder in tmp_path.glob("out-auto-*")]
-    assert max(sizes) <= 1.01 * min(sizes)
-    assert by_outputs.kl_mean < by_weights.kl_mean  # type: ignore[operator]
+    for wanted in (6.0, 6.5, 7.5):
+        place = tmp_path / str(wanted)
+        place.mkdir()
+        wishes: dict[str, Any] = {"target_bits": wanted, "candidates": "int4wo-32,int8wo", "text": None}
+        by_weights = evaluated(source, "auto", place, **wishes)
+        by_outputs = evaluated(source, "auto", place, sensitivity=report, **wishes)
+        sizes = [bits(folder) for folder in sorted(place.glob("out-auto-*"))]
+        print(f"{wanted} bits: KL {by_weights.kl_mean} by weights, {by_outputs.kl_mean} by outputs {sizes}")
+        assert max(sizes) <= 1.01 * min(sizes)
+        assert by_outputs.kl_mean < by_weights.kl_mean  # type: ignore[operator]
 
 
 def test_what_is_not_a_report_of_layers_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ with quiet_imports():
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from aoconvert.evaluation.children import layers, noise, samples
+from aoconvert.evaluation.children import layers, noise, samples, sensitivity
 from aoconvert.evaluation.children.opening import open_original, open_quantized
 from aoconvert.evaluation.children.passes import Outcome, compare, run_sample
 from aoconvert.evaluation.figures import NotFiniteError
@@ -90,6 +90,8 @@ def run_original(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         samples.save_samples(kept.folder, made, facts)
     inputs = samples.load_samples(kept.folder)
     yield {"data": kept.data()}
+    if kept.sensitivity() is None:
+        keep_sensitivity(model, request, kept, inputs[0])
     for number, sample in enumerate(inputs):
         if kept.noise_floor(number) is None:
             keep_sample(model, request, kept, number, sample, -(-request["rows"] // len(inputs)))
@@ -119,6 +121,17 @@ def keep_sample(
         with contextlib.suppress(NotFiniteError), noise.rounding_noise(model, request["wishes"]["seed"]):
             figures = compare(task, before, run_sample(model, task, sample).output).to_dict()
     write_json(kept.folder / f"sample-{number:04d}.json", figures)
+
+
+def keep_sensitivity(model: Any, request: dict[str, Any], kept: References, sample: dict[str, Any]) -> None:
+    """Keep what an error in each weight would do, or why that is not known."""
+    try:
+        found: dict[str, Any] = {
+            "layers": sensitivity.measure_sensitivity(model, request["task"], sample, request["wishes"]["seed"])
+        }
+    except Exception as error:  # whatever a model raises that has no backward pass
+        found = {"reason": root_cause(error)}
+    kept.keep_sensitivity(found)
 
 
 def run_quantized(request: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -21,22 +21,29 @@ class Outcome:
 
 def run_sample(model: Any, task: str, sample: dict[str, Any]) -> Outcome:
     """Give a sample to a model."""
+    with torch.no_grad():
+        output = give_sample(model, task, sample).cpu()
+    tokens = {"causal-lm": "input_ids", "seq2seq": "decoder_input_ids"}.get(task)
+    return Outcome(output, sample[tokens][0, 1:] if tokens in sample else None)
+
+
+def give_sample(model: Any, task: str, sample: dict[str, Any]) -> torch.Tensor:
+    """What of its output is compared, on its device, in the state of autograd that there is."""
     given = _on_device(sample, model.device)
     if task in ("causal-lm", "seq2seq"):
         given["use_cache"] = False
     torch.manual_seed(0)
-    with torch.no_grad():
-        output = model(**given)
-    if task == "causal-lm" and "input_ids" in sample:
-        return Outcome(output.logits[0, :-1].cpu(), sample["input_ids"][0, 1:])
-    if task == "seq2seq" and "decoder_input_ids" in sample:
-        return Outcome(output.logits[0, :-1].cpu(), sample["decoder_input_ids"][0, 1:])
-    if task != "encoder" and getattr(output, "logits", None) is not None:
-        return Outcome(output.logits.reshape(-1, output.logits.shape[-1]).cpu(), None)
-    values = getattr(output, "last_hidden_state", None)
+    output = model(**given)
+    if (task == "causal-lm" and "input_ids" in sample) or (task == "seq2seq" and "decoder_input_ids" in sample):
+        logits: torch.Tensor = output.logits[0, :-1]
+        return logits
+    values = getattr(output, "logits", None) if task != "encoder" else None
+    if values is None:
+        values = getattr(output, "last_hidden_state", None)
     if values is None:
         values = inputs.first_tensors(output)[0]
-    return Outcome(values.reshape(-1, values.shape[-1]).cpu(), None)
+    rows: torch.Tensor = values.reshape(-1, values.shape[-1])
+    return rows
 
 
 def compare(task: str, before: Outcome, output: torch.Tensor) -> SampleFigures:
