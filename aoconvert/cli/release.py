@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from aoconvert.cli.release_job import engine_option, job_options, run_job, take_
 from aoconvert.humanize import size
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
     from aoconvert.releasing.record import Record, VariantRecord
     from aoconvert.releasing.told import Event
@@ -28,6 +30,7 @@ Examples:
   aoconvert release releases/cogvideox-5b.toml --owner my-org --engine hf-jobs --flavor cpu-xl
 """
 
+_WIDE = 120  # columns in which the last one of the table has room
 _COLORS = {"pushed": "green", "unchanged": "green", "made": "green", "gate_failed": "red", "failed": "red"}
 
 
@@ -112,18 +115,31 @@ def _append(path: Path, text: str) -> list[str]:
 
 
 def table(record: Record) -> RenderableType:
-    """The record for people."""
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.text import Text
+    """The record for people; in a narrow terminal, what there is to say of a variant comes below the figures."""
+    return _Table(record)
 
-    columns = {"variant": WHOLE, "status": WHOLE, "size": NUMBER, "bits": NUMBER, "SQNR": NUMBER, "": FOLD}
-    rows = []
-    for variant in record.variants:
-        color = _COLORS.get(variant.status, "yellow")
-        shown = f"[{color}]{variant.status}[/{color}]"
-        rows.append((escape(variant.name), shown, *_figures(variant), escape(_said(variant))))
-    return Group(Output.table(rows, columns), Text(f"{record.name}: {'ok' if record.ok else 'not ok'}", style="bold"))
+
+@dataclass(frozen=True)
+class _Table:
+    record: Record
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.markup import escape
+        from rich.text import Text
+
+        variants = self.record.variants
+        beside = options.max_width >= _WIDE
+        columns = {"variant": WHOLE, "status": WHOLE, "size": NUMBER, "bits": NUMBER, "SQNR": NUMBER}
+        rows = []
+        for variant in variants:
+            color = _COLORS.get(variant.status, "yellow")
+            row = (escape(variant.name), f"[{color}]{variant.status}[/{color}]", *_figures(variant))
+            rows.append((*row, escape(_said(variant))) if beside else row)
+        yield Output.table(rows, {**columns, "": FOLD} if beside else columns)
+        for variant in () if beside else variants:
+            if said := _said(variant):
+                yield Text(f"{variant.name}: {said}", overflow="fold")
+        yield Text(f"{self.record.name}: {'ok' if self.record.ok else 'not ok'}", style="bold")
 
 
 def markdown(record: Record) -> str:
@@ -156,10 +172,16 @@ def _said(variant: VariantRecord) -> str:
     """What is to be known of a variant: what it missed, what went wrong, or where it is."""
     missed = [gate for gate in variant.gates if not gate.passed]
     if missed:
-        shown = (f"{gate.name} {'none' if gate.value is None else f'{gate.value:.6g}'}" for gate in missed)
-        limits = (f"(limit {gate.limit:.6g})" for gate in missed)
-        return "; ".join(f"{value} {limit}" for value, limit in zip(shown, limits, strict=True))
+        return "; ".join(
+            f"{gate.name} {_value(gate.name, gate.value)} (limit {_value(gate.name, gate.limit)})" for gate in missed
+        )
     if variant.error is not None:
         error = variant.error
         return f"{error.message} ({error.hint})" if error.hint else error.message
     return variant.url or variant.repo_id or ""
+
+
+def _value(gate: str, value: float | None) -> str:
+    if value is None:
+        return "none"
+    return size(int(value)) if gate == "max-size" else f"{value:.6g}"

@@ -253,12 +253,13 @@ def _check(found: ReleaseFile, path: Path) -> None:
         if names.count(name) > 1:
             raise UsageError(f"{path.name}: two models are called {name}", hint="give one of them a name")
     titles = [variant.title for variant in found.variants]
+    folded = [title.lower() for title in titles]  # not every file system tells A from a
     for number, (variant, title) in enumerate(zip(found.variants, titles, strict=True), 1):
         if (variant.scheme is None) == (variant.recipe is None):
             raise UsageError(f"{path.name}: variant {number} needs a scheme or a recipe, and not both")
         if _NAME.fullmatch(title) is None or title.endswith(_OURS):
             raise UsageError(f"{path.name}: variant {number}: {title!r} cannot be the name of a folder and a repo")
-        if titles.count(title) > 1:
+        if folded.count(title.lower()) > 1:
             raise UsageError(f"{path.name}: two variants are called {title}", hint="give one of them a name")
     if found.collection is not None and not 0 < len(found.collection) < 60 and not is_slug(found.collection):
         raise UsageError(f"{path.name}: the title of a collection has 1 to 59 characters")

@@ -287,6 +287,9 @@ def _same_repos(variants: Sequence[PlannedVariant]) -> list[tuple[str, str, str]
     found: dict[str, str] = {}
     twice = []
     for each in variants:
-        if each.repo_id is not None and found.setdefault(each.repo_id, each.name) != each.name:
-            twice.append((each.repo_id, each.name, found[each.repo_id]))
+        if each.repo_id is None:
+            continue
+        key = each.repo_id.lower()  # the Hub has no two that differ in nothing else
+        if found.setdefault(key, each.name) != each.name:
+            twice.append((each.repo_id, each.name, found[key]))
     return twice

@@ -114,11 +114,15 @@ class Forker:
     Args:
         folder: of all processes of the run; their sockets are there.
         owner: the process with which the servers end.
+        variables: of the test run, that Hugging Face's libraries read; by default those of this process.
     """
 
-    def __init__(self, folder: Path, owner: int) -> None:
+    def __init__(self, folder: Path, owner: int, variables: Mapping[str, str] | None = None) -> None:
         self._folder = folder
         self._owner = owner
+        if variables is None:
+            variables = {name: value for name, value in os.environ.items() if name.startswith(_READ_BY_HUGGINGFACE)}
+        self.variables = dict(variables)
 
     @classmethod
     def of_run(cls, factory: pytest.TempPathFactory) -> Forker:
@@ -130,9 +134,9 @@ class Forker:
         return cls(folder, os.getppid() if side_by_side else os.getpid())
 
     @property
-    def place(self) -> tuple[Path, int]:
-        """The arguments, for another process that makes one."""
-        return self._folder, self._owner
+    def code(self) -> str:
+        """An expression that makes it in another process, where ``Forker`` and ``Path`` are imported."""
+        return f"Forker(Path({str(self._folder)!r}), {self._owner}, {self.variables!r})"
 
     def popen(self, words: list[str], imports: str, *, flags: tuple[str, ...] = (), **options: Any) -> Forked:
         """Fork a process where ``imports`` was executed.
@@ -199,7 +203,7 @@ from pathlib import Path
 sys.path.append({str(_TESTS)!r})
 from helpers.forking import Forker, start_forked
 from aoconvert.verification import process
-process.start_interpreter = partial(start_forked, Forker(Path({str(self._folder)!r}), {self._owner}))
+process.start_interpreter = partial(start_forked, {self.code})
 """
 
 
@@ -231,11 +235,16 @@ def imports_of(program: str, request: dict[str, Any]) -> str:
 def start_forked(forker: Forker, program: Path, *, stdin: IO[bytes], **options: Any) -> Any:
     """Start a program of ``verification/children`` with a request on stdin, as ``process.start_interpreter`` does.
 
-    With a cache or a Hub of its own, a real interpreter: no other child would have a use for its server.
+    What may not use the Hub has no use for the test's own: all such children share servers. With a cache or a Hub of
+    its own, a real interpreter: no other child would have a use for its server.
     """
     imports = imports_of(program.stem, json.load(stdin))
     stdin.seek(0)
     env = options["env"]
+    if env.get("HF_HUB_OFFLINE") == "1":
+        kept = {name: value for name, value in env.items() if not name.startswith(("HF_", "HUGGING"))}
+        options["env"] = {**forker.variables, **kept, "HF_HUB_OFFLINE": "1"}
+        return forker.popen([str(program)], imports, flags=_ISOLATED, stdin=stdin, **options)
     own = [name for name in ("HF_HOME", "HF_ENDPOINT") if env.get(name) != os.environ.get(name)]
     if own and not _leaves_hub(imports):
         return subprocess.Popen([sys.executable, *_ISOLATED, str(program)], stdin=stdin, **options)

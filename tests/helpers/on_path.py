@@ -14,7 +14,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from helpers.forking import Forker, WITHOUT_HUB
 
-forker = Forker(Path({folder!r}), {owner})
+forker = {forker}
 imports = WITHOUT_HUB + forker.fork_children_of_verify()
 env = {{**os.environ, "PATH": {path!r}}}  # a server for each PATH is too much
 child = forker.popen(["-m", "aoconvert", *sys.argv[1:]], imports, env=env)
@@ -34,9 +34,8 @@ def write_command(folder: Path, forker: Forker) -> dict[str, str]:
     """
     folder.mkdir()
     command = folder / "aoconvert"
-    where, owner = forker.place
     tests = str(Path(__file__).parents[1])
     path = os.environ["PATH"]
-    command.write_text(_SHIM.format(python=sys.executable, tests=tests, folder=str(where), owner=owner, path=path))
+    command.write_text(_SHIM.format(python=sys.executable, tests=tests, forker=forker.code, path=path))
     command.chmod(0o755)
     return {"PATH": f"{folder}{os.pathsep}{path}"}
