@@ -44,7 +44,8 @@ _ENDED = ("COMPLETED", "CANCELED", "ERROR", "DELETED")
 
 
 def plan_job(state: HubState, lines: list[str], stage: str = "COMPLETED", **ends: Any) -> None:
-    """What the next job says and how it ends: ``message``, ``running_secs``; ``readers``: of its log, till it ends."""
+    """What the next job says and how it ends: ``message``, ``running_secs``; ``readers``: of its log, till it ends;
+    ``scheduling``: how often it is asked for till it has a machine."""
     state.disk.write(state.root / "jobs" / "next.json", {"lines": lines, "stage": stage, **ends})
 
 
@@ -135,7 +136,8 @@ def start(exchange: Exchange, namespace: str) -> None:
             "created": now(),
             "spec": spec,
             "secrets": secrets,
-            "stage": "RUNNING",
+            "stage": "SCHEDULING" if script.get("scheduling") else "RUNNING",
+            "polls": script.get("scheduling", 0),
             "message": None,
             "running_secs": 60,
             "readers": script.get("readers", 1),
@@ -169,13 +171,20 @@ def listing(exchange: Exchange, namespace: str) -> None:
 
 @routes.add("GET", "api/jobs/{namespace}/{job_id}")
 def inspect(exchange: Exchange, namespace: str, job_id: str) -> None:
-    exchange.answer(_answer(_find(exchange, namespace, job_id)))
+    job = _find(exchange, namespace, job_id)
+    exchange.answer(_answer(job))
+    if job["stage"] == "SCHEDULING":
+        _change(
+            exchange.site.state, job_id, polls=job["polls"] - 1, stage="SCHEDULING" if job["polls"] > 1 else "RUNNING"
+        )
 
 
 @routes.add("GET", "api/jobs/{namespace}/{job_id}/logs")
 def logs(exchange: Exchange, namespace: str, job_id: str) -> None:
     job = _find(exchange, namespace, job_id)
     script = job["script"]
+    if job["stage"] == "SCHEDULING":
+        raise Failure(404, None, "this job has no log yet")
     lines = ["===== Job started at 2026-12-01 00:00:00 =====", *script["lines"]]
     events = [json.dumps({"timestamp": now(), "data": line}) for line in lines]
     body = "".join(f"data: {event}\n\n" for event in events) + ": keep-alive\n\n"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OnLog = Callable[[str], None]
 
-_POLL_SECONDS = 5.0
+_POLL_SECONDS = 2.0  # as the Hub's own command
 _ERRORS: dict[int, type[AoconvertError]] = {2: UsageError, 4: VerificationError, 5: HubError}
 _AGAIN = "the same command goes on from the bucket"
 _TIME_IS_UP = re.compile(r"time[d]?[ -]?out|deadline", re.IGNORECASE)
@@ -81,7 +81,7 @@ def submit(plan: JobPlan, on_event: OnEvent, on_log: OnLog) -> Record:
     started = {"job_id": job_id, "url": url, "namespace": plan.namespace, "again": plan.running is None}
     on_event({"event": "job_submitted", **started})
     try:
-        said = _follow(api, plan, job_id, on_event, on_log)
+        said = _wait_and_follow(api, plan, job_id, on_event, on_log)
         with translate_errors(f"the job {job_id}", None):
             ended = api.wait_for_job(job_id, namespace=plan.namespace, poll_interval=_POLL_SECONDS)
     except KeyboardInterrupt:
@@ -155,6 +155,21 @@ def _not_started(error: HubError, plan: JobPlan) -> HubError:
         hint=f"hf jobs ps --namespace {plan.namespace} lists it; the same command follows it, or starts it",
         retryable=True,
     )
+
+
+def _wait_and_follow(api: HfApi, plan: JobPlan, job_id: str, on_event: OnEvent, on_log: OnLog) -> _Said:
+    """Follow a job once it has a machine; before that there is no log, and never one if it fails of that."""
+    from huggingface_hub import JobStage
+
+    running = [JobStage.RUNNING]
+    with translate_errors(f"the job {job_id}", None):
+        job = api.wait_for_job(job_id, namespace=plan.namespace, poll_interval=_POLL_SECONDS, stages=running)
+    try:
+        return _follow(api, plan, job_id, on_event, on_log)
+    except HubError:
+        if job.status.stage in running:
+            raise
+        return _Said()
 
 
 def _follow(api: HfApi, plan: JobPlan, job_id: str, on_event: OnEvent, on_log: OnLog) -> _Said:

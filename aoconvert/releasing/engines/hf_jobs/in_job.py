@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from aoconvert.errors import AoconvertError, Interrupted
+from aoconvert.errors import AoconvertError, Interrupted, UsageError
 from aoconvert.options.release import ReleaseOptions
 from aoconvert.releasing.engines.hf_jobs.keep import Keeper
 from aoconvert.releasing.engines.hf_jobs.lines import to_lines
-from aoconvert.releasing.engines.hf_jobs.order import BUCKET_VARIABLE, CACHE_VARIABLE, ORDER_VARIABLE, Order, Pin
+from aoconvert.releasing.engines.hf_jobs.order import BUCKET_VARIABLE, ORDER_VARIABLE, SOURCES_VARIABLE, Order, Pin
 from aoconvert.releasing.record import Record
 from aoconvert.releasing.release import release
 from aoconvert.releasing.release_file import load
@@ -33,9 +34,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     _say({"event": "job_started"})
     try:
-        order = Order.model_validate_json(os.environ[ORDER_VARIABLE])
-        bucket, cache = Path(os.environ[BUCKET_VARIABLE]), Path(os.environ[CACHE_VARIABLE])
-        record = carry_out(order, Path.cwd() / "aoconvert-job", bucket, cache)
+        order = Order.model_validate_json(_told(ORDER_VARIABLE))
+        bucket, sources = Path(_told(BUCKET_VARIABLE)), Path(_told(SOURCES_VARIABLE))
+        here = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(tempfile.gettempdir())
+        record = carry_out(order, here / "aoconvert-job", bucket, sources)
     except (Interrupted, KeyboardInterrupt):
         return _fail(Interrupted("stopped", hint="run the same command again: it goes on from the bucket"))
     except AoconvertError as error:
@@ -49,18 +51,24 @@ def main() -> int:
     return record.exit_code
 
 
-def carry_out(order: Order, work: Path, bucket: Path, cache: Path) -> Record:
+def _told(name: str) -> str:
+    if (value := os.environ.get(name)) is None:
+        raise UsageError(f"{name} is not set", hint="aoconvert release --engine hf-jobs starts this in a job")
+    return value
+
+
+def carry_out(order: Order, work: Path, bucket: Path, sources: Path) -> Record:
     """Make a release from an order.
 
     Args:
         order: the files and the options.
         work: a folder for it on the machine's disk.
         bucket: where what is whole is kept.
-        cache: the Hub client's cache, with the sources' commits in their places.
+        sources: the sources' commits, each a folder.
     """
-    path = _write(order, work)
+    path, cache = _write(order, work), work / "hub"
     for pin in order.pins:
-        _note_revision(pin, cache)
+        _put_in_cache(pin, sources / pin.place, cache)
     options = {
         **order.options.model_dump(),
         "output_root": work / "out",
@@ -92,12 +100,19 @@ def _write(order: Order, work: Path) -> Path:
     return work / "files" / order.path
 
 
-def _note_revision(pin: Pin, cache: Path) -> None:
-    """Tell the Hub client which commit a branch means, as it notes that itself."""
+def _put_in_cache(pin: Pin, folder: Path, cache: Path) -> None:
+    """Let the Hub client find a commit, and which one a branch means, as if it had fetched it.
+
+    See https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+    """
+    repo = cache / f"models--{pin.repo_id.replace('/', '--')}"
+    snapshot, ref = repo / "snapshots" / pin.commit, repo / "refs" / pin.revision
+    snapshot.parent.mkdir(parents=True, exist_ok=True)
+    if not snapshot.is_symlink():
+        snapshot.symlink_to(folder, target_is_directory=True)
     if pin.revision != pin.commit:
-        place = cache / pin.folder / "refs" / pin.revision
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(pin.commit)
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(pin.commit)
 
 
 def _say(document: dict[str, Any]) -> None:

@@ -6,17 +6,17 @@ from pydantic import BaseModel, ConfigDict
 
 ORDER_VARIABLE = "AOCONVERT_JOB"
 BUCKET_VARIABLE = "AOCONVERT_JOB_BUCKET"
-CACHE_VARIABLE = "HF_HUB_CACHE"
+SOURCES_VARIABLE = "AOCONVERT_JOB_SOURCES"
 
 BUCKET_MOUNT = "/aoconvert/bucket"
-CACHE_MOUNT = "/aoconvert/hub"
+SOURCES_MOUNT = "/aoconvert/sources"
 
 MOST_BYTES = 100_000
 """Of an order: Linux takes 128 KiB for a variable."""
 
 
 class Pin(BaseModel):
-    """A source, whose commit is mounted where the Hub client's cache would have it.
+    """A source, whose commit is mounted.
 
     Attributes:
         revision: the branch or tag that the release file means.
@@ -30,14 +30,9 @@ class Pin(BaseModel):
     commit: str
 
     @property
-    def folder(self) -> str:
-        """The repo's folder in the cache: https://huggingface.co/docs/huggingface_hub/guides/manage-cache."""
-        return f"models--{self.repo_id.replace('/', '--')}"
-
-    @property
-    def mount(self) -> str:
-        """Where the commit is mounted."""
-        return f"{CACHE_MOUNT}/{self.folder}/snapshots/{self.commit}"
+    def place(self) -> str:
+        """Name of the folder that the commit is mounted as."""
+        return f"{self.repo_id.replace('/', '--')}--{self.commit[:12]}"
 
 
 class Wishes(BaseModel):

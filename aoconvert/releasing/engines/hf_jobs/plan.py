@@ -91,7 +91,7 @@ class JobPlan:
         return {
             orders.ORDER_VARIABLE: self.order.model_dump_json(),
             orders.BUCKET_VARIABLE: orders.BUCKET_MOUNT,
-            orders.CACHE_VARIABLE: orders.CACHE_MOUNT,
+            orders.SOURCES_VARIABLE: orders.SOURCES_MOUNT,
         }
 
     @property
@@ -102,7 +102,7 @@ class JobPlan:
                 "type": "model",
                 "source": pin.repo_id,
                 "revision": pin.commit,
-                "mount_path": pin.mount,
+                "mount_path": f"{orders.SOURCES_MOUNT}/{pin.place}",
                 "read_only": True,
             }
             for pin in self.order.pins
