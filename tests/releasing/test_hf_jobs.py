@@ -364,6 +364,7 @@ def test_what_cannot_be_a_job(office: Office, tmp_path: Path) -> None:
         ("tiny", {"namespace": "others"}, {}, 5, "me cannot run jobs for others"),
         ("tiny", {"confirm": True}, {"dry_run": True}, 2, "exclude each other"),
         ("tiny", {}, {"only": ["fp4"]}, 2, "has no such variant"),
+        ("tiny", {}, {"owner": "others"}, 5, "me may not create repos under others"),
         ("tiny", {}, {"token": "hf_unknown"}, 5, "does not accept the token"),
         ("local", {}, {}, 3, "is on this machine, where a job cannot read it: push it to the Hub first"),
         ("outside", {}, {}, 3, "mixed: ../mixed.toml is not beside the release file"),

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from aoconvert.releasing.engines.hf_jobs.checks import check_client, collect_fil
 from aoconvert.releasing.engines.hf_jobs.flavors import Flavor, Prices, ask_prices, choose_flavor
 from aoconvert.releasing.engines.hf_jobs.needs import Work, is_evaluated, measure_work, plan_elsewhere
 from aoconvert.releasing.engines.hf_jobs.order import Order, Pin, Wishes
+from aoconvert.releasing.preflight import refuse_publishing
 from aoconvert.releasing.release_file import load
 from aoconvert.releasing.told import OnEvent
 from aoconvert.releasing.variants import PlannedVariant, choose_variants, list_variants, plan_variants
@@ -168,7 +169,7 @@ def plan_job(path: Path, options: ReleaseOptions, job: JobOptions, on_event: OnE
     Raises:
         UsageError: an unknown flavor, a bad name, or a client that is too old.
         PlanError: what a job cannot do, or no plan can be made: every problem.
-        HubError: no token, or the Hub refused.
+        HubError: no token, or the Hub refused; nothing could be published.
     """
     check_client(version_of("huggingface_hub"))
     if _BUCKET.fullmatch(job.bucket) is None:
@@ -180,6 +181,8 @@ def plan_job(path: Path, options: ReleaseOptions, job: JobOptions, on_event: OnE
     api, token, namespace = _log_in(options, job)
     prices = ask_prices(api)
     asked = prices.find(job.flavor) if job.flavor is not None else None
+    if not options.skip_push:
+        refuse_publishing(variants, found, replace(options, token=token))
     wanted = {each.name: plan_elsewhere(each) for each in variants}
     plan_variants(variants, options, lambda each: on_event(_planned(each)), elsewhere=True)
     work = measure_work(variants, options, wanted)
