@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
-from aoconvert.checkpoint.files import file_sha256
-from aoconvert.checkpoint.manifest import BENCH_NAME, MANIFEST_NAME
+from aoconvert.checkpoint.files import belongs
+from aoconvert.checkpoint.json_model import Date, JsonModel, read_json_model
+from aoconvert.checkpoint.manifest import BENCH_NAME
 from aoconvert.errors import AoconvertError
-from aoconvert.files import read_limited
-from aoconvert.json_text import CONFIG_BYTES, parse_json
+from aoconvert.json_text import CONFIG_BYTES
 
 Which = Literal["result", "source"]
 Offload = Literal["model", "sequential", "vae-tiling"]
@@ -22,18 +21,7 @@ Offload = Literal["model", "sequential", "vae-tiling"]
 SCHEMA_VERSION: Literal[1] = 1
 
 
-def _check_date(text: str) -> str:
-    datetime.fromisoformat(text)
-    return text
-
-
-class _Model(BaseModel):
-    """Keys are only added, so readers let unknown ones pass. Docstrings and descriptions go into the JSON Schema."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class BenchRow(_Model):
+class BenchRow(JsonModel):
     """What one fresh process measured. A figure is null where it was not reached; ``error`` says why."""
 
     model: Which
@@ -73,7 +61,7 @@ class BenchRow(_Model):
         return ", ".join(name for name, on in modes.items() if on) or "plain"
 
 
-class Bench(_Model):
+class Bench(JsonModel):
     """A benchmark.
 
     Attributes:
@@ -93,7 +81,7 @@ class Bench(_Model):
     rows: tuple[BenchRow, ...]
     complete: bool
     command: str
-    date: Annotated[str, AfterValidator(_check_date)]
+    date: Date
     manifest_sha256: str
     unwritten: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
 
@@ -123,13 +111,12 @@ def read_bench(folder: Path) -> Bench:
         OSError: there is none (``FileNotFoundError``), or it cannot be read.
         ValueError: it is not a report of a benchmark.
     """
-    return Bench.model_validate(parse_json(read_limited(folder / BENCH_NAME, CONFIG_BYTES), constants=False))
+    return read_json_model(Bench, folder / BENCH_NAME, CONFIG_BYTES)
 
 
 def bench_of(folder: Path) -> Bench | None:
     """Find the report in a folder that belongs to the manifest beside it."""
     try:
-        report = read_bench(folder)
-        return report if report.manifest_sha256 == file_sha256(folder / MANIFEST_NAME) else None
+        return belongs(read_bench(folder), folder)
     except (OSError, ValueError):
         return None

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
-from aoconvert.checkpoint.files import file_sha256
-from aoconvert.checkpoint.manifest import EVAL_NAME, MANIFEST_NAME
+from aoconvert.checkpoint.files import belongs
+from aoconvert.checkpoint.json_model import Date, JsonModel, read_json_model
+from aoconvert.checkpoint.manifest import EVAL_NAME
 from aoconvert.errors import VerificationError
-from aoconvert.files import read_limited
-from aoconvert.json_text import INDEX_BYTES, parse_json
+from aoconvert.json_text import INDEX_BYTES
 
 Task = Literal["causal-lm", "seq2seq", "encoder", "classifier", "denoiser"]
 DataKind = Literal["text", "generated", "random-tokens", "inputs", "prompts"]
@@ -22,18 +21,7 @@ DataKind = Literal["text", "generated", "random-tokens", "inputs", "prompts"]
 SCHEMA_VERSION: Literal[1] = 1
 
 
-def _check_date(text: str) -> str:
-    datetime.fromisoformat(text)
-    return text
-
-
-class _Model(BaseModel):
-    """Keys are only added, so readers let unknown ones pass. Docstrings and descriptions go into the JSON Schema."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Metrics(_Model):
+class Metrics(JsonModel):
     """How far the outputs are from the original's; a figure that does not apply, or is infinite, is absent."""
 
     kl_mean: float | None = Field(default=None, description="KL(original‖quantized) for each token, in nats: mean")
@@ -72,7 +60,7 @@ class Metrics(_Model):
     lpips_mean: float | None = None
 
 
-class LayerFigures(_Model):
+class LayerFigures(JsonModel):
     """A quantized layer: the error of its outputs, on inputs that the original sees, and of its weight."""
 
     name: str
@@ -87,14 +75,14 @@ class LayerFigures(_Model):
     )
 
 
-class SkippedLayer(_Model):
+class SkippedLayer(JsonModel):
     """A quantized tensor without a figure, and why."""
 
     name: str
     reason: str
 
 
-class StepFigures(_Model):
+class StepFigures(JsonModel):
     """One call of a model in a pipeline, on what the original was given there."""
 
     sample: int
@@ -103,14 +91,14 @@ class StepFigures(_Model):
     cosine: float
 
 
-class SkippedFigure(_Model):
+class SkippedFigure(JsonModel):
     """A figure that is absent, and why."""
 
     name: str
     reason: str
 
 
-class ComponentFigures(_Model):
+class ComponentFigures(JsonModel):
     """One quantized model."""
 
     name: str
@@ -124,7 +112,7 @@ class ComponentFigures(_Model):
     skipped_figures: tuple[SkippedFigure, ...] = ()
 
 
-class GateResult(_Model):
+class GateResult(JsonModel):
     """A limit, and whether it was kept."""
 
     name: str
@@ -133,14 +121,14 @@ class GateResult(_Model):
     passed: bool
 
 
-class DataFile(_Model):
+class DataFile(JsonModel):
     """A file of text, without its folder."""
 
     name: str
     sha256: str
 
 
-class EvalData(_Model):
+class EvalData(JsonModel):
     """What was put into both models."""
 
     kind: DataKind
@@ -152,7 +140,7 @@ class EvalData(_Model):
     files: tuple[DataFile, ...] = ()
 
 
-class EvalSource(_Model):
+class EvalSource(JsonModel):
     """The original."""
 
     label: str
@@ -164,7 +152,7 @@ class EvalSource(_Model):
     )
 
 
-class Evaluation(_Model):
+class Evaluation(JsonModel):
     """How much a checkpoint lost, paired with its original.
 
     Attributes:
@@ -187,7 +175,7 @@ class Evaluation(_Model):
     reused: int
     peak_bytes: dict[str, int] | None = None
     command: str
-    date: Annotated[str, AfterValidator(_check_date)]
+    date: Date
     manifest_sha256: str
     unwritten: SkipJsonSchema[str | None] = Field(default=None, exclude=True)
 
@@ -212,13 +200,12 @@ def read_evaluation(path: Path) -> Evaluation:
         OSError: there is none (``FileNotFoundError``), or it cannot be read.
         ValueError: it is not a report of an evaluation.
     """
-    return Evaluation.model_validate(parse_json(read_limited(path, INDEX_BYTES), constants=False))
+    return read_json_model(Evaluation, path, INDEX_BYTES)
 
 
 def evaluation_of(folder: Path) -> Evaluation | None:
     """Find the report in a folder that belongs to the manifest beside it."""
     try:
-        report = read_evaluation(folder / EVAL_NAME)
-        return report if report.manifest_sha256 == file_sha256(folder / MANIFEST_NAME) else None
+        return belongs(read_evaluation(folder / EVAL_NAME), folder)
     except (OSError, ValueError):
         return None

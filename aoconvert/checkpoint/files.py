@@ -8,8 +8,9 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, FileEntry, Manifest
+from aoconvert.checkpoint.manifest import CARD_BYTES, CARD_NAME, MANIFEST_NAME, FileEntry, Manifest
 from aoconvert.checkpoint.seals import is_sealed
 from aoconvert.files import open_regular, read_limited
 from aoconvert.formats.registry import FORMATS
@@ -141,3 +142,22 @@ def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
     with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Tied(Protocol):
+    """A report that names the manifest that it is of."""
+
+    @property
+    def manifest_sha256(self) -> str | None: ...
+
+
+T = TypeVar("T", bound=_Tied)
+
+
+def belongs(report: T, folder: Path) -> T | None:
+    """Give a report only where it is of the manifest in the folder.
+
+    Raises:
+        OSError: there is no manifest.
+    """
+    return report if report.manifest_sha256 == file_sha256(folder / MANIFEST_NAME) else None

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from weakref import WeakValueDictionary
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from aoconvert.checkpoint.entries import Entry, RelativePath, inside
 from aoconvert.checkpoint.entries import Sha256 as Sha256
 from aoconvert.checkpoint.entries import StoredEntry as StoredEntry
 from aoconvert.checkpoint.entries import TensorEntry as TensorEntry
+from aoconvert.checkpoint.json_model import JsonModel
 from aoconvert.checkpoint.manifest_text import parse
 from aoconvert.errors import CHECK_PERMISSIONS, SourceError
 from aoconvert.files import read_limited
@@ -56,18 +57,14 @@ def _folder(path: str) -> str:
 RelativeFolder = Annotated[str, AfterValidator(_folder), Field(description="its folder, '' for the root")]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Tool(_Model):
+class Tool(JsonModel):
     """Who wrote the manifest."""
 
     name: str
     version: str
 
 
-class FileEntry(_Model):
+class FileEntry(JsonModel):
     """A file: size in bytes and SHA-256 of its content."""
 
     path: RelativePath
@@ -75,7 +72,7 @@ class FileEntry(_Model):
     sha256: Sha256
 
 
-class SourceCard(_Model):
+class SourceCard(JsonModel):
     """What the source's model card (the front matter of its README.md) says and a card of the result takes over.
 
     Keys: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
@@ -93,7 +90,7 @@ class SourceCard(_Model):
     )
 
 
-class ConfigEntry(_Model):
+class ConfigEntry(JsonModel):
     """Where the config of a single file came from: a repo at a commit, or a folder."""
 
     repo_id: str | None = None
@@ -102,7 +99,7 @@ class ConfigEntry(_Model):
     inferred: bool = Field(default=False, description="it was not named: diffusers takes it for this layout")
 
 
-class LoraEntry(_Model):
+class LoraEntry(JsonModel):
     """A LoRA that was added to the weights before they were quantized, in float32; a file by its SHA-256."""
 
     label: str
@@ -115,7 +112,7 @@ class LoraEntry(_Model):
     tensors: int = Field(description="how many tensors it changed")
 
 
-class SourceEntry(_Model):
+class SourceEntry(JsonModel):
     """What was quantized. ``files`` are the weights files that were read."""
 
     kind: Literal["hub", "folder", "file"]
@@ -130,7 +127,7 @@ class SourceEntry(_Model):
     files: list[FileEntry]
 
 
-class DeviceEntry(_Model):
+class DeviceEntry(JsonModel):
     """The device that quantized."""
 
     type: str
@@ -138,7 +135,7 @@ class DeviceEntry(_Model):
     capability: list[int] | None = None
 
 
-class EnvironmentEntry(_Model):
+class EnvironmentEntry(JsonModel):
     """Versions of everything that has a say in the bytes that were written."""
 
     python: str
@@ -153,7 +150,7 @@ class EnvironmentEntry(_Model):
     device: DeviceEntry
 
 
-class LayoutEntry(_Model):
+class LayoutEntry(JsonModel):
     """Where the packed layout can be used: ``any`` for plain ones.
 
     ``unconfirmed``: why nobody can be sure yet that the packed bytes are those of that device.
@@ -166,7 +163,7 @@ class LayoutEntry(_Model):
     unconfirmed: str | None = None
 
 
-class LoadEntry(_Model):
+class LoadEntry(JsonModel):
     """How the component is opened: ``class_name.from_pretrained(folder, **kwargs)``, or by assignment."""
 
     strategy: Literal["from_pretrained", "assign"]
@@ -174,14 +171,14 @@ class LoadEntry(_Model):
     kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
-class LeftOutEntry(_Model):
+class LeftOutEntry(JsonModel):
     """A tensor that was not written, and why."""
 
     name: str
     reason: str
 
 
-class OriginalEntry(_Model):
+class OriginalEntry(JsonModel):
     """How the source was quantized. ``dtype`` is what its config says that the model runs in."""
 
     method: str = Field(description="quant_method of the source's config")
@@ -192,7 +189,7 @@ class OriginalEntry(_Model):
     carried: int = Field(default=0, description="how many of these keep their codes and scales, bit for bit (--carry)")
 
 
-class DeviationEntry(_Model):
+class DeviationEntry(JsonModel):
     """A tensor of an old checkpoint that is not what it was, or with which something else is computed, and why.
 
     ``max_abs_error`` is the largest difference of its values to those that the old checkpoint stands for; 0 where there
@@ -204,7 +201,7 @@ class DeviationEntry(_Model):
     max_abs_error: float
 
 
-class MigratedEntry(_Model):
+class MigratedEntry(JsonModel):
     """Where the tensors of a migrated component are from."""
 
     kind: Literal["torchao", "quanto"] = Field(description="who wrote the old checkpoint")
@@ -213,7 +210,7 @@ class MigratedEntry(_Model):
     deviations: list[DeviationEntry] = Field(default_factory=list)
 
 
-class ConvertedEntry(_Model):
+class ConvertedEntry(JsonModel):
     """Where the tensors of a component are from that somebody else had quantized, and ``convert`` wrote again."""
 
     kind: Literal["torchao"] = Field(description="who quantized it")
@@ -221,7 +218,7 @@ class ConvertedEntry(_Model):
     written_by: str | None = Field(default=None, description="the torchao releases that can have written a .bin")
 
 
-class Totals(_Model):
+class Totals(JsonModel):
     """Sums over a component. ``quantized_fraction`` is of the parameters outside embeddings."""
 
     tensors: int
@@ -234,7 +231,7 @@ class Totals(_Model):
     worst_sqnr_db: float | None = None
 
 
-class ComponentEntry(_Model):
+class ComponentEntry(JsonModel):
     """One quantized model, or with the library ``torch`` one file of tensors that nothing says the model of."""
 
     name: str
@@ -282,7 +279,7 @@ class ComponentEntry(_Model):
     totals: Totals
 
 
-class UnquantizedEntry(_Model):
+class UnquantizedEntry(JsonModel):
     """A part of a pipeline that was not quantized; its tensors are the source's, bit for bit."""
 
     name: str
@@ -293,14 +290,14 @@ class UnquantizedEntry(_Model):
     tensors: list[StoredEntry]
 
 
-class LeftBehindEntry(_Model):
+class LeftBehindEntry(JsonModel):
     """A file or folder of the source that did not arrive, and why."""
 
     path: str
     reason: str
 
 
-class RunEntry(_Model):
+class RunEntry(JsonModel):
     """The only part that differs between two equal runs. Times in seconds, peaks in bytes.
 
     ``digest`` is the SHA-256 of the whole file's text with this one value written as 64 zeros: it shows damage and
@@ -318,7 +315,7 @@ class RunEntry(_Model):
     digest: Sha256 | None = None
 
 
-class PipelineEntry(_Model):
+class PipelineEntry(JsonModel):
     """The pipeline's class, and what its ``__call__`` takes: parameter → default (null where it is no plain value).
 
     A model card shows an example of use by it, without importing the pipeline.
@@ -328,7 +325,7 @@ class PipelineEntry(_Model):
     call: dict[str, bool | int | float | str | None]
 
 
-class Manifest(_Model):
+class Manifest(JsonModel):
     """``aoconvert.json``."""
 
     schema_version: Literal[1]

@@ -9,25 +9,19 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from aoconvert.checkpoint.evaluation import GateResult
 from aoconvert.checkpoint.files import file_sha256
+from aoconvert.checkpoint.json_model import JsonModel, read_json_model
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, RELEASE_NAME
-from aoconvert.files import read_limited
-from aoconvert.json_text import CONFIG_BYTES, parse_json
+from aoconvert.json_text import CONFIG_BYTES
 
 Bytes = Annotated[int, Field(ge=0, lt=1 << 62)]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Model(BaseModel):
-    """Keys are only added, so readers let unknown ones pass."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class VariantNeeds(_Model):
+class VariantNeeds(JsonModel):
     """What is needed to use a variant."""
 
     loads_with: dict[str, str] = Field(default_factory=dict, description="package → versions that load it")
@@ -38,7 +32,7 @@ class VariantNeeds(_Model):
     )
 
 
-class ReleasedVariant(_Model):
+class ReleasedVariant(JsonModel):
     """One variant as the Hub holds it."""
 
     name: str
@@ -64,14 +58,14 @@ class ReleasedVariant(_Model):
     manifest_sha256: str | None = None
 
 
-class ReleasedModel(_Model):
+class ReleasedModel(JsonModel):
     """A source of the release."""
 
     name: str
     source: str | None = Field(default=None, description="a repo; absent for a folder")
 
 
-class Release(_Model):
+class Release(JsonModel):
     """A release: its variants that are on the Hub, in the order of the release file."""
 
     schema_version: Literal[1] = 1
@@ -96,7 +90,7 @@ def read_release(folder: Path) -> Release:
         OSError: there is none (``FileNotFoundError``), or it cannot be read.
         ValueError: it is no record of a release.
     """
-    return Release.model_validate(parse_json(read_limited(folder / RELEASE_NAME, CONFIG_BYTES), constants=False))
+    return read_json_model(Release, folder / RELEASE_NAME, CONFIG_BYTES)
 
 
 def release_of(folder: Path) -> tuple[Release, ReleasedVariant] | None:

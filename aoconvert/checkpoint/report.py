@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import Field, PlainSerializer, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
-from aoconvert.checkpoint.files import file_sha256
-from aoconvert.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME
+from aoconvert.checkpoint.files import belongs
+from aoconvert.checkpoint.json_model import Date, JsonModel, read_json_model
+from aoconvert.checkpoint.manifest import REPORT_NAME
 from aoconvert.errors import VerificationError
-from aoconvert.files import read_limited
-from aoconvert.json_text import CONFIG_BYTES, parse_json
+from aoconvert.json_text import CONFIG_BYTES
 
 CheckName = Literal[
     "manifest", "files", "pickle", "versions", "load", "reload", "source", "library", "numbers", "forward"
@@ -31,18 +30,7 @@ def some(lines: list[str], most: int = 4) -> str:
     return shown if len(lines) <= most else f"{shown}; and {len(lines) - most} more"
 
 
-def _check_date(text: str) -> str:
-    datetime.fromisoformat(text)
-    return text
-
-
-class _Model(BaseModel):
-    """Keys are only added, so readers let unknown ones pass. Docstrings and descriptions go into the JSON Schema."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Check(_Model):
+class Check(JsonModel):
     """One check of a verification; ``seconds`` is how long it took."""
 
     name: str
@@ -51,7 +39,7 @@ class Check(_Model):
     seconds: Annotated[float, PlainSerializer(lambda seconds: round(seconds, 3))]
 
 
-class Ran(_Model):
+class Ran(JsonModel):
     """A piece of code that ran, and on which device."""
 
     what: Literal["load", "forward", "example"]
@@ -63,7 +51,7 @@ class Ran(_Model):
     )
 
 
-class ForwardPass(_Model):
+class ForwardPass(JsonModel):
     """A forward pass of one quantized model."""
 
     component: str
@@ -77,7 +65,7 @@ class ForwardPass(_Model):
     inputs: str | None = Field(description="where its inputs came from; null where no forward pass passed")
 
 
-class Report(_Model):
+class Report(JsonModel):
     """A verification.
 
     Attributes:
@@ -112,7 +100,7 @@ class Report(_Model):
     python: str | None
     versions: dict[str, str]
     manifest_sha256: str | None
-    date: Annotated[str, AfterValidator(_check_date)]
+    date: Date
     device: str | None
     code_sha256: str | None
     example: bool
@@ -155,13 +143,13 @@ def read_report(folder: Path) -> Report:
         OSError: there is none (``FileNotFoundError``), or it cannot be read.
         ValueError: it is not a report.
     """
-    return Report.model_validate(parse_json(read_limited(folder / REPORT_NAME, CONFIG_BYTES), constants=False))
+    return read_json_model(Report, folder / REPORT_NAME, CONFIG_BYTES)
 
 
 def proven_strategy(folder: Path) -> Strategy | None:
     """Find the way of loading that the report in a folder proves for the manifest beside it."""
     try:
-        report = read_report(folder)
-        return report.strategy if report.manifest_sha256 == file_sha256(folder / MANIFEST_NAME) else None
+        report = belongs(read_report(folder), folder)
     except (OSError, ValueError):
         return None
+    return report.strategy if report is not None else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from aoconvert.checkpoint.json_model import JsonModel
 
 
-class Document(BaseModel):
+class Document(JsonModel):
     """A JSON object. Keys are only added, so readers must let unknown ones pass."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
 
 class Error(Document):

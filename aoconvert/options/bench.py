@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Annotated, TypedDict
 
 from aoconvert.environment import check_device_names
 from aoconvert.errors import UsageError
-from aoconvert.options.fields import COUNT, COUNTS, PIXELS, SWITCH, Option, parse_pixels
-from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
+from aoconvert.options.fields import COUNT, COUNTS, PIXELS, SWITCH, Option
+from aoconvert.options.hub import CacheDir, FromHub, LocalFilesOnly, Revision, Token
+from aoconvert.options.shared import Pictured, SourceRevision
 
 
 class BenchKwargs(TypedDict, total=False):
@@ -36,7 +36,7 @@ class BenchKwargs(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(Pictured, FromHub):
     """What to measure; the help of each field says what it is.
 
     A ``source`` of ``None`` measures the result alone. A ``device`` of ``auto`` is the one that the layout is for where
@@ -44,9 +44,7 @@ class BenchOptions:
     """
 
     source: Annotated[str | None, Option("Measure the original too: a folder or a repo id.")] = None
-    source_revision: Annotated[
-        str | None, Option("Branch, tag or commit of the source. Default: the commit that was quantized.")
-    ] = None
+    source_revision: SourceRevision = None
     compile: Annotated[
         bool,
         Option("Measure with torch.compile too. Default: no.", SWITCH, opposite="--no-compile", recorded=2),
@@ -101,20 +99,9 @@ class BenchOptions:
             for value in values:
                 if value < 1:
                     raise UsageError(f"--{name.replace('_', '-')} {value} is not a positive number")
-        if self.size is not None and not re.fullmatch(PIXELS, self.size, re.ASCII):
-            raise UsageError(f"--size {self.size!r} is not WIDTHxHEIGHT", hint="e.g. --size 1024x768")
+        self.check_size()
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Each batch size once, in the order given."""
         return tuple(dict.fromkeys(self.batch_size)) or (1,)
-
-    @property
-    def width_and_height(self) -> tuple[int, int] | None:
-        """Of images and videos, in pixels."""
-        return parse_pixels(self.size)
-
-    @property
-    def hub(self) -> HubOptions:
-        """How the Hub is asked for the checkpoint."""
-        return HubOptions(self.revision, self.token, self.cache_dir, self.local_files_only)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Annotated, TypedDict
 
 from aoconvert.environment import check_device_names
 from aoconvert.errors import UsageError
-from aoconvert.options.fields import COUNT, FILE, FILES, FRACTION, NUMBER, PIXELS, SWITCH, Option, parse_pixels
-from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
+from aoconvert.options.fields import COUNT, FILE, FILES, FRACTION, NUMBER, PIXELS, SWITCH, Option
+from aoconvert.options.hub import CacheDir, FromHub, LocalFilesOnly, Revision, Token
+from aoconvert.options.shared import Pictured, SourceRevision, TrustRemoteCode
 
 
 class EvaluateKwargs(TypedDict, total=False):
@@ -44,7 +44,7 @@ class EvaluateKwargs(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Pictured, FromHub):
     """What to compare on, and what must be reached; the help of each field says what it is.
 
     A ``source`` of ``None`` is the repo that the manifest names. ``device`` is one, or several after commas, on which
@@ -55,9 +55,7 @@ class EvaluateOptions:
         str | None,
         Option("The original to compare with: a folder or a repo id. Default: the repo that the manifest names."),
     ] = None
-    source_revision: Annotated[
-        str | None, Option("Branch, tag or commit of the source. Default: the commit that was quantized.")
-    ] = None
+    source_revision: SourceRevision = None
     text: Annotated[
         tuple[Path, ...],
         Option(
@@ -128,7 +126,7 @@ class EvaluateOptions:
             show_default=True,
         ),
     ] = "auto"
-    trust_remote_code: Annotated[bool, Option("Run model code from the checkpoint and the source.", SWITCH)] = False
+    trust_remote_code: TrustRemoteCode = False
     revision: Revision = None
     token: Token = field(default=None, repr=False)
     cache_dir: CacheDir = None
@@ -141,15 +139,4 @@ class EvaluateOptions:
                 raise UsageError(f"--{name} must be at least 1")
         if self.tokens < 2:
             raise UsageError("--tokens must be at least 2: a token is predicted from those before it")
-        if self.size is not None and not re.fullmatch(PIXELS, self.size, re.ASCII):
-            raise UsageError(f"--size {self.size!r} is not WIDTHxHEIGHT", hint="e.g. --size 1024x768")
-
-    @property
-    def width_and_height(self) -> tuple[int, int] | None:
-        """Of images and videos, in pixels."""
-        return parse_pixels(self.size)
-
-    @property
-    def hub(self) -> HubOptions:
-        """How the Hub is asked for the checkpoint."""
-        return HubOptions(self.revision, self.token, self.cache_dir, self.local_files_only)
+        self.check_size()

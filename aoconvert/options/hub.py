@@ -34,3 +34,17 @@ class HubOptions:
 
 
 DEFAULT_HUB = HubOptions()
+
+
+class FromHub:
+    """Options with the fields of :class:`HubOptions` among their own."""
+
+    revision: str | None
+    token: str | None
+    cache_dir: Path | None
+    local_files_only: bool
+
+    @property
+    def hub(self) -> HubOptions:
+        """How the Hub is asked for the checkpoint, or for the source of one."""
+        return HubOptions(self.revision, self.token, self.cache_dir, self.local_files_only)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
 from aoconvert.options.fields import FOLDER, SWITCH, Option, choice
-from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
+from aoconvert.options.hub import CacheDir, FromHub, LocalFilesOnly, Revision, Token
 
 PackedOn = Literal["avx512", "avx2", "generic"]
 
@@ -28,7 +28,7 @@ class MigrateKwargs(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class MigrateOptions:
+class MigrateOptions(FromHub):
     """What to do with an old checkpoint; the help of each field says what it is.
 
     A ``then`` of ``None`` leaves the values as they are, in the dtype that they have.
@@ -63,8 +63,3 @@ class MigrateOptions:
     token: Token = field(default=None, repr=False)
     cache_dir: CacheDir = None
     local_files_only: LocalFilesOnly = False
-
-    @property
-    def hub(self) -> HubOptions:
-        """How the Hub is asked for the checkpoint."""
-        return HubOptions(self.revision, self.token, self.cache_dir, self.local_files_only)

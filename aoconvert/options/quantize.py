@@ -29,7 +29,7 @@ from aoconvert.options.fields import (
     choice,
     read_values,
 )
-from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
+from aoconvert.options.hub import CacheDir, FromHub, LocalFilesOnly, Revision, Token
 
 AUTO = "auto"
 LAYOUT_DEVICES = ("cpu", "cuda", "xpu")
@@ -86,7 +86,7 @@ class QuantizeKwargs(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(FromHub):
     """The options of ``quantize`` and ``plan``; each field's help says what it does.
 
     ``scheme`` is ``None`` where the recipe, or each component, says it. A ``dtype`` of ``None`` is bfloat16, or the
@@ -335,11 +335,6 @@ class QuantizeOptions:
                         re.compile(pattern[3:])
                     except re.error as error:
                         raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
-
-    @property
-    def hub(self) -> HubOptions:
-        """How the Hub is asked for the source."""
-        return HubOptions(self.revision, self.token, self.cache_dir, self.local_files_only)
 
     @property
     def searches(self) -> bool:

@@ -9,7 +9,8 @@ from typing import Annotated, Literal, TypedDict
 
 from aoconvert.environment import check_device_names
 from aoconvert.options.fields import LORAS, SWITCH, Option, choice
-from aoconvert.options.hub import CacheDir, HubOptions, LocalFilesOnly, Revision, Token
+from aoconvert.options.hub import CacheDir, FromHub, LocalFilesOnly, Revision, Token
+from aoconvert.options.shared import SourceRevision, TrustRemoteCode
 
 Choice = Literal["auto", "from-pretrained", "assign"]
 
@@ -34,7 +35,7 @@ class VerifyKwargs(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(FromHub):
     """What to check; the help of each field says what it is.
 
     ``source`` is a folder, a weights file or a repo, of which the commit that was quantized is taken where
@@ -46,9 +47,7 @@ class VerifyOptions:
         str | None,
         Option("Let the library open the original too (folder, weights file or repo id), and compare everything."),
     ] = None
-    source_revision: Annotated[
-        str | None, Option("Branch, tag or commit of the source. Default: the commit that was quantized.")
-    ] = None
+    source_revision: SourceRevision = None
     lora: Annotated[
         tuple[str, ...],
         Option(
@@ -77,7 +76,7 @@ class VerifyOptions:
     require_device: Annotated[
         bool, Option("Fail if the device that the layout is for is not available here.", SWITCH)
     ] = False
-    trust_remote_code: Annotated[bool, Option("Run model code from the checkpoint and the source.", SWITCH)] = False
+    trust_remote_code: TrustRemoteCode = False
     revision: Revision = None
     token: Token = field(default=None, repr=False)
     cache_dir: CacheDir = None
@@ -85,8 +84,3 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         check_device_names(self.device)
-
-    @property
-    def hub(self) -> HubOptions:
-        """How the Hub is asked for the checkpoint."""
-        return HubOptions(self.revision, self.token, self.cache_dir, self.local_files_only)

@@ -34,13 +34,14 @@ from aoconvert.evaluation.children.passes import Outcome, compare, run_sample
 from aoconvert.evaluation.figures import NotFiniteError
 from aoconvert.evaluation.references import References, write_json
 from aoconvert.verification.children.library_opening import CannotCompare
+from aoconvert.verification.children.reload_child import say
 
 
 def main() -> None:
     """Answer the request on stdin; what the model's own code prints is kept off the answers."""
     request = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):
-        answer(request, write_line)
+        answer(request, say)
 
 
 Run = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
@@ -160,12 +161,6 @@ def root_cause(error: BaseException) -> str:
         error = before
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
-
-
-def write_line(value: dict[str, Any]) -> None:
-    """One line of the answer, also while what is printed is kept off it."""
-    sys.__stdout__.write(json.dumps(value) + "\n")  # type: ignore[union-attr]
-    sys.__stdout__.flush()  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ from aoconvert.evaluation.references import References, write_json
 from aoconvert.humanize import plural
 from aoconvert.memory import anonymous_bytes
 from aoconvert.verification.children import library_opening
+from aoconvert.verification.children.reload_child import say
 
 _LOOK = 0.05  # seconds between two looks at the memory
 
@@ -62,7 +63,7 @@ def main() -> None:
     """Answer the request on stdin; what the model's own code prints is kept off the answers."""
     request = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):
-        eval_child.answer(request, eval_child.write_line, RUNS)
+        eval_child.answer(request, say, RUNS)
 
 
 def run_original(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
