@@ -51,7 +51,7 @@ _COLORS = {"pushed": "green", "unchanged": "green", "made": "green", "gate_faile
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("releases"),
     show_default=True,
-    help="Folder for the variants and release.json.",
+    help="Folder for the variants, release.json and release.html.",
 )
 @click.option("--eval/--no-eval", "evaluate", default=None, help="Evaluate each variant. Default: if a gate needs it.")
 @click.option("--token", envvar="HF_TOKEN", help="Hub token; it is never stored.")

@@ -15,6 +15,7 @@ from aoconvert.progress import Progress, Silent
 from aoconvert.releasing.engines.local import choose_jobs, make_here, make_in_workers
 from aoconvert.releasing.engines.ray import check_ray, make_on_ray
 from aoconvert.releasing.engines.task import Work
+from aoconvert.releasing.page import Page
 from aoconvert.releasing.preflight import hold_root, refuse_publishing, refuse_root
 from aoconvert.releasing.publish import Publisher
 from aoconvert.releasing.record import ModelRecord, Record, VariantRecord, describe_plan, read_record
@@ -96,8 +97,11 @@ class _Release:
         variants = self._plan()
         if not self.options.skip_push:
             refuse_publishing(variants, self.found, self.options)
-        with hold_root(root_of(self.path, self.options)):
-            return self._make_and_publish(variants)
+        root = root_of(self.path, self.options)
+        with hold_root(root):
+            record = self._make_and_publish(variants)
+            Page(self.path, self.found, self.options, record, root).write()
+            return record
 
     def _make_and_publish(self, variants: Sequence[PlannedVariant]) -> Record:
         by_name = {each.name: each for each in variants}

@@ -56,6 +56,8 @@ def contents(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in filter(Path.is_file, root.rglob("*")):
         name = str(path.relative_to(root))
+        if path.name == "release.html":  # it has the command that was run
+            continue
         if path.suffix == ".json":
             found[name] = timeless(json.loads(path.read_text().replace(str(root), "")))
         elif path.name == "README.md":  # it ends with its own digest

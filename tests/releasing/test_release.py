@@ -79,6 +79,8 @@ def test_a_gate_holds_one_back_and_nothing_is_done_twice(file: Path) -> None:
     assert (alone.output / name).read_bytes() == (root / "int8wo" / name).read_bytes()
 
     assert [(root / name / "release.json").exists() for name in status] == [True, False]
+    page = (root / "release.html").read_text()
+    assert all(each in page for each in ("1 made, not published, 1 gate missed", f"min-sqnr-db: {missed.value:.4g}"))
 
     record, events = made(file)
     assert done(events) == {"int8wo": [False, False], "intx2wo": [False, False]}
