@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from aoconvert.environment import host_by_default
-from aoconvert.errors import SourceError, UsageError
+from aoconvert.errors import AoconvertError, SourceError, UsageError
 from aoconvert.humanize import argument
 from aoconvert.options import (
     HubOptions,
@@ -68,10 +68,45 @@ def plan(
         UsageError: an unknown scheme, or options that make no sense.
         HubError: the Hub said no.
     """
-    wanted = make_options(scheme, options)
-    return _build_plan(
-        _resolve_source(source, wanted), wanted, progress or Silent(), need_weights=False, elsewhere=elsewhere
-    )
+    [made] = plan_all(source, [(scheme, options)], progress=progress, elsewhere=elsewhere)
+    if isinstance(made, AoconvertError):
+        raise made
+    return made
+
+
+@host_by_default()
+def plan_all(
+    source: str | Path,
+    conversions: Sequence[tuple[str | None, QuantizeKwargs]],
+    *,
+    progress: Progress | None = None,
+    elsewhere: bool = False,
+) -> list[Plan | AoconvertError]:
+    """Plan several conversions of one source: its headers are read, and its models are opened, once for all of them.
+
+    Args:
+        source: a Hub repo id, a folder, or one weights file.
+        conversions: scheme and options of each, as ``plan`` takes them.
+        progress: is told what happens; default: silent.
+        elsewhere: another machine will carry them out: a disk here that is too small is only a warning.
+
+    Returns:
+        For each conversion, in their order, its plan, or the error that ``plan`` would raise.
+
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    from aoconvert.searching.plans import plan_all as run
+
+    wanted: list[QuantizeOptions | AoconvertError] = []
+    for scheme, options in conversions:
+        try:
+            wanted.append(make_options(scheme, options))
+        except UsageError as error:
+            wanted.append(error)
+    good = [each for each in wanted if isinstance(each, QuantizeOptions)]
+    made = iter(run(source, good, progress or Silent(), elsewhere=elsewhere))
+    return [each if isinstance(each, AoconvertError) else next(made) for each in wanted]
 
 
 @host_by_default()
@@ -102,9 +137,11 @@ def quantize(
     progress = progress or Silent()
     from aoconvert.planning.build import refuse_early
     from aoconvert.planning.overwriting import tidy
+    from aoconvert.searching.plans import check_schemes, make_plan, resolve_source
 
     tidy(wanted.output)
-    resolved = _resolve_source(source, wanted)
+    check_schemes(wanted)
+    resolved = resolve_source(source, wanted)
     refuse_early(resolved, wanted)
     from aoconvert.engine.prehash import HashingAhead
     from aoconvert.planning.weights import local_weights, unreadable_headers
@@ -114,7 +151,7 @@ def quantize(
         from aoconvert.sources.download import download
 
         download(resolved, unreadable_headers(resolved, wanted), progress)
-        plan = _build_plan(resolved, wanted, progress, need_weights=True)
+        plan = make_plan(resolved, wanted, progress, need_weights=True)
         if plan.source.is_remote:
             download(plan.source, plan.fetch, progress)
         digests = ahead.stop()
@@ -601,41 +638,6 @@ def _source_of(folder: Path) -> str:
     if repo_id is None:
         raise UsageError("the manifest names no repo as the source", hint="--source FOLDER names the original")
     return repo_id
-
-
-def _build_plan(
-    source: Source, options: QuantizeOptions, progress: Progress, *, need_weights: bool, elsewhere: bool = False
-) -> Plan:
-    """Build the plan; with ``auto`` the schemes are searched first."""
-    from aoconvert.planning.build import build_plan
-
-    if not options.searches:
-        return build_plan(source, options, need_weights=need_weights, elsewhere=elsewhere)
-    from aoconvert.searching import search
-    from aoconvert.sources.download import download
-
-    found = search(source, options, progress, lambda paths: download(source, paths, progress))
-    plan = build_plan(source, options, need_weights=need_weights, elsewhere=elsewhere, rules=found.rules)
-    return replace(plan, warnings=(*plan.warnings, *found.warnings))
-
-
-def _resolve_source(source: str | Path, options: QuantizeOptions) -> Source:
-    """Find the source; a wrong scheme name is said before anything is fetched."""
-    from aoconvert import schemes
-    from aoconvert.sources import resolve
-    from aoconvert.sources.file import FileSource
-
-    for name in {options.scheme, *options.components.values(), *options.candidates}:
-        if name is not None and not (name == options.scheme and options.searches):
-            schemes.find(name, options.settings)
-    found = resolve(str(source), options.hub, trust_remote_code=options.trust_remote_code, single_file=True)
-    if isinstance(found, FileSource):
-        from aoconvert.models.single_file import add_config
-
-        return add_config(found, options.config, options.subfolder, options.hub, whole=not options.component_only)
-    if options.config is not None:
-        raise UsageError("--config is for a single weights file; this source has its own", hint="omit --config")
-    return found
 
 
 def _config(source: Source) -> str | None:

@@ -22,6 +22,7 @@ from aoconvert.planning.component_warnings import component_warnings, dropped_wa
 from aoconvert.planning.copying import sort_files, unread_pickles
 from aoconvert.planning.needs import needs
 from aoconvert.planning.output import output_problems, space_problems
+from aoconvert.planning.sharing import Shared
 from aoconvert.planning.types import ComponentPlan, Plan, StreamedPlan, UnquantizedPlan
 from aoconvert.planning.unquantized import part_problems, plan_unquantized
 from aoconvert.planning.weights import choose_components, is_only, load_recipe
@@ -42,6 +43,7 @@ def build_plan(
     need_weights: bool = False,
     elsewhere: bool = False,
     rules: Mapping[str, Rules] | None = None,
+    shared: Shared | None = None,
 ) -> Plan:
     """Decide everything about a conversion.
 
@@ -52,13 +54,15 @@ def build_plan(
             too small (otherwise a warning).
         elsewhere: another machine will carry it out, so the disk here does not matter.
         rules: component name → which scheme for which tensor; by default what the options say.
+        shared: what other plans of this source found already.
 
     Raises:
         PlanError: with every problem at once.
         SourceError: the source cannot be read at all.
         UsageError: unknown scheme, bad setting.
     """
-    layout = identify(source, options.subfolder)
+    shared = shared or Shared()
+    layout = shared.once(options, ("layout",), lambda: identify(source, options.subfolder))
     recipe = load_recipe(options)
     chosen, problems = choose_components(layout, options, recipe)
     for model in chosen:
@@ -67,7 +71,7 @@ def build_plan(
     rules = rules or {model.name: resolve_rules(options, model, devices[0], recipe) for model in chosen}
     loras, parts, unused = _read_loras(layout, chosen, options)
     components, found, warnings = _plan_components(
-        source, layout, chosen, rules, options, parts, need_weights=need_weights
+        source, layout, chosen, rules, options, parts, shared, need_weights=need_weights
     )
     problems += [
         *unused,
@@ -79,7 +83,7 @@ def build_plan(
     ]
     # a plan writes nothing: what is in the way of carrying it out is worth knowing, no more
     obstacles = problems if need_weights else warnings
-    unquantized, incomplete, dropped = _plan_others(source, layout, chosen, options)
+    unquantized, incomplete, dropped = _plan_others(source, layout, chosen, options, shared)
     obstacles += incomplete
     warnings += dropped
     streamed: tuple[StreamedPlan, ...] = (*components, *unquantized)
@@ -147,6 +151,7 @@ def _plan_components(
     rules: Mapping[str, Rules],
     options: QuantizeOptions,
     loras: Mapping[str, Sequence[LoraPart]],
+    shared: Shared,
     *,
     need_weights: bool,
 ) -> tuple[list[ComponentPlan], list[str], list[str]]:
@@ -168,6 +173,7 @@ def _plan_components(
             model,
             rules[model.name],
             options,
+            shared,
             need_weights=need_weights,
             loras=loras.get(model.name, ()),
         )
@@ -211,7 +217,7 @@ def _read_loras(
 
 
 def _plan_others(
-    source: Source, layout: ModelLayout, chosen: Sequence[ModelPart], options: QuantizeOptions
+    source: Source, layout: ModelLayout, chosen: Sequence[ModelPart], options: QuantizeOptions, shared: Shared
 ) -> tuple[tuple[UnquantizedPlan, ...], list[str], list[str]]:
     """The parts of a pipeline that are written as they are, what others lack, and what the user should know."""
     if not chosen or layout.kind != "pipeline" or is_only(layout, options):
@@ -223,7 +229,8 @@ def _plan_others(
         )
     if options.keep_original_files:
         return (), problems, []
-    parts = plan_unquantized(source, layout, chosen, options)
+    others = ("others", options.format, options.max_shard_size, *(model.folder for model in chosen))
+    parts = shared.once(options, others, lambda: plan_unquantized(source, layout, chosen, options))
     return parts, problems, [line for part in parts for line in dropped_warning(part.component.title, part.dropped)]
 
 

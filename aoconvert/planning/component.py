@@ -20,6 +20,7 @@ from aoconvert.planning.choices import Wishes
 from aoconvert.planning.decide import Decisions, decide
 from aoconvert.planning.files import lay_out, unstorable_problems
 from aoconvert.planning.inventory import SourceTensors, dequantize_contents, read_contents
+from aoconvert.planning.sharing import Shared
 from aoconvert.planning.slices import SLICE_BYTES, by_rows
 from aoconvert.planning.source_checkpoint import read_checkpoint
 from aoconvert.planning.types import ComponentPlan, TensorPlan
@@ -28,9 +29,11 @@ from aoconvert.recipes import fqn_to_config
 from aoconvert.recipes.rules import Rules
 
 if TYPE_CHECKING:
+    import torch
     from torchao.core.config import AOBaseConfig
 
     from aoconvert.models.lora import Delta, LoraPart
+    from aoconvert.originals import Original
     from aoconvert.planning.source_checkpoint import SourceCheckpoint
     from aoconvert.sources import Source
     from aoconvert.sources.weights import WeightFiles
@@ -42,6 +45,7 @@ def plan_component(
     component: ModelPart,
     rules: Rules,
     options: QuantizeOptions,
+    shared: Shared,
     *,
     need_weights: bool,
     fuse_qkv: bool,
@@ -55,6 +59,7 @@ def plan_component(
         component: the model.
         rules: which scheme is for which of its tensors.
         options: what the user asked for.
+        shared: what other plans of the source found already.
         need_weights: a model without weights is a problem.
         fuse_qkv: with fused projections.
         loras: what LoRAs hold for it.
@@ -67,17 +72,12 @@ def plan_component(
         SourceError: the source cannot be read at all.
     """
     refuse_unsupported(component)  # before its files are read, which would say it in their words
-    weights = chosen_weights(source, component, options.variant)
-    contents = read_contents(source, weights, component.name) if weights is not None else None
-    held = Held.of(tensor.nbytes for tensor in contents.tensors.values()) if contents is not None else None
-    check_config(component.title, component.config, held)
-    original = None
-    if contents is not None and is_quantized(component):
-        contents, original = dequantize_contents(source, component, contents)
-    component = without_quantization(component)
-    checkpoint = (contents, weights.index is not None) if weights is not None and contents is not None else None
+    stored = shared.once(
+        options, ("stored", component.name, component.folder), lambda: _read(source, component, options)
+    )
+    weights, contents, original, component = stored.weights, stored.contents, stored.original, stored.component
     draft = _draft_that_runs(
-        partial(_draft, source, component, rules, options, checkpoint, held, fuse_qkv=fuse_qkv),
+        partial(_draft, source, stored, rules, options, shared, fuse_qkv=fuse_qkv),
         original.dtype if original is not None and options.dtype == "auto" else options.dtype,
     )
     folder = "" if layout.kind != "pipeline" or is_only(layout, options) else component.name
@@ -94,6 +94,43 @@ def plan_component(
     if not draft.decisions.problems:
         problems += _too_little(plan, options.min_quantized)
     return plan, problems
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A model's files, what they hold, and the model as if it were not quantized."""
+
+    component: ModelPart
+    weights: WeightFiles | None
+    contents: SourceTensors | None
+    held: Held | None
+    original: Original | None
+
+
+def _read(source: Source, component: ModelPart, options: QuantizeOptions) -> _Stored:
+    """Find a model's files and read their headers.
+
+    Raises:
+        SourceError: they cannot be read, or the config asks for more than they hold.
+    """
+    weights = chosen_weights(source, component, options.variant)
+    contents = read_contents(source, weights, component.name) if weights is not None else None
+    held = Held.of(tensor.nbytes for tensor in contents.tensors.values()) if contents is not None else None
+    check_config(component.title, component.config, held)
+    original = None
+    if contents is not None and is_quantized(component):
+        contents, original = dequantize_contents(source, component, contents)
+    return _Stored(without_quantization(component), weights, contents, held, original)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An empty model, what it finds in its files, and the names that ``--untie`` freed; ``problem`` says why none."""
+
+    skeleton: Skeleton
+    found: SourceCheckpoint | None
+    free: Mapping[str, str]
+    problem: str | None
 
 
 @dataclass(frozen=True)
@@ -127,39 +164,48 @@ def _draft_that_runs(draft: Callable[[str], _Draft], wanted: str | None) -> _Dra
 
 def _draft(
     source: Source,
-    component: ModelPart,
+    stored: _Stored,
     rules: Rules,
     options: QuantizeOptions,
-    checkpoint: tuple[SourceTensors, bool] | None,
-    held: Held | None,
+    shared: Shared,
     asked_dtype: str,
     *,
     fuse_qkv: bool,
 ) -> _Draft:
-    """``checkpoint``: what its files hold, and whether there is an index. The library gets what they call for."""
+    """Decide about a model's tensors; the library gets the time and the memory that its files call for."""
     import torch
 
+    component = stored.component
     dtype = None if asked_dtype == "auto" else getattr(torch, asked_dtype)
-    code = source.root / component.folder if options.trust_remote_code else None
-    problems: list[str] = []
-    free: Mapping[str, str] = {}
-    found = None
-    with limit_model(component.title, held):
-        skeleton = build_skeleton(component, dtype or torch.bfloat16, code_root=code, fuse_qkv=fuse_qkv)
-        if options.untie:
-            apart = untie(skeleton, dtype or torch.bfloat16, code_root=code)
-            skeleton, free = apart.skeleton, apart.free
-            if not free:
-                why = next(iter(apart.stuck.values()), "none of its tensors share their memory")
-                problems.append(f"{component.title}: --untie: {why}")
-        if checkpoint is not None:
-            contents, sharded = checkpoint
-            skeleton, found = read_checkpoint(
-                source, skeleton, contents, options, dtype or torch.bfloat16, sharded=sharded, code_root=code
-            )
+    with limit_model(component.title, stored.held):
+        opened = shared.once(
+            options,
+            ("opened", component.name, component.folder, asked_dtype, fuse_qkv),
+            lambda: _open(source, stored, options, dtype or torch.bfloat16, fuse_qkv=fuse_qkv),
+        )
         wishes = Wishes(options.include_embeddings, options.default_skips, options.carry)
-        decisions = decide(skeleton, rules, wishes, dtype, found, free)
-    return _Draft(asked_dtype, skeleton, found, decisions, (*problems, *decisions.problems))
+        decisions = decide(opened.skeleton, rules, wishes, dtype, opened.found, opened.free)
+    problems = [opened.problem] if opened.problem is not None else []
+    return _Draft(asked_dtype, opened.skeleton, opened.found, decisions, (*problems, *decisions.problems))
+
+
+def _open(source: Source, stored: _Stored, options: QuantizeOptions, dtype: torch.dtype, *, fuse_qkv: bool) -> _Opened:
+    """Build the empty model and have the library open its files in it."""
+    component, weights, contents = stored.component, stored.weights, stored.contents
+    code = source.root / component.folder if options.trust_remote_code else None
+    problem, found = None, None
+    free: Mapping[str, str] = {}
+    skeleton = build_skeleton(component, dtype, code_root=code, fuse_qkv=fuse_qkv)
+    if options.untie:
+        apart = untie(skeleton, dtype, code_root=code)
+        skeleton, free = apart.skeleton, apart.free
+        if not free:
+            why = next(iter(apart.stuck.values()), "none of its tensors share their memory")
+            problem = f"{component.title}: --untie: {why}"
+    if weights is not None and contents is not None:
+        sharded = weights.index is not None
+        skeleton, found = read_checkpoint(source, skeleton, contents, options, dtype, sharded=sharded, code_root=code)
+    return _Opened(skeleton, found, free, problem)
 
 
 def _build(

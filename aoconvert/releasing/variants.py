@@ -6,8 +6,9 @@ import contextlib
 import fnmatch
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from aoconvert import api
 from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import MANIFEST_NAME
 from aoconvert.engine.resume_file import signature_of
-from aoconvert.errors import HubError, HubRefusal, PlanError, SourceError, UsageError
+from aoconvert.errors import AoconvertError, HubError, HubRefusal, PlanError, SourceError, UsageError
 from aoconvert.files import read_limited, write_whole, writing
 from aoconvert.hub.access import name_problems
 from aoconvert.humanize import first
 from aoconvert.json_text import INDEX_BYTES, parse_json
+from aoconvert.options import QuantizeKwargs
 from aoconvert.options.release import ReleaseOptions
 from aoconvert.planning import Plan
 from aoconvert.planning.output import output_problems, space_problems
@@ -233,7 +235,7 @@ def plan_variants(
     problems: list[str] = []
     hints: list[str] = []
     refused: dict[tuple[Model, str], HubError] = {}
-    for each in variants:
+    for each, made in _plan_each(variants, elsewhere=elsewhere):
         if each.repo_id is None and not options.skip_push:
             problems.append(f"{each.name}: no owner is known for its repo")
             hints.append("--owner NAME, or --skip-push")
@@ -243,26 +245,17 @@ def plan_variants(
         problems += [f"{each.name}: {line}" for line in _repo_problems(each, options)]
         if (each.model, each.source) in refused:
             continue
-        try:
-            each.plan = api.plan(
-                each.source,
-                each.variant.scheme,
-                output=each.folder,
-                overwrite=True,
-                elsewhere=elsewhere,
-                **each.options,
-            )
-            each.signature = signature_of(each.plan, by_commit=True)
-        except (PlanError, SourceError, UsageError) as error:
-            problems += [f"{each.name}: {line}" for line in error.problems]
-            hints += [error.hint] if error.hint else []
-        except HubError as error:
-            if error.retryable:
-                raise
-            refused[each.model, each.source] = error
+        if isinstance(made, (PlanError, SourceError, UsageError)):
+            problems += [f"{each.name}: {line}" for line in made.problems]
+            hints += [made.hint] if made.hint else []
+        elif isinstance(made, HubError) and not made.retryable:
+            refused[each.model, each.source] = made
+        elif isinstance(made, AoconvertError):
+            raise made
         else:
+            each.plan, each.signature = made, signature_of(made, by_commit=True)
             if not elsewhere and not each.is_made:
-                found = output_problems(each.plan.source, each.folder, overwrite=True)
+                found = output_problems(made.source, each.folder, overwrite=True)
                 problems += [f"{each.name}: {line}" for line in found]
             on_planned(each)
     hints += [error.hint for error in refused.values() if error.hint]
@@ -276,6 +269,19 @@ def plan_variants(
         problems += space_problems(variants[0].folder.parent, sum(wanted))
     if problems:
         raise PlanError(problems, hint=hints[0] if hints else None)
+
+
+def _plan_each(
+    variants: Sequence[PlannedVariant], *, elsewhere: bool
+) -> Iterator[tuple[PlannedVariant, Plan | AoconvertError]]:
+    """Plan variants; those of one model follow each other, and what they have in common is read once."""
+    for source, group in groupby(variants, key=lambda each: each.source):
+        members = list(group)
+        wanted: list[tuple[str | None, QuantizeKwargs]] = [
+            (each.variant.scheme, {"output": each.folder, "overwrite": True, **each.options})  # type: ignore[typeddict-item]
+            for each in members
+        ]
+        yield from zip(members, api.plan_all(source, wanted, elsewhere=elsewhere), strict=True)
 
 
 def _repo_problems(each: PlannedVariant, options: ReleaseOptions) -> list[str]:

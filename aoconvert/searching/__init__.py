@@ -1,5 +1,1 @@
 """``--scheme auto``: measure what each candidate does to each weight, and choose by what the user wants to spend."""
-
-from aoconvert.searching.search import Searched, search
-
-__all__ = ["Searched", "search"]
