@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import DATA, LLAMA, build_llama, build_sparse_llama, llama_tensors, shard, write_config
+from helpers.checkpoints import LLAMA, build_llama, build_sparse_llama, llama_tensors, shard, write_config
+from helpers.published import PUBLISHED
 
-FLUX = DATA / "flux.1-dev" / "config.json"
+FLUX = PUBLISHED / "black-forest-labs/FLUX.1-dev/transformer/config.json"
 
 
 def tree(root: Path) -> dict[str, object]:
@@ -396,7 +397,7 @@ def test_output_that_is_no_folder(refused: Refused, llama: Path, tmp_path: Path)
 
 def test_disk_too_small(refused: Refused, call: Callable[..., Any], tmp_path: Path) -> None:
     """A sparse file: it looks like 812 GB of weights, and takes none."""
-    config = json.loads((DATA / "llama-3.1-405b" / "config.json").read_text())
+    config = json.loads((PUBLISHED / "meta-llama/Llama-3.1-405B" / "config.json").read_text())
     source = build_sparse_llama(tmp_path / "model", config)
     weights = source / "model.safetensors"
     assert weights.stat().st_size > 811e9

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.checkpoints import DATA, build_llama
+from helpers.checkpoints import build_llama
 from helpers.forking import WITH_LIBRARIES, Forker
+from helpers.published import PUBLISHED
 
 import aoconvert
 
@@ -433,7 +434,15 @@ def test_reader_that_has_had_enough(arguments: list[str]) -> None:
 
 def test_head_of_a_long_plan(forker: Forker, tmp_path: Path) -> None:
     """``aoconvert plan … | head -1``"""
-    words = ["-m", "aoconvert", "plan", str(DATA / "flux.1-dev"), "--scheme", "int8wo", "--tensors"]
+    words = [
+        "-m",
+        "aoconvert",
+        "plan",
+        str(PUBLISHED / "black-forest-labs/FLUX.1-dev/transformer"),
+        "--scheme",
+        "int8wo",
+        "--tensors",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with forker.popen(words, WITH_LIBRARIES, cwd=tmp_path, env=environment, **pipes) as plan:
