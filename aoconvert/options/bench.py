@@ -9,9 +9,8 @@ from typing import Annotated, TypedDict
 
 from aoconvert.environment import check_device_names
 from aoconvert.errors import UsageError
-from aoconvert.options.fields import COUNT, COUNTS, PIXELS, SWITCH, Option
+from aoconvert.options.fields import COUNT, COUNTS, PIXELS, SWITCH, Option, Pictured, SourceRevision
 from aoconvert.options.hub import CacheDir, FromHub, LocalFilesOnly, Revision, Token
-from aoconvert.options.shared import Pictured, SourceRevision
 
 
 class BenchKwargs(TypedDict, total=False):

@@ -9,9 +9,20 @@ from typing import Annotated, TypedDict
 
 from aoconvert.environment import check_device_names
 from aoconvert.errors import UsageError
-from aoconvert.options.fields import COUNT, FILE, FILES, FRACTION, NUMBER, PIXELS, SWITCH, Option
+from aoconvert.options.fields import (
+    COUNT,
+    FILE,
+    FILES,
+    FRACTION,
+    NUMBER,
+    PIXELS,
+    SWITCH,
+    Option,
+    Pictured,
+    SourceRevision,
+    TrustRemoteCode,
+)
 from aoconvert.options.hub import CacheDir, FromHub, LocalFilesOnly, Revision, Token
-from aoconvert.options.shared import Pictured, SourceRevision, TrustRemoteCode
 
 
 class EvaluateKwargs(TypedDict, total=False):

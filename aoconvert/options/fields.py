@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 from aoconvert.errors import UsageError
 
@@ -42,6 +42,26 @@ def parse_pixels(text: str | None) -> tuple[int, int] | None:
         return None
     width, _, height = text.partition("x")
     return int(width), int(height)
+
+
+class Pictured:
+    """Options with a ``size`` of images or videos."""
+
+    size: str | None
+
+    @property
+    def width_and_height(self) -> tuple[int, int] | None:
+        """Of images and videos, in pixels."""
+        return parse_pixels(self.size)
+
+    def check_size(self) -> None:
+        """Refuse what is no size.
+
+        Raises:
+            UsageError: it is none.
+        """
+        if self.size is not None and not re.fullmatch(PIXELS, self.size, re.ASCII):
+            raise UsageError(f"--size {self.size!r} is not WIDTHxHEIGHT", hint="e.g. --size 1024x768")
 
 
 def _same(value: Any) -> Any:
@@ -240,3 +260,9 @@ def _typed(option: Option, flag: str, value: Any) -> Sequence[str]:
     if option.kind is SWITCH:
         return [flag]
     return [word for text in option.kind.write(value) for word in (flag, text)]
+
+
+SourceRevision: TypeAlias = Annotated[
+    str | None, Option("Branch, tag or commit of the source. Default: the commit that was quantized.")
+]
+TrustRemoteCode: TypeAlias = Annotated[bool, Option("Run model code from the checkpoint and the source.", SWITCH)]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
 from aoconvert.environment import check_device_names
-from aoconvert.options.fields import LORAS, SWITCH, Option, choice
+from aoconvert.options.fields import LORAS, SWITCH, Option, SourceRevision, TrustRemoteCode, choice
 from aoconvert.options.hub import CacheDir, FromHub, LocalFilesOnly, Revision, Token
-from aoconvert.options.shared import SourceRevision, TrustRemoteCode
 
 Choice = Literal["auto", "from-pretrained", "assign"]
 
