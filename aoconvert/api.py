@@ -56,7 +56,7 @@ def plan(
         source: a Hub repo id, a folder, or one weights file.
         scheme: a scheme name, see ``aoconvert schemes``.
         progress: is told what happens; default: silent.
-        elsewhere: another machine will carry it out: a disk here that is too small is only a warning.
+        elsewhere: another machine will carry it out, so the disk here does not matter.
         **options: fields of ``aoconvert.QuantizeOptions``; paths and sizes may be text.
 
     Returns:

@@ -94,7 +94,8 @@ def build_plan(
     obstacles += output_problems(source, options.output, overwrite=options.overwrite)
     # of a config alone the plan is a calculation: nothing could be carried out anyway
     possible = need_weights or any(component.weights for component in components)
-    (problems if possible and not elsewhere else warnings).extend(space_problems(options.output, wanted.disk_bytes))
+    if not elsewhere:
+        (problems if possible else warnings).extend(space_problems(options.output, wanted.disk_bytes))
     problems += _unreadable(source, [file.source for file in copied])
     if problems:
         raise PlanError(problems)

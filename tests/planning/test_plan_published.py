@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.checkpoints import llama_shapes
+from helpers.checkpoints import build_sparse_llama, llama_shapes
 from helpers.published import PUBLISHED
+
+import aoconvert
+from aoconvert.errors import PlanError
 
 
 def plan(folder: Path, cwd: Path) -> tuple[dict[str, Any], float, str]:
@@ -72,6 +75,16 @@ def test_llama_405b(tmp_path: Path) -> None:
         assert "free" in stderr
         assert len(stderr.splitlines()) == 1
         assert any("GB" in line for line in made["warnings"])
+
+
+def test_the_disk_here_does_not_matter_elsewhere(tmp_path: Path) -> None:
+    config = json.loads((PUBLISHED / "meta-llama/Llama-3.1-405B/config.json").read_text())
+    source = build_sparse_llama(tmp_path / "model", config)
+    made = aoconvert.plan(source, "int8wo", device="cpu", output=tmp_path / "out", elsewhere=True)
+    assert made.needs.disk_bytes > 410e9 and not made.warnings
+    if shutil.disk_usage(tmp_path).free < 410e9:
+        with pytest.raises(PlanError, match=r"410.* GB needed, .* free on that disk"):
+            aoconvert.plan(source, "int8wo", device="cpu", output=tmp_path / "out")
 
 
 def test_flux_dev(tmp_path: Path) -> None:

@@ -346,6 +346,21 @@ result += [made().running is not None, followed(made()), followed(made(), lines.
     assert len(jobs(office.state)) == 1
 
 
+def test_what_this_machine_could_not_plan(office: Office) -> None:
+    """A GPU that is not here, and schemes that are chosen by all weights, which are not here either."""
+    text = FILE.replace('device = "cpu"', 'device = "cuda"').replace(
+        'scheme = "int8wo"', 'scheme = "auto"\nmin_sqnr = 30'
+    )
+    (office.folder / "tiny.toml").write_text(text)
+    plan = office.run(
+        "options = ReleaseOptions(token=options.token)\nresult = made().to_dict(), made(flavor='cpu-xl').warnings"
+    )
+    assert (plan[0]["flavor"]["name"], plan[0]["needs"]["gpus"]) == ("l4x1", 1)
+    assert plan[0]["flavor"]["reason"].endswith("(auto: device = cuda)")
+    assert plan[1] == ["cpu-xl has no GPU"]
+    assert not [entry for entry in office.client.hub.requests("safetensors", method="GET") if entry.range is None]
+
+
 def test_what_cannot_be_a_job(office: Office, tmp_path: Path) -> None:
     office.state.add_user("reader", "hf_reader", role="read")
     local = FILE.replace("org/tiny", str(tmp_path / "model"))

@@ -189,15 +189,7 @@ def plan_job(path: Path, options: ReleaseOptions, job: JobOptions, on_event: OnE
     flavor = asked or choose_flavor(
         prices.flavors, work.needs, {each.name: job.timeout or work.seconds(each) for each in prices.flavors}
     )
-    wishes = Wishes(
-        only=options.only,
-        skip_push=options.skip_push,
-        owner=options.owner,
-        fail_fast=options.fail_fast,
-        evaluate=options.evaluate,
-        jobs=options.jobs,
-    )
-    order = Order(path=path.name, files=files, pins=_pins(variants), options=wishes)
+    order = Order(path=path.name, files=files, pins=_pins(variants), options=_wishes(options))
     _check_size(order)
     bucket = job.bucket if "/" in job.bucket else f"{namespace}/{job.bucket}"
     exists, warnings = _look_at_bucket(api, bucket)
@@ -224,6 +216,10 @@ def plan_job(path: Path, options: ReleaseOptions, job: JobOptions, on_event: OnE
         running=find_running(api, namespace, bucket, order),
         warnings=tuple(warnings),
     )
+
+
+def _wishes(options: ReleaseOptions) -> Wishes:
+    return Wishes(**{name: getattr(options, name) for name in Wishes.model_fields})
 
 
 def pin_versions(evaluated: bool, requirement: str | None = None) -> tuple[str, ...]:
