@@ -368,6 +368,7 @@ def test_what_cannot_be_a_job(office: Office, tmp_path: Path) -> None:
         "local": local,
         "outside": FILE.replace("recipes/mixed", "../mixed"),
         "lpips": FILE + "max_lpips = 0.1",
+        "secret": f"# {TOKEN}\n{FILE}",
         "xpu": FILE.replace('"cpu"', '"xpu"'),
     }
     for name, text in files.items():
@@ -382,6 +383,8 @@ def test_what_cannot_be_a_job(office: Office, tmp_path: Path) -> None:
         ("tiny", {}, {"token": "hf_unknown"}, 5, "does not accept the token"),
         ("local", {}, {}, 3, "is on this machine, where a job cannot read it: push it to the Hub first"),
         ("outside", {}, {}, 3, "mixed: ../mixed.toml is not beside the release file"),
+        ("secret", {}, {}, 3, "secret.toml line 1 holds the Hub token in use"),
+        ("tiny", {"requirement": "aoconvert @ git+https://x:y@example.org/a"}, {}, 3, "holds a user name or password"),
         ("lpips", {}, {}, 3, "the gate max_lpips needs the weights of LPIPS"),
         ("xpu", {}, {}, 3, "Hugging Face Jobs have no xpu"),
     ]

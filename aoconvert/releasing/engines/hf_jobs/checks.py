@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from packaging.version import Version
 
 from aoconvert.errors import PlanError, UsageError
 from aoconvert.files import read_limited
+from aoconvert.hub.secrets import secrets_in
 from aoconvert.options.release import ReleaseOptions
 from aoconvert.releasing.engines.hf_jobs.needs import is_evaluated
 from aoconvert.releasing.engines.hf_jobs.order import MOST_BYTES
@@ -30,6 +32,30 @@ def check_client(version: str | None) -> None:
             f"--engine hf-jobs needs huggingface_hub {OLDEST_CLIENT} or newer, and this is {version}",
             hint=f"pip install -U 'huggingface_hub>={OLDEST_CLIENT}'",
         )
+
+
+def refuse_secrets(files: Mapping[str, str], requirement: str | None, token: str) -> None:
+    """Refuse a secret in what everybody can read who may see the job.
+
+    Args:
+        files: what goes with the job, by name.
+        requirement: what it installs as aoconvert.
+        token: of the Hub, which goes as a secret alone.
+
+    Raises:
+        PlanError: with every place of one.
+    """
+    problems = [
+        f"{name} line {line} holds {kind}"
+        for name, text in files.items()
+        for line, kind in secrets_in(text.encode(), token)
+    ]
+    if requirement is not None:
+        problems += [f"--requirement holds {kind}" for _, kind in secrets_in(requirement.encode(), token)]
+        if re.search(r"://[^/@\s]+@", requirement) and not re.search(r"://git@", requirement):
+            problems.append("--requirement holds a user name or password")
+    if problems:
+        raise PlanError(problems, hint="the page of a job shows it: take it out")
 
 
 def collect_files(path: Path, variants: Sequence[PlannedVariant], options: ReleaseOptions) -> dict[str, str]:

@@ -19,7 +19,7 @@ from aoconvert.humanize import size
 from aoconvert.options.jobs import JobOptions
 from aoconvert.options.release import ReleaseOptions
 from aoconvert.releasing.engines.hf_jobs import order as orders
-from aoconvert.releasing.engines.hf_jobs.checks import check_client, collect_files
+from aoconvert.releasing.engines.hf_jobs.checks import check_client, collect_files, refuse_secrets
 from aoconvert.releasing.engines.hf_jobs.flavors import Flavor, Prices, ask_prices, choose_flavor
 from aoconvert.releasing.engines.hf_jobs.needs import Work, is_evaluated, measure_work, plan_elsewhere
 from aoconvert.releasing.engines.hf_jobs.order import Order, Pin, Wishes
@@ -179,6 +179,7 @@ def plan_job(path: Path, options: ReleaseOptions, job: JobOptions, on_event: OnE
     variants = choose_variants(path, every, options.only)
     files = collect_files(path, variants, options)
     api, token, namespace = _log_in(options, job)
+    refuse_secrets(files, job.requirement, token)
     prices = ask_prices(api)
     asked = prices.find(job.flavor) if job.flavor is not None else None
     if not options.skip_push:
