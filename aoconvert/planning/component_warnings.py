@@ -56,10 +56,10 @@ def component_warnings(source: Source, component: ComponentPlan) -> list[str]:
     lines += _counted(title, "unknown to its class, carried over unchanged", component.carried)
     lines += dropped_warning(title, component.dropped)
     lines += _counted(title, "that the checkpoint does not hold, left to the library", component.missing)
+    totals = component.totals
     if (larger := _larger_than_int8(component)) is not None:
         lines.append(f"{title}: {larger}")
-    totals = component.totals
-    if totals.bytes_out > totals.bytes_in > 0:
+    elif totals.bytes_out > totals.bytes_in > 0:
         sizes = f"{size(totals.bytes_in)} become {size(totals.bytes_out)}"
         lines.append(f"{title}: {sizes}: the result is larger than its source; choose another scheme")
     lines += _whole_warning(title, component)

@@ -26,7 +26,7 @@ def test_pairs_data_and_command(result: Path) -> None:
     card = aoconvert.card(result, repo_id="user/model-int8wo")
     text = card.text
     assert card.picture is not None and "1 of their outputs, 35.2 to 35.2 dB" in card.picture
-    assert "The diamonds are the same of each layer's output." in text
+    assert "not the model's output; the diamonds are the same of each layer's output." in text
     section = text.partition("## How much it loses\n")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
     assert rows[0] == ["", "original", "quantized", "change", "bfloat16 noise"]
