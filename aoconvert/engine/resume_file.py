@@ -165,31 +165,34 @@ def read_journal(path: Path) -> tuple[Mapping[str, Any], list[Line]] | None:
     return None if signature is None else (signature, lines)
 
 
-def signature_of(plan: Plan, *, by_commit: bool = False) -> dict[str, Any]:
+def signature_of(plan: Plan, *, by_commit: bool = False, known: dict[str, list[Any]] | None = None) -> dict[str, Any]:
     """What the files of a run depend on: another signature is another result.
 
     Args:
         plan: the plan.
         by_commit: of a repo on the Hub the commit is looked at in place of its files here: they need not have been
             fetched, and another machine finds the same.
+        known: what was found of this source's files for plans that were made with this one, by path; more is added.
+            Their headers are those that the plans were made from: they are not read again.
 
     Raises:
         OSError: a file of the source is gone.
     """
     commit = plan.source.revision if by_commit else None
+    again = known is None
+    known = {} if known is None else known
+    paths = [path for model in plan.streamed for path in (model.weights.paths if model.weights else ())]
+    for path in paths:
+        if path not in known:
+            here = [path, plan.source.files()[path].size, commit]
+            known[path] = here if commit is not None else _file_facts(plan.source, path, again=again)
     device = device_facts(plan.device)
     installed = versions()
     return {
         "versions": {name: installed.get(name) for name in _PACKAGES},
         "device": device.type if device.type == "cpu" else f"{device.type} {device.name}",
         "plan": _digest([*_plan_values(plan), *([lora.sha256, lora.weight] for lora in plan.loras), *plan.told]),
-        "source": _digest(
-            [
-                [path, plan.source.files()[path].size, commit] if commit is not None else _file_facts(plan.source, path)
-                for model in plan.streamed
-                for path in (model.weights.paths if model.weights else ())
-            ]
-        ),
+        "source": _digest([known[path] for path in paths]),
     }
 
 
@@ -226,11 +229,14 @@ def _plan_values(plan: Plan) -> list[Any]:
     ]
 
 
-def _file_facts(source: Source, path: str) -> list[Any]:
+def _file_facts(source: Source, path: str, *, again: bool) -> list[Any]:
     """Path, size, time of the last change, the Hub's digest, and for safetensors a digest of the header."""
     place = source.local(path)
     facts = place.stat()
-    header = header_of(source, path).sha256 if SAFETENSORS.writes(path) else None
+    header = None
+    if SAFETENSORS.writes(path):
+        before = None if again else source.headers.get(path)
+        header = (before or header_of(source, path)).sha256
     return [path, facts.st_size, facts.st_mtime_ns, source.files()[path].sha256, header]
 
 

@@ -253,7 +253,6 @@ def plan_variants(
         elif isinstance(made, AoconvertError):
             raise made
         else:
-            each.plan, each.signature = made, signature_of(made, by_commit=True)
             if not elsewhere and not each.is_made:
                 found = output_problems(made.source, each.folder, overwrite=True)
                 problems += [f"{each.name}: {line}" for line in found]
@@ -274,14 +273,18 @@ def plan_variants(
 def _plan_each(
     variants: Sequence[PlannedVariant], *, elsewhere: bool
 ) -> Iterator[tuple[PlannedVariant, Plan | AoconvertError]]:
-    """Plan variants; those of one model follow each other, and what they have in common is read once."""
+    """Plan variants, and note plan and signature; what those of a model have in common is read once."""
     for source, group in groupby(variants, key=lambda each: each.source):
         members = list(group)
         wanted: list[tuple[str | None, QuantizeKwargs]] = [
             (each.variant.scheme, {"output": each.folder, "overwrite": True, **each.options})  # type: ignore[typeddict-item]
             for each in members
         ]
-        yield from zip(members, api.plan_all(source, wanted, elsewhere=elsewhere), strict=True)
+        known: dict[str, list[Any]] = {}
+        for each, made in zip(members, api.plan_all(source, wanted, elsewhere=elsewhere), strict=True):
+            if not isinstance(made, AoconvertError):
+                each.plan, each.signature = made, signature_of(made, by_commit=True, known=known)
+            yield each, made
 
 
 def _repo_problems(each: PlannedVariant, options: ReleaseOptions) -> list[str]:

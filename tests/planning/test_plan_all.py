@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.opened import opened_files
 
 from aoconvert import api
 from aoconvert.errors import AoconvertError, UsageError
@@ -33,27 +31,6 @@ PIPELINE: Wanted = [
     ("int8dq", {"components": ["text_encoder"], "component_only": True}),
     ("int8wo", {"fuse_qkv": True, "format": "safetensors"}),
 ]
-
-_opened: Counter[str] | None = None
-
-
-def _note(event: str, arguments: tuple[Any, ...]) -> None:
-    if _opened is not None and event == "open" and isinstance(arguments[0], str | Path):
-        _opened[str(arguments[0])] += 1
-
-
-@contextmanager
-def opened_files() -> Iterator[Counter[str]]:
-    """How often this process opens each file, as Python's interpreter sees it."""
-    global _opened
-    if not hasattr(sys, "aoconvert_audited"):
-        sys.addaudithook(_note)  # it cannot be taken back
-        sys.aoconvert_audited = True  # type: ignore[attr-defined]
-    _opened = Counter()
-    try:
-        yield _opened
-    finally:
-        _opened = None
 
 
 def apart(source: Path, wanted: Wanted) -> list[Plan | AoconvertError]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from helpers.opened import opened_files
 from helpers.published import copy_published, read_weights
 from helpers.shared import build_once
 
@@ -116,3 +117,12 @@ def test_the_fixtures_are_as_large_as_what_is_published(published: Published) ->
     for name in read_weights():
         for path in published(name).rglob("*.safetensors"):
             assert path.stat().st_blocks * 512 < 1 << 20
+
+
+def test_headers_are_read_once_for_all_variants(published: Published, tmp_path: Path) -> None:
+    source = published("THUDM/CogVideoX-5b")  # of which one component is planned
+    weights = {str(path.relative_to(source)) for path in (source / "text_encoder").glob("*.safetensors")}
+    with opened_files() as files:
+        assert len(plan_file(FILES["cogvideox-t5-xxl"], published, tmp_path)) == 3
+        opened = {Path(name).name: count for name, count in files.items() if name.endswith(".safetensors")}
+    assert opened == {Path(name).name: 1 for name in weights}
