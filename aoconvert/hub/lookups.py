@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aoconvert.checkpoint.manifest import MANIFEST_NAME
+from aoconvert.checkpoint.manifest import MANIFEST_NAME, RELEASE_NAME
+from aoconvert.checkpoint.release import Release, read_release
 from aoconvert.errors import HubError
 from aoconvert.sources.hub_errors import translate_errors
 from aoconvert.version import __version__
@@ -31,6 +34,17 @@ def find_weights_commit(repo_id: str, token: str | None) -> str | None:
         if isinstance(item, RepoFile) and item.last_commit is not None:
             return item.last_commit.oid
     return None
+
+
+def find_release(repo_id: str, token: str | None) -> Release | None:
+    """The record of a release that a repo holds; ``None``: it has none that can be used, or the Hub does not say."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with translate_errors(repo_id, None):
+                _client(token).hf_hub_download(repo_id, RELEASE_NAME, local_dir=folder)
+            return read_release(Path(folder))
+        except (HubError, OSError, ValueError):
+            return None
 
 
 def is_there(repo_id: str, token: str | None) -> bool:

@@ -48,7 +48,7 @@ class Publisher:
         Args:
             each: the variant.
             record: of it.
-            release: what is known of all variants now; it goes with this one.
+            release: what was known of the others before this run; it goes with this one.
 
         Returns:
             Its record with the repo and the commit, or with what went wrong.

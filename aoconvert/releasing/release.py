@@ -111,11 +111,14 @@ class _Release:
             others = [record for name, record in self.records.items() if name not in by_name]
             for record in siblings.forget_deleted(others, publisher):
                 self._note(record)
+            for record in siblings.recall(self.variants, self.records, publisher):
+                self._note(record)
+        before = list(self.records.values())  # what is new of the others goes with the last commit of each, once
         with closing(self._make(variants)) as made:  # where it stops early, so do the workers
             for record in made:
                 record = record.model_copy(update={"published": self.records[record.name].published})
                 if record.status == "made" and not self.options.skip_push:
-                    known = siblings.describe(self.records.values(), record)
+                    known = siblings.describe(before, record)
                     record = publisher.publish(by_name[record.name], record, known)
                 self._note(record)
                 self._record().write(root_of(self.path, self.options))

@@ -12,7 +12,7 @@ from aoconvert.checkpoint.manifest import MANIFEST_NAME, RELEASE_NAME
 from aoconvert.checkpoint.release import Release, ReleasedModel, ReleasedVariant
 from aoconvert.errors import AoconvertError, HubRefusal, Interrupted
 from aoconvert.files import write_whole, writing
-from aoconvert.hub.lookups import is_there
+from aoconvert.hub.lookups import find_release, is_there
 from aoconvert.releasing.publish import Publisher
 from aoconvert.releasing.record import VariantRecord, failure_of, public_form
 from aoconvert.releasing.release_file import ReleaseFile
@@ -67,6 +67,20 @@ class Siblings:
                 reason = f"{known.repo_id} is not on the Hub any more, or this token cannot see it"
                 _say_left_out(publisher, record, reason)
                 yield record.model_copy(update={"published": None, "commit": None, "url": None})
+
+    def recall(
+        self, variants: Sequence[PlannedVariant], records: Mapping[str, VariantRecord], publisher: Publisher
+    ) -> Iterator[VariantRecord]:
+        """The new records of those that this machine knows nothing of, and whose repos say that they are published."""
+        for each in variants:
+            record = records[each.name]
+            if record.published is not None or each.repo_id is None or "/" not in each.repo_id:
+                continue
+            release = find_release(each.repo_id, publisher.options.token)
+            own = next((own for own in release.variants if _is_of(own, each)), None) if release is not None else None
+            if release is not None and own is not None:
+                publisher.sent[each.name] = release.dump()
+                yield record.model_copy(update={**dict(own), "published": own})
 
     def update(
         self, variants: Sequence[PlannedVariant], records: Mapping[str, VariantRecord], publisher: Publisher
@@ -124,6 +138,13 @@ def _about_to_be(made: VariantRecord, before: ReleasedVariant | None) -> Release
     if before.repo_id != form.repo_id and before.repo_id.rpartition("/")[2] != form.repo_id:
         return form
     return form.model_copy(update={"repo_id": before.repo_id, "url": before.url, "commit": before.commit})
+
+
+def _is_of(found: ReleasedVariant, each: PlannedVariant) -> bool:
+    """Whether a record that a repo holds is of this variant there."""
+    return (found.name, found.model, found.repo_id) == (each.name, each.model.title, each.repo_id) and bool(
+        found.commit
+    )
 
 
 def _update(

@@ -100,6 +100,7 @@ def test_every_repo_tells_of_the_others(runs: Runs) -> None:
     assert {runs.read(name, "release.json") for name in NAMES} == {runs.read("int8wo", "release.json")}
     assert [each["name"] for each in record["variants"]] == NAMES
     assert {each["name"]: each["commit"] for each in record["variants"][:2]} == pushed
+    commits = [each["commit"] for each in record["variants"]]
     local = json.loads((runs.folder / "out/tiny/release.json").read_text())
     for each, own in zip(record["variants"], local["variants"], strict=True):
         assert each["size_bytes"] > 0 and each["needs"]["loads_with"]["torchao"] and each["verified"]
@@ -117,6 +118,15 @@ def test_every_repo_tells_of_the_others(runs: Runs) -> None:
     [collection] = json.loads((runs.state.root / "collections.json").read_text()).values()
     assert collection["title"] == "Tiny, quantized"
     assert sorted(item["id"] for item in collection["items"]) == sorted(f"me/tiny-{name}" for name in NAMES)
+
+    # another machine knows what is published from the repos themselves
+    lines = runs("--only", "intx4wo", "--output-root", str(runs.folder / "elsewhere"))
+    [pushed] = [line for line in lines if line["event"] == "pushed"]
+    assert runs.table("intx4wo") == [link("int8wo"), link("float8wo"), "**intx4wo** (this one)"]
+    record = json.loads(runs.read("intx4wo", "release.json"))
+    assert [each["commit"] for each in record["variants"]] == [*commits[:2], pushed["commit"]]
+    reasons = {line["variant"]: line["reason"] for line in lines if line["event"] == "card_not_updated"}
+    assert set(reasons) == {"int8wo", "float8wo"} and all("is not there" in reason for reason in reasons.values())
 
     # what somebody changed on the Hub is named, and the others go on
     runs.state.commit("me/tiny-float8wo", {"README.md": b"Mine.\n"})
