@@ -82,6 +82,8 @@ def command(*, path: Path, out: Output, keep_going: bool, **options: Any) -> int
     def pass_on(event: Event) -> None:
         notes.extend(f"{event['variant']}: {line}" for line in event.get("warnings", ()) if "variant" in event)
         if event["event"] == "card_not_updated":
+            notes.append(f"{event['variant']}: its card and record were not brought up to date: {event['reason']}")
+        if event["event"] == "card_not_updated":
             notes.append(f"{event['variant']}: its card does not show this release: {event['reason']}")
         out.event(event)
 
@@ -178,7 +180,7 @@ def _said(variant: VariantRecord) -> str:
     if variant.error is not None:
         error = variant.error
         return f"{error.message} ({error.hint})" if error.hint else error.message
-    return variant.url or variant.repo_id or ""
+    return variant.url or (variant.repo_id if variant.status == "planned" else None) or ""
 
 
 def _value(gate: str, value: float | None) -> str:

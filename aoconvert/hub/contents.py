@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -81,8 +81,10 @@ def read_contents(folder: Path, repo_id: str, options: PushOptions, progress: Pr
     if not problems and options.rehash:
         problems += _rehash(folder, list(entries.values()), progress)
         hashed = frozenset(entries) if not problems else hashed
-    elif report is not None:
-        problems += _find_changed_files(folder, entries)
+    elif report is not None and (late := find_changed_files(folder, entries)):
+        problems.append(
+            f"modified after the verification: {some(late)} (verify again, or compare the contents with --rehash)"
+        )
     problems += shadows(folder, manifest.weights_by_folder())
     files = [UploadFile(entry.path, entry.size, entry.sha256, folder / entry.path) for entry in entries.values()]
     files.append(UploadFile.from_bytes(MANIFEST_NAME, manifests.read(folder)))
@@ -173,13 +175,14 @@ def _weak_spots(report: Report) -> list[str]:
     return [f"the verification did not open the model ({why})"]
 
 
-def _find_changed_files(folder: Path, entries: dict[str, FileEntry]) -> list[str]:
-    """Files that were written after the verification."""
+def find_changed_files(folder: Path, paths: Iterable[str]) -> list[str]:
+    """Those of the files that were written after the last verification.
+
+    Raises:
+        OSError: there is no report of one.
+    """
     limit = (folder / REPORT_NAME).stat().st_mtime_ns
-    late = [path for path in entries if (folder / path).is_file() and (folder / path).stat().st_mtime_ns > limit]
-    if not late:
-        return []
-    return [f"modified after the verification: {some(late)} (verify again, or compare the contents with --rehash)"]
+    return [path for path in paths if (folder / path).is_file() and (folder / path).stat().st_mtime_ns > limit]
 
 
 def _rehash(folder: Path, entries: list[FileEntry], progress: Progress) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from aoconvert.checkpoint.evaluation import Evaluation
 from aoconvert.checkpoint.manifest import RELEASE_NAME, Manifest
 from aoconvert.checkpoint.release import ReleasedVariant, VariantNeeds
-from aoconvert.errors import AoconvertError, HubError, PlanError, VerificationError
+from aoconvert.errors import AoconvertError, HubError, VerificationError
 from aoconvert.files import read_limited, write_whole, writing
 from aoconvert.formats.registry import FORMATS, written_as
 from aoconvert.json_text import INDEX_BYTES, parse_json
@@ -44,7 +44,7 @@ class VariantRecord(ReleasedVariant):
 
     status: Status = Field(
         description="planned: a dry run; unchanged: the Hub has exactly this; made: not pushed, as was asked; "
-        "skipped: not asked for"
+        "skipped: not asked for, or stopped before it by --fail-fast"
     )
     folder: str | None = Field(default=None, description="below the output root")
     error: Failure | None = None
@@ -72,7 +72,7 @@ class Record(_Model):
 
     @property
     def exit_code(self) -> int:
-        """The contract's: 4 for a gate or a verification, 5 for the Hub, 3 for a refusal, 1 for other failures."""
+        """The contract's: 4 for a gate or a verification, 5 for the Hub, 1 for other failures; 3 would say: no work."""
         failed = [
             variant.error.exit_code
             for variant in self.variants
@@ -80,9 +80,8 @@ class Record(_Model):
         ]
         if any(variant.status == "gate_failed" for variant in self.variants) or VerificationError.exit_code in failed:
             return VerificationError.exit_code
-        for code in (HubError.exit_code, PlanError.exit_code):
-            if code in failed:
-                return code
+        if HubError.exit_code in failed:
+            return HubError.exit_code
         return 0 if self.ok else 1
 
     def to_dict(self) -> dict[str, Any]:

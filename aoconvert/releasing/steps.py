@@ -13,7 +13,8 @@ from aoconvert.checkpoint.evaluation import Evaluation, evaluation_of
 from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import MANIFEST_NAME, Manifest
 from aoconvert.checkpoint.report import Report, read_report
-from aoconvert.errors import AoconvertError, Interrupted
+from aoconvert.errors import AoconvertError, Interrupted, VerificationError
+from aoconvert.hub.contents import find_changed_files
 from aoconvert.options.release import ReleaseOptions
 from aoconvert.progress import Progress
 from aoconvert.releasing.gates import judge_variant
@@ -115,7 +116,11 @@ class Steps:
         return start_record(each).model_copy(update={**made, **got})
 
     def _verify(self, each: PlannedVariant) -> Report:
-        """The verification of these files against the source: an earlier one, or a new one."""
+        """The verification of these files against the source: an earlier one, or a new one.
+
+        Raises:
+            VerificationError: files are not those that were written.
+        """
         report = _report_of(each.folder)
         again = report is None or not report.ok or _status(report, "source") != "passed"
         if again or report is None:
@@ -128,6 +133,10 @@ class Steps:
             )
         failed = [f"{check.name}: {check.detail}" for check in report.checks if check.status == "failed"]
         self._say("verified", each, again=again, ok=report.ok, failed=failed)
+        files = report.check("files")
+        if files is not None and files.status == "failed":
+            hint = f"remove {each.folder} and run the same command again: it is made anew"
+            raise VerificationError(f"{each.folder}: {files.detail}", hint=hint)
         return report
 
     def _evaluate(self, each: PlannedVariant) -> Evaluation | None:
@@ -144,14 +153,15 @@ class Steps:
 
 
 def _report_of(folder: Path) -> Report | None:
-    """The last verification, where it is of the manifest that is there."""
+    """The last verification, where it is of the files that are there."""
     try:
         report = read_report(folder)
+        if report is None or report.manifest_sha256 != file_sha256(folder / MANIFEST_NAME):
+            return None
+        changed = find_changed_files(folder, [file.path for file in manifests.load(folder).files()])
     except (OSError, ValueError, AoconvertError):
         return None
-    if report is None or report.manifest_sha256 != file_sha256(folder / MANIFEST_NAME):
-        return None
-    return report
+    return report if not changed else None
 
 
 def _status(report: Report, name: Any) -> str | None:

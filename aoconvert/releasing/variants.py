@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aoconvert import api
+from aoconvert.checkpoint import manifest as manifests
 from aoconvert.checkpoint.files import file_sha256
 from aoconvert.checkpoint.manifest import MANIFEST_NAME
 from aoconvert.engine.resume_file import signature_of
@@ -102,6 +103,10 @@ class PlannedVariant:
     @property
     def is_made(self) -> bool:
         """Whether the folder holds the files of an earlier run with the same plan, source and versions."""
+        return self._is_noted and self._is_whole()
+
+    @property
+    def _is_noted(self) -> bool:
         with contextlib.suppress(OSError, ValueError, ValidationError):
             made = Made.model_validate(parse_json(read_limited(self._state, INDEX_BYTES)))
             if made.signature == self.signature and made.manifest_sha256 == self._digest():
@@ -110,6 +115,14 @@ class PlannedVariant:
             begun = Begun.model_validate(parse_json(read_limited(self._begun, INDEX_BYTES)))
             return begun.signature == self.signature and begun.replaces != self._digest()
         return False
+
+    def _is_whole(self) -> bool:
+        """Whether all files are there, by their sizes."""
+        try:
+            files = manifests.load(self.folder).files()
+            return all((self.folder / file.path).stat().st_size == file.size for file in files)
+        except (OSError, AoconvertError):
+            return False
 
     def note_begun(self) -> None:
         """Write down what is going to be made, so that it is known also if this process ends when the folder is there.

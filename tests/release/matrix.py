@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from collections import Counter
@@ -17,7 +18,7 @@ from helpers.documents import check_document
 from helpers.forking import WITHOUT_HUB
 
 TOKEN = "hf_theTokenOfTheTests0123456789abcdefgh"
-SLUG = "me/tiny-quantized-0123456789abcdef01234567"
+COLLECTION = "Tiny quantized"
 RECIPE = """
 default = "int8wo"
 [[rule]]
@@ -53,7 +54,7 @@ class Matrix:
     events: list[Event] = field(default_factory=list)
 
     def build(self, checkpoints: Callable[[str], Path]) -> None:
-        """Make the models, the file, the user and the collection."""
+        """Make the models, the file and the user."""
         self.folder.mkdir()
         for name in self.models:
             if name == "llama":
@@ -62,15 +63,16 @@ class Matrix:
                 (self.folder / name).symlink_to(checkpoints(name))
         (self.folder / "mixed.toml").write_text(RECIPE)
         self.write()
-        state = self.client.hub.state
-        state.add_user("me", TOKEN)
-        collection = {"slug": SLUG, "title": "Tiny", "owner": "me", "description": None, "items": [], "position": 0}
-        more = {"private": False, "theme": "blue", "upvotes": 0, "lastUpdated": "2026-01-01T00:00:00.000Z"}
-        state.disk.write(state.root / "collections.json", {SLUG: {**collection, **more}})
+        self.client.hub.state.add_user("me", TOKEN)
 
     def write(self, **more: str) -> None:
         """Write the release file; ``more``: lines of TOML for a scheme's variants."""
-        lines = ['name = "Tiny"', 'repo = "{owner}/{model}-{variant}"', f'collection = "{SLUG}"', 'license = "mit"']
+        lines = [
+            'name = "Tiny"',
+            'repo = "{owner}/{model}-{variant}"',
+            f'collection = "{COLLECTION}"',
+            'license = "mit"',
+        ]
         lines += [f'[[models]]\nsource = "{name}"' for name in self.models]
         lines += ['[defaults]\ndevice = "cpu"\nmin_quantized = 0', "[gates]\nrequire_forward = true"]
         lines += [f"[[variants]]\n{SCHEMES[name]}\n{more.get(name, '')}" for name in self.schemes]
@@ -160,3 +162,15 @@ class Matrix:
             for path in found
             if not path.relative_to(self.root).parts[0].startswith(".")
         }
+
+    def listed(self) -> list[str]:
+        """Repos in the release's collection."""
+        root = self.client.hub.state.root
+        [found] = json.loads((root / "collections.json").read_text()).values()
+        assert found["title"] == COLLECTION
+        return [item["id"] for item in found["items"]]
+
+    def links(self, variant: str) -> set[str]:
+        """Repos that a variant's card links to."""
+        card = self.client.hub.state.read(f"me/{variant}", "README.md").decode()
+        return {name for name in self.variants if re.search(rf"me/{re.escape(name)}(?![\w-])", card)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers.checkpoints import build_llama
 from aoconvert.errors import PlanError
 from aoconvert.releasing import Record, release
 from aoconvert.releasing.preflight import hold_root
+from aoconvert.releasing.record import VariantRecord, failure_of
 from aoconvert.releasing.variants import PlannedVariant
 
 FILE = """
@@ -142,3 +144,31 @@ def test_who_may_not_publish_is_told_before_the_work(hub_client: HubClient, file
     assert done.returncode == 0, done
     assert "whether the repos can be written is not known yet: " in done.stderr
     assert state.resolve("me/tiny-int8wo", "main")
+
+
+def test_files_of_an_earlier_run_that_are_gone_or_changed(file: Path) -> None:
+    made(file)
+    weights = file.parent / "out/tiny/int8wo/pytorch_model.bin"
+    content = weights.read_bytes()
+    weights.unlink()
+    record, events = made(file)
+    assert record.ok and weights.read_bytes() == content
+    assert [event["again"] for event in events if "again" in event] == [True, True]
+
+    # other times of change, as after a copy: looked at once more, and nothing is wrong
+    os.utime(weights)
+    record, events = made(file)
+    assert record.ok and [event["again"] for event in events if "again" in event] == [False, True]
+
+    weights.write_bytes(content[:-2000] + bytes([content[-2000] ^ 1]) + content[-1999:])
+    record, events = made(file)
+    assert (record.exit_code, record.variants[0].status) == (4, "failed")
+    error = record.variants[0].error
+    assert error is not None and "pytorch_model.bin" in error.message and f"remove {weights.parent}" in str(error.hint)
+
+
+def test_a_code_says_whether_work_was_done() -> None:
+    """3 is for what is refused before any work: a variant that is refused later is a failure."""
+    refusal = failure_of(PlanError(["full"]))
+    failed = VariantRecord(name="a", model="m", scheme="a", status="failed", error=refusal)
+    assert Record(name="x", models=(), ok=False, variants=(failed,)).exit_code == 1
