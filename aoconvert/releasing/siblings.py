@@ -113,10 +113,7 @@ class Siblings:
         Raises:
             WriteError: disk full.
         """
-        forms = {
-            name: public_form(record) if record.status == "made" else record.published
-            for name, record in records.items()
-        }
+        forms = {each.name: _form_here(each, records[each.name]) for each in variants}
         content = self._release(forms.values()).dump()
         for each in variants:
             form = forms[each.name]
@@ -138,6 +135,14 @@ def _about_to_be(made: VariantRecord, before: ReleasedVariant | None) -> Release
     if before.repo_id != form.repo_id and before.repo_id.rpartition("/")[2] != form.repo_id:
         return form
     return form.model_copy(update={"repo_id": before.repo_id, "url": before.url, "commit": before.commit})
+
+
+def _form_here(each: PlannedVariant, record: VariantRecord) -> ReleasedVariant | None:
+    """A variant as its folder holds it, where it may be published; else as its repo does."""
+    good = record.verified and all(gate.passed for gate in record.gates)
+    if good and record.status in ("made", "skipped") and record.manifest_sha256 == _digest(each.folder):
+        return public_form(record)
+    return record.published
 
 
 def _is_of(found: ReleasedVariant, each: PlannedVariant) -> bool:

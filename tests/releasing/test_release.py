@@ -98,6 +98,7 @@ def test_a_gate_holds_one_back_and_nothing_is_done_twice(file: Path) -> None:
     record, events = made(file, only=("intx*",))
     assert [variant.status for variant in record.variants] == ["skipped", "made"]
     assert {event["variant"] for event in events} == {"intx2wo"}
+    assert "| int8wo | `int8wo` | " in (root / "intx2wo" / "README.md").read_text()
 
 
 def test_problems_of_all_variants_come_before_any_work(file: Path) -> None:
