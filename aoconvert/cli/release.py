@@ -131,11 +131,17 @@ class _Table:
 
         variants = self.record.variants
         beside = options.max_width >= _WIDE
-        columns = {"variant": WHOLE, "status": WHOLE, "size": NUMBER, "bits": NUMBER, "SQNR": NUMBER}
+        dry = any(variant.status == "planned" for variant in variants)
+        figures = ("size", "bits", "disk", "time (guess)") if dry else ("size", "bits", "SQNR")
+        columns = {"variant": WHOLE, "status": WHOLE, **dict.fromkeys(figures, NUMBER)}
         rows = []
         for variant in variants:
             color = _COLORS.get(variant.status, "yellow")
-            row = (escape(variant.name), f"[{color}]{variant.status}[/{color}]", *_figures(variant))
+            row = (
+                escape(variant.name),
+                f"[{color}]{variant.status}[/{color}]",
+                *(_plan_figures if dry else _figures)(variant),
+            )
             rows.append((*row, escape(_said(variant))) if beside else row)
         yield Output.table(rows, {**columns, "": FOLD} if beside else columns)
         for variant in () if beside else variants:
@@ -168,6 +174,12 @@ def _figures(variant: VariantRecord) -> tuple[str, str, str]:
         f"{bits:.1f}" if bits is not None else "",
         f"{worst:.1f} dB" if worst is not None else "",
     )
+
+
+def _plan_figures(variant: VariantRecord) -> tuple[str, ...]:
+    disk, seconds = variant.disk_bytes, variant.seconds_guess
+    shown = "" if seconds is None else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return (*_figures(variant)[:2], size(disk) if disk is not None else "", shown)
 
 
 def _said(variant: VariantRecord) -> str:

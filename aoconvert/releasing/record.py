@@ -16,6 +16,7 @@ from aoconvert.files import read_limited, write_whole, writing
 from aoconvert.formats.registry import FORMATS, written_as
 from aoconvert.json_text import INDEX_BYTES, parse_json
 from aoconvert.planning import Plan
+from aoconvert.releasing.guess import guess_seconds
 
 RECORD_NAME = RELEASE_NAME
 
@@ -47,6 +48,12 @@ class VariantRecord(ReleasedVariant):
         "skipped: not asked for, or stopped before it by --fail-fast"
     )
     folder: str | None = Field(default=None, description="below the output root")
+    disk_bytes: int | None = Field(default=None, description="of a dry run: what its folder will take")
+    seconds_guess: float | None = Field(
+        default=None,
+        description="of a dry run: how long quantizing may take, guessed from its bytes by what two CPU cores took; "
+        "downloads, verify and eval come on top of it; absent for GPUs",
+    )
     error: Failure | None = None
     published: ReleasedVariant | None = Field(
         default=None, description="what its repo holds, also where this run made something else, or nothing"
@@ -166,6 +173,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     parameters = sum(total.parameters for total in totals)
     return {
         "size_bytes": sum(file.size for component in plan.components for file in component.files),
+        "disk_bytes": plan.needs.disk_bytes,
+        "seconds_guess": guess_seconds(plan),
         "bits_per_weight": sum(t.bits_per_weight * t.parameters for t in totals) / parameters if parameters else None,
     }
 

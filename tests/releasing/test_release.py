@@ -150,6 +150,8 @@ def test_a_dry_run_writes_nothing(file: Path) -> None:
     assert all(event["needs"]["disk_bytes"] > 0 for event in events)
     assert record.ok and not (file.parent / "made").exists()
     assert [variant.status for variant in record.variants] == ["planned", "planned"]
+    assert [variant.disk_bytes for variant in record.variants] == [event["needs"]["disk_bytes"] for event in events]
+    assert all(variant.seconds_guess and 3 < variant.seconds_guess < 4 for variant in record.variants)
     real, _ = made(file, only=("int8wo",))
     assert record.variants[0].size_bytes == real.variants[0].size_bytes
 

@@ -16,6 +16,7 @@ from helpers.shared import build_once
 
 from aoconvert.cards.hub_names import LICENSES
 from aoconvert.options.release import ReleaseOptions
+from aoconvert.releasing.guess import guess_seconds
 from aoconvert.releasing.release_file import ReleaseFile, Skip, load
 from aoconvert.releasing.variants import PlannedVariant, list_variants, plan_variants
 
@@ -93,6 +94,9 @@ def test_a_file_plans_without_weights(name: str, published: Published, tmp_path:
         [(low, high)] = [BITS[key] for key in sorted(BITS, key=len)[::-1] if each.scheme.startswith(key)][:1]
         assert low < bits < high, (each.name, bits)
         assert sum(file.size for file in component.files) < 0.7 * totals.bytes_in
+        seconds = guess_seconds(each.plan)
+        read = sum(tensor.bytes_in for part in each.plan.streamed for tensor in part.tensors) / 1e9
+        assert seconds is None if each.plan.device != "cpu" else 2.6 * read < seconds < 4 + 3.2 * read
         check_skips(found, each)
 
 
