@@ -4,9 +4,10 @@ An evaluation measured, on the original, what a relative error of each layer's w
 (``LayerFigures.sensitivity``): that belongs to the layer and not to a scheme. So the loss by another scheme is
 estimated as the squared relative error of the weight that it makes, times that.
 
-Where that is not known (pipelines, stacked experts), the error of the layer's own outputs stands in for the model's:
-the evaluation measured, for one scheme, the error of the weight and that of the layer's outputs; their ratio belongs to
-the layer, too. Where it is known of other layers of the model, the ratio is brought to their unit by their median.
+Where that is not known (pipelines, very large stacks of experts), the error of the layer's own outputs stands in for
+the model's: the evaluation measured, for one scheme, the error of the weight and that of the layer's outputs; their
+ratio belongs to the layer, too. Where it is known of other layers of the model, the ratio is brought to their unit by
+their median.
 """
 
 from __future__ import annotations

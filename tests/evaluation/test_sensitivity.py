@@ -36,6 +36,11 @@ def bert() -> Any:
     return transformers.BertModel(transformers.BertConfig(**_SIZES))
 
 
+def mixtral() -> Any:
+    config = transformers.MixtralConfig(**_SIZES, num_key_value_heads=2, num_local_experts=4)
+    return transformers.MixtralForCausalLM(config)
+
+
 def spread(model: Any) -> Any:
     """Weights as large as those of a trained model."""
     draw = torch.Generator().manual_seed(0)
@@ -47,7 +52,7 @@ def spread(model: Any) -> Any:
 
 def measured(model: Any, task: str, sample: dict[str, Any], name: str, draws: int = 24, size: float = 0.02) -> float:
     """The mean loss by noise in one weight, for each unit of its squared relative error."""
-    weight = model.get_submodule(name).weight
+    weight = model.get_parameter(name if name in dict(model.named_parameters()) else f"{name}.weight")
     kept, before, losses = weight.data, run_sample(model, task, sample), []
     for seed in range(draws):
         noise = torch.randn(kept.shape, generator=torch.Generator().manual_seed(seed))
@@ -75,6 +80,20 @@ def test_it_foretells_what_noise_does(build: Any, task: str, monkeypatch: pytest
     assert max(many.values()) > 2 * min(many.values())
 
 
+def test_stacked_experts_are_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = spread(mixtral())
+    sample = {"input_ids": torch.randint(48, (1, 24), generator=torch.Generator().manual_seed(1))}
+    monkeypatch.setattr(sensitivity, "_DRAWS", 100)
+    found = measure_sensitivity(model, "causal-lm", sample, 1)
+    stacks = [name for name, value in model.named_parameters() if value.dim() == 3]
+    assert len(stacks) == 4 and set(stacks) < set(found)
+    assert not any(value.requires_grad or value.grad is not None for value in model.parameters())
+    for name in stacks:  # noise that is small enough to send no token to another expert
+        assert found[name] == pytest.approx(measured(model, "causal-lm", sample, name, size=0.002), rel=0.2), name
+    monkeypatch.setattr(sensitivity, "available_memory", lambda: 8 * 1000)
+    assert not set(stacks) & set(measure_sensitivity(model, "causal-lm", sample, 1))  # no room for their gradients
+
+
 def test_a_gradient_is_the_same_whether_made_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few rows the gradient of a weight is never made; a layer that is called twice counts with both calls."""
     model = spread(llama())
@@ -96,7 +115,7 @@ def test_a_gradient_is_the_same_whether_made_or_not(monkeypatch: pytest.MonkeyPa
 
 
 def test_layers_of_which_it_is_not_known_are_in_the_same_unit() -> None:
-    """Stacked experts have the error of their outputs alone: as large as it, by the median of the other layers."""
+    """A stack of experts may have the error of its outputs alone: as large as that, by the others' median."""
 
     def layer(name: str, output: float, known: float | None) -> LayerFigures:
         return LayerFigures(name=name, output_sqnr_db=output, weight_sqnr_db=40.0, sensitivity=known)

@@ -4,10 +4,12 @@ For small changes Δ of the weights, KL(original‖changed) is ½·Δᵀ·F·Δ,
 square of the gradient of ln p(y), y drawn from the model's own distribution (J. Martens, "New insights and perspectives
 on the natural gradient method", arXiv:1412.1193, section 5). An error of quantization has no direction that matters, so
 of a weight W with n elements the trace of F is enough: KL ≈ ½·E‖∂ln p/∂W‖²·‖Δ‖²/n. For outputs that are no
-distribution, the same of their squared relative error: y is a random direction, and there is no ½.
+distribution, the same of their squared relative error: y is a random direction, and there is no ½. What it does that a
+mixture routes tokens to other experts is not in it.
 
 The gradient of a weight is never made where it would be larger than the inner products of the rows that it is the sum
-of: ‖Gᵀ·X‖² = Σ (G·Gᵀ)∘(X·Xᵀ), with the rows X of the layer's input and G of its output's gradient.
+of: ‖Gᵀ·X‖² = Σ (G·Gᵀ)∘(X·Xᵀ), with the rows X of the layer's input and G of its output's gradient. That of a stack
+of experts is made, and thrown away at once.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from aoconvert.evaluation.children.experts import list_stacks
 from aoconvert.evaluation.children.passes import give_sample
+from aoconvert.inputs import available_memory
 
 _TOKENS = 32
 """Tokens of the sample that are used: few, as a backward pass holds what each layer gave, and as few are enough."""
 
 _DRAWS = 4
+_SHARE = 8  # a gradient may take this part of the memory that there is
 _AT_ONCE = 1 << 22  # elements that are widened to float32 at once
 
 Rows = list[tuple[torch.Tensor, torch.Tensor]]
@@ -33,7 +38,7 @@ Rows = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def measure_sensitivity(model: Any, task: str, sample: dict[str, Any], seed: int) -> dict[str, float]:
-    """Linear layer → what its weight's squared relative error is multiplied by to give the expected loss.
+    """Linear layer or stack of experts → what its squared relative error is multiplied by to give the expected loss.
 
     The loss is the mean KL of a token in nats, or the squared relative error of the outputs of an encoder.
 
@@ -53,7 +58,7 @@ def measure_sensitivity(model: Any, task: str, sample: dict[str, Any], seed: int
         parameter.requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
     sums: dict[str, float] = {}
-    with torch.enable_grad(), _record(model) as rows:
+    with torch.enable_grad(), _record(model) as rows, _add_stacks(model, sums):
         output = give_sample(model, task, _cut(sample)).float()
         for _ in range(_DRAWS):
             for _, given in itertools.chain(*rows.values()):
@@ -63,7 +68,8 @@ def measure_sensitivity(model: Any, task: str, sample: dict[str, Any], seed: int
                 if found := [(taken, given.grad) for taken, given in calls if given.grad is not None]:
                     sums[name] = sums.get(name, 0.0) + _squared_norm(found)
     scale = _DRAWS if task == "encoder" else 2 * _DRAWS * len(output)
-    return {name: total / scale * _mean_square(model.get_submodule(name).weight) for name, total in sums.items()}
+    weights = {**dict(model.named_modules()), **dict(model.named_parameters())}
+    return {name: total / scale * _mean_square(weights[name]) for name, total in sums.items()}
 
 
 @contextlib.contextmanager
@@ -89,6 +95,32 @@ def _record(model: nn.Module) -> Iterator[dict[str, Rows]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _add_stacks(model: nn.Module, sums: dict[str, float]) -> Iterator[None]:
+    """Have backward passes add up the squares of the gradients of those stacks of experts that there is room for."""
+    handles = []
+    for owner, _, stacks in list_stacks(model):
+        for own, stack in stacks.items():
+            if stack.nbytes > available_memory() // _SHARE:
+                continue
+
+            def add(parameter: torch.Tensor, name: str = f"{owner}.{own}" if owner else own) -> None:
+                if parameter.grad is not None:
+                    sums[name] = sums.get(name, 0.0) + sum(
+                        float(part.float().square().sum()) for part in parameter.grad
+                    )
+                    parameter.grad = None
+
+            stack.requires_grad_(True)
+            handles.append((stack, stack.register_post_accumulate_grad_hook(add)))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for stack, handle in handles:
+            handle.remove()
+            stack.requires_grad_(False)
 
 
 def _cut(sample: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +154,9 @@ def _squared_norm(calls: Rows) -> float:
     return sum(float((part.T @ x).square().sum()) for part in torch.split(g, step, dim=1))
 
 
-def _mean_square(weight: torch.Tensor) -> float:
-    parts = torch.split(weight.detach(), max(1, _AT_ONCE // weight.shape[1]))
-    return sum(float(part.float().square().sum()) for part in parts) / weight.numel()
+def _mean_square(weight: nn.Module | torch.Tensor) -> float:
+    """Of a linear layer's weight, or of a stack."""
+    values = weight.weight if isinstance(weight, nn.Module) else weight
+    assert isinstance(values, torch.Tensor)
+    parts = torch.split(values.detach(), max(1, _AT_ONCE * len(values) // values.numel()))
+    return sum(float(part.float().square().sum()) for part in parts) / values.numel()
