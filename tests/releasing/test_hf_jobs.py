@@ -232,6 +232,7 @@ def test_a_job_that_is_killed_goes_on_from_the_bucket(office: Office, tmp_path: 
         assert (manifest["source"]["repo_id"], manifest["source"]["revision"]) == ("org/tiny", commit)
     kept = json.loads((tmp_path / "machine/aoconvert/bucket/tiny/release.json").read_text())
     assert {**kept, "event": "summary"} == events[-1]
+    assert "2 published" in (tmp_path / "machine/aoconvert/bucket/tiny/release.html").read_text()
     # the source came from where it is mounted, not by the network
     assert not [entry for entry in office.client.hub.log[asked:] if "org/tiny" in entry.path]
 

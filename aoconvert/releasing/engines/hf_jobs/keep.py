@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aoconvert.files import writing
+from aoconvert.releasing.page import PAGE_NAME
 from aoconvert.releasing.record import RECORD_NAME
 from aoconvert.releasing.variants import note_name
 
@@ -65,8 +66,9 @@ class Keeper:
                     self._send(name, here)
             except FileNotFoundError:  # a worker writes there at this moment, and will say when it has
                 continue
-        if (self._work / RECORD_NAME).is_file() and self._is_new(RECORD_NAME):
-            self._put(RECORD_NAME)
+        for name in (RECORD_NAME, PAGE_NAME):
+            if (self._work / name).is_file() and self._is_new(name):
+                self._put(name)
 
     def _send(self, name: str, here: Sequence[str]) -> None:
         note = note_name(name)
