@@ -205,3 +205,21 @@ def test_a_source_on_the_hub(hub_client: HubClient, file: Path, tmp_path: Path) 
         lines = [json.loads(line) for line in ran.stdout.splitlines()]
         steps += [(line["event"], line["again"]) for line in lines if "again" in line]
     assert steps == [(step, again) for again in (True, False, True) for step in ("quantized", "verified")]
+
+
+def test_the_table_of_a_dry_run() -> None:
+    from rich.console import Console
+
+    from aoconvert.cli.release import table
+
+    planned: dict[str, Any] = {"model": "m", "scheme": "int8wo", "status": "planned"}
+    planned |= {"size_bytes": 5 * 10**9, "disk_bytes": 6 * 10**9}
+    cpu = VariantRecord(name="cpu", seconds_guess=200.4, **planned)
+    gpu = VariantRecord(name="gpu", **planned)  # of which nothing was measured
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(table(Record(name="x", models=(), ok=True, variants=(cpu, gpu))))
+    head, first, second, *_ = shown.get().splitlines()
+    assert head.split() == ["variant", "status", "size", "bits", "disk", "time", "(guess)"]
+    assert first.split() == ["cpu", "planned", "5.00", "GB", "6.00", "GB", "3", "min"]
+    assert second.split() == ["gpu", "planned", "5.00", "GB", "6.00", "GB"]
